@@ -1,0 +1,42 @@
+"""Pre-train a GPT-2 from one JSON file, under the DeepSpeed launcher.
+
+Example:
+  deepspeed scripts/train_gpt2.py --config configs/tiny_cpu.json --save runs/tiny
+
+The same command again continues from the newest complete checkpoint in --save.
+"""
+
+import argparse
+from pathlib import Path
+
+from seqlen_curriculum.cli import run, writable_folder
+from seqlen_curriculum.config import RunConfig
+from seqlen_curriculum.data.run_data import open_run_data
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", "--deepspeed_config", required=True, metavar="FILE", help="the run's JSON file")
+    parser.add_argument("--save", required=True, type=Path, metavar="FOLDER", help="checkpoints and run log go here")
+    parser.add_argument(
+        "--resume",
+        default="auto",
+        metavar="auto|none|CHECKPOINT",
+        help="auto (default): continue from the newest complete checkpoint in --save; none: start anew in an empty "
+        "folder; or a checkpoint folder, from elsewhere to branch off",
+    )
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override, as training.seed=7")
+    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # given by the launcher
+    args = parser.parse_args()
+
+    config = RunConfig.load(args.config, args.set, require=("model", "data", "training"))
+    writable_folder("--save", args.save)
+    train, valid = open_run_data(config)
+
+    from seqlen_curriculum.training.pretrain import pretrain  # seconds to import: a mistake shows before them
+
+    pretrain(config, train, valid, args.save, args.resume)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,69 @@
+"""Sequence length warmup for GPT pre-training with DeepSpeed.
+
+Importing this package loads neither torch nor DeepSpeed: planning works on a laptop. ``initialize``, ``TokenCosineLR`` and
+``pretrain`` load them when first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from seqlen_curriculum.config import RunConfig
+    from seqlen_curriculum.errors import (
+        CheckpointError,
+        ConfigError,
+        DataError,
+        DivergenceError,
+        SeqlenCurriculumError,
+    )
+    from seqlen_curriculum.scheduler import CurriculumScheduler
+    from seqlen_curriculum.timeline import Timeline
+    from seqlen_curriculum.token_lr import TokenCosine
+    from seqlen_curriculum.training.engine import initialize
+    from seqlen_curriculum.training.lr_scheduler import TokenCosineLR
+    from seqlen_curriculum.training.pretrain import pretrain
+
+__version__ = "0.1.0"
+
+_MODULES = {
+    "CheckpointError": "errors",
+    "ConfigError": "errors",
+    "CurriculumScheduler": "scheduler",
+    "DataError": "errors",
+    "DivergenceError": "errors",
+    "RunConfig": "config",
+    "SeqlenCurriculumError": "errors",
+    "Timeline": "timeline",
+    "TokenCosine": "token_lr",
+    "TokenCosineLR": "training.lr_scheduler",
+    "initialize": "training.engine",
+    "pretrain": "training.pretrain",
+}
+
+__all__ = [
+    "CheckpointError",
+    "ConfigError",
+    "CurriculumScheduler",
+    "DataError",
+    "DivergenceError",
+    "RunConfig",
+    "SeqlenCurriculumError",
+    "Timeline",
+    "TokenCosine",
+    "TokenCosineLR",
+    "initialize",
+    "pretrain",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Load a public name from its module when it is first used (PEP 562)."""
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -1,0 +1,38 @@
+"""What every command shares: errors told in one line, folders checked before work begins."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from seqlen_curriculum.errors import ConfigError, SeqlenCurriculumError
+
+__all__ = ["run", "writable_folder"]
+
+
+def run(main: Callable[[], None]) -> None:
+    """Call ``main``; a user's mistake is printed as ``error: ...`` and ends the process with status 1."""
+    try:
+        main()
+    except SeqlenCurriculumError as error:
+        rank = os.environ.get("RANK", "0")  # set by the launcher
+        print(f"error: {error}" if rank == "0" else f"rank {rank}: error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:  # `command | head` closed the pipe: not an error
+        sys.stderr.close()
+
+
+def writable_folder(flag: str, folder: Path) -> None:
+    """Make ``folder`` and prove that files can be written to it. Raises ConfigError naming ``flag``."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ConfigError(f"{flag} {folder}: can't be written to ({error.strerror}); choose another folder") from error

@@ -1,0 +1,70 @@
+"""The order of an epoch: a keyed permutation computed index by index, so that nothing is shuffled or stored.
+
+An index in ``range(size)`` is a pair of Z_a x Z_b with a = ceil(sqrt(size)), b = ceil(size / a). A Feistel round adds a
+hash of one half to the other; each round can be undone, so the whole is a bijection of range(a * b), and a * b < size + a.
+Values at or above ``size`` are permuted again (cycle walking), which keeps the bijection of ``range(size)``.
+Reference: Black and Rogaway, "Ciphers with Arbitrary Finite Domains", CT-RSA 2002.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+__all__ = ["permute"]
+
+_ROUNDS = 6  # each mixes both halves; all 120 orders of 5 items come out equally often from 6 on, not with 4
+_GOLDEN = 0x9E3779B97F4A7C15  # splitmix64's increment
+_MASK = 2**64 - 1
+
+
+def permute(index: ArrayLike, size: int, seed: int, epoch: ArrayLike = 0) -> NDArray[np.int64]:
+    """Where each of ``index`` goes in the permutation of ``range(size)`` keyed by ``seed`` and ``epoch``.
+
+    ``index`` is an integer or array of them in ``0..size - 1``; ``epoch`` (0 or more) is one for all or one for each.
+    Returns int64 of their common shape. Raises ``IndexError`` outside the range, ``ValueError`` for ``size`` below 1.
+    """
+    wanted, epochs = np.broadcast_arrays(np.asarray(index, dtype=np.int64), np.asarray(epoch, dtype=np.int64))
+    _check(wanted, size, epochs)
+    flat = wanted.astype(np.uint64).reshape(-1)
+    keys = _mix((epochs.astype(np.uint64).reshape(-1) + np.uint64(1)) * np.uint64(_GOLDEN) + np.uint64(seed & _MASK))
+    place = _feistel(flat, size, keys)
+    outside = np.flatnonzero(place >= size)
+    while outside.size:
+        place[outside] = _feistel(place[outside], size, keys[outside])
+        outside = outside[place[outside] >= size]
+    return place.astype(np.int64).reshape(wanted.shape)
+
+
+def _check(index: NDArray[np.int64], size: int, epochs: NDArray[np.int64]) -> None:
+    if not 1 <= size < 2**62:
+        raise ValueError(f"size must be 1 or more, not {size}")
+    if index.size and not 0 <= index.min() <= index.max() < size:
+        raise IndexError(f"index {index.min()}..{index.max()} is outside 0..{size - 1}")
+    if epochs.size and epochs.min() < 0:
+        raise IndexError(f"epoch must be 0 or more, not {epochs.min()}")
+
+
+def _feistel(index: NDArray[np.uint64], size: int, keys: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """One pass over Z_a x Z_b; (n,) -> (n,)."""
+    a = np.uint64(math.isqrt(size - 1) + 1)
+    b = np.uint64(-(-size // int(a)))
+    left, right = index // b, index % b
+    for number in range(_ROUNDS):
+        left = (left + _hash(right, keys, 2 * number) % a) % a
+        right = (right + _hash(left, keys, 2 * number + 1) % b) % b
+    return left * b + right
+
+
+def _hash(half: NDArray[np.uint64], keys: NDArray[np.uint64], number: int) -> NDArray[np.uint64]:
+    """64 bits keyed by row and round. The round's key is hashed first: no round is another's shifted by one."""
+    return _mix(half + _mix(keys + np.uint64((number + 1) * _GOLDEN & _MASK)))
+
+
+def _mix(state: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """splitmix64's finalizer (Steele, Lea and Flood, OOPSLA 2014)."""
+    state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return state ^ (state >> np.uint64(31))

@@ -1,0 +1,179 @@
+"""The samples of one split of a list of corpora, and the endless order in which a run reads them.
+
+Sample k of a range is its tokens ``[k * L, k * L + L]``: L inputs and the token after them. Nothing is stored: where a
+sample lies, and which one is read at a position, follow by arithmetic.
+
+Shapes: B rows, L ``seq_length``.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from seqlen_curriculum.data.indexed import IndexedCorpus
+from seqlen_curriculum.data.permutation import permute
+from seqlen_curriculum.errors import ConfigError, DataError
+
+__all__ = ["SPLITS", "Samples", "check_token_ids", "open_split", "split_bounds"]
+
+SPLITS = ("train", "valid", "test")
+_CHECK_TOKENS = 2**24  # at most this many are looked at before a run: 32 MiB of uint16, well under a second
+_CHECK_BLOCK = 2**16
+
+
+class Samples:
+    """Samples of ``seq_length`` tokens from ranges ``(corpus, first_token, end_token)``, laid end to end.
+
+    ``seed`` keys the order. With ``vocab_size``, ``read`` raises ``DataError`` on a token id the model doesn't have.
+    A range too short for one sample gives none; raises ``DataError`` when no range gives any.
+    """
+
+    def __init__(
+        self,
+        corpora: Sequence[tuple[IndexedCorpus, int, int]],
+        seq_length: int,
+        seed: int,
+        vocab_size: int | None = None,
+    ) -> None:
+        self.ranges = list(corpora)
+        self.seq_length = seq_length
+        self.seed = seed
+        self.vocab_size = vocab_size
+        self._check_ranges()
+        counts = [max(end - first - 1, 0) // seq_length for _, first, end in self.ranges]
+        self._bounds = np.cumsum([0, *counts], dtype=np.int64)  # (corpora + 1,) sample ids
+        self._firsts = np.array([first for _, first, _ in self.ranges], dtype=np.int64)
+        self.num_samples = int(self._bounds[-1])
+        if not self.num_samples:
+            raise DataError(self._too_short())
+
+    def order(self, first: int, count: int) -> NDArray[np.int64]:
+        """Ids (count,) read at positions ``first``, ... of the endless order; each epoch is its own permutation."""
+        positions = np.arange(first, first + count, dtype=np.int64)
+        epoch, within = np.divmod(positions, self.num_samples)
+        return permute(within, self.num_samples, self.seed, epoch)
+
+    def locate(self, ids: ArrayLike) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Index of the corpus and token position in it of each sample; two arrays (B,). ``IndexError`` outside."""
+        wanted = np.asarray(ids, dtype=np.int64)
+        if wanted.size and not 0 <= wanted.min() <= wanted.max() < self.num_samples:
+            raise IndexError(f"sample ids {wanted.min()}..{wanted.max()} are outside 0..{self.num_samples - 1}")
+        corpus = np.searchsorted(self._bounds, wanted, side="right") - 1
+        return corpus, self._firsts[corpus] + (wanted - self._bounds[corpus]) * self.seq_length
+
+    def read(self, ids: ArrayLike, seqlen: int) -> NDArray[np.int64]:
+        """The first ``seqlen + 1`` tokens of each sample, (B, seqlen + 1) int64; the rest of it isn't touched."""
+        if not 1 <= seqlen <= self.seq_length:
+            raise ConfigError(f"seqlen: {seqlen} is outside 1..{self.seq_length}, the seq_length of the data")
+        corpus, starts = self.locate(ids)
+        tokens = self._gather(corpus, starts, seqlen + 1)
+        # Seen as unsigned a negative id is huge: one pass finds both kinds of wrong id.
+        if self.vocab_size is not None and tokens.size and int(tokens.view(np.uint64).max()) >= self.vocab_size:
+            row, column = np.argwhere(tokens.view(np.uint64) >= self.vocab_size)[0]
+            name = self.ranges[int(corpus[row])][0].prefix
+            raise _foreign_id(name, int(starts[row] + column), int(tokens[row, column]), self.vocab_size)
+        return tokens
+
+    def _gather(self, corpus: NDArray[np.int64], starts: NDArray[np.int64], length: int) -> NDArray[np.int64]:
+        if len(self.ranges) == 1:
+            return self.ranges[0][0].gather(starts, length)
+        tokens = np.empty((len(starts), length), dtype=np.int64)
+        for number in np.unique(corpus).tolist():
+            rows = np.flatnonzero(corpus == number)
+            tokens[rows] = self.ranges[number][0].gather(starts[rows], length)
+        return tokens
+
+    def _check_ranges(self) -> None:
+        if self.seq_length < 1:
+            raise ConfigError(f"seq_length: {self.seq_length} is not valid: it must be 1 or more")
+        if not self.ranges:
+            raise ConfigError("data: no corpus given; name at least one prefix")
+        for corpus, first, end in self.ranges:
+            if not 0 <= first <= end <= corpus.num_tokens:
+                raise IndexError(f"{corpus.prefix}: tokens {first}..{end} are outside its {corpus.num_tokens}")
+
+    def _too_short(self) -> str:
+        found = ", ".join(f"{corpus.prefix} has {end - first} tokens" for corpus, first, end in self.ranges)
+        return (
+            f"no sample in this split: {found}, and one sample needs seq_length + 1 = {self.seq_length + 1}; "
+            "prepare more text, set a smaller seq_length, or give this split a larger share"
+        )
+
+
+def split_bounds(num_documents: int, split: str) -> list[int]:
+    """Document bounds ``[0, a, b, num_documents]`` of train, valid and test for weights such as ``"949,50,1"``.
+
+    Rounded as Megatron does (``get_train_valid_test_split_``): each share is rounded by itself and the bounds are
+    shifted by what is over or missing at the end. A bound that the shift takes below 0, which leaves Megatron without
+    a usable range, is 0 here. Raises ``ConfigError`` for anything but one to three weights of 0 or more, not all 0.
+    """
+    weights = _weights(split)
+    total = sum(weights)
+    bounds = [0]
+    for weight in weights:
+        bounds.append(bounds[-1] + round(weight / total * float(num_documents)))
+    shift = bounds[-1] - num_documents
+    return [0, *(max(bound - shift, 0) for bound in bounds[1:])]
+
+
+def _weights(split: str) -> list[float]:
+    parts = [part.strip() for part in re.split("[,/]", split)]
+    valid = len(parts) <= 3 and all(re.fullmatch(r"\d+\.?\d*|\.\d+", part) for part in parts)
+    weights = [float(part) for part in parts] if valid else []
+    if not sum(weights):
+        raise ConfigError(
+            f'split: "{split}" is not valid: expected up to three weights of train, valid and test, not all 0, '
+            'such as "949,50,1"'
+        )
+    return weights + [0.0] * (3 - len(weights))
+
+
+def open_split(
+    prefixes: Sequence[str | os.PathLike[str]],
+    split: str,
+    which: str,
+    seq_length: int,
+    seed: int,
+    vocab_size: int | None = None,
+) -> Samples:
+    """The ``Samples`` of ``which`` (train, valid or test) split of the corpora at ``prefixes``, each split by itself."""
+    if which not in SPLITS:
+        raise ConfigError(f"split: there is no {which!r}; valid names: {', '.join(SPLITS)}")
+    number = SPLITS.index(which)
+    ranges = []
+    for prefix in prefixes:
+        corpus = IndexedCorpus(prefix)
+        first, end = split_bounds(corpus.num_documents, split)[number : number + 2]
+        ranges.append((corpus, corpus.document_start(first), corpus.document_start(end)))
+    return Samples(ranges, seq_length, seed, vocab_size)
+
+
+def check_token_ids(corpus: IndexedCorpus, vocab_size: int) -> None:
+    """Raise ``DataError`` if a token id is outside ``0..vocab_size - 1``.
+
+    Looks at every token of a corpus of up to 2**24, else at evenly spaced blocks of as many, both ends included.
+    """
+    for start in _block_starts(corpus.num_tokens):
+        block = corpus.tokens[start : start + _CHECK_BLOCK]
+        if int(block.min()) < 0 or int(block.max()) >= vocab_size:
+            column = int(np.flatnonzero((block < 0) | (block >= vocab_size))[0])
+            raise _foreign_id(corpus.prefix, start + column, int(block[column]), vocab_size)
+
+
+def _block_starts(num_tokens: int) -> list[int]:
+    """Starts of the blocks to look at; up to 2**24 tokens the spacing is at most a block, so they cover everything."""
+    count = min(-(-num_tokens // _CHECK_BLOCK), _CHECK_TOKENS // _CHECK_BLOCK)
+    last = max(num_tokens - _CHECK_BLOCK, 0)
+    return [number * last // max(count - 1, 1) for number in range(count)]
+
+
+def _foreign_id(prefix: str, position: int, token: int, vocab_size: int) -> DataError:
+    return DataError(
+        f"{prefix}: token {position} has id {token}, outside the vocabulary of {vocab_size}; set the model's vocab_size "
+        "to the tokenizer's, or prepare the corpus with this model's tokenizer"
+    )

@@ -1,0 +1,197 @@
+"""The tokenizer of a corpus: GPT-2's files, a ``tokenizer.json``, or byte-level BPE trained on the corpus itself."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from seqlen_curriculum.errors import ConfigError
+
+__all__ = [
+    "END_OF_TEXT",
+    "TokenizerChoice",
+    "build_tokenizer",
+    "end_of_text_id",
+    "file_facts",
+    "splits_at_spaces",
+    "vocab_size",
+]
+
+END_OF_TEXT = "<|endoftext|>"
+_SMALLEST_VOCAB = 257  # 256 bytes and the end of text
+
+
+@dataclass(frozen=True)
+class TokenizerChoice:
+    """Where the tokenizer comes from; exactly one way is given."""
+
+    vocab_file: Path | None = None
+    """GPT-2's ``encoder.json`` (token to id); needs ``merge_file``."""
+    merge_file: Path | None = None
+    """GPT-2's ``vocab.bpe`` (one merge a line); needs ``vocab_file``."""
+    tokenizer_file: Path | None = None
+    """A ``tokenizer.json`` that has the token ``<|endoftext|>``."""
+    train_vocab: int | None = None
+    """Vocabulary size of a byte-level BPE to train on the corpus, 257 or more."""
+
+    def check(self) -> None:
+        """Raise ``ConfigError`` unless exactly one way is given, whole."""
+        if (self.vocab_file is None) != (self.merge_file is None):
+            raise ConfigError("tokenizer: --vocab-file and --merge-file belong together; give both")
+        ways = [self.vocab_file, self.tokenizer_file, self.train_vocab]
+        if sum(way is not None for way in ways) != 1:
+            raise ConfigError(
+                "tokenizer: give exactly one of --vocab-file with --merge-file, --tokenizer-file, or --train-vocab"
+            )
+        if self.train_vocab is not None and self.train_vocab < _SMALLEST_VOCAB:
+            raise ConfigError(
+                f"--train-vocab: {self.train_vocab} is not valid: 256 bytes and {END_OF_TEXT} need {_SMALLEST_VOCAB}"
+            )
+
+    def facts(self) -> dict[str, object]:
+        """What identifies the choice, for the record beside the corpus; files by path, size and time."""
+        files = {"vocab_file": self.vocab_file, "merge_file": self.merge_file, "tokenizer_file": self.tokenizer_file}
+        facts: dict[str, object] = {
+            name: file_facts(path, ConfigError) for name, path in files.items() if path is not None
+        }
+        return facts if self.train_vocab is None else {"train_vocab": self.train_vocab}
+
+
+def file_facts(path: Path, error: type[Exception]) -> dict[str, object]:
+    """Absolute path, size in bytes and modification time of a file; raises ``error`` without it."""
+    try:
+        found = path.stat()
+    except OSError as failure:
+        raise error(f"{path}: can't be read ({failure.strerror}); check the path") from None
+    return {"path": os.path.abspath(path), "bytes": found.st_size, "mtime_ns": found.st_mtime_ns}
+
+
+def build_tokenizer(choice: TokenizerChoice, texts: Iterable[str]) -> Tokenizer:
+    """The chosen tokenizer; ``texts`` are only read to train one. Raises ``ConfigError`` for files that don't work."""
+    choice.check()
+    if choice.train_vocab is not None:
+        return _train(choice.train_vocab, texts)
+    if choice.tokenizer_file is not None:
+        return _load(choice.tokenizer_file)
+    assert choice.vocab_file is not None
+    assert choice.merge_file is not None
+    return _gpt2(choice.vocab_file, choice.merge_file)
+
+
+def vocab_size(tokenizer: Tokenizer) -> int:
+    """One more than the largest id: ids may have holes."""
+    return int(max(tokenizer.get_vocab(with_added_tokens=True).values())) + 1
+
+
+def end_of_text_id(tokenizer: Tokenizer) -> int:
+    """The id that closes each document."""
+    number: int | None = tokenizer.token_to_id(END_OF_TEXT)
+    assert number is not None  # build_tokenizer sees to it
+    return number
+
+
+def splits_at_spaces(tokenizer: Tokenizer) -> bool:
+    """Whether text cut before a space that follows a non-space gives the same tokens in two parts as in one.
+
+    True of GPT-2's pre-tokenizer, where no word reaches across such a place; not assumed of any other.
+    """
+    parts = json.loads(tokenizer.to_str())
+    words = parts["pre_tokenizer"] or {}
+    plain = words.get("type") == "ByteLevel" and words.get("use_regex", True) and not words["add_prefix_space"]
+    return plain and not parts["normalizer"] and all(token["special"] for token in parts["added_tokens"])
+
+
+def _train(size: int, texts: Iterable[str]) -> Tokenizer:
+    tokenizer = _byte_level(models.BPE())
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size, special_tokens=[END_OF_TEXT], initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def _load(path: Path) -> Tokenizer:
+    try:
+        tokenizer = Tokenizer.from_str(_text(path))
+    except ConfigError:
+        raise
+    except Exception as error:  # the library raises nothing narrower
+        raise ConfigError(f"{path}: not a tokenizer.json ({error}); save it again with tokenizers") from None
+    if tokenizer.token_to_id(END_OF_TEXT) is None:
+        raise ConfigError(f"{path}: has no token {END_OF_TEXT}, which closes each document; add it as a special token")
+    # A saved tokenizer may cut or pad what it encodes; a corpus keeps every token.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def _gpt2(vocab_file: Path, merge_file: Path) -> Tokenizer:
+    vocab, merges = _vocab(vocab_file), _merges(merge_file)
+    _check_match(vocab, merges, vocab_file, merge_file)
+    try:
+        model = models.BPE(vocab=vocab, merges=merges)
+    except Exception as error:  # the library raises nothing narrower
+        raise ConfigError(f"{vocab_file} and {merge_file}: don't work together ({error})") from None
+    tokenizer = _byte_level(model)
+    tokenizer.add_special_tokens([END_OF_TEXT])
+    return tokenizer
+
+
+def _byte_level(model: models.BPE) -> Tokenizer:
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 at byte {error.start}; check that this is the file you mean") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: can't be read ({error.strerror}); check the path") from None
+
+
+def _vocab(path: Path) -> dict[str, int]:
+    try:
+        vocab = json.loads(_text(path))
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{path}, line {error.lineno}: not valid JSON ({error.msg}); fetch the file again") from None
+    if not isinstance(vocab, dict) or not all(type(number) is int and number >= 0 for number in vocab.values()):
+        raise ConfigError(f"{path}: not an object of token to id; give GPT-2's encoder.json")
+    return vocab
+
+
+def _merges(path: Path) -> list[tuple[str, str]]:
+    merges = []
+    for number, line in enumerate(_text(path).split("\n"), start=1):
+        pair = line.rstrip("\r").split(" ")
+        if not line.strip() or line.startswith("#version"):
+            continue
+        if len(pair) != 2 or not all(pair):
+            raise ConfigError(f"{path}, line {number}: {line[:60]!r} is not two tokens with a space between them")
+        merges.append((pair[0], pair[1]))
+    return merges
+
+
+def _check_match(vocab: dict[str, int], merges: list[tuple[str, str]], vocab_file: Path, merge_file: Path) -> None:
+    """Every byte and every merge has an id, and every token can be made: else text would be lost or cut badly."""
+    names = f"{vocab_file} and {merge_file}"
+    bytes_ = set(pre_tokenizers.ByteLevel.alphabet())
+    made = {left + right for left, right in merges} | bytes_
+    missing = sorted(made - vocab.keys())
+    if missing:
+        raise ConfigError(f"{names}: don't belong together: {len(missing)} tokens without id, such as {missing[0]!r}")
+    # Special tokens are made by no merge; they are written <...> or [...].
+    unmade = sorted(token for token in vocab.keys() - made if not token.startswith(("<", "[")))
+    if unmade:
+        raise ConfigError(
+            f"{names}: don't belong together: no merge makes {len(unmade)} tokens, such as {unmade[0]!r}; use one pair"
+        )

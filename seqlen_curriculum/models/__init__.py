@@ -1,0 +1,1 @@
+"""Models to train: GPT-2 by way of Hugging Face."""

@@ -1,0 +1,148 @@
+"""GPT-2 as Hugging Face has it, trained without ever holding the logits of a batch or an S x S mask.
+
+Shapes: ``B`` rows, ``S`` seqlen, ``H`` hidden size, ``V`` padded vocabulary, ``nh`` heads of size ``hs``.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AttentionInterface, GPT2Config, GPT2LMHeadModel
+
+from seqlen_curriculum.architecture import ModelConfig
+from seqlen_curriculum.errors import ConfigError
+from seqlen_curriculum.models.cross_entropy import mean_cross_entropy
+
+__all__ = ["CausalLM", "LossHead", "build_gpt2", "save_hf"]
+
+
+def build_gpt2(config: ModelConfig, bos_token_id: int | None = None, eos_token_id: int | None = None) -> CausalLM:
+    """A freshly initialised GPT-2 on the CPU in fp32 (GPT-2's init: normal 0.02, residual projections / sqrt(2 layers)).
+
+    Weights follow from torch's global seed alone: seed every rank alike. The token ids only go into the saved config.
+    """
+    lm = GPT2LMHeadModel(_hf_config(config, bos_token_id, eos_token_id))
+    if config.activation_checkpointing:
+        # The first is the name since 5.23 of transformers, where the second warns.
+        enable = getattr(lm, "activation_checkpointing_enable", None) or lm.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
+    return CausalLM(lm)
+
+
+def _hf_config(config: ModelConfig, bos_token_id: int | None, eos_token_id: int | None) -> Any:
+    return GPT2Config(
+        vocab_size=config.padded_vocab_size,
+        n_positions=config.max_position_embeddings,
+        n_embd=config.hidden_size,
+        n_layer=config.num_layers,
+        n_head=config.num_attention_heads,
+        activation_function="gelu_pytorch_tanh",  # GPT-2's gelu_new as one fused kernel
+        resid_pdrop=config.dropout,
+        embd_pdrop=config.dropout,
+        attn_pdrop=config.dropout,
+        use_cache=False,
+        bos_token_id=bos_token_id,
+        eos_token_id=eos_token_id,
+        attn_implementation="sdpa_causal",
+    )
+
+
+class CausalLM(nn.Module):
+    """Tokens and their next tokens in, mean loss out; ``lm`` is the Hugging Face model that owns every parameter.
+
+    ``lm`` gives logits too (``model.lm(inputs).logits``), without padding and without a key-value cache; to generate,
+    ``save_hf`` it and load the folder.
+    """
+
+    lm: Any
+
+    def __init__(self, lm: Any) -> None:
+        super().__init__()
+        lm.lm_head = LossHead(lm.transformer.wte.weight)
+        self.lm = lm
+
+    def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        """Mean cross entropy in nats, an fp32 scalar, of ``targets`` (B, S) given ``inputs`` (B, S), both int64.
+
+        ``targets`` are already shifted: ``targets[:, i]`` follows ``inputs[:, i]``. ConfigError if S is above
+        ``max_position_embeddings``.
+        """
+        positions = self.lm.config.n_positions
+        if inputs.shape[1] > positions:
+            raise ConfigError(
+                f"model.max_position_embeddings: {positions} is below the seqlen {inputs.shape[1]} of this batch; "
+                "raise it, or lower data.seq_length and the curriculum's max_difficulty"
+            )
+        assert inputs.shape == targets.shape
+        hidden = self.lm.transformer(inputs).last_hidden_state  # (B, S, H)
+        loss: Tensor = self.lm.lm_head(hidden, targets)
+        return loss
+
+
+class LossHead(nn.Module):
+    """The tied head. Its forward is the only place outside the embedding that touches the shared weight.
+
+    That is what ZeRO-3 needs: a module's parameters are whole only inside its own forward.
+    """
+
+    def __init__(self, weight: nn.Parameter) -> None:
+        super().__init__()
+        self.weight = weight  # (V, H)
+
+    def forward(self, hidden: Tensor, targets: Tensor | None = None) -> Tensor:
+        """Logits (..., V) of ``hidden`` (..., H); given ``targets`` (...), their mean cross entropy instead."""
+        if targets is None:
+            return F.linear(hidden, self.weight)
+        return mean_cross_entropy(hidden.flatten(0, -2), self.weight, targets.flatten())
+
+
+def _causal_attention(
+    _module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Causal attention of whole, unpadded rows; query, key and value (B, nh, S, hs), result (B, S, nh, hs)."""
+    if attention_mask is not None or query.shape[2] != key.shape[2]:
+        raise NotImplementedError("masks and key-value caches: save_hf() the model and load the folder instead")
+    out = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, is_causal=True, scale=scaling)
+    return out.transpose(1, 2), None
+
+
+# transformers' own "sdpa" waits for the device on every forward, to see from the position ids whether rows are packed,
+# and under torch.compile, where it can't see, builds the S x S mask. An attention of our own name gets no mask at all.
+AttentionInterface.register("sdpa_causal", _causal_attention)
+
+
+def save_hf(model: CausalLM, folder: str | Path, state_dict: Mapping[str, Tensor] | None = None) -> None:
+    """Write ``config.json`` and ``model.safetensors`` for ``AutoModelForCausalLM.from_pretrained(folder)``.
+
+    ``state_dict`` has the keys of ``model.state_dict()`` or of ``model.lm.state_dict()``: give it where ``model``
+    itself doesn't hold whole parameters (ZeRO-3). The embedding keeps its padding rows, so logits are
+    ``padded_vocab_size`` wide.
+    """
+    whole = model.state_dict() if state_dict is None else state_dict
+    tensors = {key.removeprefix("lm."): tensor.detach().cpu().contiguous() for key, tensor in whole.items()}
+    tensors.pop("lm_head.weight", None)  # tied; loading ties it again
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    _exported_config(model, tensors["transformer.wte.weight"].dtype).save_pretrained(folder)
+    save_file(tensors, Path(folder) / "model.safetensors", metadata={"format": "pt"})
+
+
+def _exported_config(model: CausalLM, dtype: torch.dtype) -> Any:
+    config = copy.deepcopy(model.lm.config)
+    config.architectures = ["GPT2LMHeadModel"]
+    config.dtype = dtype
+    config.use_cache = True  # whoever loads it generates
+    return config

@@ -1,0 +1,136 @@
+"""A run before it starts: its milestones as numbers, as text and as a picture. Needs no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from seqlen_curriculum.config import RunConfig
+from seqlen_curriculum.errors import ConfigError
+from seqlen_curriculum.timeline import Timeline
+from seqlen_curriculum.token_lr import TokenCosine
+
+__all__ = ["describe", "draw", "plan"]
+
+
+def plan(config: RunConfig, at: Iterable[int] = ()) -> dict[str, Any]:
+    """The run as one JSON-able object; ``at`` adds steps to ``milestones``. Tokens are target tokens of all ranks.
+
+    ``steps, consumed_tokens, full_length_step, milestones [{step, seqlen, rows, consumed_tokens, lr}]``, and where the
+    file says enough: ``read_tokens, dropped_tokens`` (data section), ``parameters, flops, flops_of_full_length`` (model
+    section; the latter is the same budget at constant full length). Raises ConfigError.
+    """
+    timeline = config.timeline()
+    rate = config.learning_rate(timeline)
+    steps = sorted({*_key_steps(timeline, rate), *_asked(at)})
+    summary: dict[str, Any] = {
+        "steps": timeline.steps,
+        "consumed_tokens": timeline.consumed_tokens(timeline.steps),
+        "full_length_step": timeline.full_length_step,
+        "shapes": len(timeline.shapes()),
+        "milestones": [_milestone(timeline, rate, step) for step in steps],
+    }
+    if config.data:
+        summary |= _data_use(timeline, config.data.seq_length)
+    if config.model:
+        summary |= _compute(timeline, config)
+    return summary
+
+
+def _key_steps(timeline: Timeline, rate: TokenCosine | None) -> set[int]:
+    """First and last step, full length, end of the LR warmup, and every tenth of the budget."""
+    tenths = {timeline.steps_to(timeline.train_tokens * tenth // 10) for tenth in range(1, 10)}
+    warmup = {timeline.steps_to(rate.warmup_tokens)} if rate else set()
+    full = {timeline.full_length_step} if timeline.full_length_step else set()
+    return {step for step in {1, timeline.steps} | tenths | warmup | full if step >= 1}
+
+
+def _asked(steps: Iterable[int]) -> set[int]:
+    asked = set(steps)
+    if any(step < 1 for step in asked):
+        raise ConfigError(f"--at: {min(asked)} is not a step; the first step is 1")
+    return asked
+
+
+def _milestone(timeline: Timeline, rate: TokenCosine | None, step: int) -> dict[str, Any]:
+    return {
+        "step": step,
+        "seqlen": timeline.seqlen(step),
+        "rows": timeline.rows(step),
+        "consumed_tokens": timeline.consumed_tokens(step),
+        "lr": rate(step) if rate else None,
+    }
+
+
+def _data_use(timeline: Timeline, seq_length: int) -> dict[str, int]:
+    """Each row stands for one full-length sample; what truncation leaves of it is dropped."""
+    read = timeline.consumed_rows(timeline.steps) * seq_length
+    return {"read_tokens": read, "dropped_tokens": read - timeline.consumed_tokens(timeline.steps)}
+
+
+def _compute(timeline: Timeline, config: RunConfig) -> dict[str, float]:
+    """Training FLOPs of the run, and of as many tokens at the longest length."""
+    assert config.model
+    lengths, tokens = timeline.tokens_by_length()
+    flops = float(np.sum(tokens * config.model.flops_per_token(lengths)))
+    full = float(np.sum(tokens)) * config.model.flops_per_token(int(lengths.max()))
+    return {"parameters": config.model.parameter_count(), "flops": flops, "flops_of_full_length": full}
+
+
+def describe(summary: dict[str, Any]) -> str:
+    """The plan as text for a terminal."""
+    full = summary["full_length_step"]
+    lines = [
+        f"steps             {summary['steps']:,}",
+        f"consumed tokens   {summary['consumed_tokens']:,}",
+        f"full length       {'never reached' if full is None else f'from step {full:,}'}",
+        f"lengths used      {summary['shapes']}",
+    ]
+    if "read_tokens" in summary:
+        share = summary["dropped_tokens"] / summary["read_tokens"]
+        lines.append(
+            f"tokens of samples {summary['read_tokens']:,}, dropped {summary['dropped_tokens']:,} ({share:.1%})"
+        )
+    if "flops" in summary:
+        ratio = summary["flops"] / summary["flops_of_full_length"]
+        lines.append(
+            f"compute           {summary['flops']:.3g} FLOPs, {ratio:.3f} of the same tokens at full length "
+            f"({summary['parameters']:,} parameters)"
+        )
+    return "\n".join([*lines, "", *_table(summary["milestones"])])
+
+
+def _table(milestones: Sequence[dict[str, Any]]) -> list[str]:
+    rows = [f"{'step':>10} {'seqlen':>7} {'rows':>6} {'consumed tokens':>18} {'lr':>12}"]
+    for m in milestones:
+        lr = "DeepSpeed's" if m["lr"] is None else f"{m['lr']:.4e}"
+        rows.append(f"{m['step']:>10,} {m['seqlen']:>7,} {m['rows']:>6,} {m['consumed_tokens']:>18,} {lr:>12}")
+    return rows
+
+
+def draw(config: RunConfig, path: Path) -> None:
+    """Seqlen and learning rate against steps and against consumed tokens, as a picture (PNG, PDF, SVG by suffix)."""
+    from matplotlib.figure import Figure  # slow to import, and only needed here
+
+    timeline = config.timeline()
+    rate = config.learning_rate(timeline)
+    steps = np.unique(np.linspace(1, timeline.steps, 2000).astype(np.int64))
+    tokens = timeline.consumed_tokens(steps)
+    figure = Figure(figsize=(10, 6), layout="constrained")
+    axes = figure.subplots(2, 2, sharex="col")
+    curves: list[tuple[str, Any]] = [("seqlen (tokens)", timeline.seqlen(steps))]
+    curves += [("learning rate", rate(steps))] if rate else []
+    for row, (label, values) in enumerate(curves):
+        for axis, (x_label, x) in zip(axes[row], (("step", steps), ("consumed tokens", tokens)), strict=True):
+            axis.plot(x, values, drawstyle="steps-pre" if row == 0 else "default")
+            axis.set_ylim(bottom=0)
+            axis.grid(alpha=0.3)
+            axis.set(ylabel=label, xlabel=x_label)
+    if not rate:
+        for axis in axes[1]:
+            axis.set_visible(False)
+    figure.suptitle(f"{timeline.steps:,} steps, {tokens[-1]:,} tokens, {timeline.global_batch:,} rows a step")
+    figure.savefig(path)

@@ -1,0 +1,72 @@
+"""The run's log: one JSON object a line, one line a step, so that analysis needs no engine.
+
+A training record holds ``step, seqlen, rows, consumed_tokens, loss, lr, grad_norm, seconds``; an evaluation record
+``step, consumed_tokens, valid_loss, valid_ppl, seconds``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from seqlen_curriculum.errors import DataError
+
+__all__ = ["RunLog", "read_runlog"]
+
+
+class RunLog:
+    """Appends records to ``path``; each line is handed to the system at once, so a kill loses no finished step."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._file = self.path.open("a", encoding="utf-8")
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Append one record."""
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Flush to disk and close."""
+        os.fsync(self._file.fileno())
+        self._file.close()
+
+    @staticmethod
+    def rewind(path: str | Path, step: int) -> int:
+        """Drop the records after ``step`` and a line cut short by a kill; return how many steps were dropped.
+
+        They are written again, with the same values, as the run continues. The shorter file replaces the old one in one
+        rename, so a second kill in between loses nothing.
+        """
+        path = Path(path)
+        if not path.exists():
+            return 0
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        kept = [line for line in lines if (record := _parsed(line)) is not None and record["step"] <= step]
+        if len(kept) < len(lines):
+            shorter = path.with_name(path.name + ".tmp")
+            shorter.write_text("".join(kept), encoding="utf-8")
+            os.replace(shorter, path)
+        return len(lines) - len(kept)
+
+
+def _parsed(line: str) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError:
+        return None
+    return record if line.endswith("\n") and isinstance(record, dict) and "step" in record else None
+
+
+def read_runlog(path: str | Path) -> Iterator[dict[str, Any]]:
+    """The records of a log in order; a last line still being written is left out. Raises DataError on a damaged line."""
+    with Path(path).open(encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            record = _parsed(line)
+            if record is not None:
+                yield record
+            elif line.endswith("\n"):
+                raise DataError(f"{path}: line {number} is not a run log record: {line[:80]!r}")

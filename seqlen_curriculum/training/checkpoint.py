@@ -1,0 +1,187 @@
+"""Checkpoints that are whole or absent: written under a temporary name, moved into place, verified before use.
+
+A checkpoint folder ``global_step<N>`` holds DeepSpeed's files, the model as a Hugging Face folder (``config.json``,
+``model.safetensors``), and last of all ``complete.json``: the step, the settings that make the run what it is, and the
+size of every file. A folder without it, or with a file of another size, is not a checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from deepspeed import comm as dist
+
+from seqlen_curriculum.errors import CheckpointError
+from seqlen_curriculum.training.telemetry import say
+
+__all__ = ["Checkpoint", "Checkpoints"]
+
+T = TypeVar("T")
+_MANIFEST = "complete.json"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint on disk. ``run`` holds the settings it was made under."""
+
+    folder: Path
+    step: int
+    world_size: int
+    run: dict[str, Any]
+
+
+class Checkpoints:
+    """The checkpoints of one run in the folder ``save``; ``run`` are the settings that another run may not share."""
+
+    def __init__(self, save: Path, keep_last: int, run: Mapping[str, Any]) -> None:
+        self.save_folder, self.keep_last, self.run = save, keep_last, dict(run)
+
+    def save(self, engine: Any, step: int, write_model: Callable[[Path], None]) -> None:
+        """Write checkpoint ``step`` on all ranks; older ones beyond ``keep_last`` go once it is complete.
+
+        ``write_model(folder)`` adds the Hugging Face files. Raises CheckpointError, the previous checkpoint untouched.
+        """
+        final = self.save_folder / f"global_step{step}"
+        if _from_rank_0(self._read_or_none(final)) is not None:
+            return  # resumed at this very step
+        unfinished = self.save_folder / f".{final.name}.tmp"
+        if dist.get_rank() == 0:
+            shutil.rmtree(unfinished, ignore_errors=True)
+        dist.barrier()
+        try:
+            engine.save_checkpoint(str(self.save_folder), tag=unfinished.name, save_latest=False)
+            write_model(unfinished)
+            dist.barrier()
+            if dist.get_rank() == 0:
+                self._publish(unfinished, final, step)
+        except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+            shutil.rmtree(unfinished, ignore_errors=True)
+            kept = next(reversed(self._complete()), None)
+            intact = f"the checkpoint {kept.folder} is intact" if kept else "there is no earlier checkpoint"
+            raise CheckpointError(
+                f"{final}: can't be written ({error}); {intact}. Free space or fix the folder, then give the same command"
+            ) from error
+        dist.barrier()
+
+    def find(self, resume: str) -> Checkpoint | None:
+        """The checkpoint to continue from, the same on all ranks: ``auto``, ``none`` or a checkpoint folder's path."""
+        if resume == "none":
+            found = None
+        elif resume == "auto":
+            found = self.newest()
+        else:
+            found = read_checkpoint(Path(resume).resolve())
+        return _from_rank_0(found)
+
+    def newest(self) -> Checkpoint | None:
+        """The newest complete checkpoint; says which newer folders it passes over, and why."""
+        for folder in sorted(self.save_folder.glob("global_step*"), key=_step_of, reverse=True):
+            try:
+                return read_checkpoint(folder)
+            except CheckpointError as error:
+                say(f"passing over an unusable checkpoint: {error}")
+        return None
+
+    def load(self, engine: Any, checkpoint: Checkpoint) -> None:
+        """Continue ``engine`` from ``checkpoint`` on all ranks. Raises CheckpointError if it is another run's.
+
+        A checkpoint outside the run's own folder starts a branch: settings may differ, and the differences are said.
+        """
+        self._check_same_run(checkpoint)
+        loaded, _ = engine.load_checkpoint(str(checkpoint.folder.parent), tag=checkpoint.folder.name)
+        if loaded is None or engine.global_steps != checkpoint.step:
+            raise CheckpointError(
+                f"{checkpoint.folder}: DeepSpeed found step {engine.global_steps} where {checkpoint.step} was saved; "
+                "remove this folder to continue from the one before"
+            )
+
+    def _check_same_run(self, checkpoint: Checkpoint) -> None:
+        changed = differences(checkpoint.run, self.run)
+        listed = "".join(f"\n  - {line}" for line in changed)
+        branch = checkpoint.folder.parent != self.save_folder.resolve()
+        if changed and branch and not any(line.startswith("model.") for line in changed):
+            say(f"branching from {checkpoint.folder} with other settings:{listed}")
+        elif changed:
+            raise CheckpointError(
+                f"{checkpoint.folder}: made by another run; restore these settings, or train into another --save:{listed}"
+            )
+        ranks = dist.get_world_size()
+        if checkpoint.run.get("zero_optimization.stage", 0) != 0 and checkpoint.world_size != ranks:
+            raise CheckpointError(
+                f"{checkpoint.folder}: its optimizer state is sharded over {checkpoint.world_size} ranks (ZeRO); "
+                f"resume with as many, not with {ranks}"
+            )
+
+    def _publish(self, unfinished: Path, final: Path, step: int) -> None:
+        sizes = {str(f.relative_to(unfinished)): f.stat().st_size for f in sorted(unfinished.rglob("*")) if f.is_file()}
+        manifest = {"step": step, "world_size": dist.get_world_size(), "run": self.run, "files": sizes}
+        _write(unfinished / _MANIFEST, json.dumps(manifest, indent=2))
+        if final.exists():
+            say(f"replacing an unusable checkpoint: {final}")
+            shutil.rmtree(final)
+        os.rename(unfinished, final)
+        _write(self.save_folder / "latest.tmp", final.name)  # DeepSpeed's own pointer, for its tools
+        os.replace(self.save_folder / "latest.tmp", self.save_folder / "latest")
+        for old in self._complete()[: -self.keep_last]:
+            shutil.rmtree(old.folder)
+
+    def _complete(self) -> list[Checkpoint]:
+        folders = sorted(self.save_folder.glob("global_step*"), key=_step_of)
+        return [found for folder in folders if (found := self._read_or_none(folder))]
+
+    @staticmethod
+    def _read_or_none(folder: Path) -> Checkpoint | None:
+        try:
+            return read_checkpoint(folder)
+        except CheckpointError:
+            return None
+
+
+def _from_rank_0(value: T) -> T:
+    """Rank 0's value on every rank: on a shared file system ranks may see different moments."""
+    values = [value]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]
+
+
+def read_checkpoint(folder: Path) -> Checkpoint:
+    """Verify a checkpoint folder against its ``complete.json``. Raises CheckpointError."""
+    try:
+        manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{folder}: no readable {_MANIFEST}, so it was never completed") from error
+    for name, size in manifest["files"].items():
+        path = folder / name
+        found = path.stat().st_size if path.exists() else None
+        if found != size:
+            state = "is missing" if found is None else f"has {found} bytes"
+            raise CheckpointError(f"{folder}: {name} {state}, {size} bytes were saved")
+    return Checkpoint(folder, manifest["step"], manifest["world_size"], manifest["run"])
+
+
+def differences(saved: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
+    """One line for each setting that differs."""
+    keys = sorted({*saved, *ours})
+    return [
+        f"{key}: {saved.get(key)!r} in the checkpoint, {ours.get(key)!r} now"
+        for key in keys
+        if saved.get(key) != ours.get(key)
+    ]
+
+
+def _step_of(folder: Path) -> int:
+    digits = folder.name.removeprefix("global_step")
+    return int(digits) if digits.isdigit() else -1
+
+
+def _write(path: Path, text: str) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())

@@ -1,0 +1,83 @@
+"""What rank 0 tells of a run: a progress bar, the run log, and DeepSpeed's monitor (TensorBoard, W&B, CSV)."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from deepspeed import comm as dist
+from tqdm import tqdm
+
+from seqlen_curriculum.runlog import RunLog
+from seqlen_curriculum.timeline import Timeline
+
+__all__ = ["Telemetry", "say"]
+
+_TRAIN_VALUES = ("loss", "lr", "seqlen", "grad_norm", "seconds")
+_VALID_VALUES = ("valid_loss", "valid_ppl")
+
+
+def say(message: str) -> None:
+    """One line for the person at the terminal, above the bar; on rank 0 only."""
+    if dist.get_rank() == 0:
+        tqdm.write(message, file=sys.stderr)
+
+
+class Telemetry:
+    """Writes each record everywhere it belongs. On ranks other than 0 (``log`` None) it does nothing."""
+
+    def __init__(self, log: Path | None, monitor: Any, done_steps: int, timeline: Timeline) -> None:
+        self._log = RunLog(log) if log else None
+        self._monitor = monitor
+        self._train_tokens = timeline.train_tokens
+        terminal = sys.stderr.isatty()
+        self._bar = tqdm(
+            total=timeline.steps,
+            initial=done_steps,
+            unit="step",
+            disable=log is None,
+            mininterval=0.5 if terminal else 15,  # a log file wants few lines
+            dynamic_ncols=True,
+            bar_format="{percentage:3.0f}% {n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix}",
+        )
+        self._seconds = self._tokens = 0.0
+
+    def step(self, record: dict[str, Any]) -> None:
+        """A training record."""
+        if self._log is None:
+            return
+        self._log.write(record)
+        self._to_monitor("Train", record, _TRAIN_VALUES)
+        # tokens/s over recent steps; halving the past keeps it steady at short, quick steps
+        self._tokens = 0.9 * self._tokens + record["rows"] * record["seqlen"]
+        self._seconds = 0.9 * self._seconds + record["seconds"]
+        self._bar.set_postfix_str(
+            f"seqlen {record['seqlen']}, tokens {record['consumed_tokens']:.3g}/{self._train_tokens:.3g}, "
+            f"loss {record['loss']:.3f}, lr {record['lr']:.2e}, {self._tokens / self._seconds:,.0f} tokens/s",
+            refresh=False,
+        )
+        self._bar.update()
+
+    def evaluation(self, record: dict[str, Any]) -> None:
+        """An evaluation record."""
+        if self._log is None:
+            return
+        self._log.write(record)
+        self._to_monitor("Valid", record, _VALID_VALUES)
+        say(f"step {record['step']}: validation loss {record['valid_loss']:.4f}, perplexity {record['valid_ppl']:.2f}")
+
+    def close(self) -> None:
+        """Close the bar and the log."""
+        self._bar.close()
+        if self._log is not None:
+            self._log.close()
+
+    def _to_monitor(self, group: str, record: dict[str, Any], names: tuple[str, ...]) -> None:
+        """Each value twice: against steps and against consumed tokens."""
+        if not getattr(self._monitor, "enabled", False):
+            return
+        values = [(name, record[name]) for name in names if record.get(name) is not None]
+        against_steps = [(f"{group}/{name}", value, record["step"]) for name, value in values]
+        against_tokens = [(f"{group}-by-tokens/{name}", value, record["consumed_tokens"]) for name, value in values]
+        self._monitor.write_events(against_steps + against_tokens)

@@ -1,0 +1,195 @@
+"""The training loop: one length per optimizer step, evaluation at full length, stop by tokens.
+
+Shapes: ``B`` rows of a rank in a step, ``b`` rows of a micro-batch, ``S`` today's seqlen.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from deepspeed import comm as dist
+
+from seqlen_curriculum.config import TrainingConfig
+from seqlen_curriculum.data.samples import Samples
+from seqlen_curriculum.errors import DivergenceError
+from seqlen_curriculum.runlog import RunLog
+from seqlen_curriculum.timeline import Timeline
+from seqlen_curriculum.training.telemetry import Telemetry, say
+
+__all__ = ["Trainer", "row_seed"]
+
+
+def row_seed(seed: int, step: int, row: int) -> int:
+    """The random seed of the micro-batch that starts at global row ``row`` of ``step``.
+
+    Dropout is keyed by what is trained on, not by who trains it, so a resume needs no random state and draws the same
+    masks on another number of ranks with the same micro-batch.
+    """
+    digest = hashlib.blake2b(f"{seed}/{step}/{row}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little")
+
+
+@dataclass
+class Trainer:
+    """Trains ``engine`` along ``timeline``; every step's data, length and rate follow from the step alone."""
+
+    engine: Any
+    timeline: Timeline
+    train_samples: Samples
+    valid_samples: Samples
+    rows_per_rank: int
+    micro_batch: int
+    settings: TrainingConfig
+    telemetry: Telemetry
+    save: Callable[[int], None]  # checkpoint of a step, called on all ranks
+    sample_log: RunLog | None = None
+
+    def train(self, first_step: int) -> bool:
+        """Run from ``first_step`` to the budget. True when it is reached, False when a signal stopped it earlier."""
+        saved = evaluated = first_step - 1
+        with _StopSignals() as signals:
+            for step in range(first_step, self.timeline.steps + 1):
+                stop = self._step(step, signals.received)
+                if _due(step, self.settings.eval_interval):
+                    evaluated = self._evaluate(step)
+                if _due(step, self.settings.save_interval) or stop:
+                    self.save(step)
+                    saved = step
+                if stop and step < self.timeline.steps:
+                    say(f"stopped after step {step} by a signal, and saved; the same command continues")
+                    return False
+        if self.settings.eval_interval and evaluated < self.timeline.steps:
+            self._evaluate(self.timeline.steps)
+        if saved < self.timeline.steps:
+            self.save(self.timeline.steps)
+        say(f"finished: {self.timeline.steps} steps, {self.timeline.consumed_tokens(self.timeline.steps):,} tokens")
+        return True
+
+    def _step(self, step: int, stop: bool) -> bool:
+        """One optimizer step. Returns whether any rank was asked to stop."""
+        started = time.perf_counter()
+        engine, seqlen = self.engine, self.engine.curriculum_scheduler.update_difficulty(step)
+        loss, stop = self._agree(self._forward_backward(step, seqlen), stop, step, seqlen)
+        unsharded_norm = self._unsharded_grad_norm()
+        rate = engine.get_lr()[0]  # of this step: engine.step() puts the next one's in force
+        engine.step()
+        grad_norm = engine.get_global_grad_norm() if unsharded_norm is None else unsharded_norm
+        record = {
+            "step": step,
+            "seqlen": seqlen,
+            "rows": self.timeline.rows(step),
+            "consumed_tokens": self.timeline.consumed_tokens(step),
+            "loss": loss,
+            "lr": rate,
+            "grad_norm": None if grad_norm is None else float(grad_norm),
+            "seconds": time.perf_counter() - started,
+        }
+        self.telemetry.step(record)
+        return stop
+
+    def _forward_backward(self, step: int, seqlen: int) -> torch.Tensor:
+        """This rank's mean loss of ``step``, an fp64 scalar; its gradients are accumulated and averaged over ranks."""
+        total, micro_batches = torch.zeros((), device=self.engine.device, dtype=torch.float64), 0
+        for row, inputs, targets in self._micro_batches(step, seqlen):
+            if micro_batches:
+                self.engine.step()  # inside the accumulation this only tells DeepSpeed that a micro-batch is done
+            torch.manual_seed(row_seed(self.settings.seed, step, row))
+            loss = self.engine(inputs, targets)
+            self.engine.backward(loss)
+            total += loss.detach()
+            micro_batches += 1
+        return total / micro_batches
+
+    def _micro_batches(self, step: int, seqlen: int) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+        """(first global row, inputs (b, S), targets (b, S)) of this rank's share of a step."""
+        first_row = dist.get_rank() * self.rows_per_rank
+        ids = self.train_samples.order(self.timeline.consumed_rows(step - 1) + first_row, self.rows_per_rank)
+        if self.sample_log is not None:
+            self.sample_log.write({"step": step, "first_row": first_row, "samples": ids.tolist()})
+        tokens = self._on_device(self.train_samples.read(ids, seqlen))  # (B, S + 1)
+        for start in range(0, self.rows_per_rank, self.micro_batch):
+            rows = tokens[start : start + self.micro_batch]
+            yield first_row + start, rows[:, :-1], rows[:, 1:]
+
+    def _agree(self, loss: torch.Tensor, stop: bool, step: int, seqlen: int) -> tuple[float, bool]:
+        """The loss averaged over ranks and whether any rank must stop, in one reduction."""
+        shared = torch.stack([loss, torch.tensor(float(stop), dtype=loss.dtype, device=loss.device)])
+        dist.all_reduce(shared)
+        loss_value = float(shared[0]) / dist.get_world_size()
+        if not math.isfinite(loss_value):
+            raise DivergenceError(
+                f"step {step}: the loss is {loss_value} at seqlen {seqlen}; no weight was changed by this step and the last "
+                "checkpoint is intact. Lower optimizer.params.lr, lengthen the curriculum or its min_difficulty, or check "
+                "the precision settings, then train into another --save"
+            )
+        return loss_value, bool(shared[1] > 0)
+
+    def _unsharded_grad_norm(self) -> torch.Tensor | None:
+        """The gradient norm where DeepSpeed keeps none: fp32 without ZeRO. Gradients are averaged by now."""
+        engine = self.engine
+        if engine.zero_optimization() or engine.fp16_enabled() or engine.bfloat16_enabled():
+            return None
+        return torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])
+
+    def _evaluate(self, step: int) -> int:
+        """Full-length loss on the same validation rows each time, every row once however many ranks share them."""
+        started = time.perf_counter()
+        seq_length = self.valid_samples.seq_length
+        rows = min(self.settings.eval_rows, self.valid_samples.num_samples)
+        ids = np.arange(rows, dtype=np.int64) * self.valid_samples.num_samples // rows
+        mine = ids[dist.get_rank() :: dist.get_world_size()]
+        total = torch.zeros((), device=self.engine.device, dtype=torch.float64)
+        self.engine.eval()
+        with torch.no_grad():
+            # Every rank makes the same number of forward calls (ZeRO-3 gathers weights in each); a rank that has run out
+            # of rows repeats one with weight 0.
+            for start in range(0, -(-rows // dist.get_world_size()), self.micro_batch):
+                chunk = mine[start : start + self.micro_batch]
+                tokens = self._on_device(self.valid_samples.read(chunk if len(chunk) else ids[:1], seq_length))
+                total += self.engine(tokens[:, :-1], tokens[:, 1:]).detach() * len(chunk)
+        self.engine.train()
+        dist.all_reduce(total)
+        valid_loss = float(total) / rows
+        self.telemetry.evaluation(
+            {
+                "step": step,
+                "consumed_tokens": self.timeline.consumed_tokens(step),
+                "valid_loss": valid_loss,
+                "valid_ppl": math.exp(min(20.0, valid_loss)),
+                "seconds": time.perf_counter() - started,
+            }
+        )
+        return step
+
+    def _on_device(self, tokens: np.ndarray[Any, np.dtype[np.int64]]) -> torch.Tensor:
+        return torch.from_numpy(tokens).to(self.engine.device, non_blocking=True)
+
+
+class _StopSignals:
+    """Notes SIGTERM and SIGINT instead of dying, so that the step is finished and saved; a second SIGINT kills."""
+
+    def __init__(self) -> None:
+        self.received = False
+
+    def __enter__(self) -> _StopSignals:
+        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def _note(self, _number: int, _frame: object) -> None:
+        self.received = True
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+def _due(step: int, interval: int) -> bool:
+    return bool(interval) and step % interval == 0

@@ -1,0 +1,37 @@
+"""Packaging of seqlen-curriculum; tool settings are in pyproject.toml."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+setup(
+    name="seqlen-curriculum",
+    version="0.1.0",
+    description="Sequence length warmup for GPT pre-training with DeepSpeed: exact, resumable, planned before it starts",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=find_packages(include=["seqlen_curriculum", "seqlen_curriculum.*"]),
+    package_data={"seqlen_curriculum": ["py.typed"]},
+    install_requires=[
+        "deepspeed>=0.19",
+        "matplotlib>=3.8",
+        "numpy>=1.26",
+        "pydantic>=2.6",
+        "tokenizers>=0.20",
+        "torch>=2.6",
+        "tqdm>=4.66",
+        "transformers>=5.0",
+    ],
+    extras_require={
+        "dev": [
+            "hypothesis>=6.100",
+            "megatron-core>=0.12",
+            "mypy>=1.10",
+            "pytest>=8.0",
+            "ruff>=0.6",
+            "tensorboard>=2.16",
+        ],
+    },
+)

@@ -1,0 +1,144 @@
+"""Run on two ranks by test_engine.py: many engines in one launch. Rank 0 writes what it saw as JSON.
+
+usage: launched_engine.py OUT_FILE PAPER_JSON
+"""
+
+import copy
+import json
+import sys
+from pathlib import Path
+
+import deepspeed
+import torch
+from deepspeed import comm as dist
+
+from seqlen_curriculum import RunConfig, initialize
+from seqlen_curriculum.architecture import ModelConfig
+from seqlen_curriculum.models.gpt2 import build_gpt2
+from seqlen_curriculum.training.checkpoint import Checkpoints
+from seqlen_curriculum.training.pretrain import write_model
+
+BLOCK = {
+    "enabled": True,
+    "curriculum_type": "seqlen",
+    "min_difficulty": 4,
+    "max_difficulty": 16,
+    "schedule_type": "fixed_linear",
+    "schedule_config": {"total_curriculum_step": 6, "difficulty_step": 4},
+}
+RUN = {
+    "train_batch_size": 4,
+    "train_micro_batch_size_per_gpu": 1,
+    "optimizer": {"type": "Adam", "params": {"lr": 1e-2, "torch_adam": True}},
+    "gradient_clipping": 0.5,
+    "curriculum_learning": BLOCK,
+    "scheduler": {"type": "TokenCosineLR", "params": {"warmup_steps": 2, "min_lr": 1e-3}},
+    "training": {"train_tokens": 1000},
+}
+
+
+def model(positions=16):
+    torch.manual_seed(0)
+    sizes = {"num_layers": 2, "hidden_size": 16, "num_attention_heads": 2, "vocab_size": 128}
+    return build_gpt2(ModelConfig(max_position_embeddings=positions, **sizes))
+
+
+def train(engine, steps, rows, device_rows_seed=1):
+    """``steps`` optimizer steps as a user's own loop would do them; (losses, lengths, rates) of each."""
+    losses, lengths, rates = [], [], []
+    for _ in range(steps):
+        step = engine.global_steps + 1
+        seqlen = engine.curriculum_scheduler.update_difficulty(step)
+        generator = torch.Generator().manual_seed(device_rows_seed * 1000 + step)
+        tokens = torch.randint(0, 128, (dist.get_world_size(), rows, seqlen + 1), generator=generator)[dist.get_rank()]
+        total = 0.0
+        for row in range(0, rows, engine.train_micro_batch_size_per_gpu()):
+            micro = tokens[row : row + engine.train_micro_batch_size_per_gpu()]
+            loss = engine(micro[:, :-1], micro[:, 1:])
+            total += float(loss.detach()) / engine.gradient_accumulation_steps()
+            engine.backward(loss)
+            rates_now = engine.get_lr()[0]
+            engine.step()
+        mean = torch.tensor(total, dtype=torch.float64)
+        dist.all_reduce(mean)
+        losses.append(float(mean) / dist.get_world_size())
+        lengths.append(seqlen)
+        rates.append(rates_now)
+    return losses, lengths, rates
+
+
+def engine_for(model, config):
+    engine, _, _, lr_scheduler = initialize(model=model, model_parameters=model.parameters(), config=config)
+    return engine, lr_scheduler
+
+
+def run(**changes):
+    return {**copy.deepcopy(RUN), **changes}
+
+
+def zero_stages():
+    """The same losses, lengths and rates whatever shards the run, and under bf16."""
+    seen = {}
+    for stage in (0, 1, 2, 3):
+        engine, _ = engine_for(model(), run(zero_optimization={"stage": stage}))
+        seen[f"zero {stage}"] = train(engine, 8, rows=2)
+    engine, _ = engine_for(model(), run(zero_optimization={"stage": 1}, bf16={"enabled": True}))
+    seen["bf16"] = train(engine, 8, rows=2)
+    return seen
+
+
+def skipped_steps():
+    """A loss scale no gradient survives: fp16 skips the first steps, whose tokens were read all the same."""
+    fp16 = {"enabled": True, "initial_scale_power": 28, "hysteresis": 1}
+    engine, lr_scheduler = engine_for(model(), run(zero_optimization={"stage": 1}, fp16=fp16))
+    _, lengths, rates = train(engine, 12, rows=2)
+    rate = lr_scheduler.rate
+    return {
+        "skipped": engine.skipped_steps,
+        "rates": rates,
+        "lengths": lengths,
+        "planned": [rate(step) for step in range(1, 13)],
+    }
+
+
+def zero_3_checkpoint(folder):
+    """A sharded model is saved whole, and continues as if nothing had happened."""
+    config = run(zero_optimization={"stage": 3})
+    checkpoints = Checkpoints(folder, 1, RunConfig.from_dict(config).settings())
+    engine, _ = engine_for(model(), config)
+    train(engine, 3, rows=2)
+    checkpoints.save(engine, 3, lambda path: write_model(engine.module, path))
+    expected = train(engine, 2, rows=2)
+    again, _ = engine_for(model(), config)
+    checkpoints.load(again, checkpoints.find("auto"))
+    return {"expected": expected, "resumed": train(again, 2, rows=2), "folder": str(folder / "global_step3")}
+
+
+def paper_json(path):
+    """DeepSpeed's tutorial file, unchanged: DeepSpeed refuses it, we train it."""
+    network = model(positions=1024)
+    try:
+        deepspeed.initialize(model=network, model_parameters=network.parameters(), config=str(path))
+        refusal = ""
+    except Exception as error:
+        refusal = f"{type(error).__name__}: {error}"
+    engine, _ = engine_for(network, str(path))
+    losses, lengths, _ = train(engine, 2, rows=2048)
+    return {"refusal": refusal, "losses": losses, "lengths": lengths, "clipping": engine.gradient_clipping()}
+
+
+def main():
+    out, paper = Path(sys.argv[-2]), Path(sys.argv[-1])
+    deepspeed.init_distributed()
+    seen = {
+        "zero_stages": zero_stages(),
+        "skipped_steps": skipped_steps(),
+        "zero_3_checkpoint": zero_3_checkpoint(out.parent / "zero3"),
+        "paper_json": paper_json(paper),
+    }
+    if dist.get_rank() == 0:
+        out.write_text(json.dumps(seen))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,194 @@
+"""The one JSON file: strictness, overrides, conflicts between sections, and every file the project ships."""
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+
+from seqlen_curriculum import ConfigError, RunConfig
+
+CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.json"))
+GOOD = {
+    "train_batch_size": 8,
+    "train_micro_batch_size_per_gpu": 2,
+    "optimizer": {"type": "Adam", "params": {"lr": 1e-3}},
+    "zero_optimization": {"stage": 1},
+    "curriculum_learning": {
+        "enabled": True,
+        "curriculum_type": "seqlen",
+        "min_difficulty": 8,
+        "max_difficulty": 64,
+        "schedule_type": "fixed_linear",
+        "schedule_config": {"total_curriculum_step": 10, "difficulty_step": 8},
+    },
+    "scheduler": {"type": "TokenCosineLR", "params": {"warmup_steps": 3, "min_lr": 1e-5}},
+    "model": {"preset": "tiny-200k"},
+    "data": {"train": ["corpus/x"], "seq_length": 64},
+    "training": {"train_tokens": 1e5},
+}
+
+
+def changed(**values):
+    """GOOD with ``section__key=value`` changes; a value of None removes the key."""
+    config = copy.deepcopy(GOOD)
+    for path, value in values.items():
+        *parents, key = path.split("__")
+        target = config
+        for parent in parents:
+            target = target[parent]
+        if value is None:
+            del target[key]
+        else:
+            target[key] = value
+    return config
+
+
+def written(tmp_path, text):
+    path = tmp_path / "run.json"
+    path.write_text(text if isinstance(text, str) else json.dumps(text))
+    return path
+
+
+def test_reads_a_good_file(tmp_path):
+    config = RunConfig.load(written(tmp_path, GOOD))
+    assert set(config.deepspeed) == {
+        "train_batch_size",
+        "train_micro_batch_size_per_gpu",
+        "optimizer",
+        "zero_optimization",
+    }
+    assert config.training.train_tokens == 100_000
+    assert config.timeline().seqlen(5) == 32  # 8 + 56 * 0.5 = 36, down to 32
+    assert config.settings()["curriculum.schedule_config.total_curriculum_step"] == 10
+
+
+def test_a_disabled_or_absent_curriculum_trains_at_full_length():
+    disabled = RunConfig.from_dict(changed(curriculum_learning={"enabled": False}))
+    absent = RunConfig.from_dict(changed(curriculum_learning=None))
+    assert disabled.timeline().seqlen(1) == absent.timeline().seqlen(1) == 64
+    assert "curriculum_learning" not in disabled.deepspeed
+
+
+def test_other_schedulers_are_left_to_deepspeed():
+    config = RunConfig.from_dict(changed(scheduler={"type": "WarmupLR", "params": {}}))
+    assert config.scheduler is None
+    assert config.deepspeed["scheduler"] == {"type": "WarmupLR", "params": {}}
+
+
+def test_overrides(tmp_path):
+    sets = ["training.train_tokens=2e9", "model.preset=tiny-1m", "fp16.enabled=true", 'data.split="9,1,0"']
+    config = RunConfig.load(written(tmp_path, GOOD), sets)
+    assert (config.training.train_tokens, config.model.preset) == (2_000_000_000, "tiny-1m")
+    assert (config.deepspeed["fp16"], config.data.split) == ({"enabled": True}, "9,1,0")
+
+
+@pytest.mark.parametrize("override", ["training.train_tokens", "=3", "training.=3", "train_batch_size.x=3"])
+def test_bad_overrides(tmp_path, override):
+    with pytest.raises(ConfigError, match="--set"):
+        RunConfig.load(written(tmp_path, GOOD), [override])
+
+
+BAD = {
+    "seq_length typo": (changed(data__seq_lenght=64), "data.seq_lenght: unknown key; did you mean 'seq_length'?"),
+    "section typo": (changed(curriculum_learing={}), "unknown section; did you mean 'curriculum_learning'?"),
+    "scheduler typo": (changed(scheduler__type="TokenCosineLr"), "scheduler.type: 'TokenCosineLr' is not valid"),
+    "curriculum above data": (changed(data__seq_length=32), "max_difficulty: 64 is above data.seq_length 32"),
+    "data above model": (changed(data__seq_length=4096), "data.seq_length: 4096 is above the model's 1024 positions"),
+    "curriculum above model": (
+        changed(data=None, curriculum_learning__max_difficulty=4096),
+        "max_difficulty: 4096 is above the model's 1024 positions",
+    ),
+    "enabled missing": (changed(curriculum_learning__enabled=None), "curriculum_learning.enabled: required"),
+    "lr missing": (changed(optimizer={"type": "Adam"}), "optimizer.params.lr: None is not a positive number"),
+    "lr zero": (changed(optimizer__params__lr=0), "optimizer.params.lr: 0 is not a positive number"),
+    "warmup over budget": (changed(scheduler__params__warmup_steps=10_000), "scheduler.params.decay_tokens"),
+    "two warmups": (changed(scheduler__params__warmup_tokens=5), "warmup_steps and warmup_tokens are both given"),
+    "budget below a step": (changed(training__train_tokens=7), "less than one token for each of the 8 rows"),
+    "unknown preset": (changed(model__preset="gpt2-117"), "did you mean 'gpt2-117m'?"),
+    "no batch size": (changed(train_batch_size="auto"), "train_batch_size: 'auto' is not a positive whole number"),
+    "keep none": (changed(training__keep_last=0), "training.keep_last: 0 is not valid"),
+    "unknown leftovers": (changed(data__leftovers="keep"), "data.leftovers: 'keep' is not valid"),
+    "no corpus": (changed(data__train=[]), "data.train"),
+    "clip twice": (changed(optimizer__params__max_grad_norm=2.0, gradient_clipping=1.0), "max_grad_norm: 2.0 differs"),
+}
+
+
+@pytest.mark.parametrize(("bad", "message"), BAD.values(), ids=BAD)
+def test_malformed_files_are_refused_by_name(bad, message):
+    with pytest.raises(ConfigError) as caught:
+        RunConfig.from_dict(bad)
+    assert message in str(caught.value)
+
+
+def test_all_problems_of_a_file_are_reported_at_once(tmp_path):
+    bad = changed(model__layers=3, training__sed=1, data__seq_length=0, curriculum_learning__min_difficulty=0)
+    with pytest.raises(ConfigError) as caught:
+        RunConfig.load(written(tmp_path, bad), require=("model", "evaluation"))
+    text = str(caught.value)
+    assert "run.json: 5 problems" in text
+    for name in ("evaluation", "model.layers", "training.sed", "data.seq_length", "min_difficulty"):
+        assert name in text
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"model": 1, "model": 2}', "key 'model' is given twice"),
+        ('{"model": {"preset": "a", "preset": "b"}}', "key 'preset' is given twice"),
+        ('{"model": }', "line 1, column 11"),
+        ("[]", "holds list, not an object"),
+        ('{"model": 3}', "model: "),
+        ('{"curriculum_learning": []}', "curriculum_learning: [] is not an object"),
+    ],
+)
+def test_broken_json(tmp_path, text, message):
+    with pytest.raises(ConfigError) as caught:
+        RunConfig.load(written(tmp_path, text))
+    assert message in str(caught.value)
+
+
+def test_missing_file():
+    with pytest.raises(ConfigError, match=r"nowhere\.json: can't be read"):
+        RunConfig.load("nowhere.json")
+
+
+@pytest.mark.parametrize(
+    ("ranks", "changes", "shape"),
+    [
+        (1, {}, (8, 2, 4)),
+        (2, {}, (4, 2, 2)),
+        (2, {"train_micro_batch_size_per_gpu": None}, (4, 4, 1)),
+        (2, {"train_micro_batch_size_per_gpu": None, "gradient_accumulation_steps": 4}, (4, 1, 4)),
+    ],
+)
+def test_batch_shape(ranks, changes, shape):
+    assert RunConfig.from_dict(changed(**changes)).batch_shape(ranks) == shape
+
+
+@pytest.mark.parametrize(
+    ("ranks", "changes", "message"),
+    [
+        (3, {}, "8 rows don't divide over 3 ranks"),
+        (1, {"train_micro_batch_size_per_gpu": 3}, "train_micro_batch_size_per_gpu: 3 doesn't divide the 8 rows"),
+        (2, {"gradient_accumulation_steps": 4}, "4 x train_micro_batch_size_per_gpu 2 x 2 ranks is 16"),
+        (1, {"gradient_accumulation_steps": "auto"}, "gradient_accumulation_steps: 'auto'"),
+    ],
+)
+def test_batches_that_do_not_divide(ranks, changes, message):
+    with pytest.raises(ConfigError, match=message):
+        RunConfig.from_dict(changed(**changes)).batch_shape(ranks)
+
+
+def test_max_grad_norm_of_old_files_becomes_gradient_clipping():
+    config = RunConfig.from_dict(changed(optimizer__params__max_grad_norm=1.0))
+    assert config.deepspeed["gradient_clipping"] == 1.0
+    assert config.deepspeed["optimizer"]["params"] == {"lr": 1e-3}
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_shipped_config_loads_and_plans(path):
+    config = RunConfig.load(path, require=("model", "data", "training"))
+    timeline = config.timeline()
+    assert timeline.full_length_step is not None
+    assert config.learning_rate(timeline)(timeline.steps) == config.scheduler.params.min_lr

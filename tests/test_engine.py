@@ -1,0 +1,108 @@
+"""``initialize`` in a user's own loop: one launch on two ranks sees many engines, each test looks at one of them."""
+
+import json
+
+import pytest
+from conftest import launch
+
+from seqlen_curriculum import ConfigError, RunConfig
+
+# The file of DeepSpeed's curriculum learning tutorial, to the letter.
+PAPER_JSON = """{
+  "train_batch_size": 4096,
+  "gradient_accumulation_steps": 1,
+  "steps_per_print": 1,
+  "optimizer": {
+    "type": "Adam",
+    "params": {
+      "lr": 0.00015,
+      "max_grad_norm": 1.0,
+      "betas": [0.9, 0.95]
+    }
+  },
+  "gradient_clipping": 1.0,
+  "fp16": {
+    "enabled": true,
+    "loss_scale": 0,
+    "loss_scale_window": 1000,
+    "hysteresis": 2,
+    "consecutive_hysteresis": false,
+    "min_loss_scale": 1
+  },
+  "curriculum_learning": {
+    "enabled": true,
+    "curriculum_type": "seqlen",
+    "min_difficulty": 8,
+    "max_difficulty": 1024,
+    "schedule_type": "fixed_linear",
+    "schedule_config": {
+      "total_curriculum_step": 15000,
+      "difficulty_step": 8
+    }
+  }
+}
+"""
+LENGTHS = [4, 8, 8, 12, 12, 16, 16, 16]  # 4 + 12 * t / 6, down to a multiple of 4
+
+
+@pytest.fixture(scope="session")
+def seen(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("engine")
+    (folder / "paper.json").write_text(PAPER_JSON)
+    out = folder / "seen.json"
+    status, output = launch(folder / "log", "tests/launched_engine.py", out, folder / "paper.json", ranks=2)
+    assert status == 0, output
+    return json.loads(out.read_text())
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_every_zero_stage_trains_the_same_run(seen, stage):
+    losses, lengths, rates = seen["zero_stages"][f"zero {stage}"]
+    reference = seen["zero_stages"]["zero 0"]
+    assert lengths == LENGTHS
+    assert losses == pytest.approx(reference[0], rel=1e-5)
+    assert rates == reference[2]
+
+
+def test_bf16_follows_fp32(seen):
+    losses, lengths, rates = seen["zero_stages"]["bf16"]
+    assert lengths == LENGTHS
+    assert losses == pytest.approx(seen["zero_stages"]["zero 0"][0], rel=2e-2)
+    assert rates == seen["zero_stages"]["zero 0"][2]
+
+
+def test_skipped_fp16_steps_count_their_tokens(seen):
+    skipped = seen["skipped_steps"]
+    assert 0 < skipped["skipped"] < 12
+    assert skipped["rates"] == skipped["planned"]
+    assert skipped["lengths"][:8] == LENGTHS
+
+
+def test_zero_3_resumes_exactly_and_saves_the_whole_model(seen):
+    from transformers import AutoModelForCausalLM
+
+    checkpoint = seen["zero_3_checkpoint"]
+    assert checkpoint["resumed"] == checkpoint["expected"]
+    loaded, info = AutoModelForCausalLM.from_pretrained(checkpoint["folder"], output_loading_info=True)
+    assert not info["missing_keys"]
+    assert loaded.transformer.wte.weight.shape == (128, 16)
+
+
+def test_the_papers_own_file_trains_here_and_is_refused_by_deepspeed(seen):
+    paper = seen["paper_json"]
+    assert paper["refusal"].startswith("DeepSpeedConfigError")
+    assert "curriculum_learning" in paper["refusal"]
+    assert paper["lengths"] == [8, 8]
+    assert all(4 < loss < 6 for loss in paper["losses"])  # ln 128 = 4.85 at the start
+    assert paper["clipping"] == 1.0
+
+
+def test_misuse_is_told_before_deepspeed_starts():
+    from seqlen_curriculum import initialize
+
+    config = RunConfig.from_dict({"train_batch_size": 4, "optimizer": {"type": "Adam", "params": {"lr": 1e-3}}})
+    with pytest.raises(ConfigError, match="neither a path, a dict nor a RunConfig"):
+        initialize(config=3)
+    with pytest.raises(ConfigError, match=r"config\.json: can't be read"):
+        initialize(config="config.json")
+    assert config.deepspeed["train_batch_size"] == 4

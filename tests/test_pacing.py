@@ -1,0 +1,132 @@
+"""Pacing functions: DeepSpeed's formula, hand-worked values, and the invariants of every accepted schedule."""
+
+import math
+import random
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from seqlen_curriculum.errors import ConfigError
+from seqlen_curriculum.pacing import Custom, Discrete, Root
+
+
+def deepspeed_formula(step, minimum, maximum, total, rung, degree):
+    """The published formula of DeepSpeed's fixed_linear (degree 1) and fixed_root schedules."""
+    difficulty = (float(step) / total) ** (1.0 / degree)
+    difficulty = math.floor(difficulty * (maximum - minimum) + minimum)
+    difficulty -= difficulty % rung
+    return min(difficulty, maximum)
+
+
+def test_equals_deepspeed_at_every_step_of_10000_random_valid_configs():
+    rng = random.Random(2022)
+    for _ in range(10_000):
+        rung = rng.choice([1, 2, 8, 16, 64, 100])
+        minimum = rung * rng.randint(1, 8)
+        maximum = minimum + rung * rng.randint(0, 256)
+        total = rng.choice([1, 2, 3, rng.randint(1, 60), rng.randint(1, 300)])
+        degree = rng.choice([1, 2, 3, rng.randint(1, 9)])
+        steps = np.arange(1, total + 3)
+        expected = [deepspeed_formula(t, minimum, maximum, total, rung, degree) for t in steps.tolist()]
+        assert Root(minimum, maximum, rung, total, degree)(steps).tolist() == expected
+
+
+@pytest.mark.parametrize(
+    ("total", "degree"), [(60_000, 1), (110_000, 1), (270_000, 1), (60_000, 2), (45_000, 3)], ids=str
+)
+def test_equals_deepspeed_at_every_step_of_the_papers_ramps(total, degree):
+    steps = np.arange(1, total + 2)
+    expected = [deepspeed_formula(t, 8, 1024, total, 8, degree) for t in steps.tolist()]
+    assert Root(8, 1024, 8, total, degree)(steps).tolist() == expected
+
+
+def test_linear_values_by_hand():
+    # 8 + 1016 * t / 100, floored, down to a multiple of 8
+    pacing = Root(8, 1024, 8, 100)
+    assert [pacing(t) for t in (0, 1, 2, 50, 99, 100, 101, 10**9)] == [8, 16, 24, 512, 1008, 1024, 1024, 1024]
+
+
+def test_root_grows_fast_at_first():
+    # 8 + 1016 * (25 / 100) ** (1 / 2) = 516
+    assert Root(8, 1024, 8, 100, 2)(25) == 512
+
+
+@pytest.mark.parametrize(
+    ("minimum", "maximum", "rung", "expected"),
+    [
+        (8, 1024, 16, [16, 512, 1024]),  # once length 0 in DeepSpeed
+        (1, 1024, 16, [16, 512, 1024]),
+        (8, 1000, 64, [64, 448, 1000]),  # stuck at 960 until step 1026 in DeepSpeed
+        (5, 5, 1, [5, 5, 5]),
+        (7, 9, 8, [8, 8, 9]),
+    ],
+)
+def test_awkward_ranges(minimum, maximum, rung, expected):
+    pacing = Root(minimum, maximum, rung, 1000)
+    assert [pacing(t) for t in (1, 500, 1000)] == expected
+
+
+def test_a_ramp_of_one_step_is_full_length_at_once():
+    assert Root(8, 1024, 8, 1)(1) == 1024
+
+
+def test_discrete_ends_are_inclusive_and_lengths_may_fall():
+    pacing = Discrete((128, 1024, 256), (5, 10))
+    assert pacing(np.array([1, 5, 6, 10, 11, 10**9])).tolist() == [128, 128, 1024, 1024, 256, 256]
+
+
+def test_custom_is_clamped_and_rounded():
+    pacing = Custom(8, 64, 8, function=lambda step: [-5, 0, 13.9, 63, 64, 1e300][step])
+    assert pacing(np.arange(6)).tolist() == [8, 8, 8, 56, 64, 64]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), None, "8", True])
+def test_custom_must_give_a_number(value):
+    with pytest.raises(ConfigError, match="at step 3"):
+        Custom(8, 64, 8, function=lambda _step: value)(3)
+
+
+def test_negative_step_is_an_error():
+    with pytest.raises(ConfigError, match="-1 is negative"):
+        Root(8, 64, 8, 10)(-1)
+
+
+ramps = st.builds(
+    lambda low, span, rung, total, degree: Root(low, low + span + rung, rung, total, degree),
+    st.integers(1, 300),
+    st.integers(0, 3000),
+    st.integers(1, 200),
+    st.integers(1, 10**7),
+    st.floats(0.05, 20),
+)
+
+
+@given(ramps, st.lists(st.integers(0, 10**8), min_size=1, max_size=40))
+def test_invariants_of_every_ramp(ramp, some_steps):
+    steps = np.unique([*some_steps, 1, ramp.total_steps, ramp.total_steps - 1])
+    lengths = ramp(steps)
+    assert lengths.min() >= ramp.lowest >= ramp.min_difficulty
+    assert np.all((lengths % ramp.difficulty_step == 0) | (lengths == ramp.max_difficulty))
+    assert np.all(lengths[steps >= ramp.total_steps] == ramp.max_difficulty)
+    assert np.all(np.diff(lengths) >= 0)
+    assert [ramp(step) for step in steps.tolist()] == lengths.tolist()  # scalar and vector agree
+
+
+@given(ramps)
+def test_changes_of_a_ramp_are_exactly_where_its_length_changes(ramp):
+    first_steps, lengths = ramp.changes(0)
+    assert first_steps[0] == 1
+    assert lengths[-1] == ramp.max_difficulty
+    assert np.all(np.diff(first_steps) > 0)
+    assert np.all(np.diff(lengths) > 0)
+    assert np.array_equal(ramp(first_steps), lengths)
+    assert np.array_equal(ramp(first_steps[1:] - 1), lengths[:-1])
+
+
+@given(ramps)
+def test_every_ramp_is_what_a_custom_function_of_it_would_be(ramp):
+    custom = Custom(ramp.min_difficulty, ramp.max_difficulty, ramp.difficulty_step, function=lambda step: ramp(step))
+    steps = np.arange(0, 20)
+    assert np.array_equal(custom(steps), ramp(steps))

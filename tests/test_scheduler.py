@@ -1,0 +1,169 @@
+"""DeepSpeed's block and DeepSpeed's scheduler class: what is accepted, what is refused, and the old methods."""
+
+import copy
+
+import pytest
+
+from seqlen_curriculum import ConfigError, CurriculumScheduler, Timeline
+
+LINEAR = {
+    "enabled": True,
+    "curriculum_type": "seqlen",
+    "min_difficulty": 8,
+    "max_difficulty": 1024,
+    "schedule_type": "fixed_linear",
+    "schedule_config": {"total_curriculum_step": 100, "difficulty_step": 8},
+}
+
+
+def block(schedule=None, **changes):
+    changed = {**copy.deepcopy(LINEAR), **changes}
+    changed["schedule_config"] = changed["schedule_config"] if schedule is None else schedule
+    return changed
+
+
+def rows_of_figure_2(step):
+    """900 steps of 128, then 100 of 1024, and so on: the mixed schedule of the paper's Figure 2."""
+    return 128 if (step - 1) % 1000 < 900 else 1024
+
+
+def test_the_methods_of_deepspeeds_class():
+    scheduler = CurriculumScheduler(LINEAR)
+    assert scheduler.update_difficulty(50) == scheduler.get_current_difficulty() == 512
+    scheduler.set_current_difficulty(24)
+    assert scheduler.get_current_difficulty() == 24
+    assert scheduler.update_difficulty(1) == 16
+    state = scheduler.get_state()
+    assert {
+        name: state[name] for name in ("current_difficulty", "min_difficulty", "max_difficulty", "schedule_type")
+    } == {
+        "current_difficulty": 16,
+        "min_difficulty": 8,
+        "max_difficulty": 1024,
+        "schedule_type": "fixed_linear",
+    }
+    assert state["schedule_config"] == LINEAR["schedule_config"]
+
+
+def test_a_length_depends_on_the_step_alone():
+    scheduler = CurriculumScheduler(LINEAR)
+    assert scheduler.update_difficulty(100) == 1024  # where DeepSpeed's stays for good
+    assert scheduler.update_difficulty(50) == 512
+
+
+def test_state_goes_round():
+    for save, load in (("get_state", "set_state"), ("state_dict", "load_state_dict")):
+        saved = CurriculumScheduler(LINEAR)
+        saved.update_difficulty(50)
+        fresh = CurriculumScheduler(LINEAR)
+        getattr(fresh, load)(getattr(saved, save)())
+        assert fresh.get_current_difficulty() == 512
+
+
+def test_a_state_of_another_schedule_is_refused():
+    other = CurriculumScheduler(block(max_difficulty=512))
+    with pytest.raises(ConfigError, match="max_difficulty is 512 there, 1024 here"):
+        CurriculumScheduler(LINEAR).set_state(other.get_state())
+
+
+def test_linear_is_a_root_of_degree_1_and_two_stages_are_discrete():
+    root = CurriculumScheduler(block({**LINEAR["schedule_config"], "root_degree": 1}, schedule_type="fixed_root"))
+    linear = CurriculumScheduler(LINEAR)
+    assert [root.get_difficulty(t) for t in range(120)] == [linear.get_difficulty(t) for t in range(120)]
+    stages = {"difficulty": [128, 1024], "max_step": [20_000]}
+    shortformer = CurriculumScheduler(block(stages, schedule_type="fixed_discrete"))
+    assert [shortformer.get_difficulty(t) for t in (1, 20_000, 20_001)] == [128, 128, 1024]
+
+
+def test_custom_by_import_path_goes_back_and_forth():
+    schedule = {"function": f"{__name__}:rows_of_figure_2", "difficulty_step": 8}
+    scheduler = CurriculumScheduler(block(schedule, schedule_type="custom"))
+    assert [scheduler.update_difficulty(t) for t in (900, 901, 1000, 1001)] == [128, 1024, 1024, 128]
+
+
+def test_custom_set_on_the_scheduler():
+    scheduler = CurriculumScheduler(block({}, schedule_type="custom"))
+    with pytest.raises(ConfigError, match="set_custom_get_difficulty"):
+        scheduler.get_difficulty(1)
+    scheduler.set_custom_get_difficulty(lambda step: 10 * step)
+    assert [scheduler.get_difficulty(t) for t in (0, 1, 500)] == [8, 10, 1024]
+    with pytest.raises(ConfigError, match="takes no function"):
+        CurriculumScheduler(LINEAR).set_custom_get_difficulty(lambda _step: 8)
+
+
+def test_a_ramp_in_tokens_or_as_a_fraction_needs_the_run():
+    # in 127 steps each length is 8 more than the last: 16 + 24 + ... + 1024 = 8 * (128 * 129 / 2 - 1) = 66,040
+    tokens = block({"total_curriculum_tokens": 66_040, "difficulty_step": 8})
+    fraction = block({"curriculum_fraction": 0.3, "difficulty_step": 8})
+    for incomplete in (tokens, fraction):
+        with pytest.raises(ConfigError, match="train_batch_size"):
+            CurriculumScheduler(incomplete)
+    assert CurriculumScheduler(tokens, rows=1).pacing.settles_at == 127
+    scheduler = CurriculumScheduler(fraction, rows=1, train_tokens=10_000_000)
+    assert scheduler.pacing.settles_at == int(0.3 * Timeline(scheduler.pacing, 1, 10_000_000).steps)
+
+
+BAD = {
+    "length 0": (block(min_difficulty=0), "min_difficulty: 0 is not valid"),
+    "negative length": (block(min_difficulty=-3), "min_difficulty: -3 is not valid"),
+    "empty ramp": (block({"total_curriculum_step": 0, "difficulty_step": 8}), "total_curriculum_step: 0 is not valid"),
+    "no rung": (block({"total_curriculum_step": 9, "difficulty_step": 0}), "difficulty_step: 0 is not valid"),
+    "min above max": (block(min_difficulty=2048), "min_difficulty 2048 is above max_difficulty 1024"),
+    "rung above max": (
+        block({"total_curriculum_step": 9, "difficulty_step": 2000}),
+        "difficulty_step 2000 lifts min_difficulty 8 to 2000, above max_difficulty 1024",
+    ),
+    "negative root": (
+        block({**LINEAR["schedule_config"], "root_degree": -1}, schedule_type="fixed_root"),
+        "root_degree: -1 is not valid",
+    ),
+    "root missing": (block(schedule_type="fixed_root"), "root_degree: required"),
+    "typo": (
+        block({"total_curriculum_steps": 9, "difficulty_step": 8}),
+        "unknown key; did you mean 'total_curriculum_step'?",
+    ),
+    "unknown type": (block(schedule_type="linear"), "did you mean 'fixed_linear'?"),
+    "no type": ({"min_difficulty": 8}, "schedule_type: required"),
+    "other metric": (block(curriculum_type="vocab"), "curriculum_type: 'vocab' is not valid"),
+    "string number": (block(min_difficulty="8"), "min_difficulty: '8' is not valid"),
+    "boolean number": (block(min_difficulty=True), "min_difficulty: True is not valid"),
+    "half a token": (block(min_difficulty=8.5), "min_difficulty: 8.5 is not valid"),
+    "two durations": (
+        block({"total_curriculum_step": 9, "curriculum_fraction": 0.3, "difficulty_step": 8}),
+        "total_curriculum_step and curriculum_fraction are given; give exactly one",
+    ),
+    "no duration": (block({"difficulty_step": 8}), "none is given; give exactly one"),
+    "fraction above 1": (
+        block({"curriculum_fraction": 1.5, "difficulty_step": 8}),
+        "curriculum_fraction: 1.5 is not valid",
+    ),
+    "stages don't match": (
+        block({"difficulty": [8, 16], "max_step": [5, 10]}, schedule_type="fixed_discrete"),
+        "difficulty has 2 entries and max_step 2",
+    ),
+    "stages go back": (
+        block({"difficulty": [8, 16, 32], "max_step": [10, 10]}, schedule_type="fixed_discrete"),
+        "does not increase",
+    ),
+    "stage outside": (
+        block({"difficulty": [8, 4096], "max_step": [10]}, schedule_type="fixed_discrete"),
+        r"\[4096\] lie outside min_difficulty 8 to max_difficulty 1024",
+    ),
+    "empty stages": (block({"difficulty": [], "max_step": []}, schedule_type="fixed_discrete"), "difficulty: "),
+    "no such function": (block({"function": "math:nothing"}, schedule_type="custom"), "can't be imported"),
+    "not a function": (block({"function": "math:pi"}, schedule_type="custom"), "is a float, not a function"),
+    "not a path": (block({"function": "math"}, schedule_type="custom"), "write 'package.module:function'"),
+}
+
+
+@pytest.mark.parametrize(("bad", "message"), BAD.values(), ids=BAD)
+def test_malformed_blocks_are_refused_by_name(bad, message):
+    with pytest.raises(ConfigError, match=message):
+        CurriculumScheduler(bad)
+
+
+def test_all_problems_are_reported_at_once():
+    with pytest.raises(ConfigError) as caught:
+        CurriculumScheduler(block({"difficulty_steps": 8}, min_difficulty=0, colour="red"))
+    assert len(caught.value.problems) == 4
+    assert "4 problems" in str(caught.value)

@@ -1,0 +1,115 @@
+"""The run by arithmetic: the paper's Table 2, hand-worked sums, and equality with step-by-step counting."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from seqlen_curriculum.pacing import Custom, Discrete, Root
+from seqlen_curriculum.timeline import Timeline, ramp_steps_for_fraction, ramp_steps_for_tokens
+
+BUDGET = 157_286_400_000
+
+
+@pytest.mark.parametrize(
+    ("rows", "minimum", "maximum", "ramp", "steps", "at", "tokens"),
+    [  # Table 2: steps to the budget, and tokens where the paper states them
+        (512, 8, 1024, 60_000, "330.0K", 200_000, "89B"),
+        (4096, 8, 1024, 30_000, "52.5K", 37_000, "92B"),
+        (512, 8, 2048, 110_000, "205.0K", 122_500, "71B"),
+        (512, 64, 1024, 270_000, "427.6K", 360_000, "122B"),  # printed as 428K
+        (4096, 64, 1024, 45_000, "58.8K", 50_000, "121B"),
+    ],
+)
+def test_table_2_of_the_paper(rows, minimum, maximum, ramp, steps, at, tokens):
+    timeline = Timeline(Root(minimum, maximum, 8, ramp), rows, BUDGET)
+    assert f"{timeline.steps / 1e3:.1f}K" == steps
+    assert f"{timeline.consumed_tokens(at) / 1e9:.0f}B" == tokens
+    assert timeline.full_length_step == ramp
+
+
+def test_tokens_by_hand():
+    # lengths 8, 8, 16, 16, 32, 32, ... of 4 rows: 32, 64, 128, 192, 320, 448, 576
+    timeline = Timeline(Discrete((8, 16, 32), (2, 4)), rows=4, train_tokens=450)
+    assert timeline.consumed_tokens(np.arange(8)).tolist() == [0, 32, 64, 128, 192, 320, 448, 576]
+    assert timeline.steps == 7
+    assert timeline.full_length_step == 5
+    assert timeline.shapes() == [(4, 8), (4, 16), (4, 32)]
+    assert timeline.consumed_rows(7) == 28
+    lengths, tokens = timeline.tokens_by_length()
+    assert (lengths.tolist(), tokens.tolist()) == ([8, 16, 32], [64, 128, 384])
+
+
+@pytest.mark.parametrize(("tokens", "steps"), [(447, 6), (448, 6), (449, 7), (1, 1), (32, 1), (33, 2)])
+def test_stops_at_the_first_step_that_reaches_the_budget(tokens, steps):
+    assert Timeline(Discrete((8, 16, 32), (2, 4)), rows=4, train_tokens=tokens).steps == steps
+
+
+def test_a_run_that_ends_inside_its_ramp():
+    timeline = Timeline(Root(8, 1024, 8, 1000), rows=1, train_tokens=100)
+    assert timeline.full_length_step is None
+    assert max(seqlen for _, seqlen in timeline.shapes()) == timeline.seqlen(timeline.steps) < 1024
+
+
+def test_a_custom_schedule_is_followed_to_the_budget_however_long():
+    timeline = Timeline(Custom(1, 4, 1, function=lambda step: 1 + step % 4), rows=1, train_tokens=500_000)
+    assert timeline.steps == 200_000  # 2.5 tokens a step on average
+    assert timeline.consumed_tokens(4) == 2 + 3 + 4 + 1
+
+
+schedules = st.one_of(
+    st.builds(
+        lambda low, rungs, rung, total: Root(low * rung, (low + rungs) * rung, rung, total),
+        st.integers(1, 4),
+        st.integers(0, 20),
+        st.integers(1, 8),
+        st.integers(1, 300),
+    ),
+    st.builds(
+        lambda lengths, gaps: Discrete(
+            tuple(lengths[: len(gaps) + 1]), tuple(np.cumsum(gaps[: len(lengths) - 1]).tolist())
+        ),
+        st.lists(st.integers(1, 64), min_size=4, max_size=6),
+        st.lists(st.integers(1, 40), min_size=3, max_size=3),
+    ),
+)
+
+
+@given(schedules, st.integers(1, 16), st.integers(1, 50_000))
+def test_arithmetic_equals_counting(pacing, rows, budget):
+    timeline = Timeline(pacing, rows, budget)
+    consumed = step = 0
+    while consumed < budget:
+        step += 1
+        consumed += rows * pacing(step)
+        assert timeline.consumed_tokens(step) == consumed
+    assert timeline.steps == step
+    assert {seqlen for _, seqlen in timeline.shapes()} == {pacing(t) for t in range(1, step + 1)}
+
+
+@given(st.integers(1, 16), st.integers(1, 40_000), st.floats(0.5, 4))
+def test_a_ramp_in_tokens_is_the_shortest_that_consumes_them(rows, tokens, degree):
+    def ramp(total):
+        return Root(8, 128, 8, total, degree)
+
+    def ramp_tokens(total):
+        return rows * int(ramp(total)(np.arange(1, total + 1)).sum())
+
+    total = ramp_steps_for_tokens(ramp, rows, tokens)
+    assert ramp_tokens(total) >= tokens
+    assert total == 1 or ramp_tokens(total - 1) < tokens
+
+
+@given(st.integers(1, 16), st.integers(2_000, 400_000), st.integers(1, 100))
+def test_a_ramp_as_a_fraction_is_the_longest_that_fits_it(rows, budget, percent):
+    def ramp(total):
+        return Root(8, 128, 8, total)
+
+    total = ramp_steps_for_fraction(ramp, rows, budget, percent / 100)
+    assert total == 1 or 100 * total <= percent * Timeline(ramp(total), rows, budget).steps
+    assert 100 * (total + 1) > percent * Timeline(ramp(total + 1), rows, budget).steps
+
+
+def test_a_fraction_is_the_decimal_as_written():
+    # 0.29 * 100 is 28.999999999999996 in floats; at constant length the run has 100 steps whatever T is
+    assert ramp_steps_for_fraction(lambda total: Root(8, 8, 8, total), 1, 800, 0.29) == 29

@@ -1,0 +1,277 @@
+"""Whole runs under the real launcher: the log is the plan, and nothing a run can suffer changes it."""
+
+import json
+import math
+import os
+import random
+import resource
+import shutil
+import signal
+import time
+
+import numpy as np
+import pytest
+from conftest import launch, launch_command, start
+
+from seqlen_curriculum import RunConfig, Timeline
+from seqlen_curriculum.data.run_data import open_run_data
+from seqlen_curriculum.runlog import read_runlog
+
+TRAIN = "scripts/train_gpt2.py"
+
+
+def records(save):
+    """(training records, evaluation records) of a run, each without its time."""
+    both = [
+        {name: value for name, value in record.items() if name != "seconds"}
+        for record in read_runlog(save / "runlog.jsonl")
+    ]
+    return [r for r in both if "loss" in r], [r for r in both if "valid_loss" in r]
+
+
+def samples_by_step(save):
+    """Ids read at each step, in row order over the ranks."""
+    read = [record for path in save.glob("samples.rank*.jsonl") for record in read_runlog(path)]
+    steps = {}
+    for record in sorted(read, key=lambda record: (record["step"], record["first_row"])):
+        steps.setdefault(record["step"], []).extend(record["samples"])
+    return steps
+
+
+def assert_same_run(save, reference, loss_tolerance=0.0):
+    """Equal to the last bit, or to ``loss_tolerance`` in what a sum over ranks rounds."""
+    for ours, theirs in zip(records(save), records(reference), strict=True):
+        assert len(ours) == len(theirs)
+        for one, other in zip(ours, theirs, strict=True):
+            assert one.keys() == other.keys()
+            for name, value in one.items():
+                rounded = loss_tolerance if name in ("loss", "grad_norm", "valid_loss", "valid_ppl") else 0.0
+                assert value == pytest.approx(other[name], rel=rounded, abs=0.0), (one, other)
+    assert samples_by_step(save) == samples_by_step(reference)
+
+
+@pytest.fixture(scope="session")
+def run_file(tmp_path_factory, tiny_run):
+    path = tmp_path_factory.mktemp("configs") / "run.json"
+    path.write_text(json.dumps(tiny_run))
+    return path
+
+
+@pytest.fixture(scope="session")
+def reference(tmp_path_factory, run_file):
+    """An uninterrupted run on one rank, with DeepSpeed's CSV monitor on."""
+    folder = tmp_path_factory.mktemp("reference")
+    monitor = json.dumps({"enabled": True, "output_path": str(folder / "csv"), "job_name": "tiny"})
+    arguments = ("--config", run_file, "--save", folder / "run", "--set", f"csv_monitor={monitor}")
+    status, output = launch(folder / "log", TRAIN, *arguments)
+    assert status == 0, output
+    return folder / "run"
+
+
+def test_every_step_is_the_planned_one(reference, tiny_run):
+    config = RunConfig.from_dict(tiny_run)
+    timeline = config.timeline()
+    rate = config.learning_rate(timeline)
+    steps, evaluations = records(reference)
+    assert [
+        {name: record[name] for name in ("step", "seqlen", "rows", "consumed_tokens", "lr")} for record in steps
+    ] == [
+        {
+            "step": step,
+            "seqlen": timeline.seqlen(step),
+            "rows": 8,
+            "consumed_tokens": timeline.consumed_tokens(step),
+            "lr": rate(step),
+        }
+        for step in range(1, timeline.steps + 1)
+    ]
+    assert steps[0]["seqlen"] == 8
+    assert steps[-1]["lr"] == 1e-4
+    assert all(record["grad_norm"] > 0 for record in steps)
+    assert [record["step"] for record in evaluations] == [*range(7, timeline.steps, 7), timeline.steps]
+    assert [record["consumed_tokens"] for record in evaluations] == [
+        timeline.consumed_tokens(record["step"]) for record in evaluations
+    ]
+
+
+def test_it_learns(reference):
+    _, evaluations = records(reference)
+    assert evaluations[-1]["valid_loss"] < evaluations[0]["valid_loss"] - 0.5
+    assert evaluations[-1]["valid_ppl"] == math.exp(evaluations[-1]["valid_loss"])
+
+
+def test_reads_the_samples_that_the_arithmetic_names(reference, tiny_run):
+    config = RunConfig.from_dict(tiny_run)
+    train, _ = open_run_data(config)
+    assert samples_by_step(reference) == {
+        step: train.order(8 * (step - 1), 8).tolist() for step in range(1, config.timeline().steps + 1)
+    }
+
+
+def test_keeps_the_last_checkpoints_and_they_are_hugging_face_folders(reference, tiny_run):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    steps, evaluations = records(reference)
+    last = len(steps)
+    assert sorted(path.name for path in reference.glob("global_step*")) == [
+        f"global_step{last // 6 * 6}",
+        f"global_step{last}",
+    ]
+    assert (reference / "latest").read_text() == f"global_step{last}"
+    model = AutoModelForCausalLM.from_pretrained(reference / f"global_step{last}").eval()
+    _, valid = open_run_data(RunConfig.from_dict(tiny_run))
+    tokens = torch.from_numpy(valid.read(np.arange(5) * valid.num_samples // 5, 32))
+    with torch.no_grad():
+        logits = model(tokens[:, :-1]).logits
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+    assert float(loss) == pytest.approx(evaluations[-1]["valid_loss"], rel=1e-6)
+
+
+def test_the_monitor_has_values_against_steps_and_against_tokens(reference):
+    files = {path.stem: path.read_text().splitlines() for path in (reference.parent / "csv" / "tiny").glob("*.csv")}
+    by_steps, by_tokens = files["Train_loss"], files["Train-by-tokens_loss"]
+    first, second = (int(line.split(",")[0]) for line in by_tokens[1:3])
+    steps, _ = records(reference)
+    assert [first, second] == [record["consumed_tokens"] for record in steps[:2]]
+    assert int(by_steps[2].split(",")[0]) == 2
+    assert len(by_steps) == len(by_tokens) == len(steps) + 1
+
+
+def run_and_kill(run_file, save, log, after_step):
+    """Train until the log holds ``after_step``, then kill -9 all of it. False if the run ended before."""
+    process = start(launch_command(TRAIN, "--config", run_file, "--save", save), log)
+    try:
+        while process.poll() is None:
+            if (save / "runlog.jsonl").exists() and any(
+                r["step"] >= after_step for r in read_runlog(save / "runlog.jsonl")
+            ):
+                return True
+            time.sleep(0.02)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    return False
+
+
+def kill_and_resume(reference, run_file, folder, kill_after):
+    for number, step in enumerate(kill_after):
+        assert run_and_kill(run_file, folder / "run", folder / f"log{number}", step), (
+            folder / f"log{number}"
+        ).read_text()
+    status, output = launch(folder / "log", TRAIN, "--config", run_file, "--save", folder / "run")
+    assert status == 0, output
+    assert_same_run(folder / "run", reference)
+
+
+def test_killed_and_resumed_runs_equal_the_uninterrupted_one_to_the_last_bit(reference, run_file, tmp_path):
+    kill_and_resume(reference, run_file, tmp_path, kill_after=[3, 27])
+
+
+@pytest.mark.slow
+def test_killed_at_six_random_steps(reference, run_file, tmp_path):
+    steps, _ = records(reference)
+    kill_and_resume(reference, run_file, tmp_path, sorted(random.Random(0).sample(range(2, len(steps) - 6), 6)))
+
+
+def test_two_ranks_stopped_by_sigterm_and_resumed_on_one(reference, run_file, tmp_path):
+    save = tmp_path / "run"
+    process = start(launch_command(TRAIN, "--config", run_file, "--save", save, ranks=2), tmp_path / "log")
+    while process.poll() is None and not (save / "global_step6").exists():
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGTERM)  # the launcher passes it on
+    process.wait(timeout=120)
+    stopped = len(records(save)[0])
+    assert 6 <= stopped < len(records(reference)[0]), (tmp_path / "log").read_text()
+    assert (save / f"global_step{stopped}" / "complete.json").exists()
+    assert f"stopped after step {stopped}" in (tmp_path / "log").read_text()
+    status, output = launch(tmp_path / "log2", TRAIN, "--config", run_file, "--save", save)
+    assert status == 0, output
+    assert_same_run(save, reference, loss_tolerance=1e-4)
+
+
+@pytest.fixture(scope="session")
+def two_ranks(tmp_path_factory, run_file):
+    folder = tmp_path_factory.mktemp("two")
+    status, output = launch(folder / "log", TRAIN, "--config", run_file, "--save", folder / "run", ranks=2)
+    assert status == 0, output
+    return folder / "run"
+
+
+def test_two_ranks_train_the_same_run(reference, two_ranks):
+    assert_same_run(two_ranks, reference, loss_tolerance=1e-4)
+
+
+def copied(run, folder):
+    shutil.copytree(run, folder / "run")
+    return folder / "run"
+
+
+def test_a_damaged_checkpoint_is_passed_over_for_the_newest_complete_one(reference, run_file, tmp_path):
+    save = copied(reference, tmp_path)
+    last = max(int(path.name.removeprefix("global_step")) for path in save.glob("global_step*"))
+    states = save / f"global_step{last}" / "mp_rank_00_model_states.pt"
+    states.write_bytes(states.read_bytes()[:-1000])
+    status, output = launch(tmp_path / "log", TRAIN, "--config", run_file, "--save", save)
+    assert status == 0, output
+    assert f"passing over an unusable checkpoint: {save}/global_step{last}: mp_rank_00_model_states.pt has" in output
+    assert f"continuing after step {last // 6 * 6}" in output
+    assert_same_run(save, reference)
+
+
+def test_a_checkpoint_of_another_run_is_refused_with_what_differs(reference, run_file, tmp_path):
+    save = copied(reference, tmp_path)
+    sets = ("--set", "training.seed=7", "--set", "optimizer.params.lr=0.1")
+    status, output = launch(tmp_path / "log", TRAIN, "--config", run_file, "--save", save, *sets)
+    assert status != 0
+    assert "made by another run" in output
+    assert "training.seed: 1234 in the checkpoint, 7 now" in output
+    assert "optimizer.params.lr: 0.005 in the checkpoint, 0.1 now" in output
+    assert "Traceback" not in output
+    assert_same_run(save, reference)
+
+
+def test_a_branch_may_differ_and_says_how(reference, run_file, tmp_path):
+    checkpoint = min(reference.glob("global_step*"), key=lambda path: int(path.name.removeprefix("global_step")))
+    sets = ("--set", "optimizer.params.lr=1e20", "--set", "gradient_clipping=0")
+    arguments = ("--config", run_file, "--save", tmp_path / "branch", "--resume", checkpoint, *sets)
+    status, output = launch(tmp_path / "log", TRAIN, *arguments)
+    assert "branching from" in output
+    assert "optimizer.params.lr: 0.005 in the checkpoint, 1e+20 now" in output
+    # and this branch's rate blows it up: said in words, and no broken checkpoint is left
+    assert status != 0
+    assert "the loss is nan" in output or "the loss is inf" in output
+    assert "Traceback" not in output
+    assert not list((tmp_path / "branch").glob("*global_step*"))
+
+
+def test_a_full_disk_leaves_the_previous_checkpoint(reference, run_file, tmp_path):
+    save = copied(reference, tmp_path)
+    before = sorted(path.name for path in save.glob("global_step*"))
+    last = max(int(name.removeprefix("global_step")) for name in before)
+    shutil.rmtree(save / f"global_step{last}")  # one more step to train and to save
+
+    def small_files_only():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+
+    status, output = launch(tmp_path / "log", TRAIN, "--config", run_file, "--save", save, preexec_fn=small_files_only)
+    assert status != 0
+    assert "can't be written" in output
+    assert f"the checkpoint {save}/global_step{last // 6 * 6} is intact" in output
+    assert "Traceback" not in output
+    assert [path.name for path in save.glob("*global_step*")] == [f"global_step{last // 6 * 6}"]
+
+
+def test_a_second_run_into_the_same_folder_is_refused(reference, run_file, tmp_path):
+    status, output = launch(tmp_path / "log", TRAIN, "--config", run_file, "--save", reference, "--resume", "none")
+    assert status != 0
+    assert "holds a run already" in output
+    assert "Traceback" not in output
+
+
+def test_the_log_ends_where_the_plan_ends(reference, tiny_run):
+    timeline: Timeline = RunConfig.from_dict(tiny_run).timeline()
+    steps, _ = records(reference)
+    assert steps[-1]["consumed_tokens"] >= 9_500 > steps[-2]["consumed_tokens"]
+    assert len(steps) == timeline.steps
