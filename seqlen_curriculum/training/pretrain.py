@@ -66,6 +66,8 @@ def pretrain(config: RunConfig, train: Samples, valid: Samples, save: Path, resu
         return trainer.train(done_steps + 1)
     finally:
         telemetry.close()
+        if trainer.sample_log is not None:
+            trainer.sample_log.close()
 
 
 def _engine(config: RunConfig, model: CausalLM) -> tuple[Any, int, int]:
@@ -74,6 +76,10 @@ def _engine(config: RunConfig, model: CausalLM) -> tuple[Any, int, int]:
     shape = {"train_micro_batch_size_per_gpu": micro_batch, "gradient_accumulation_steps": accumulation}
     shaped = replace(config, deepspeed={**config.deepspeed, **shape})
     engine, *_ = initialize(config=shaped, model=model, model_parameters=model.parameters())
+    if engine.zero_optimization_stage() == 0 and (engine.fp16_enabled() or engine.bfloat16_enabled()):
+        say(
+            "warning: half precision at ZeRO stage 0 updates weights unlike fp32 does; set zero_optimization.stage to 1"
+        )
     return engine, rows_per_rank, micro_batch
 
 

@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# Lint, format, types and the direction of imports. Nothing is changed; `ruff check --fix . && ruff format .` mends most.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+bash scripts/install.sh dev
+.venv/bin/ruff check .
+.venv/bin/ruff format --check .
+.venv/bin/mypy
+.venv/bin/python -m pytest -q tests/test_layering.py

@@ -1,0 +1,85 @@
+"""Imports point one way, and planning loads neither torch nor DeepSpeed."""
+
+import ast
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import seqlen_curriculum
+
+PACKAGE = Path(seqlen_curriculum.__file__).parent
+# Each layer may import from the layers before it, and from its own.
+LAYERS = [
+    {"errors"},
+    {"cli", "fields", "pacing", "runlog"},
+    {"timeline"},
+    {"architecture", "scheduler", "token_lr"},
+    {"config"},
+    {"planning", "data", "models", "analysis"},
+    {"training"},
+]
+LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+HEAVY = {"torch", "deepspeed", "transformers"}
+
+
+def imports(path):
+    """(module, whether it runs on import of the file) of every import statement."""
+    tree = ast.parse(path.read_text())
+    hidden = {
+        child
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef) or (isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test))
+        for child in ast.walk(node)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node not in hidden) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            yield node.module, node not in hidden
+
+
+def modules():
+    return [path for path in sorted(PACKAGE.rglob("*.py")) if path != PACKAGE / "__init__.py"]
+
+
+def unit(path):
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_point_one_way(path):
+    for module, _ in imports(path):
+        if module.startswith("seqlen_curriculum."):
+            other = module.split(".")[1]
+            assert LEVEL[other] <= LEVEL[unit(path)], f"{path.name} imports {module}, a higher layer"
+            assert other == unit(path) or LEVEL[other] < LEVEL[unit(path)], (
+                f"{path.name} imports its neighbour {module}"
+            )
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_heavy_imports_stay_where_they_belong(path):
+    for module, at_import in imports(path):
+        root = module.split(".")[0]
+        allowed = {"training": HEAVY, "models": {"torch", "transformers"}}.get(unit(path), set())
+        assert not (at_import and root in HEAVY - allowed), f"{path.name} imports {module}"
+
+
+@pytest.mark.parametrize("statement", ["import seqlen_curriculum", "from seqlen_curriculum import RunConfig, Timeline"])
+def test_planning_loads_no_torch(statement):
+    code = f"{statement}; import sys, json; print(json.dumps(sorted(set(sys.modules) & {HEAVY!r})))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert json.loads(result.stdout) == []
+
+
+def test_public_names_are_exact():
+    assert sorted(seqlen_curriculum.__all__) == seqlen_curriculum.__all__
+    for name in seqlen_curriculum.__all__:
+        assert getattr(seqlen_curriculum, name).__module__.startswith("seqlen_curriculum.")
+    assert set(seqlen_curriculum.__all__) <= set(dir(seqlen_curriculum))
+    with pytest.raises(AttributeError, match="nothing"):
+        _ = seqlen_curriculum.nothing

@@ -1,0 +1,117 @@
+"""plan.py: the paper's Table 2 from the shipped files, in under a second, as text, JSON and a picture."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from seqlen_curriculum import ConfigError, RunConfig
+from seqlen_curriculum.planning import plan
+
+ROOT = Path(__file__).parent.parent
+
+
+def run_plan(*arguments):
+    command = [sys.executable, str(ROOT / "scripts" / "plan.py"), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+
+
+@pytest.mark.parametrize(
+    ("name", "steps", "at", "tokens", "full"),
+    [
+        ("gpt2_117m_bsz512_seqlen1k_slw60k", 330_000, 200_000, 89e9, 60_000),
+        ("gpt2_117m_bsz4k_seqlen1k_slw30k", 52_500, 37_000, 92e9, 30_000),
+        ("gpt2_117m_bsz512_seqlen2k_slw110k", 205_000, 122_500, 71e9, 110_000),
+        ("gpt2_1.5b_bsz512_seqlen1k_slw270k", 428_000, 360_000, 122e9, 270_000),
+        ("gpt2_1.5b_bsz4k_seqlen1k_slw45k", 58_800, 50_000, 121e9, 45_000),
+        ("gpt2_117m_bsz512_seqlen1k", 300_000, 300_000, 157e9, 1),
+        ("gpt2_117m_bsz4k_seqlen1k", 37_500, 37_500, 157e9, 1),
+        ("gpt2_117m_bsz512_seqlen2k", 150_000, 150_000, 157e9, 1),
+        ("gpt2_1.5b_bsz512_seqlen1k", 300_000, 300_000, 157e9, 1),
+        ("gpt2_1.5b_bsz4k_seqlen1k", 37_500, 37_500, 157e9, 1),
+    ],
+)
+def test_table_2_from_the_shipped_files(name, steps, at, tokens, full):
+    summary = plan(RunConfig.load(ROOT / "configs" / f"{name}.json"), at=[at])
+    digits = -3 if steps > 400_000 else -2  # 428K is printed without decimals
+    assert round(summary["steps"], digits) == steps
+    assert summary["full_length_step"] == full
+    (milestone,) = (m for m in summary["milestones"] if m["step"] == at)
+    assert round(milestone["consumed_tokens"], -9) == tokens
+    assert summary["milestones"][-1]["lr"] == 1e-5
+    assert summary["read_tokens"] == summary["consumed_tokens"] + summary["dropped_tokens"]
+
+
+def test_json_on_the_command_line():
+    started = time.perf_counter()
+    result = run_plan("configs/gpt2_117m_bsz512_seqlen1k_slw60k.json", "--json", "--at", 200_000, 5)
+    assert result.returncode == 0, result.stderr
+    assert time.perf_counter() - started < 5  # it takes half a second; a loaded machine may take more
+    summary = json.loads(result.stdout)
+    assert (summary["steps"], summary["consumed_tokens"]) == (330_000, 157_286_662_144)
+    milestones = {m["step"]: m for m in summary["milestones"]}
+    assert set(milestones[5]) == {"step", "seqlen", "rows", "consumed_tokens", "lr"}
+    assert milestones[200_000]["consumed_tokens"] == 89_129_222_144
+
+
+def test_text_and_picture(tmp_path):
+    picture = tmp_path / "new folder" / "plan.png"
+    result = run_plan("configs/tiny_cpu.json", "--png", picture, "--set", "training.train_tokens=2e6")
+    assert result.returncode == 0, result.stderr
+    assert "consumed tokens   2,00" in result.stdout
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_compute_by_hand():
+    config = RunConfig.load(
+        ROOT / "configs" / "gpt2_117m_bsz512_seqlen1k.json",
+        ["training.train_tokens=1048576", "scheduler.params.warmup_steps=1"],
+    )
+    summary = plan(config)
+    # two steps of 512 x 1024 tokens; 6 N + 12 layers x hidden x seqlen each, N without the 1024 x 768 positions
+    by_hand = 1_048_576 * (6 * (124_475_904 - 1024 * 768) + 12 * 12 * 768 * 1024)
+    assert summary["flops"] == summary["flops_of_full_length"] == by_hand
+    assert summary["parameters"] == 124_475_904
+
+
+def test_a_run_that_ends_before_full_length_says_so():
+    schedule = {"total_curriculum_step": 9000, "difficulty_step": 8}
+    sets = ["training.train_tokens=100000", f"curriculum_learning.schedule_config={json.dumps(schedule)}"]
+    result = run_plan("configs/tiny_cpu.json", "--set", sets[0], "--set", sets[1])
+    assert result.returncode == 0, result.stderr
+    assert "full length       never reached" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere.json"], "nowhere.json: can't be read"),
+        (["configs/tiny_cpu.json", "--set", "model.preset=gpt3-1b"], "did you mean 'gpt3-1.3b'?"),
+        (["configs/tiny_cpu.json", "--at", "0"], "--at: 0 is not a step"),
+        (["configs/tiny_cpu.json", "--png", "/dev/null/plan.png"], "--png /dev/null: can't be written to"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(arguments, message):
+    result = run_plan(*arguments)
+    assert result.returncode == 1
+    assert result.stderr.startswith("error: ")
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_a_file_without_a_budget_can_not_be_planned():
+    with pytest.raises(ConfigError, match="training: section required"):
+        plan(RunConfig.from_dict({"train_batch_size": 8, "data": {"train": ["corpus"], "seq_length": 8}}))
+
+
+def test_help_loads_nothing_heavy():
+    code = (
+        "import runpy, sys; sys.argv = ['plan.py', '--help']\n"
+        "try: runpy.run_path('scripts/plan.py', run_name='__main__')\n"
+        "except SystemExit: print(sorted({'torch', 'deepspeed', 'matplotlib', 'pydantic'} & set(sys.modules)))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert result.stdout.endswith("[]\n"), result.stdout + result.stderr

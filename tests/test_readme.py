@@ -1,0 +1,52 @@
+"""What the README says can be done is done: its configuration, its example, its commands."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import launch
+
+from seqlen_curriculum import RunConfig
+from seqlen_curriculum.config import read_json
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_explained_file_is_the_shipped_one(tmp_path):
+    (text,) = re.findall(r"```jsonc\n(.*?)```", README, re.DOTALL)
+    path = tmp_path / "run.json"
+    path.write_text(re.sub(r"//.*", "", text))
+    explained = RunConfig.load(path, require=("model", "data", "training"))
+    shipped = RunConfig.load(ROOT / "configs" / "gpt2_117m_bsz512_seqlen1k_slw60k.json")
+    assert explained.settings() == shipped.settings()
+    assert read_json(path)["train_micro_batch_size_per_gpu"] == 4
+
+
+def test_the_example_loop_trains(tmp_path):
+    # lengths 8, 16, 16, 24, ... 64 of 8 rows: 5,952 tokens in 20 steps, then 512 a step to 15,000
+    status, output = launch(tmp_path / "log", "examples/own_loop.py", ranks=2)
+    assert status == 0, output
+    assert re.search(r"(\d+) steps, 15\d\d\d tokens, last length 64, loss \d", output)
+
+
+def test_every_file_that_is_named_exists():
+    names = set(re.findall(r"(?:scripts|configs|examples|docs)/[\w./]+\.\w+", README))
+    names |= {f"configs/{name}.json" for name in re.findall(r"`(gpt2_[\w.]+)`", README)}
+    assert len(names) > 12
+    assert [name for name in sorted(names) if not (ROOT / name).exists()] == []
+
+
+@pytest.mark.parametrize("script", sorted((ROOT / "scripts").glob("*.py")), ids=lambda path: path.name)
+def test_every_command_has_help_with_an_example(script):
+    result = subprocess.run([sys.executable, str(script), "--help"], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "example" in result.stdout.lower()
+    assert script.name in result.stdout.split("ample:")[1]
+
+
+@pytest.mark.parametrize("script", sorted((ROOT / "scripts").glob("*.sh")), ids=lambda path: path.name)
+def test_shell_scripts_parse(script):
+    subprocess.run(["bash", "-n", str(script)], check=True)

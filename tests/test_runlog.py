@@ -1,0 +1,94 @@
+"""The log of a run survives kills, and the report reads it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from seqlen_curriculum.analysis.curves import draw_run, load_run, summarise
+from seqlen_curriculum.errors import DataError
+from seqlen_curriculum.runlog import RunLog, read_runlog
+
+ROOT = Path(__file__).parent.parent
+
+
+def step_record(step, **changes):
+    record = {
+        "step": step,
+        "seqlen": 8 * step,
+        "rows": 4,
+        "consumed_tokens": 16 * step * (step + 1),
+        "loss": 5 - step / 10,
+    }
+    return {**record, "lr": 0.1, "grad_norm": 1.0, "seconds": 0.5, **changes}
+
+
+def written(path, count):
+    log = RunLog(path)
+    for step in range(1, count + 1):
+        log.write(step_record(step))
+        if step % 2 == 0:
+            log.write(
+                {
+                    "step": step,
+                    "consumed_tokens": 16 * step * (step + 1),
+                    "valid_loss": 4.0,
+                    "valid_ppl": 54.6,
+                    "seconds": 1,
+                }
+            )
+    log.close()
+    return path
+
+
+def test_records_come_back_in_order(tmp_path):
+    path = written(tmp_path / "runlog.jsonl", 4)
+    assert [record["step"] for record in read_runlog(path)] == [1, 2, 2, 3, 4, 4]
+
+
+def test_rewind_drops_later_records_and_a_torn_line(tmp_path):
+    path = written(tmp_path / "runlog.jsonl", 4)
+    with path.open("a") as file:
+        file.write('{"step": 5, "lo')
+    assert [record["step"] for record in read_runlog(path)][-1] == 4  # the torn line is not a record yet
+    assert RunLog.rewind(path, 2) == 4
+    assert [record["step"] for record in read_runlog(path)] == [1, 2, 2]
+    assert RunLog.rewind(path, 2) == 0
+    assert RunLog.rewind(tmp_path / "none.jsonl", 2) == 0
+
+
+def test_a_damaged_line_is_an_error_with_its_number(tmp_path):
+    path = written(tmp_path / "runlog.jsonl", 1)
+    path.write_text("oops\n" + path.read_text())
+    with pytest.raises(DataError, match=r"runlog\.jsonl: line 1 is not"):
+        list(read_runlog(path))
+
+
+def test_summary_by_hand(tmp_path):
+    written(tmp_path / "runlog.jsonl", 4)
+    text = summarise(*load_run(tmp_path))
+    # lengths 8 to 32 of 4 rows: 32 + 64 + 96 + 128 = 320 tokens in 4 x 0.5 s
+    assert "2 s, 160 tokens/s" in text
+    assert "consumed tokens  320" in text
+    assert "4.900 to 4.600" in text
+    assert "4.000 at step 2 to 4.000 at step 4" in text
+
+
+def test_picture_of_a_run_without_evaluations(tmp_path):
+    written(tmp_path / "runlog.jsonl", 1)
+    draw_run(*load_run(tmp_path), tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_report_on_the_command_line(tmp_path):
+    written(tmp_path / "runlog.jsonl", 4)
+    command = [sys.executable, str(ROOT / "scripts" / "report.py")]
+    arguments = [str(tmp_path), "--png", str(tmp_path / "curves.png")]
+    result = subprocess.run([*command, *arguments], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "curves.png").exists()
+    result = subprocess.run([*command, str(tmp_path / "nothing")], capture_output=True, text=True)
+    assert (result.returncode, "no training step here yet" in result.stderr) == (1, True)
+    assert json.loads((tmp_path / "runlog.jsonl").read_text().splitlines()[0])["step"] == 1
