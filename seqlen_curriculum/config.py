@@ -7,7 +7,6 @@ everything else is DeepSpeed's and is handed on as it is. All problems of a file
 from __future__ import annotations
 
 import difflib
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,16 +15,16 @@ from typing import Any, Literal, TypeVar
 from pydantic import Field, ValidationError
 
 from seqlen_curriculum.architecture import ModelConfig
-from seqlen_curriculum.errors import ConfigError
-from seqlen_curriculum.fields import Count, CountOrZero, Section, problems
-from seqlen_curriculum.scheduler import (
+from seqlen_curriculum.curriculum import (
     CurriculumConfig,
-    CurriculumScheduler,
     CustomCurriculum,
-    DiscreteCurriculum,
-    DiscreteSchedule,
+    constant_curriculum,
     curriculum_problems,
 )
+from seqlen_curriculum.errors import ConfigError
+from seqlen_curriculum.fields import Count, CountOrZero, Section, problems
+from seqlen_curriculum.jsonfile import apply_override, read_json
+from seqlen_curriculum.scheduler import CurriculumScheduler
 from seqlen_curriculum.timeline import Timeline
 from seqlen_curriculum.token_lr import TokenCosine, TokenCosineConfig
 
@@ -150,13 +149,7 @@ class RunConfig:
     def curriculum_scheduler(self) -> CurriculumScheduler:
         """The length of every step; constantly full length where there is no curriculum."""
         if self.curriculum is None:
-            full = _needed(self.data, "data").seq_length
-            stages = DiscreteSchedule(difficulty=[full], max_step=[])
-            return CurriculumScheduler(
-                DiscreteCurriculum(
-                    min_difficulty=full, max_difficulty=full, schedule_type="fixed_discrete", schedule_config=stages
-                )
-            )
+            return CurriculumScheduler(constant_curriculum(_needed(self.data, "data").seq_length))
         rows = self.deepspeed.get("train_batch_size")
         return CurriculumScheduler(self.curriculum, rows if isinstance(rows, int) else None, self.train_tokens)
 
@@ -234,51 +227,6 @@ class RunConfig:
         except ConfigError as error:
             return "; ".join(error.problems)
         return None
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object of a JSON file. ConfigError names the file and, for bad JSON, the line; duplicate keys are errors."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"can't be read ({error.strerror}); give the path of a run's JSON file", str(path)) from error
-    try:
-        value = json.loads(text, object_pairs_hook=_unique_keys)
-    except json.JSONDecodeError as error:
-        raise ConfigError(
-            f"not valid JSON: {error.msg} at line {error.lineno}, column {error.colno}", str(path)
-        ) from error
-    except (ConfigError, UnicodeDecodeError) as error:
-        raise ConfigError(str(error), str(path)) from error
-    if not isinstance(value, dict):
-        raise ConfigError(f"holds {type(value).__name__}, not an object; write {{...}}", str(path))
-    return value
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    keys = [key for key, _ in pairs]
-    twice = sorted({key for key in keys if keys.count(key) > 1})
-    if twice:
-        raise ConfigError(f"key '{twice[0]}' is given twice in one object; keep one")
-    return dict(pairs)
-
-
-def apply_override(raw: dict[str, Any], override: str) -> None:
-    """Set ``a.b=value`` in place; the value is read as JSON, else taken as a string."""
-    path, equals, text = override.partition("=")
-    if not equals or not all(path.split(".")):
-        raise ConfigError(f"--set {override!r}: write section.key=value, as in --set training.train_tokens=2e9")
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError:
-        value = text
-    *parents, key = path.split(".")
-    target = raw
-    for parent in parents:
-        target = target.setdefault(parent, {})
-        if not isinstance(target, dict):
-            raise ConfigError(f"--set {override!r}: '{parent}' holds {target!r}, not an object with keys")
-    target[key] = value
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -27,9 +27,7 @@ CountOrZero = Annotated[int, BeforeValidator(_whole), Field(ge=0)]
 class Section(BaseModel):
     """Base of a configuration section: strict types, unknown keys forbidden, immutable."""
 
-    model_config = ConfigDict(
-        strict=True, extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
-    )
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:

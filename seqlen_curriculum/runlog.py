@@ -6,6 +6,7 @@ A training record holds ``step, seqlen, rows, consumed_tokens, loss, lr, grad_no
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Iterator
@@ -22,16 +23,21 @@ class RunLog:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self._file = self.path.open("a", encoding="utf-8")
+        self._file = self.path.open("ab", buffering=0)
 
     def write(self, record: dict[str, Any]) -> None:
-        """Append one record."""
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        """Append one record. Raises DataError when the disk is full."""
+        try:
+            self._file.write((json.dumps(record) + "\n").encode())
+        except OSError as error:
+            raise DataError(
+                f"{self.path}: can't be written ({error.strerror}); free space, then give the same command"
+            ) from error
 
     def close(self) -> None:
         """Flush to disk and close."""
-        os.fsync(self._file.fileno())
+        with contextlib.suppress(OSError):  # not every file system can; a full disk was told of by write
+            os.fsync(self._file.fileno())
         self._file.close()
 
     @staticmethod

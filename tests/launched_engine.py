@@ -11,8 +11,9 @@ from pathlib import Path
 import deepspeed
 import torch
 from deepspeed import comm as dist
+from deepspeed.runtime.data_pipeline.curriculum_scheduler import CurriculumScheduler as DeepSpeedScheduler
 
-from seqlen_curriculum import RunConfig, initialize
+from seqlen_curriculum import CurriculumScheduler, RunConfig, initialize
 from seqlen_curriculum.architecture import ModelConfig
 from seqlen_curriculum.models.gpt2 import build_gpt2
 from seqlen_curriculum.training.checkpoint import Checkpoints
@@ -26,6 +27,8 @@ BLOCK = {
     "schedule_type": "fixed_linear",
     "schedule_config": {"total_curriculum_step": 6, "difficulty_step": 4},
 }
+PAPER_BLOCK = {**BLOCK, "min_difficulty": 8, "max_difficulty": 1024}
+PAPER_BLOCK["schedule_config"] = {"total_curriculum_step": 60_000, "difficulty_step": 8}
 RUN = {
     "train_batch_size": 4,
     "train_micro_batch_size_per_gpu": 1,
@@ -127,6 +130,12 @@ def paper_json(path):
     return {"refusal": refusal, "losses": losses, "lengths": lengths, "clipping": engine.gradient_clipping()}
 
 
+def deepspeed_scheduler():
+    """Steps of the paper's block at which DeepSpeed's own scheduler, still inside its data pipeline, disagrees."""
+    theirs, ours = DeepSpeedScheduler(copy.deepcopy(PAPER_BLOCK)), CurriculumScheduler(PAPER_BLOCK)
+    return [step for step in range(1, 60_003) if theirs.get_difficulty(step) != ours.get_difficulty(step)]
+
+
 def main():
     out, paper = Path(sys.argv[-2]), Path(sys.argv[-1])
     deepspeed.init_distributed()
@@ -135,6 +144,7 @@ def main():
         "skipped_steps": skipped_steps(),
         "zero_3_checkpoint": zero_3_checkpoint(out.parent / "zero3"),
         "paper_json": paper_json(paper),
+        "deepspeed_scheduler": deepspeed_scheduler(),
     }
     if dist.get_rank() == 0:
         out.write_text(json.dumps(seen))

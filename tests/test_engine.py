@@ -97,6 +97,10 @@ def test_the_papers_own_file_trains_here_and_is_refused_by_deepspeed(seen):
     assert paper["clipping"] == 1.0
 
 
+def test_deepspeeds_own_scheduler_agrees_at_every_step(seen):
+    assert seen["deepspeed_scheduler"] == []
+
+
 def test_misuse_is_told_before_deepspeed_starts():
     from seqlen_curriculum import initialize
 

@@ -14,9 +14,10 @@ PACKAGE = Path(seqlen_curriculum.__file__).parent
 # Each layer may import from the layers before it, and from its own.
 LAYERS = [
     {"errors"},
-    {"cli", "fields", "pacing", "runlog"},
+    {"cli", "fields", "jsonfile", "pacing", "runlog"},
     {"timeline"},
-    {"architecture", "scheduler", "token_lr"},
+    {"architecture", "curriculum", "token_lr"},
+    {"scheduler"},
     {"config"},
     {"planning", "data", "models", "analysis"},
     {"training"},

@@ -66,6 +66,13 @@ def test_a_damaged_line_is_an_error_with_its_number(tmp_path):
         list(read_runlog(path))
 
 
+def test_a_full_disk_is_told_in_words():
+    log = RunLog("/dev/full")
+    with pytest.raises(DataError, match="/dev/full: can't be written"):
+        log.write(step_record(1))
+    log.close()
+
+
 def test_summary_by_hand(tmp_path):
     written(tmp_path / "runlog.jsonl", 4)
     text = summarise(*load_run(tmp_path))

@@ -7,11 +7,13 @@ import random
 import resource
 import shutil
 import signal
+import subprocess
+import sys
 import time
 
 import numpy as np
 import pytest
-from conftest import launch, launch_command, start
+from conftest import ROOT, launch, launch_command, start
 
 from seqlen_curriculum import RunConfig, Timeline
 from seqlen_curriculum.data.run_data import open_run_data
@@ -220,6 +222,17 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_newest_complete_one(referen
     assert_same_run(save, reference)
 
 
+def test_a_checkpoint_damaged_inside_is_named(reference, run_file, tmp_path):
+    save = copied(reference, tmp_path)
+    last = max(int(path.name.removeprefix("global_step")) for path in save.glob("global_step*"))
+    states = save / f"global_step{last}" / "mp_rank_00_model_states.pt"
+    states.write_bytes(bytes(states.stat().st_size))
+    status, output = launch(tmp_path / "log", TRAIN, "--config", run_file, "--save", save)
+    assert status != 0
+    assert f"error: {save}/global_step{last}: can't be loaded" in output
+    assert "move it away" in output
+
+
 def test_a_checkpoint_of_another_run_is_refused_with_what_differs(reference, run_file, tmp_path):
     save = copied(reference, tmp_path)
     sets = ("--set", "training.seed=7", "--set", "optimizer.params.lr=0.1")
@@ -268,6 +281,29 @@ def test_a_second_run_into_the_same_folder_is_refused(reference, run_file, tmp_p
     assert status != 0
     assert "holds a run already" in output
     assert "Traceback" not in output
+
+
+MISTAKES = {
+    "no corpus": (["--set", 'data.train=["nowhere/x"]'], "nowhere/x: no corpus here"),
+    "corpus too short": (
+        ["--set", "data.seq_length=1000000", "--set", "model.max_position_embeddings=1000000"],
+        "no sample in this split",
+    ),
+    "empty split": (["--set", 'data.split="1,0,0"'], "no sample in this split"),
+    "foreign tokens": (["--set", "model.vocab_size=100"], "outside the vocabulary of 100"),
+    "unwritable": (["--save", "/dev/null/run"], "--save /dev/null/run: can't be written to"),
+    "malformed": (["--set", "curriculum_learning.min_difficulty=0"], "min_difficulty: 0 is not valid"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "message"), MISTAKES.values(), ids=MISTAKES)
+def test_mistakes_are_told_before_torch_is_loaded(run_file, tmp_path, arguments, message):
+    command = [sys.executable, "-X", "importtime", str(ROOT / TRAIN), "--config", str(run_file)]
+    result = subprocess.run([*command, "--save", str(tmp_path), *arguments], capture_output=True, text=True)
+    assert result.returncode == 1
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not any(line.endswith("| torch") for line in result.stderr.splitlines())
 
 
 def test_the_log_ends_where_the_plan_ends(reference, tiny_run):

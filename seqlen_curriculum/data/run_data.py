@@ -10,19 +10,27 @@ from seqlen_curriculum.errors import DataError
 __all__ = ["open_run_data"]
 
 
-def open_run_data(config: RunConfig) -> tuple[Samples, Samples]:
-    """(training, validation) samples of a file with model, data and training sections. Raises ConfigError, DataError."""
+def open_run_data(config: RunConfig) -> tuple[Samples, Samples | None]:
+    """(training, validation) samples of a file with model, data and training sections; None if it never evaluates.
+
+    Raises ConfigError, DataError.
+    """
     assert config.model is not None
     assert config.data is not None
     assert config.training is not None
     data, vocab_size = config.data, config.model.vocab_size
     for prefix in data.train:
         _check_vocabulary(IndexedCorpus(prefix), vocab_size)
-    train, valid = (
-        open_split(data.train, data.split, which, data.seq_length, config.training.seed, vocab_size)
-        for which in ("train", "valid")
-    )
-    return train, valid
+    train = _open(config, "train")
+    return train, _open(config, "valid") if config.training.eval_interval else None
+
+
+def _open(config: RunConfig, which: str) -> Samples:
+    assert config.model is not None
+    assert config.data is not None
+    assert config.training is not None
+    data = config.data
+    return open_split(data.train, data.split, which, data.seq_length, config.training.seed, config.model.vocab_size)
 
 
 def _check_vocabulary(corpus: IndexedCorpus, vocab_size: int) -> None:

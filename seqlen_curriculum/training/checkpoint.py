@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, TypeVar
 
 from deepspeed import comm as dist
@@ -52,7 +53,8 @@ class Checkpoints:
             return  # resumed at this very step
         unfinished = self.save_folder / f".{final.name}.tmp"
         if dist.get_rank() == 0:
-            shutil.rmtree(unfinished, ignore_errors=True)
+            for left_by_a_kill in self.save_folder.glob(".global_step*.tmp"):
+                shutil.rmtree(left_by_a_kill)
         dist.barrier()
         try:
             engine.save_checkpoint(str(self.save_folder), tag=unfinished.name, save_latest=False)
@@ -94,12 +96,13 @@ class Checkpoints:
         A checkpoint outside the run's own folder starts a branch: settings may differ, and the differences are said.
         """
         self._check_same_run(checkpoint)
-        loaded, _ = engine.load_checkpoint(str(checkpoint.folder.parent), tag=checkpoint.folder.name)
+        try:
+            loaded, _ = engine.load_checkpoint(str(checkpoint.folder.parent), tag=checkpoint.folder.name)
+            problem = f"DeepSpeed found step {engine.global_steps} where {checkpoint.step} was saved"
+        except (OSError, RuntimeError, EOFError, UnpicklingError) as error:
+            loaded, problem = None, f"can't be loaded ({error})"
         if loaded is None or engine.global_steps != checkpoint.step:
-            raise CheckpointError(
-                f"{checkpoint.folder}: DeepSpeed found step {engine.global_steps} where {checkpoint.step} was saved; "
-                "remove this folder to continue from the one before"
-            )
+            raise CheckpointError(f"{checkpoint.folder}: {problem}; move it away to continue from the one before")
 
     def _check_same_run(self, checkpoint: Checkpoint) -> None:
         changed = differences(checkpoint.run, self.run)

@@ -25,7 +25,7 @@ __all__ = ["pretrain", "write_model"]
 _RUNLOG = "runlog.jsonl"
 
 
-def pretrain(config: RunConfig, train: Samples, valid: Samples, save: Path, resume: str = "auto") -> bool:
+def pretrain(config: RunConfig, train: Samples, valid: Samples | None, save: Path, resume: str = "auto") -> bool:
     """Train the file's model on ``train`` until its token budget; False if a signal stopped it earlier (and it saved).
 
     ``save`` is the run's folder: checkpoints and ``runlog.jsonl``. ``resume``: ``auto`` continues from the newest complete

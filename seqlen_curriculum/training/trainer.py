@@ -44,7 +44,7 @@ class Trainer:
     engine: Any
     timeline: Timeline
     train_samples: Samples
-    valid_samples: Samples
+    valid_samples: Samples | None
     rows_per_rank: int
     micro_batch: int
     settings: TrainingConfig
@@ -142,9 +142,10 @@ class Trainer:
     def _evaluate(self, step: int) -> int:
         """Full-length loss on the same validation rows each time, every row once however many ranks share them."""
         started = time.perf_counter()
-        seq_length = self.valid_samples.seq_length
-        rows = min(self.settings.eval_rows, self.valid_samples.num_samples)
-        ids = np.arange(rows, dtype=np.int64) * self.valid_samples.num_samples // rows
+        samples = self.valid_samples
+        assert samples is not None
+        rows = min(self.settings.eval_rows, samples.num_samples)
+        ids = np.arange(rows, dtype=np.int64) * samples.num_samples // rows  # evenly over the split
         mine = ids[dist.get_rank() :: dist.get_world_size()]
         total = torch.zeros((), device=self.engine.device, dtype=torch.float64)
         self.engine.eval()
@@ -153,7 +154,7 @@ class Trainer:
             # of rows repeats one with weight 0.
             for start in range(0, -(-rows // dist.get_world_size()), self.micro_batch):
                 chunk = mine[start : start + self.micro_batch]
-                tokens = self._on_device(self.valid_samples.read(chunk if len(chunk) else ids[:1], seq_length))
+                tokens = self._on_device(samples.read(chunk if len(chunk) else ids[:1], samples.seq_length))
                 total += self.engine(tokens[:, :-1], tokens[:, 1:]).detach() * len(chunk)
         self.engine.train()
         dist.all_reduce(total)

@@ -1,0 +1,247 @@
+"""DeepSpeed's ``curriculum_learning`` block as users have it on disk, checked, and the pacing function it names."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, Literal, TypeAlias, cast
+
+from pydantic import AfterValidator, Field, TypeAdapter, ValidationError, model_validator
+
+from seqlen_curriculum.errors import ConfigError
+from seqlen_curriculum.fields import Count, Section, nearest, problems
+from seqlen_curriculum.pacing import Custom, Discrete, Root
+from seqlen_curriculum.timeline import ramp_steps_for_fraction, ramp_steps_for_tokens
+
+__all__ = ["CurriculumConfig", "CustomCurriculum", "constant_curriculum", "curriculum_problems", "parse_curriculum"]
+
+BLOCK = "curriculum_learning"
+_DURATIONS = ("total_curriculum_step", "total_curriculum_tokens", "curriculum_fraction")
+
+
+class LinearSchedule(Section):
+    """``schedule_config`` of ``fixed_linear``."""
+
+    total_curriculum_step: Count | None = None
+    """Steps from the minimum to the maximum (DeepSpeed's key; *T* in the paper). Exactly one of the three durations."""
+    total_curriculum_tokens: Count | None = None
+    """The ramp's length in consumed target tokens: the smallest T whose ramp consumes at least these."""
+    curriculum_fraction: Annotated[float, Field(gt=0, le=1)] | None = None
+    """The ramp's length as a share of the run's steps (Composer's ``duration``, where 0.3 is recommended)."""
+    difficulty_step: Count
+    """Every length is a multiple of this: 8 for the tensor cores at 16 bits (the paper), 16 at 8 bits."""
+
+    @model_validator(mode="after")
+    def _one_duration(self) -> LinearSchedule:
+        given = [name for name in _DURATIONS if getattr(self, name) is not None]
+        if len(given) != 1:
+            found = " and ".join(given) + " are given" if given else "none is given"
+            raise ValueError(f"{found}; give exactly one of {', '.join(_DURATIONS)}")
+        return self
+
+
+class RootSchedule(LinearSchedule):
+    """``schedule_config`` of ``fixed_root``."""
+
+    root_degree: float = Field(gt=0)
+    """DeepSpeed's key: the exponent is ``1 / root_degree``; 1 is linear, 2 a square root that grows fast at first."""
+
+
+class DiscreteSchedule(Section):
+    """``schedule_config`` of ``fixed_discrete``."""
+
+    difficulty: list[Count] = Field(min_length=1)
+    """Lengths, one for each stage."""
+    max_step: list[Count]
+    """Last step of each stage but the last, increasing: one entry fewer than ``difficulty``."""
+
+    @model_validator(mode="after")
+    def _stages_match(self) -> DiscreteSchedule:
+        if len(self.difficulty) != len(self.max_step) + 1:
+            raise ValueError(
+                f"difficulty has {len(self.difficulty)} entries and max_step {len(self.max_step)}; "
+                "max_step needs exactly one fewer (the last length has no end)"
+            )
+        if any(later <= earlier for earlier, later in zip(self.max_step, self.max_step[1:], strict=False)):
+            raise ValueError(f"max_step {self.max_step} does not increase; give each stage a later last step")
+        return self
+
+
+def _import_path(path: str) -> str:
+    load_function(path)
+    return path
+
+
+class CustomSchedule(Section):
+    """``schedule_config`` of ``custom``."""
+
+    function: Annotated[str, AfterValidator(_import_path)] | None = None
+    """Import path ``package.module:function`` of a ``function(step) -> length``; ``set_custom_get_difficulty`` otherwise."""
+    difficulty_step: Count = 1
+    """Its values are rounded down to a multiple of this, after clamping to the range."""
+
+
+class _Curriculum(Section):
+    """What every schedule type shares."""
+
+    enabled: bool = True
+    """``false`` trains at full length from the first step."""
+    curriculum_type: Literal["seqlen"] = "seqlen"
+    """DeepSpeed's name for a curriculum over sequence length."""
+    min_difficulty: Count
+    """First length; the paper starts at 8 (64 for 1.5B parameters)."""
+    max_difficulty: Count
+    """Last length, normally the data's ``seq_length``."""
+
+    @model_validator(mode="after")
+    def _range(self) -> _Curriculum:
+        if self.min_difficulty > self.max_difficulty:
+            raise ValueError(
+                f"min_difficulty {self.min_difficulty} is above max_difficulty {self.max_difficulty}; "
+                "lengths grow from the minimum to the maximum"
+            )
+        step = getattr(getattr(self, "schedule_config", None), "difficulty_step", 1)
+        lowest = -(-self.min_difficulty // step) * step
+        if lowest > self.max_difficulty:
+            raise ValueError(
+                f"schedule_config.difficulty_step {step} lifts min_difficulty {self.min_difficulty} to {lowest}, above "
+                f"max_difficulty {self.max_difficulty}; lower difficulty_step"
+            )
+        return self
+
+    def _range_of(self, schedule: LinearSchedule | CustomSchedule) -> tuple[int, int, int]:
+        return self.min_difficulty, self.max_difficulty, schedule.difficulty_step
+
+
+class RampCurriculum(_Curriculum):
+    """``fixed_linear`` and ``fixed_root``."""
+
+    schedule_config: LinearSchedule
+
+    def pacing(self, rows: int | None = None, train_tokens: int | None = None) -> Root:
+        """The ramp; ``rows`` and ``train_tokens`` (of the run) are needed unless its length is given in steps."""
+        schedule = self.schedule_config
+        bounds = self._range_of(schedule)
+        degree = getattr(schedule, "root_degree", 1.0)
+
+        def ramp(total_steps: int) -> Root:
+            return Root(*bounds, total_steps=total_steps, root_degree=degree)
+
+        if schedule.total_curriculum_step is not None:
+            return ramp(schedule.total_curriculum_step)
+        if rows is not None and schedule.total_curriculum_tokens is not None:
+            return ramp(ramp_steps_for_tokens(ramp, rows, schedule.total_curriculum_tokens))
+        if rows is not None and train_tokens is not None and schedule.curriculum_fraction is not None:
+            return ramp(ramp_steps_for_fraction(ramp, rows, train_tokens, schedule.curriculum_fraction))
+        raise ConfigError(
+            f"{BLOCK}.schedule_config: a ramp given in tokens or as a fraction needs train_batch_size and, for a fraction, "
+            "training.train_tokens; give them, or give total_curriculum_step"
+        )
+
+
+class LinearCurriculum(RampCurriculum):
+    """The paper's pacing function."""
+
+    schedule_type: Literal["fixed_linear"]
+
+
+class RootCurriculum(RampCurriculum):
+    """Section 4's root function; no clear gain over linear in the paper."""
+
+    schedule_type: Literal["fixed_root"]
+    schedule_config: RootSchedule
+
+
+class DiscreteCurriculum(_Curriculum):
+    """Stages; Shortformer's two are ``{"difficulty": [128, 1024], "max_step": [20000]}``."""
+
+    schedule_type: Literal["fixed_discrete"]
+    schedule_config: DiscreteSchedule
+
+    @model_validator(mode="after")
+    def _inside_range(self) -> DiscreteCurriculum:
+        outside = [d for d in self.schedule_config.difficulty if not self.min_difficulty <= d <= self.max_difficulty]
+        if outside:
+            raise ValueError(
+                f"schedule_config.difficulty: {outside} lie outside min_difficulty {self.min_difficulty} to "
+                f"max_difficulty {self.max_difficulty}; widen the range or change the lengths"
+            )
+        return self
+
+    def pacing(self, rows: int | None = None, train_tokens: int | None = None) -> Discrete:  # noqa: ARG002
+        """The stages."""
+        return Discrete(tuple(self.schedule_config.difficulty), tuple(self.schedule_config.max_step))
+
+
+class CustomCurriculum(_Curriculum):
+    """A function of the user's, by import path or set on the scheduler."""
+
+    schedule_type: Literal["custom"]
+    schedule_config: CustomSchedule = CustomSchedule()
+
+    def pacing(self, rows: int | None = None, train_tokens: int | None = None) -> Custom:  # noqa: ARG002
+        """The function, clamped and rounded."""
+        if self.schedule_config.function is None:
+            raise ConfigError(
+                f"{BLOCK}.schedule_config.function: not given; name a 'package.module:function', or call "
+                "set_custom_get_difficulty before the first step"
+            )
+        return self.with_function(load_function(self.schedule_config.function))
+
+    def with_function(self, function: Callable[[int], float]) -> Custom:
+        """The pacing of ``function(step)``."""
+        return Custom(*self._range_of(self.schedule_config), function=function)
+
+
+CurriculumConfig: TypeAlias = LinearCurriculum | RootCurriculum | DiscreteCurriculum | CustomCurriculum
+_TYPES: dict[str, type[CurriculumConfig]] = {
+    "fixed_linear": LinearCurriculum,
+    "fixed_root": RootCurriculum,
+    "fixed_discrete": DiscreteCurriculum,
+    "custom": CustomCurriculum,
+}
+
+
+def load_function(path: str) -> Callable[[int], float]:
+    """The function that ``package.module:function`` names; ValueError says which part is wrong."""
+    module_name, _, name = path.partition(":")
+    if not module_name or not name:
+        raise ValueError(f"{path!r} is not an import path; write 'package.module:function'")
+    try:
+        function = getattr(importlib.import_module(module_name), name)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"{path!r} can't be imported ({error}); is its folder on PYTHONPATH?") from error
+    if not callable(function):
+        raise ValueError(f"{path!r} is a {type(function).__name__}, not a function")
+    return cast("Callable[[int], float]", function)
+
+
+def curriculum_problems(block: object) -> tuple[CurriculumConfig | None, list[str]]:
+    """The parsed block, or None and one line for each of its problems."""
+    if not isinstance(block, Mapping):
+        return None, [f"{BLOCK}: {block!r} is not an object; write {{...}}"]
+    kind = block.get("schedule_type")
+    if kind is None:
+        return None, [f"{BLOCK}.schedule_type: required, but not given{nearest('', _TYPES)}"]
+    if kind not in _TYPES:
+        return None, [f"{BLOCK}.schedule_type: {kind!r} is not a schedule type{nearest(str(kind), _TYPES)}"]
+    try:
+        return TypeAdapter(_TYPES[kind]).validate_python(dict(block)), []
+    except ValidationError as error:
+        return None, problems(error, _TYPES[kind], BLOCK)
+
+
+def parse_curriculum(block: Mapping[str, Any]) -> CurriculumConfig:
+    """DeepSpeed's block as a checked object; a ConfigError lists all its problems."""
+    config, found = curriculum_problems(block)
+    if config is None:
+        raise ConfigError(found)
+    return config
+
+
+def constant_curriculum(seqlen: int) -> DiscreteCurriculum:
+    """One stage of ``seqlen`` that never ends: no curriculum."""
+    stages = DiscreteSchedule(difficulty=[seqlen], max_step=[])
+    return DiscreteCurriculum(
+        min_difficulty=seqlen, max_difficulty=seqlen, schedule_type="fixed_discrete", schedule_config=stages
+    )

@@ -1,0 +1,56 @@
+"""A JSON object from a file, strictly, and ``a.b=value`` overrides of it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from seqlen_curriculum.errors import ConfigError
+
+__all__ = ["apply_override", "read_json"]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object of a JSON file. ConfigError names the file and, for bad JSON, the line; duplicate keys are errors."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"can't be read ({error.strerror}); give the path of a run's JSON file", str(path)) from error
+    try:
+        value = json.loads(text, object_pairs_hook=_unique_keys)
+    except json.JSONDecodeError as error:
+        raise ConfigError(
+            f"not valid JSON: {error.msg} at line {error.lineno}, column {error.colno}", str(path)
+        ) from error
+    except (ConfigError, UnicodeDecodeError) as error:
+        raise ConfigError(str(error), str(path)) from error
+    if not isinstance(value, dict):
+        raise ConfigError(f"holds {type(value).__name__}, not an object; write {{...}}", str(path))
+    return value
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    keys = [key for key, _ in pairs]
+    twice = sorted({key for key in keys if keys.count(key) > 1})
+    if twice:
+        raise ConfigError(f"key '{twice[0]}' is given twice in one object; keep one")
+    return dict(pairs)
+
+
+def apply_override(raw: dict[str, Any], override: str) -> None:
+    """Set ``a.b=value`` in place; the value is read as JSON, else taken as a string."""
+    path, equals, text = override.partition("=")
+    if not equals or not all(path.split(".")):
+        raise ConfigError(f"--set {override!r}: write section.key=value, as in --set training.train_tokens=2e9")
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError:
+        value = text
+    *parents, key = path.split(".")
+    target = raw
+    for parent in parents:
+        target = target.setdefault(parent, {})
+        if not isinstance(target, dict):
+            raise ConfigError(f"--set {override!r}: '{parent}' holds {target!r}, not an object with keys")
+    target[key] = value
