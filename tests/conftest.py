@@ -1,5 +1,6 @@
 """The tiny corpus, the tiny run, and the real launcher."""
 
+import contextlib
 import json
 import os
 import resource
@@ -8,8 +9,10 @@ import socket
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from seqlen_curriculum.data.writer import CorpusWriter
@@ -85,6 +88,23 @@ def start(command, log, **kwargs):
         return subprocess.Popen(
             command, stdout=out, stderr=subprocess.STDOUT, env=environment, start_new_session=True, cwd=ROOT, **kwargs
         )
+
+
+def wait_for_all(process, seconds=120):
+    """Wait for a command and everything it started; after a signal the launcher ends before its ranks do."""
+    process.wait(timeout=seconds)
+    deadline = time.monotonic() + seconds
+    while _group_is_alive(process.pid):
+        assert time.monotonic() < deadline, f"process group {process.pid} is still alive"
+        time.sleep(0.1)
+
+
+def _group_is_alive(group):
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, ProcessLookupError):
+            if os.getpgid(process.pid) == group and process.status() != psutil.STATUS_ZOMBIE:
+                return True
+    return False
 
 
 def launch(log, script, *args, ranks=1, **kwargs):

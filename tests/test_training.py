@@ -13,7 +13,7 @@ import time
 
 import numpy as np
 import pytest
-from conftest import ROOT, launch, launch_command, start
+from conftest import ROOT, launch, launch_command, start, wait_for_all
 
 from seqlen_curriculum import RunConfig, Timeline
 from seqlen_curriculum.data.run_data import open_run_data
@@ -153,7 +153,7 @@ def run_and_kill(run_file, save, log, after_step):
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            wait_for_all(process)
     return False
 
 
@@ -182,8 +182,8 @@ def test_two_ranks_stopped_by_sigterm_and_resumed_on_one(reference, run_file, tm
     process = start(launch_command(TRAIN, "--config", run_file, "--save", save, ranks=2), tmp_path / "log")
     while process.poll() is None and not (save / "global_step6").exists():
         time.sleep(0.02)
-    os.kill(process.pid, signal.SIGTERM)  # the launcher passes it on
-    process.wait(timeout=120)
+    os.killpg(process.pid, signal.SIGTERM)  # as a terminal or a batch system does; `deepspeed` itself passes nothing on
+    wait_for_all(process)
     stopped = len(records(save)[0])
     assert 6 <= stopped < len(records(reference)[0]), (tmp_path / "log").read_text()
     assert (save / f"global_step{stopped}" / "complete.json").exists()
