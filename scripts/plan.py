@@ -10,7 +10,7 @@ import argparse
 import json
 from pathlib import Path
 
-from seqlen_curriculum.cli import run, writable_folder
+from seqlen_curriculum.cli import picture_path, run
 
 
 def main() -> None:
@@ -29,8 +29,7 @@ def main() -> None:
     summary = planning.plan(config, args.at)
     print(json.dumps(summary, indent=2) if args.json else planning.describe(summary))
     if args.png:
-        writable_folder("--png", args.png.resolve().parent)
-        planning.draw(config, args.png)
+        planning.draw(config, picture_path("--png", args.png))
 
 
 if __name__ == "__main__":

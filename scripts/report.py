@@ -8,7 +8,7 @@ import argparse
 from pathlib import Path
 
 from seqlen_curriculum.analysis.curves import draw_run, load_run, summarise
-from seqlen_curriculum.cli import run, writable_folder
+from seqlen_curriculum.cli import picture_path, run
 
 
 def main() -> None:
@@ -20,8 +20,7 @@ def main() -> None:
     steps, evaluations = load_run(args.run)
     print(summarise(steps, evaluations))
     if args.png:
-        writable_folder("--png", args.png.resolve().parent)
-        draw_run(steps, evaluations, args.png)
+        draw_run(steps, evaluations, picture_path("--png", args.png))
         print(f"curves           {args.png}")
 
 

@@ -22,14 +22,14 @@ def main() -> None:
         "--resume",
         default="auto",
         metavar="auto|none|CHECKPOINT",
-        help="auto (default): continue from the newest complete checkpoint in --save; none: start anew in an empty "
-        "folder; or a checkpoint folder, from elsewhere to branch off",
+        help="auto (default): continue from the newest complete checkpoint in --save; none: start anew in a folder "
+        "without a run; or a checkpoint folder of the same run",
     )
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override, as training.seed=7")
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # given by the launcher
     args = parser.parse_args()
 
-    config = RunConfig.load(args.config, args.set, require=("model", "data", "training"))
+    config = RunConfig.load(args.config, args.set, require=("optimizer", "model", "data", "training"))
     writable_folder("--save", args.save)
     train, valid = open_run_data(config)
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, overload
 
 from pydantic import Field, model_validator
 
-from seqlen_curriculum.fields import Count, Section, nearest
+from seqlen_curriculum.fields import Count, Section, Seqlen, nearest
 
 if TYPE_CHECKING:
     import numpy as np
@@ -65,7 +65,7 @@ class ModelConfig(Section):
     num_attention_heads: Count
     """Attention heads of a block."""
 
-    max_position_embeddings: Count
+    max_position_embeddings: Seqlen
     """Learned positions: the longest seqlen the model can read, in tokens."""
 
     vocab_size: Count

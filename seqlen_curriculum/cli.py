@@ -10,7 +10,7 @@ from pathlib import Path
 
 from seqlen_curriculum.errors import ConfigError, SeqlenCurriculumError
 
-__all__ = ["run", "writable_folder"]
+__all__ = ["picture_path", "run", "writable_folder"]
 
 
 def run(main: Callable[[], None]) -> None:
@@ -26,6 +26,14 @@ def run(main: Callable[[], None]) -> None:
         sys.exit(130)
     except BrokenPipeError:  # `command | head` closed the pipe: not an error
         sys.stderr.close()
+
+
+def picture_path(flag: str, path: Path) -> Path:
+    """``path`` if a picture can be written there. Raises ConfigError naming ``flag``."""
+    if path.suffix.lower() not in (".png", ".pdf", ".svg") or path.is_dir():
+        raise ConfigError(f"{flag} {path}: not the name of a picture; give one that ends in .png, .pdf or .svg")
+    writable_folder(flag, path.resolve().parent)
+    return path
 
 
 def writable_folder(flag: str, folder: Path) -> None:

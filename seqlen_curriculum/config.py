@@ -8,21 +8,21 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from seqlen_curriculum.architecture import ModelConfig
 from seqlen_curriculum.curriculum import (
     CurriculumConfig,
-    CustomCurriculum,
     constant_curriculum,
     curriculum_problems,
 )
+from seqlen_curriculum.deepspeed_keys import DeepSpeedKeys, batch_shape, without_max_grad_norm
 from seqlen_curriculum.errors import ConfigError
-from seqlen_curriculum.fields import Count, CountOrZero, Section, problems
+from seqlen_curriculum.fields import Count, CountOrZero, Section, Seqlen, problems
 from seqlen_curriculum.jsonfile import apply_override, read_json
 from seqlen_curriculum.scheduler import CurriculumScheduler
 from seqlen_curriculum.timeline import Timeline
@@ -38,12 +38,19 @@ class DataConfig(Section):
 
     train: list[str] = Field(min_length=1)
     """Prefixes of Megatron ``.bin/.idx`` pairs; several are read as one corpus, each weighing by its size."""
-    seq_length: Count
+    seq_length: Seqlen
     """Full length of a sample in tokens."""
-    split: str = "949,50,1"
+    split: str = Field(default="949,50,1", pattern=r"^\s*(\d+\.?\d*|\.\d+)(\s*[,/]\s*(\d+\.?\d*|\.\d+)){0,2}\s*$")
     """Shares of the documents for training, validation and test, as in Megatron."""
     leftovers: Literal["drop"] = "drop"
     """What becomes of the tail of a truncated sample: dropped, as in the paper."""
+
+    @model_validator(mode="after")
+    def _each_corpus_once(self) -> DataConfig:
+        twice = sorted({prefix for prefix in self.train if self.train.count(prefix) > 1})
+        if twice:
+            raise ValueError(f"train names {twice[0]!r} twice; each corpus is read once an epoch, so keep one")
+        return self
 
 
 class TrainingConfig(Section):
@@ -51,7 +58,7 @@ class TrainingConfig(Section):
 
     train_tokens: Count
     """Stop at the first step whose end has consumed this many target tokens (Megatron-DeepSpeed's ``--train-tokens``)."""
-    seed: CountOrZero = 1234
+    seed: Annotated[CountOrZero, Field(lt=2**63)] = 1234
     """Keys weights, sample order and dropout."""
     eval_interval: CountOrZero = 100
     """Steps between evaluations at full length; one more comes at the end. 0: never."""
@@ -70,9 +77,10 @@ OURS: dict[str, type[Section]] = {"model": ModelConfig, "data": DataConfig, "tra
 
 @dataclass(frozen=True)
 class RunConfig:
-    """A checked run. ``deepspeed`` holds what goes to DeepSpeed; a section that the file lacks is None."""
+    """A checked run. ``deepspeed`` goes to DeepSpeed, ``keys`` is what of it we read; a section the file lacks is None."""
 
     deepspeed: dict[str, Any]
+    keys: DeepSpeedKeys
     curriculum: CurriculumConfig | None = None
     scheduler: TokenCosineConfig | None = None
     model: ModelConfig | None = None
@@ -90,56 +98,46 @@ class RunConfig:
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any], where: str = "", require: Sequence[str] = ()) -> RunConfig:
         """Check a configuration that is already in memory; ``require`` names sections that must be there."""
-        found = [f"{name}: section required, but not given" for name in require if name not in raw]
+        found = [f"{name}: section required, but not given" for name in require if raw.get(name) is None]
         found += _misspelt_sections(raw)
         sections: dict[str, Any] = {}
         for name, section in OURS.items():
-            if name in raw:
+            if raw.get(name) is not None:
                 sections[name] = _parse(section, raw[name], name, found)
         if _ours_is_scheduler(raw):
             sections["scheduler"] = _parse(TokenCosineConfig, raw["scheduler"], "scheduler", found)
-        sections["curriculum"] = _parse_curriculum(raw.get("curriculum_learning"), found)
+        sections["curriculum"] = _parse_curriculum(raw, found)
         deepspeed = {name: value for name, value in raw.items() if not _is_ours(name, raw)}
-        config = cls(deepspeed=_without_max_grad_norm(deepspeed, found), **sections)
-        found += config._conflicts()
-        if found:
+        deepspeed = without_max_grad_norm(deepspeed, found)
+        keys = _parse(DeepSpeedKeys, deepspeed, "", found)
+        if keys is not None:
+            batch = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+            deepspeed |= {name: getattr(keys, name) for name in batch if getattr(keys, name)}  # 32.0 is 32
+            config = cls(deepspeed, keys, **sections)
+            found += config._conflicts(complete=not found)
+        if found or keys is None:
             raise ConfigError(found, where)
         return config
 
+    def for_ranks(self, world_size: int) -> RunConfig:
+        """The same run with DeepSpeed's three batch keys filled in for ``world_size`` ranks. ConfigError."""
+        rows, micro, accumulation = batch_shape(self.keys, world_size)
+        batch = {
+            "train_batch_size": rows * world_size,
+            "train_micro_batch_size_per_gpu": micro,
+            "gradient_accumulation_steps": accumulation,
+        }
+        return replace(self, deepspeed={**self.deepspeed, **batch}, keys=self.keys.model_copy(update=batch))
+
     @property
     def global_batch(self) -> int:
-        """Rows of an optimizer step over all ranks. ConfigError without a whole ``train_batch_size``."""
-        rows = self.deepspeed.get("train_batch_size")
-        if isinstance(rows, bool) or not isinstance(rows, int) or rows < 1:
+        """Rows of an optimizer step over all ranks. ConfigError without ``train_batch_size``."""
+        if self.keys.train_batch_size is None:
             raise ConfigError(
-                f"train_batch_size: {rows!r} is not a positive whole number; give the rows of one optimizer step over all "
-                "ranks (it fixes the run whatever the number of ranks)"
+                "train_batch_size: required, but not given; give the rows of one optimizer step over all ranks (it fixes "
+                "the run whatever the number of ranks)"
             )
-        return rows
-
-    def batch_shape(self, world_size: int) -> tuple[int, int, int]:
-        """Rows of a rank, of a micro-batch, and micro-batches of a step, for ``world_size`` ranks. ConfigError."""
-        rows, ragged = divmod(self.global_batch, world_size)
-        if ragged:
-            raise ConfigError(
-                f"train_batch_size: {self.global_batch} rows don't divide over {world_size} ranks; make it a multiple"
-            )
-        given = {
-            key: self.deepspeed.get(key) for key in ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
-        }
-        for key, value in given.items():
-            if value is not None and (
-                isinstance(value, bool) or not isinstance(value, int) or value < 1 or rows % value
-            ):
-                raise ConfigError(f"{key}: {value!r} doesn't divide the {rows} rows of a rank ({world_size} ranks)")
-        micro, accumulation = given.values()
-        micro = micro or rows // (accumulation or 1)
-        if accumulation and accumulation * micro != rows:
-            raise ConfigError(
-                f"gradient_accumulation_steps: {accumulation} x train_micro_batch_size_per_gpu {micro} x {world_size} ranks "
-                f"is {accumulation * micro * world_size}, not train_batch_size {self.global_batch}; leave one of them out"
-            )
-        return rows, micro, rows // micro
+        return self.keys.train_batch_size
 
     @property
     def train_tokens(self) -> int | None:
@@ -150,37 +148,51 @@ class RunConfig:
         """The length of every step; constantly full length where there is no curriculum."""
         if self.curriculum is None:
             return CurriculumScheduler(constant_curriculum(_needed(self.data, "data").seq_length))
-        rows = self.deepspeed.get("train_batch_size")
-        return CurriculumScheduler(self.curriculum, rows if isinstance(rows, int) else None, self.train_tokens)
+        return CurriculumScheduler(self.curriculum, self.keys.train_batch_size, self.train_tokens)
 
     def timeline(self) -> Timeline:
         """The whole run by arithmetic. ConfigError without ``train_batch_size`` or ``training.train_tokens``."""
-        return Timeline(
-            self.curriculum_scheduler().pacing, self.global_batch, _needed(self.training, "training").train_tokens
-        )
+        training = _needed(self.training, "training")
+        return Timeline(self.curriculum_scheduler().pacing, self.global_batch, training.train_tokens)
+
+    def learning_rate(self, timeline: Timeline, max_lr: float | None = None) -> TokenCosine | None:
+        """The rate of every step, None when the schedule is DeepSpeed's own; ``max_lr`` of a user's own optimizer."""
+        if self.scheduler is None:
+            return None
+        max_lr = max_lr or self.keys.lr
+        if max_lr is None:
+            raise ConfigError("optimizer.params.lr: required, but not given; TokenCosineLR warms up to it")
+        return TokenCosine(timeline, self.scheduler.params, max_lr)
 
     def settings(self) -> dict[str, Any]:
         """What makes the run the run it is, flat: ``{"model.num_layers": 12, ...}``. Ranks, paths and intervals do not."""
-        ours = {name: getattr(self, name) for name in ("model", "curriculum", "scheduler")}
-        chosen: dict[str, Any] = {name: section.model_dump() for name, section in ours.items() if section}
+        chosen: dict[str, Any] = {}
+        if self.model:
+            chosen["model"] = self.model.model_dump(exclude={"preset", "activation_checkpointing"})
+        if self.curriculum:
+            chosen["curriculum_learning"] = self.curriculum.model_dump()
         if self.data and self.training:
             chosen["data"] = self.data.model_dump(exclude={"train"})
             chosen["training"] = self.training.model_dump(include={"train_tokens", "seed"})
-        shared = ("train_batch_size", "optimizer", "gradient_clipping", "fp16", "bf16")
+        shared = ("train_batch_size", "optimizer", "scheduler", "gradient_clipping", "fp16", "bf16")
         chosen |= {name: self.deepspeed[name] for name in shared if name in self.deepspeed}
-        chosen["zero_optimization"] = {"stage": self.deepspeed.get("zero_optimization", {}).get("stage", 0)}
-        return dict(_flat(chosen))
+        if self.scheduler:
+            chosen["scheduler"] = self.scheduler.model_dump()
+        return {**dict(_flat(chosen)), "zero_optimization.stage": self.keys.zero_stage}
 
-    def learning_rate(self, timeline: Timeline) -> TokenCosine | None:
-        """The rate of every step, None when the schedule is DeepSpeed's own."""
-        if self.scheduler is None:
-            return None
-        return TokenCosine(timeline, self.scheduler.params, self.deepspeed["optimizer"]["params"]["lr"])
-
-    def _conflicts(self) -> list[str]:
-        """Problems between sections that are each valid."""
-        checks = (self._seq_length_fits, self._lr_given, self._budget_is_tokens, self._schedule_builds)
-        return [problem for check in checks if (problem := check())]
+    def _conflicts(self, complete: bool) -> list[str]:
+        """Problems between sections; with ``complete`` (no section has a problem) also what building the schedule finds."""
+        found = [problem for problem in (self._seq_length_fits(), self._budget_is_tokens()) if problem]
+        if found or not complete or not self.training or not (self.data or self.curriculum):
+            return found
+        try:
+            if self.scheduler and self.keys.optimizer:
+                self.learning_rate(self.timeline())
+            elif self.keys.train_batch_size:
+                self.timeline()
+        except ConfigError as error:
+            return error.problems
+        return []
 
     def _seq_length_fits(self) -> str | None:
         seq_length = self.data.seq_length if self.data else None
@@ -198,34 +210,13 @@ class RunConfig:
             )
         return None
 
-    def _lr_given(self) -> str | None:
-        optimizer = self.deepspeed.get("optimizer")
-        lr = (optimizer.get("params") or {}).get("lr") if isinstance(optimizer, Mapping) else None
-        if self.scheduler and (isinstance(lr, bool) or not isinstance(lr, (int, float)) or not lr > 0):
-            return (
-                f"optimizer.params.lr: {lr!r} is not a positive number; TokenCosineLR warms up to it and decays from it"
-            )
-        return None
-
     def _budget_is_tokens(self) -> str | None:
-        rows = self.deepspeed.get("train_batch_size")
-        if self.training and isinstance(rows, int) and self.training.train_tokens < rows:
+        rows = self.keys.train_batch_size
+        if self.training and rows and self.training.train_tokens < rows:
             return (
                 f"training.train_tokens: {self.training.train_tokens} is less than one token for each of the {rows} rows of "
                 "a step; give the budget in tokens"
             )
-        return None
-
-    def _schedule_builds(self) -> str | None:
-        """Build what the file is complete for, so that its problems show before any work."""
-        if isinstance(self.curriculum, CustomCurriculum) or not (self.training and (self.data or self.curriculum)):
-            return None
-        if self._lr_given():
-            return None
-        try:
-            self.learning_rate(self.timeline())
-        except ConfigError as error:
-            return "; ".join(error.problems)
         return None
 
 
@@ -245,13 +236,17 @@ def _parse(section: type[S], value: object, name: str, found: list[str]) -> S | 
         return None
 
 
-def _parse_curriculum(block: object, found: list[str]) -> CurriculumConfig | None:
+def _parse_curriculum(raw: Mapping[str, Any], found: list[str]) -> CurriculumConfig | None:
     """The block if it is enabled. DeepSpeed took a missing ``enabled`` for false in silence; here it must be written."""
+    block = raw.get("curriculum_learning")
     if block is None:
         return None
     if isinstance(block, Mapping) and "enabled" not in block:
         found.append("curriculum_learning.enabled: required, but not given; write true or false")
     if isinstance(block, Mapping) and block.get("enabled") is False:
+        full = block.get("max_difficulty")  # in a file without a data section it is all that tells the full length
+        if isinstance(full, int) and not isinstance(full, bool) and full > 0 and raw.get("data") is None:
+            return constant_curriculum(full)
         return None
     config, block_problems = curriculum_problems(block)
     found += block_problems
@@ -261,7 +256,7 @@ def _parse_curriculum(block: object, found: list[str]) -> CurriculumConfig | Non
 def _ours_is_scheduler(raw: Mapping[str, Any]) -> bool:
     scheduler = raw.get("scheduler")
     kind = scheduler.get("type") if isinstance(scheduler, Mapping) else None
-    return isinstance(kind, str) and bool(difflib.get_close_matches(kind, ["TokenCosineLR"], cutoff=0.8))
+    return isinstance(kind, str) and bool(difflib.get_close_matches(kind.lower(), ["tokencosinelr"], cutoff=0.8))
 
 
 def _is_ours(name: str, raw: Mapping[str, Any]) -> bool:
@@ -271,24 +266,9 @@ def _is_ours(name: str, raw: Mapping[str, Any]) -> bool:
 def _misspelt_sections(raw: Mapping[str, Any]) -> list[str]:
     """DeepSpeed ignores top-level keys it doesn't know, so a misspelt section of ours would be lost in silence."""
     ours = [*OURS, "curriculum_learning", "scheduler"]
-    close = {name: difflib.get_close_matches(name, ours, n=1, cutoff=0.8) for name in raw if name not in ours}
+    others = [name for name in raw if name not in ours and not name.startswith("_")]  # _data is a comment
+    close = {name: difflib.get_close_matches(name, ours, n=1, cutoff=0.8) for name in others}
     return [f"{name}: unknown section; did you mean '{match[0]}'?" for name, match in close.items() if match]
-
-
-def _without_max_grad_norm(deepspeed: dict[str, Any], found: list[str]) -> dict[str, Any]:
-    """Move ``optimizer.params.max_grad_norm``, which old files hold and DeepSpeed refuses, to ``gradient_clipping``."""
-    optimizer = deepspeed.get("optimizer")
-    params = optimizer.get("params") if isinstance(optimizer, Mapping) else None
-    if not isinstance(params, Mapping) or "max_grad_norm" not in params:
-        return deepspeed
-    norm = params["max_grad_norm"]
-    clipping = deepspeed.get("gradient_clipping", norm)
-    if clipping != norm:
-        found.append(
-            f"optimizer.params.max_grad_norm: {norm} differs from gradient_clipping {clipping}; keep the latter"
-        )
-    rest = {name: value for name, value in params.items() if name != "max_grad_norm"}
-    return {**deepspeed, "gradient_clipping": clipping, "optimizer": {**dict(optimizer or {}), "params": rest}}
 
 
 def _needed(section: S | None, name: str) -> S:

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, TypeAlias, cast
 from pydantic import AfterValidator, Field, TypeAdapter, ValidationError, model_validator
 
 from seqlen_curriculum.errors import ConfigError
-from seqlen_curriculum.fields import Count, Section, nearest, problems
+from seqlen_curriculum.fields import Count, Section, Seqlen, nearest, problems
 from seqlen_curriculum.pacing import Custom, Discrete, Root
 from seqlen_curriculum.timeline import ramp_steps_for_fraction, ramp_steps_for_tokens
 
@@ -50,7 +50,7 @@ class RootSchedule(LinearSchedule):
 class DiscreteSchedule(Section):
     """``schedule_config`` of ``fixed_discrete``."""
 
-    difficulty: list[Count] = Field(min_length=1)
+    difficulty: list[Seqlen] = Field(min_length=1)
     """Lengths, one for each stage."""
     max_step: list[Count]
     """Last step of each stage but the last, increasing: one entry fewer than ``difficulty``."""
@@ -88,9 +88,9 @@ class _Curriculum(Section):
     """``false`` trains at full length from the first step."""
     curriculum_type: Literal["seqlen"] = "seqlen"
     """DeepSpeed's name for a curriculum over sequence length."""
-    min_difficulty: Count
+    min_difficulty: Seqlen
     """First length; the paper starts at 8 (64 for 1.5B parameters)."""
-    max_difficulty: Count
+    max_difficulty: Seqlen
     """Last length, normally the data's ``seq_length``."""
 
     @model_validator(mode="after")
@@ -209,8 +209,9 @@ def load_function(path: str) -> Callable[[int], float]:
         raise ValueError(f"{path!r} is not an import path; write 'package.module:function'")
     try:
         function = getattr(importlib.import_module(module_name), name)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"{path!r} can't be imported ({error}); is its folder on PYTHONPATH?") from error
+    except Exception as error:  # importing runs the user's module, which may raise anything
+        told = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{path!r} can't be imported ({told}); is its folder on PYTHONPATH?") from error
     if not callable(function):
         raise ValueError(f"{path!r} is a {type(function).__name__}, not a function")
     return cast("Callable[[int], float]", function)
@@ -223,7 +224,7 @@ def curriculum_problems(block: object) -> tuple[CurriculumConfig | None, list[st
     kind = block.get("schedule_type")
     if kind is None:
         return None, [f"{BLOCK}.schedule_type: required, but not given{nearest('', _TYPES)}"]
-    if kind not in _TYPES:
+    if not isinstance(kind, str) or kind not in _TYPES:
         return None, [f"{BLOCK}.schedule_type: {kind!r} is not a schedule type{nearest(str(kind), _TYPES)}"]
     try:
         return TypeAdapter(_TYPES[kind]).validate_python(dict(block)), []

@@ -44,4 +44,4 @@ class CheckpointError(SeqlenCurriculumError, RuntimeError):
 
 
 class DivergenceError(SeqlenCurriculumError, RuntimeError):
-    """The training loss is NaN or infinite; the last saved checkpoint is intact."""
+    """The loss, its gradient or the validation loss is NaN or infinite; the last saved checkpoint is intact."""

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-__all__ = ["Count", "CountOrZero", "Section", "nearest", "problems"]
+__all__ = ["Count", "CountOrZero", "Section", "Seqlen", "nearest", "problems"]
 
 
 def _whole(value: object) -> object:
@@ -20,7 +20,8 @@ def _whole(value: object) -> object:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-Count = Annotated[int, BeforeValidator(_whole), Field(ge=1)]
+Count = Annotated[int, BeforeValidator(_whole), Field(ge=1, le=10**15)]
+Seqlen = Annotated[int, BeforeValidator(_whole), Field(ge=1, le=2**24)]
 CountOrZero = Annotated[int, BeforeValidator(_whole), Field(ge=0)]
 
 
@@ -31,10 +32,12 @@ class Section(BaseModel):
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
-    """``"; did you mean 'x'?"`` for the closest valid name, else the list of valid names."""
+    """``"; did you mean 'x'?"`` for the closest valid names, else the list of valid names."""
     names = sorted(valid)
-    close = difflib.get_close_matches(name, names, n=1)
-    return f"; did you mean '{close[0]}'?" if close else f"; valid names: {', '.join(names)}"
+    close = [other for other in names if name and name in other] or difflib.get_close_matches(name, names, n=1)
+    if close:
+        return "; did you mean " + " or ".join(f"'{other}'" for other in close) + "?"
+    return f"; valid names: {', '.join(names)}"
 
 
 def problems(error: ValidationError, section: type[BaseModel], where: str) -> list[str]:
@@ -43,7 +46,7 @@ def problems(error: ValidationError, section: type[BaseModel], where: str) -> li
 
 
 def _line(detail: Any, section: type[BaseModel], where: str) -> str:
-    key = ".".join([where, *map(str, detail["loc"])]) if detail["loc"] else where
+    key = ".".join([*filter(None, [where]), *map(str, detail["loc"])])
     if detail["type"] == "extra_forbidden":
         parent = _section_at(section, detail["loc"][:-1])
         return f"{key}: unknown key" + nearest(str(detail["loc"][-1]), parent.model_fields if parent else ())
@@ -52,6 +55,8 @@ def _line(detail: Any, section: type[BaseModel], where: str) -> str:
     message = detail["msg"].removeprefix("Value error, ")
     if detail["type"] == "value_error":
         return f"{key}: {message}"
+    if detail["type"] in ("model_type", "dict_type"):
+        return f"{key}: {detail['input']!r} is not an object; write {{...}}"
     return f"{key}: {detail['input']!r} is not valid: {message[0].lower()}{message[1:]}"
 
 

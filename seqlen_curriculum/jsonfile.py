@@ -15,19 +15,27 @@ def read_json(path: Path) -> dict[str, Any]:
     """The object of a JSON file. ConfigError names the file and, for bad JSON, the line; duplicate keys are errors."""
     try:
         text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"can't be read ({error.strerror}); give the path of a run's JSON file", str(path)) from error
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"can't be read ({error}); give the path of a run's JSON file", str(path)) from error
     try:
-        value = json.loads(text, object_pairs_hook=_unique_keys)
+        value = _loads(text)
     except json.JSONDecodeError as error:
         raise ConfigError(
             f"not valid JSON: {error.msg} at line {error.lineno}, column {error.colno}", str(path)
         ) from error
-    except (ConfigError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, a tower of brackets
         raise ConfigError(str(error), str(path)) from error
     if not isinstance(value, dict):
         raise ConfigError(f"holds {type(value).__name__}, not an object; write {{...}}", str(path))
     return value
+
+
+def _loads(text: str) -> Any:
+    return json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_no_constant)
+
+
+def _no_constant(name: str) -> None:
+    raise ConfigError(f"{name} is no JSON number; write a finite one")
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -44,9 +52,11 @@ def apply_override(raw: dict[str, Any], override: str) -> None:
     if not equals or not all(path.split(".")):
         raise ConfigError(f"--set {override!r}: write section.key=value, as in --set training.train_tokens=2e9")
     try:
-        value = json.loads(text)
+        value = _loads(text)
     except json.JSONDecodeError:
         value = text
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"--set {override[:80]!r}: {error}") from error
     *parents, key = path.split(".")
     target = raw
     for parent in parents:

@@ -8,6 +8,7 @@ one is valid (lengths that are multiples of ``difficulty_step``).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol, overload
@@ -60,7 +61,9 @@ class _StepFunction:
     @overload
     def __call__(self, steps: Steps) -> Steps: ...
     def __call__(self, steps: int | Steps) -> int | Steps:
-        at = np.asarray(steps, dtype=np.int64)
+        at = np.asarray(steps)
+        if at.dtype.kind not in "iu":
+            raise ConfigError(f"step: {steps!r} is not a whole number; steps count from 1")
         if at.size and int(at.min()) < 0:
             raise ConfigError(f"step: {int(at.min())} is negative; steps count from 1")
         lengths = self._lengths(np.atleast_1d(at))
@@ -161,10 +164,14 @@ class Custom(_Ladder):
         return self._rounded(np.asarray([self._value(step) for step in steps.tolist()], np.float64))
 
     def _value(self, step: int) -> float:
-        value: Any = self.function(step)
-        if isinstance(value, bool) or not isinstance(value, (int, float, np.number)) or not np.isfinite(float(value)):
+        try:
+            value: Any = self.function(step)
+        except Exception as error:
+            raise ConfigError(f"custom schedule: raised {type(error).__name__} at step {step}: {error}") from error
+        number = isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
+        if not number or not abs(value) < math.inf:
             raise ConfigError(f"custom schedule: gave {value!r} at step {step}; it must give a finite number")
-        return float(value)
+        return float(max(min(value, self.max_difficulty), 0))  # as integers: 10**400 is no float
 
     def changes(self, last_step: int) -> tuple[Steps, Steps]:
         steps = np.arange(1, last_step + 1, dtype=np.int64)

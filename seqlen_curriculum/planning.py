@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from seqlen_curriculum.architecture import ModelConfig
 from seqlen_curriculum.config import RunConfig
 from seqlen_curriculum.errors import ConfigError
 from seqlen_curriculum.timeline import Timeline
@@ -25,33 +26,35 @@ def plan(config: RunConfig, at: Iterable[int] = ()) -> dict[str, Any]:
     """
     timeline = config.timeline()
     rate = config.learning_rate(timeline)
-    steps = sorted({*_key_steps(timeline, rate), *_asked(at)})
+    full_length = config.data.seq_length if config.data else max(seqlen for _, seqlen in timeline.shapes())
+    full_length_step = timeline.first_step_at(full_length)
+    steps = sorted({*_key_steps(timeline, rate), *filter(None, [full_length_step]), *_asked(at, timeline)})
     summary: dict[str, Any] = {
         "steps": timeline.steps,
         "consumed_tokens": timeline.consumed_tokens(timeline.steps),
-        "full_length_step": timeline.full_length_step,
+        "full_length_step": full_length_step,
         "shapes": len(timeline.shapes()),
         "milestones": [_milestone(timeline, rate, step) for step in steps],
     }
     if config.data:
         summary |= _data_use(timeline, config.data.seq_length)
     if config.model:
-        summary |= _compute(timeline, config)
+        summary |= _compute(timeline, config.model, full_length)
     return summary
 
 
 def _key_steps(timeline: Timeline, rate: TokenCosine | None) -> set[int]:
-    """First and last step, full length, end of the LR warmup, and every tenth of the budget."""
+    """First and last step, end of the LR warmup, and every tenth of the budget."""
     tenths = {timeline.steps_to(timeline.train_tokens * tenth // 10) for tenth in range(1, 10)}
     warmup = {timeline.steps_to(rate.warmup_tokens)} if rate else set()
-    full = {timeline.full_length_step} if timeline.full_length_step else set()
-    return {step for step in {1, timeline.steps} | tenths | warmup | full if step >= 1}
+    return {step for step in {1, timeline.steps} | tenths | warmup if 1 <= step <= timeline.steps}
 
 
-def _asked(steps: Iterable[int]) -> set[int]:
+def _asked(steps: Iterable[int], timeline: Timeline) -> set[int]:
     asked = set(steps)
-    if any(step < 1 for step in asked):
-        raise ConfigError(f"--at: {min(asked)} is not a step; the first step is 1")
+    outside = sorted(step for step in asked if not 1 <= step <= timeline.steps)
+    if outside:
+        raise ConfigError(f"--at: {outside[0]} is not a step of this run; its steps are 1 to {timeline.steps}")
     return asked
 
 
@@ -71,13 +74,12 @@ def _data_use(timeline: Timeline, seq_length: int) -> dict[str, int]:
     return {"read_tokens": read, "dropped_tokens": read - timeline.consumed_tokens(timeline.steps)}
 
 
-def _compute(timeline: Timeline, config: RunConfig) -> dict[str, float]:
-    """Training FLOPs of the run, and of as many tokens at the longest length."""
-    assert config.model
+def _compute(timeline: Timeline, model: ModelConfig, full_length: int) -> dict[str, float]:
+    """Training FLOPs of the run, and of as many tokens at full length."""
     lengths, tokens = timeline.tokens_by_length()
-    flops = float(np.sum(tokens * config.model.flops_per_token(lengths)))
-    full = float(np.sum(tokens)) * config.model.flops_per_token(int(lengths.max()))
-    return {"parameters": config.model.parameter_count(), "flops": flops, "flops_of_full_length": full}
+    flops = float(np.sum(tokens * model.flops_per_token(lengths)))
+    full = float(np.sum(tokens)) * model.flops_per_token(full_length)
+    return {"parameters": model.parameter_count(), "flops": flops, "flops_of_full_length": full}
 
 
 def describe(summary: dict[str, Any]) -> str:

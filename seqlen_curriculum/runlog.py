@@ -28,7 +28,7 @@ class RunLog:
     def write(self, record: dict[str, Any]) -> None:
         """Append one record. Raises DataError when the disk is full."""
         try:
-            self._file.write((json.dumps(record) + "\n").encode())
+            self._file.write((json.dumps(record, allow_nan=False) + "\n").encode())
         except OSError as error:
             raise DataError(
                 f"{self.path}: can't be written ({error.strerror}); free space, then give the same command"
@@ -50,7 +50,7 @@ class RunLog:
         path = Path(path)
         if not path.exists():
             return 0
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
         kept = [line for line in lines if (record := _parsed(line)) is not None and record["step"] <= step]
         if len(kept) < len(lines):
             shorter = path.with_name(path.name + ".tmp")
@@ -69,7 +69,7 @@ def _parsed(line: str) -> dict[str, Any] | None:
 
 def read_runlog(path: str | Path) -> Iterator[dict[str, Any]]:
     """The records of a log in order; a last line still being written is left out. Raises DataError on a damaged line."""
-    with Path(path).open(encoding="utf-8") as file:
+    with Path(path).open(encoding="utf-8", errors="replace") as file:
         for number, line in enumerate(file, start=1):
             record = _parsed(line)
             if record is not None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from seqlen_curriculum.curriculum import BLOCK, CurriculumConfig, CustomCurriculum, parse_curriculum
 from seqlen_curriculum.errors import ConfigError
+from seqlen_curriculum.fields import Section
 from seqlen_curriculum.pacing import Pacing
 
 __all__ = ["CurriculumScheduler"]
@@ -25,7 +26,7 @@ class CurriculumScheduler:
         rows: int | None = None,
         train_tokens: int | None = None,
     ) -> None:
-        self.config = parse_curriculum(config) if isinstance(config, Mapping) else config
+        self.config = config if isinstance(config, Section) else parse_curriculum(config)
         waits = isinstance(self.config, CustomCurriculum) and self.config.schedule_config.function is None
         self._pacing: Pacing | None = None if waits else self.config.pacing(rows, train_tokens)
         self.current_difficulty: int = self.config.min_difficulty if waits else self.get_difficulty(1)
@@ -56,6 +57,8 @@ class CurriculumScheduler:
         """Give the function of a ``custom`` schedule; its values are clamped and rounded."""
         if not isinstance(self.config, CustomCurriculum):
             raise ConfigError(f"{BLOCK}.schedule_type: {self.config.schedule_type!r} takes no function; use 'custom'")
+        if not callable(schedule_function):
+            raise ConfigError(f"{BLOCK}: {schedule_function!r} is not a function; give a function(step) -> length")
         self._pacing = self.config.with_function(schedule_function)
 
     def get_state(self) -> dict[str, Any]:
@@ -65,13 +68,15 @@ class CurriculumScheduler:
 
     def set_state(self, state: Mapping[str, Any]) -> None:
         """Take over a state of ``get_state``; ConfigError if it is another schedule's."""
+        if not isinstance(state.get("current_difficulty"), int):
+            raise ConfigError(f"{BLOCK}: {state!r} is not a state of this scheduler; give what get_state returned")
         ours = self.get_state()
         other = {name: state[name] for name in ours if name in state and name != "current_difficulty"}
         changed = [name for name in other if other[name] != ours[name]]
         if changed:
             told = "; ".join(f"{name} is {other[name]!r} there, {ours[name]!r} here" for name in changed)
             raise ConfigError(f"{BLOCK}: the saved state is another schedule's ({told})")
-        self.current_difficulty = int(state["current_difficulty"])
+        self.current_difficulty = state["current_difficulty"]
 
     def state_dict(self) -> dict[str, Any]:
         """Same as ``get_state``, by torch's name."""

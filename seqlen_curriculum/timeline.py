@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from fractions import Fraction
-from functools import cached_property
 from typing import overload
 
 import numpy as np
 
+from seqlen_curriculum.errors import ConfigError
 from seqlen_curriculum.pacing import Pacing, Root, Steps
 
 __all__ = ["Timeline", "ramp_steps_for_fraction", "ramp_steps_for_tokens"]
@@ -21,8 +21,9 @@ __all__ = ["Timeline", "ramp_steps_for_fraction", "ramp_steps_for_tokens"]
 class Timeline:
     """Every step of a run of ``rows`` rows a step that stops at ``train_tokens`` consumed target tokens.
 
-    ``steps`` is the first step at whose end ``consumed_tokens >= train_tokens``. Questions may be asked for any step
-    from 1 on, one or an array of them; past the end the schedule simply goes on. ``rows`` is the global batch.
+    ``steps`` is the first step at whose end ``consumed_tokens >= train_tokens``. Questions may be asked for one step or an
+    array of them, from 1 to the end of the run. ``rows`` is the global batch. Raises ConfigError for a budget too large
+    to count in 64 bits.
     """
 
     def __init__(self, pacing: Pacing, rows: int, train_tokens: int) -> None:
@@ -31,7 +32,7 @@ class Timeline:
         self.train_tokens = train_tokens
         last_step = 1 << 16
         while True:
-            self._first_steps, self._lengths = pacing.changes(last_step)
+            self._first_steps, self._lengths = self._within_budget(*pacing.changes(last_step))
             # Tokens consumed before each run of equal lengths: rows * length * (steps of the run), summed.
             spent = np.diff(self._first_steps) * self._lengths[:-1] * rows
             self._tokens_before = np.concatenate(([0], np.cumsum(spent, dtype=np.int64)))
@@ -39,6 +40,17 @@ class Timeline:
             if pacing.settles_at is not None or self.steps <= last_step:
                 return
             last_step *= 2
+
+    def _within_budget(self, first_steps: Steps, lengths: Steps) -> tuple[Steps, Steps]:
+        """Leave out what begins after any run of this budget has ended, where sums could overflow."""
+        most_steps = -(-self.train_tokens // (self.global_batch * int(lengths.min())))
+        if (most_steps + 1) * self.global_batch * int(lengths.max()) >= 2**63:
+            raise ConfigError(
+                f"training.train_tokens: {self.train_tokens} in steps of {self.global_batch} rows of {lengths.min()} to "
+                f"{lengths.max()} tokens can't be counted in 64 bits; lower it"
+            )
+        kept = first_steps <= most_steps + 1
+        return first_steps[kept], lengths[kept]
 
     @overload
     def seqlen(self, steps: int) -> int: ...
@@ -83,10 +95,10 @@ class Timeline:
         in_run = -(-(tokens - int(self._tokens_before[run])) // a_step)
         return int(self._first_steps[run]) - 1 + in_run
 
-    @cached_property
-    def full_length_step(self) -> int | None:
-        """The first step of the run's longest length; None if the run stops on a shorter stretch before it."""
-        first = int(self._first_steps[int(np.argmax(self._lengths))])
+    def first_step_at(self, seqlen: int) -> int | None:
+        """The first step of this length; None if the run has none."""
+        found = np.flatnonzero(self._lengths == seqlen)
+        first = int(self._first_steps[found[0]]) if found.size else self.steps + 1
         return first if first <= self.steps else None
 
     def tokens_by_length(self) -> tuple[Steps, Steps]:

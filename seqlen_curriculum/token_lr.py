@@ -42,7 +42,7 @@ class TokenCosineParams(Section):
             name for name in ("warmup_steps", "warmup_samples", "warmup_tokens") if getattr(self, name) is not None
         ]
         if len(given) > 1:
-            raise ValueError(f"{' and '.join(given)} are both given; keep one")
+            raise ValueError(f"{' and '.join(given)} are given; keep one")
         return self
 
 

@@ -14,10 +14,13 @@ from pathlib import Path
 
 import psutil
 import pytest
+from hypothesis import settings
 
 from seqlen_curriculum.data.writer import CorpusWriter
 
 ROOT = Path(__file__).parent.parent
+settings.register_profile("untimed", deadline=None)  # a shared machine has its pauses
+settings.load_profile("untimed")
 # Compiled once a machine, outside the repository.
 os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path.home() / ".cache" / "seqlen-curriculum" / "torch_extensions"))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -84,10 +87,9 @@ def launch_command(script, *args, ranks=1):
 def start(command, log, **kwargs):
     """Start a command in a process group of its own, its output going to the file ``log``."""
     environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
+    options = {"stderr": subprocess.STDOUT, "env": environment, "start_new_session": True, "cwd": ROOT, **kwargs}
     with open(log, "w") as out:
-        return subprocess.Popen(
-            command, stdout=out, stderr=subprocess.STDOUT, env=environment, start_new_session=True, cwd=ROOT, **kwargs
-        )
+        return subprocess.Popen(command, stdout=out, **options)
 
 
 def wait_for_all(process, seconds=120):

@@ -13,7 +13,7 @@ import torch
 from deepspeed import comm as dist
 from deepspeed.runtime.data_pipeline.curriculum_scheduler import CurriculumScheduler as DeepSpeedScheduler
 
-from seqlen_curriculum import CurriculumScheduler, RunConfig, initialize
+from seqlen_curriculum import ConfigError, CurriculumScheduler, RunConfig, initialize
 from seqlen_curriculum.architecture import ModelConfig
 from seqlen_curriculum.models.gpt2 import build_gpt2
 from seqlen_curriculum.training.checkpoint import Checkpoints
@@ -130,6 +130,28 @@ def paper_json(path):
     return {"refusal": refusal, "losses": losses, "lengths": lengths, "clipping": engine.gradient_clipping()}
 
 
+def own_optimizer():
+    """deepspeed.initialize's positional arguments, a client optimizer, the batch given by its parts."""
+    config = run()
+    del config["optimizer"], config["train_batch_size"]
+    config["gradient_accumulation_steps"] = 2
+    network = model()
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.25)
+    engine, _, _, lr_scheduler = initialize(None, network, optimizer, config=config)
+    _, _, rates = train(engine, 4, rows=2)
+    try:
+        initialize(None, network, optimizer, config={**config, "scheduler": {"type": "Foo", "params": {}}})
+        refusal = ""
+    except ConfigError as error:
+        refusal = str(error)
+    return {
+        "rates": rates,
+        "planned": [lr_scheduler.rate(step) for step in range(1, 5)],
+        "train_batch_size": engine.train_batch_size(),
+        "refusal": refusal,
+    }
+
+
 def deepspeed_scheduler():
     """Steps of the paper's block at which DeepSpeed's own scheduler, still inside its data pipeline, disagrees."""
     theirs, ours = DeepSpeedScheduler(copy.deepcopy(PAPER_BLOCK)), CurriculumScheduler(PAPER_BLOCK)
@@ -144,6 +166,7 @@ def main():
         "skipped_steps": skipped_steps(),
         "zero_3_checkpoint": zero_3_checkpoint(out.parent / "zero3"),
         "paper_json": paper_json(paper),
+        "own_optimizer": own_optimizer(),
         "deepspeed_scheduler": deepspeed_scheduler(),
     }
     if dist.get_rank() == 0:

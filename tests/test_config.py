@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from seqlen_curriculum import ConfigError, RunConfig
+from seqlen_curriculum.deepspeed_keys import batch_shape
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.json"))
 GOOD = {
@@ -60,7 +61,7 @@ def test_reads_a_good_file(tmp_path):
     }
     assert config.training.train_tokens == 100_000
     assert config.timeline().seqlen(5) == 32  # 8 + 56 * 0.5 = 36, down to 32
-    assert config.settings()["curriculum.schedule_config.total_curriculum_step"] == 10
+    assert config.settings()["curriculum_learning.schedule_config.total_curriculum_step"] == 10
 
 
 def test_a_disabled_or_absent_curriculum_trains_at_full_length():
@@ -100,16 +101,53 @@ BAD = {
         "max_difficulty: 4096 is above the model's 1024 positions",
     ),
     "enabled missing": (changed(curriculum_learning__enabled=None), "curriculum_learning.enabled: required"),
-    "lr missing": (changed(optimizer={"type": "Adam"}), "optimizer.params.lr: None is not a positive number"),
-    "lr zero": (changed(optimizer__params__lr=0), "optimizer.params.lr: 0 is not a positive number"),
+    "lr missing": (changed(optimizer={"type": "Adam"}), "optimizer.params.lr: required"),
+    "lr zero": (changed(optimizer__params__lr=0), "optimizer.params.lr: 0 is not valid"),
     "warmup over budget": (changed(scheduler__params__warmup_steps=10_000), "scheduler.params.decay_tokens"),
-    "two warmups": (changed(scheduler__params__warmup_tokens=5), "warmup_steps and warmup_tokens are both given"),
+    "two warmups": (changed(scheduler__params__warmup_tokens=5), "warmup_steps and warmup_tokens are given"),
     "budget below a step": (changed(training__train_tokens=7), "less than one token for each of the 8 rows"),
     "unknown preset": (changed(model__preset="gpt2-117"), "did you mean 'gpt2-117m'?"),
-    "no batch size": (changed(train_batch_size="auto"), "train_batch_size: 'auto' is not a positive whole number"),
+    "no batch size": (changed(train_batch_size="auto"), "train_batch_size: 'auto' is not valid"),
     "keep none": (changed(training__keep_last=0), "training.keep_last: 0 is not valid"),
     "unknown leftovers": (changed(data__leftovers="keep"), "data.leftovers: 'keep' is not valid"),
     "no corpus": (changed(data__train=[]), "data.train"),
+    "optimizer list": (changed(optimizer=[]), "optimizer: [] is not an object"),
+    "params string": (changed(optimizer__params="x"), "optimizer.params: 'x' is not an object"),
+    "optimizer type": (changed(optimizer__type=None), "optimizer.type: required"),
+    "zero null": (changed(zero_optimization=7), "zero_optimization: 7 is not an object"),
+    "zero stage": (changed(zero_optimization__stage=9), "zero_optimization.stage: 9 is not valid"),
+    "fp16 list": (changed(fp16=[]), "fp16: [] is not an object"),
+    "clipping": (changed(gradient_clipping=-1), "gradient_clipping: -1 is not valid"),
+    "lr infinite": (changed(optimizer__params__lr=1e300), "optimizer.params.lr: 1e+300 is not valid"),
+    "scheduler case": (changed(scheduler__type="tokencosinelr"), "scheduler.type: 'tokencosinelr' is not valid"),
+    "schedule type list": (changed(curriculum_learning__schedule_type=[]), "schedule_type: [] is not a schedule type"),
+    "budget huge": (changed(training__train_tokens=1e19), "training.train_tokens: 1e+19 is not valid"),
+    "ramp huge": (
+        changed(curriculum_learning__schedule_config__total_curriculum_step=1e30),
+        "total_curriculum_step: 1e+30 is not valid",
+    ),
+    "sum too large": (
+        changed(
+            data=None,
+            model=None,
+            training__train_tokens=1e15,
+            curriculum_learning__min_difficulty=1,
+            curriculum_learning__max_difficulty=2**24,
+            curriculum_learning__schedule_config__difficulty_step=2**10,
+            curriculum_learning__schedule_config__total_curriculum_step=1e12,
+        ),
+        "can't be counted in 64 bits",
+    ),
+    "seed huge": (changed(training__seed=10**30), "training.seed: "),
+    "bad split": (changed(data__split="abc"), "data.split: 'abc' is not valid"),
+    "corpus twice": (changed(data__train=["x", "x"]), "train names 'x' twice"),
+    "zero rows": (
+        changed(
+            train_batch_size=0, curriculum_learning__schedule_config={"curriculum_fraction": 0.3, "difficulty_step": 8}
+        ),
+        "train_batch_size: 0 is not valid",
+    ),
+    "model list": (changed(model=[]), "model: [] is not an object"),
     "clip twice": (changed(optimizer__params__max_grad_norm=2.0, gradient_clipping=1.0), "max_grad_norm: 2.0 differs"),
 }
 
@@ -148,6 +186,65 @@ def test_broken_json(tmp_path, text, message):
     assert message in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "text",
+    ['{"lr": NaN}', '{"lr": -Infinity}', '{"lr": ' + "1" * 5000 + "}", "[" * 200_000],
+    ids=["NaN", "Infinity", "digits", "brackets"],
+)
+def test_json_that_no_program_should_read(tmp_path, text):
+    path = written(tmp_path, text)
+    with pytest.raises(ConfigError, match=r"run\.json: "):
+        RunConfig.load(path)
+    with pytest.raises(ConfigError, match="--set"):
+        RunConfig.load(written(tmp_path, GOOD), [f"training.seed={text}"])
+
+
+def test_an_override_may_not_give_a_key_twice(tmp_path):
+    with pytest.raises(ConfigError, match="key 'seed' is given twice"):
+        RunConfig.load(written(tmp_path, GOOD), ['training={"seed": 1, "seed": 2}'])
+
+
+def test_a_file_that_is_no_text(tmp_path):
+    (tmp_path / "run.json").write_bytes(b"\xff\xfe{}")
+    with pytest.raises(ConfigError, match=r"run\.json: can't be read"):
+        RunConfig.load(tmp_path / "run.json")
+
+
+def test_commented_sections_and_whole_floats_are_fine():
+    config = RunConfig.from_dict(changed(_data={"train": 3}, train_batch_size=8.0))
+    assert config.deepspeed["train_batch_size"] == config.global_batch == 8
+    assert isinstance(config.deepspeed["train_batch_size"], int)
+
+
+def test_a_disabled_block_tells_the_full_length_of_a_file_without_data():
+    config = RunConfig.from_dict(changed(data=None, curriculum_learning__enabled=False))
+    assert config.timeline().seqlen(1) == 64
+
+
+def test_what_makes_a_run_the_run_it_is():
+    def settings(**changes):
+        return RunConfig.from_dict(changed(**changes)).settings()
+
+    reference = settings()
+    for other in (
+        {"optimizer__params__lr": 0.2},
+        {"scheduler": {"type": "WarmupLR", "params": {"warmup_max_lr": 0.1}}},
+        {"scheduler__params__min_lr": 0},
+        {"training__seed": 7},
+        {"curriculum_learning__enabled": False},
+        {"model__dropout": 0.5},
+        {"data__split": "1,1,1"},
+        {"zero_optimization__stage": 2},
+    ):
+        assert settings(**other) != reference, other
+    for same in (
+        {"training__eval_interval": 3},
+        {"train_micro_batch_size_per_gpu": 1},
+        {"model__activation_checkpointing": True},
+    ):
+        assert settings(**same) == reference, same
+
+
 def test_missing_file():
     with pytest.raises(ConfigError, match=r"nowhere\.json: can't be read"):
         RunConfig.load("nowhere.json")
@@ -163,7 +260,7 @@ def test_missing_file():
     ],
 )
 def test_batch_shape(ranks, changes, shape):
-    assert RunConfig.from_dict(changed(**changes)).batch_shape(ranks) == shape
+    assert batch_shape(RunConfig.from_dict(changed(**changes)).keys, ranks) == shape
 
 
 @pytest.mark.parametrize(
@@ -172,12 +269,12 @@ def test_batch_shape(ranks, changes, shape):
         (3, {}, "8 rows don't divide over 3 ranks"),
         (1, {"train_micro_batch_size_per_gpu": 3}, "train_micro_batch_size_per_gpu: 3 doesn't divide the 8 rows"),
         (2, {"gradient_accumulation_steps": 4}, "4 x train_micro_batch_size_per_gpu 2 x 2 ranks is 16"),
-        (1, {"gradient_accumulation_steps": "auto"}, "gradient_accumulation_steps: 'auto'"),
+        (1, {"gradient_accumulation_steps": 0}, "gradient_accumulation_steps: 0 is not valid"),
     ],
 )
 def test_batches_that_do_not_divide(ranks, changes, message):
     with pytest.raises(ConfigError, match=message):
-        RunConfig.from_dict(changed(**changes)).batch_shape(ranks)
+        RunConfig.from_dict(changed(**changes)).for_ranks(ranks)
 
 
 def test_max_grad_norm_of_old_files_becomes_gradient_clipping():
@@ -190,5 +287,5 @@ def test_max_grad_norm_of_old_files_becomes_gradient_clipping():
 def test_every_shipped_config_loads_and_plans(path):
     config = RunConfig.load(path, require=("model", "data", "training"))
     timeline = config.timeline()
-    assert timeline.full_length_step is not None
+    assert timeline.first_step_at(config.data.seq_length) is not None
     assert config.learning_rate(timeline)(timeline.steps) == config.scheduler.params.min_lr

@@ -5,7 +5,7 @@ import json
 import pytest
 from conftest import launch
 
-from seqlen_curriculum import ConfigError, RunConfig
+from seqlen_curriculum import ConfigError
 
 # The file of DeepSpeed's curriculum learning tutorial, to the letter.
 PAPER_JSON = """{
@@ -101,12 +101,23 @@ def test_deepspeeds_own_scheduler_agrees_at_every_step(seen):
     assert seen["deepspeed_scheduler"] == []
 
 
+def test_an_optimizer_of_the_users_own_gives_the_rate(seen):
+    own = seen["own_optimizer"]
+    assert own["rates"] == own["planned"]
+    assert own["train_batch_size"] == 4
+    assert own["refusal"].startswith("DeepSpeed refuses its part of the configuration")
+
+
 def test_misuse_is_told_before_deepspeed_starts():
     from seqlen_curriculum import initialize
 
-    config = RunConfig.from_dict({"train_batch_size": 4, "optimizer": {"type": "Adam", "params": {"lr": 1e-3}}})
+    config = {"train_batch_size": 4, "optimizer": {"type": "Adam", "params": {"lr": 1e-3}}}
     with pytest.raises(ConfigError, match="neither a path, a dict nor a RunConfig"):
         initialize(config=3)
     with pytest.raises(ConfigError, match=r"config\.json: can't be read"):
         initialize(config="config.json")
-    assert config.deepspeed["train_batch_size"] == 4
+    with pytest.raises(ConfigError, match="given more than once"):
+        initialize(config=config, config_params=config)
+    ours = {"scheduler": {"type": "TokenCosineLR"}, "curriculum_learning": {"enabled": False, "max_difficulty": 8}}
+    with pytest.raises(ConfigError, match="lr_scheduler= is given too"):
+        initialize(None, None, lr_scheduler=object(), config={**config, **ours, "training": {"train_tokens": 1e4}})

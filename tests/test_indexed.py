@@ -306,3 +306,17 @@ def _write_with_megatron(megatron: Any, prefix: str, documents: list[np.ndarray]
             builder.add_item(torch.from_numpy(document))
             builder.end_document()
     builder.finalize(prefix + ".idx")
+
+
+def test_fingerprint_follows_the_content_not_the_path(tmp_path: Path) -> None:
+    def written(name: str, documents: list[list[int]]) -> str:
+        with CorpusWriter(tmp_path / name, vocab_size=300) as writer:
+            for document in documents:
+                writer.add_document(document)
+        return IndexedCorpus(tmp_path / name).fingerprint()
+
+    one = written("a", [[1, 2, 3], [4]])
+    assert written("b", [[1, 2, 3], [4]]) == one
+    assert written("c", [[1, 2], [3, 4]]) == one  # the same stream in as many documents
+    assert written("d", [[1, 2, 3, 4]]) != one
+    assert written("e", [[1, 2, 3], [5]]) != one

@@ -16,7 +16,7 @@ LAYERS = [
     {"errors"},
     {"cli", "fields", "jsonfile", "pacing", "runlog"},
     {"timeline"},
-    {"architecture", "curriculum", "token_lr"},
+    {"architecture", "curriculum", "deepspeed_keys", "token_lr"},
     {"scheduler"},
     {"config"},
     {"planning", "data", "models", "analysis"},

@@ -88,6 +88,21 @@ def test_custom_must_give_a_number(value):
         Custom(8, 64, 8, function=lambda _step: value)(3)
 
 
+def test_a_custom_function_that_raises_is_named_with_its_step():
+    with pytest.raises(ConfigError, match="raised ZeroDivisionError at step 3"):
+        Custom(8, 64, 8, function=lambda step: step / 0)(3)
+
+
+def test_custom_values_may_be_any_size_of_whole_number():
+    assert Custom(8, 64, 8, function=lambda step: 10**400 * (step - 1))(np.arange(3)).tolist() == [8, 8, 64]
+
+
+@pytest.mark.parametrize("step", [1.9, True, "5", None])
+def test_a_step_is_a_whole_number(step):
+    with pytest.raises(ConfigError, match="is not a whole number"):
+        Root(8, 64, 8, 10)(step)
+
+
 def test_negative_step_is_an_error():
     with pytest.raises(ConfigError, match="-1 is negative"):
         Root(8, 64, 8, 10)(-1)

@@ -85,12 +85,22 @@ def test_a_run_that_ends_before_full_length_says_so():
     assert "full length       never reached" in result.stdout
 
 
+def test_compute_is_compared_with_the_full_length_of_the_data():
+    sets = ["curriculum_learning.max_difficulty=128"]
+    summary = plan(RunConfig.load(ROOT / "configs" / "tiny_cpu.json", sets))
+    model = RunConfig.load(ROOT / "configs" / "tiny_cpu.json").model
+    assert summary["full_length_step"] is None
+    assert summary["flops_of_full_length"] == summary["consumed_tokens"] * model.flops_per_token(256)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["nowhere.json"], "nowhere.json: can't be read"),
         (["configs/tiny_cpu.json", "--set", "model.preset=gpt3-1b"], "did you mean 'gpt3-1.3b'?"),
         (["configs/tiny_cpu.json", "--at", "0"], "--at: 0 is not a step"),
+        (["configs/tiny_cpu.json", "--at", "611"], "--at: 611 is not a step of this run; its steps are 1 to 610"),
+        (["configs/tiny_cpu.json", "--png", "plan.foo"], "--png plan.foo: not the name of a picture"),
         (["configs/tiny_cpu.json", "--png", "/dev/null/plan.png"], "--png /dev/null: can't be written to"),
     ],
 )

@@ -338,7 +338,12 @@ def test_a_tokenizer_without_end_of_text(texts: Path, tmp_path: Path, tokenizer_
         ("x.jsonl", b'{"body": "a"}', r"x\.jsonl, line 1: no key 'text', it has 'body'; name the key with --json-keys"),
         ("x.jsonl", b'{"text": 5}', r"x\.jsonl, line 1: 'text' is a int, not a string"),
         ("x.jsonl", b'{"text": "\\ud800"}', r"x\.jsonl, line 1: 'text' has half of a surrogate pair"),
-        ("x.jsonl", b'{"text":' + b"[" * 200_000, r"x\.jsonl, line 1: (nested too deeply|not valid JSON)"),
+        (
+            "x.jsonl",
+            b'{"text":' + b"[" * 200_000,
+            r"x\.jsonl, line 1: (a number or a nesting too large|not valid JSON)",
+        ),
+        ("x.jsonl", b'{"text": "a", "n": ' + b"1" * 5000 + b"}", r"x\.jsonl, line 1: a number or a nesting too large"),
         ("x.txt.gz", gzip.compress(os.urandom(1000))[:-600], r"x\.txt\.gz: truncated or damaged gzip"),
         ("x.txt.gz", b"not gzip at all", r"x\.txt\.gz: truncated or damaged gzip"),
         ("x.txt", b"  \n", r"x\.txt: no text in this input \(1 empty documents\)"),

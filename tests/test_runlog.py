@@ -59,6 +59,20 @@ def test_rewind_drops_later_records_and_a_torn_line(tmp_path):
     assert RunLog.rewind(tmp_path / "none.jsonl", 2) == 0
 
 
+def test_bytes_that_are_no_text_do_not_stop_a_resume(tmp_path):
+    path = written(tmp_path / "runlog.jsonl", 2)
+    with path.open("ab") as file:
+        file.write(b"\xff\xfe\n")
+    assert RunLog.rewind(path, 1) == 3
+
+
+def test_only_json_numbers_are_written(tmp_path):
+    log = RunLog(tmp_path / "runlog.jsonl")
+    with pytest.raises(ValueError, match="JSON"):
+        log.write(step_record(1, loss=float("nan")))
+    log.close()
+
+
 def test_a_damaged_line_is_an_error_with_its_number(tmp_path):
     path = written(tmp_path / "runlog.jsonl", 1)
     path.write_text("oops\n" + path.read_text())

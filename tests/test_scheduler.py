@@ -60,6 +60,19 @@ def test_state_goes_round():
         assert fresh.get_current_difficulty() == 512
 
 
+@pytest.mark.parametrize("state", [{}, {"current_difficulty": None}])
+def test_what_is_no_state_is_refused(state):
+    with pytest.raises(ConfigError, match="is not a state of this scheduler"):
+        CurriculumScheduler(LINEAR).set_state(state)
+
+
+def test_what_is_no_block_or_no_function_is_refused():
+    with pytest.raises(ConfigError, match="None is not an object"):
+        CurriculumScheduler(None)
+    with pytest.raises(ConfigError, match="3 is not a function"):
+        CurriculumScheduler(block({}, schedule_type="custom")).set_custom_get_difficulty(3)
+
+
 def test_a_state_of_another_schedule_is_refused():
     other = CurriculumScheduler(block(max_difficulty=512))
     with pytest.raises(ConfigError, match="max_difficulty is 512 there, 1024 here"):

@@ -25,7 +25,7 @@ def test_table_2_of_the_paper(rows, minimum, maximum, ramp, steps, at, tokens):
     timeline = Timeline(Root(minimum, maximum, 8, ramp), rows, BUDGET)
     assert f"{timeline.steps / 1e3:.1f}K" == steps
     assert f"{timeline.consumed_tokens(at) / 1e9:.0f}B" == tokens
-    assert timeline.full_length_step == ramp
+    assert timeline.first_step_at(maximum) == ramp
 
 
 def test_tokens_by_hand():
@@ -33,7 +33,7 @@ def test_tokens_by_hand():
     timeline = Timeline(Discrete((8, 16, 32), (2, 4)), rows=4, train_tokens=450)
     assert timeline.consumed_tokens(np.arange(8)).tolist() == [0, 32, 64, 128, 192, 320, 448, 576]
     assert timeline.steps == 7
-    assert timeline.full_length_step == 5
+    assert timeline.first_step_at(32) == 5
     assert timeline.shapes() == [(4, 8), (4, 16), (4, 32)]
     assert timeline.consumed_rows(7) == 28
     lengths, tokens = timeline.tokens_by_length()
@@ -47,7 +47,7 @@ def test_stops_at_the_first_step_that_reaches_the_budget(tokens, steps):
 
 def test_a_run_that_ends_inside_its_ramp():
     timeline = Timeline(Root(8, 1024, 8, 1000), rows=1, train_tokens=100)
-    assert timeline.full_length_step is None
+    assert timeline.first_step_at(1024) is None
     assert max(seqlen for _, seqlen in timeline.shapes()) == timeline.seqlen(timeline.steps) < 1024
 
 

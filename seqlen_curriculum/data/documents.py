@@ -209,8 +209,8 @@ def _text_of(line: str, keys: Sequence[str], fail: Callable[[str], DataError]) -
         record = json.loads(line)
     except json.JSONDecodeError as error:
         raise fail(f"not valid JSON ({error.msg} at column {error.colno}); each line is one JSON object") from None
-    except RecursionError:
-        raise fail("nested too deeply for JSON; remove the line") from None
+    except (ValueError, RecursionError):  # a number of thousands of digits, a tower of brackets
+        raise fail("a number or a nesting too large for JSON; remove the line") from None
     if not isinstance(record, dict):
         raise fail(f"a {type(record).__name__}, not a JSON object; each line is one JSON object")
     return "\n".join(_value(record, key, fail) for key in keys)

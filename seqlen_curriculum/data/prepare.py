@@ -90,6 +90,8 @@ def _check(request: Request) -> None:
         raise ConfigError(f"--workers: {request.workers} is not valid: it must be 1 or more")
     if not request.json_keys:
         raise ConfigError("--json-keys: no key given; name at least one, such as text")
+    if not request.output_prefix or request.output_prefix.endswith(("/", os.sep)):
+        raise ConfigError(f"--output-prefix: {request.output_prefix!r} names no file; add one, as in corpus/text")
     if not request.inputs and not request.stdlib:
         raise ConfigError("--input: nothing to prepare; name text or JSON lines files or folders, or give --stdlib")
 

@@ -150,7 +150,10 @@ def open_split(
         corpus = IndexedCorpus(prefix)
         first, end = split_bounds(corpus.num_documents, split)[number : number + 2]
         ranges.append((corpus, corpus.document_start(first), corpus.document_start(end)))
-    return Samples(ranges, seq_length, seed, vocab_size)
+    try:
+        return Samples(ranges, seq_length, seed, vocab_size)
+    except DataError as error:
+        raise DataError(f"data.split {split}, {which}: {error}") from None
 
 
 def check_token_ids(corpus: IndexedCorpus, vocab_size: int) -> None:

@@ -24,6 +24,7 @@ __all__ = [
 
 END_OF_TEXT = "<|endoftext|>"
 _SMALLEST_VOCAB = 257  # 256 bytes and the end of text
+_LARGEST_VOCAB = 2**24
 
 
 @dataclass(frozen=True)
@@ -48,9 +49,10 @@ class TokenizerChoice:
             raise ConfigError(
                 "tokenizer: give exactly one of --vocab-file with --merge-file, --tokenizer-file, or --train-vocab"
             )
-        if self.train_vocab is not None and self.train_vocab < _SMALLEST_VOCAB:
+        if self.train_vocab is not None and not _SMALLEST_VOCAB <= self.train_vocab <= _LARGEST_VOCAB:
             raise ConfigError(
-                f"--train-vocab: {self.train_vocab} is not valid: 256 bytes and {END_OF_TEXT} need {_SMALLEST_VOCAB}"
+                f"--train-vocab: {self.train_vocab} is not valid: 256 bytes and {END_OF_TEXT} need {_SMALLEST_VOCAB}, and "
+                f"{_LARGEST_VOCAB} is the most"
             )
 
     def facts(self) -> dict[str, object]:

@@ -17,10 +17,11 @@ from typing import Any, TypeVar
 
 from deepspeed import comm as dist
 
-from seqlen_curriculum.errors import CheckpointError
+from seqlen_curriculum.errors import CheckpointError, SeqlenCurriculumError
+from seqlen_curriculum.fields import Count, CountOrZero, Section
 from seqlen_curriculum.training.telemetry import say
 
-__all__ = ["Checkpoint", "Checkpoints"]
+__all__ = ["Checkpoint", "Checkpoints", "on_rank_0"]
 
 T = TypeVar("T")
 _MANIFEST = "complete.json"
@@ -40,7 +41,7 @@ class Checkpoints:
     """The checkpoints of one run in the folder ``save``; ``run`` are the settings that another run may not share."""
 
     def __init__(self, save: Path, keep_last: int, run: Mapping[str, Any]) -> None:
-        self.save_folder, self.keep_last, self.run = save, keep_last, dict(run)
+        self.save_folder, self.keep_last, self.run = save.resolve(), keep_last, dict(run)
 
     def save(self, engine: Any, step: int, write_model: Callable[[Path], None]) -> None:
         """Write checkpoint ``step`` on all ranks; older ones beyond ``keep_last`` go once it is complete.
@@ -48,7 +49,7 @@ class Checkpoints:
         ``write_model(folder)`` adds the Hugging Face files. Raises CheckpointError, the previous checkpoint untouched.
         """
         final = self.save_folder / f"global_step{step}"
-        if _from_rank_0(self._read_or_none(final)) is not None:
+        if on_rank_0(lambda: self._read_or_none(final)) is not None:
             return  # resumed at this very step
         unfinished = self.save_folder / f".{final.name}.tmp"
         if dist.get_rank() == 0:
@@ -71,14 +72,18 @@ class Checkpoints:
         dist.barrier()
 
     def find(self, resume: str) -> Checkpoint | None:
-        """The checkpoint to continue from, the same on all ranks: ``auto``, ``none`` or a checkpoint folder's path."""
-        if resume == "none":
-            found = None
-        elif resume == "auto":
-            found = self.newest()
-        else:
-            found = read_checkpoint(Path(resume).resolve())
-        return _from_rank_0(found)
+        """The checkpoint to continue from, the same on all ranks: of ``auto``, ``none`` or a checkpoint folder's path.
+
+        A checkpoint from elsewhere is where a folder without one of its own starts.
+        """
+
+        def named() -> Checkpoint:
+            given = read_checkpoint(Path(resume).resolve())
+            own = None if given.folder.parent == self.save_folder else self.newest()
+            return own or given
+
+        finders: dict[str, Callable[[], Checkpoint | None]] = {"none": lambda: None, "auto": self.newest}
+        return on_rank_0(finders.get(resume, named))
 
     def newest(self) -> Checkpoint | None:
         """The newest complete checkpoint; says which newer folders it passes over, and why."""
@@ -90,10 +95,7 @@ class Checkpoints:
         return None
 
     def load(self, engine: Any, checkpoint: Checkpoint) -> None:
-        """Continue ``engine`` from ``checkpoint`` on all ranks. Raises CheckpointError if it is another run's.
-
-        A checkpoint outside the run's own folder starts a branch: settings may differ, and the differences are said.
-        """
+        """Continue ``engine`` from ``checkpoint`` on all ranks. Raises CheckpointError if it is another run's."""
         self._check_same_run(checkpoint)
         try:
             loaded, _ = engine.load_checkpoint(str(checkpoint.folder.parent), tag=checkpoint.folder.name)
@@ -105,13 +107,10 @@ class Checkpoints:
 
     def _check_same_run(self, checkpoint: Checkpoint) -> None:
         changed = differences(checkpoint.run, self.run)
-        listed = "".join(f"\n  - {line}" for line in changed)
-        branch = checkpoint.folder.parent != self.save_folder.resolve()
-        if changed and branch and not any(line.startswith("model.") for line in changed):
-            say(f"branching from {checkpoint.folder} with other settings:{listed}")
-        elif changed:
+        if changed:
+            listed = "".join(f"\n  - {line}" for line in changed)
             raise CheckpointError(
-                f"{checkpoint.folder}: made by another run; restore these settings, or train into another --save:{listed}"
+                f"{checkpoint.folder}: made by another run; restore these settings, or start anew in another --save:{listed}"
             )
         ranks = dist.get_world_size()
         if checkpoint.run.get("zero_optimization.stage", 0) != 0 and checkpoint.world_size != ranks:
@@ -145,26 +144,45 @@ class Checkpoints:
             return None
 
 
-def _from_rank_0(value: T) -> T:
-    """Rank 0's value on every rank: on a shared file system ranks may see different moments."""
-    values = [value]
-    dist.broadcast_object_list(values, src=0)
-    return values[0]
+def on_rank_0(function: Callable[[], T]) -> T:
+    """``function()`` on rank 0; its value, or its error, on every rank: file systems may show ranks other moments."""
+    outcome: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            outcome[0] = function()
+        except SeqlenCurriculumError as error:
+            outcome[1] = str(error)
+    dist.broadcast_object_list(outcome, src=0)
+    if outcome[1] is not None:
+        raise CheckpointError(outcome[1])
+    value: T = outcome[0]
+    return value
+
+
+class _Manifest(Section):
+    """``complete.json``."""
+
+    step: CountOrZero
+    world_size: Count
+    run: dict[str, Any]
+    files: dict[str, int]
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
     """Verify a checkpoint folder against its ``complete.json``. Raises CheckpointError."""
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: there is no such checkpoint folder; give one named global_step<N>")
     try:
-        manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{folder}: no readable {_MANIFEST}, so it was never completed") from error
-    for name, size in manifest["files"].items():
+        manifest = _Manifest.model_validate_json((folder / _MANIFEST).read_bytes())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder}: no readable {_MANIFEST}, so it is no complete checkpoint") from error
+    for name, size in manifest.files.items():
         path = folder / name
         found = path.stat().st_size if path.exists() else None
         if found != size:
             state = "is missing" if found is None else f"has {found} bytes"
             raise CheckpointError(f"{folder}: {name} {state}, {size} bytes were saved")
-    return Checkpoint(folder, manifest["step"], manifest["world_size"], manifest["run"])
+    return Checkpoint(folder, manifest.step, manifest.world_size, manifest.run)
 
 
 def differences(saved: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:

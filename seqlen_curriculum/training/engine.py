@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import inspect
+import os
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
+from torch.optim import Optimizer
 
 from seqlen_curriculum.config import RunConfig
 from seqlen_curriculum.errors import ConfigError
@@ -18,37 +20,48 @@ from seqlen_curriculum.training.lr_scheduler import TokenCosineLR
 __all__ = ["initialize"]
 
 
-def initialize(
-    args: argparse.Namespace | None = None,
-    *,
-    config: str | Path | Mapping[str, Any] | RunConfig | None = None,
-    **kwargs: Any,
-) -> tuple[Any, Any, Any, Any]:
+def initialize(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
     """Same arguments, same return as ``deepspeed.initialize``: (engine, optimizer, dataloader, lr_scheduler).
 
     ``config`` is a path, a dict or a ``RunConfig``; ``args.deepspeed_config`` serves when it is None. Our sections are
     taken out before DeepSpeed sees the rest. The engine gains ``curriculum_scheduler``, whose
     ``update_difficulty(engine.global_steps + 1)`` gives the length of the step to come (None in a file with neither a
-    curriculum nor a data section); a ``TokenCosineLR`` follows the engine's steps by itself,
-    counting the tokens of steps that fp16 skipped. Raises ConfigError.
+    curriculum nor a data section); a ``TokenCosineLR`` follows the engine's steps by itself, counting the tokens of steps
+    that fp16 skipped. Raises ConfigError, also for what DeepSpeed refuses.
     """
-    run = _run_config(args, config)
-    scheduler = run.curriculum_scheduler() if run.curriculum or run.data else None
+    given = inspect.signature(deepspeed.initialize).bind(*args, **kwargs).arguments
+    named = given.pop("args", None)
+    run = _run_config(named, given.pop("config", None), given.pop("config_params", None))
+    run = run if run.keys.train_batch_size else run.for_ranks(int(os.environ.get("WORLD_SIZE", "1")))
     if run.scheduler is not None:
-        kwargs["lr_scheduler"] = _lr_scheduler(run, kwargs.get("lr_scheduler"))
-    engine, optimizer, dataloader, lr_scheduler = deepspeed.initialize(
-        args=_without_config(args), config=dict(run.deepspeed), **kwargs
-    )
+        if given.get("lr_scheduler") is not None:
+            raise ConfigError("scheduler: the file asks for TokenCosineLR and lr_scheduler= is given too; keep one")
+        given["lr_scheduler"] = _lr_scheduler(run)
+    scheduler = run.curriculum_scheduler() if run.curriculum or run.data else None
+    engine, *others = _deepspeed_initialize(args=_without_config(named), config=dict(run.deepspeed), **given)
     engine.curriculum_scheduler = scheduler
     engine.register_forward_pre_hook(_follow_steps)
+    optimizer, dataloader, lr_scheduler = others
     return engine, optimizer, dataloader, lr_scheduler
 
 
-def _run_config(args: argparse.Namespace | None, config: object) -> RunConfig:
-    named = getattr(args, "deepspeed_config", None)
-    if config is not None and named is not None and config is not named:
-        raise ConfigError(f"config: given both as config= and as args.deepspeed_config ({named}); keep one")
-    config = named if config is None else config
+def _deepspeed_initialize(**arguments: Any) -> tuple[Any, ...]:
+    """DeepSpeed judges its own keys with assertions and bare errors; tell whose words they are."""
+    try:
+        return tuple(deepspeed.initialize(**arguments))
+    except (AssertionError, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ConfigError(
+            f"DeepSpeed refuses its part of the configuration: {type(error).__name__}: {error}"
+        ) from error
+
+
+def _run_config(args: argparse.Namespace | None, *configs: object) -> RunConfig:
+    given = [config for config in (*configs, getattr(args, "deepspeed_config", None)) if config is not None]
+    if len(given) > 1:
+        raise ConfigError(
+            "config: given more than once, of config=, config_params= and args.deepspeed_config; keep one"
+        )
+    config = given[0] if given else None
     if isinstance(config, RunConfig):
         return config
     if isinstance(config, Mapping):
@@ -63,12 +76,16 @@ def _without_config(args: argparse.Namespace | None) -> argparse.Namespace | Non
     return argparse.Namespace(**{**vars(args), "deepspeed_config": None}) if args is not None else None
 
 
-def _lr_scheduler(run: RunConfig, given: object) -> Any:
-    if given is not None:
-        raise ConfigError("scheduler: the file asks for TokenCosineLR and lr_scheduler= is given too; keep one")
-    rate = run.learning_rate(run.timeline())
-    assert rate is not None
-    return partial(TokenCosineLR, rate=rate)
+def _lr_scheduler(run: RunConfig) -> Any:
+    """What DeepSpeed calls with the optimizer it has made, or was given."""
+    timeline = run.timeline()
+
+    def build(optimizer: Optimizer) -> TokenCosineLR:
+        rate = run.learning_rate(timeline, max_lr=max(group["lr"] for group in optimizer.param_groups))
+        assert rate is not None
+        return TokenCosineLR(optimizer, rate)
+
+    return build
 
 
 def _follow_steps(engine: Any, _inputs: Any) -> None:

@@ -13,7 +13,7 @@ __all__ = ["TokenCosineLR"]
 
 
 class TokenCosineLR(LRScheduler):
-    """Sets each group's rate to ``rate(step)``, scaled by the group's own ``lr`` over the largest one.
+    """Sets each group's rate to ``rate(step)``, scaled by the group's own ``lr`` over ``rate.max_lr``, the largest one.
 
     ``last_epoch`` counts completed optimizer steps, so the rate in force is that of step ``last_epoch + 1``. Its state is
     that one counter; the rest follows from the configuration.

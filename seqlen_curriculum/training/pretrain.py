@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import fcntl
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +13,16 @@ from deepspeed import comm as dist
 
 from seqlen_curriculum.config import RunConfig
 from seqlen_curriculum.data.samples import Samples
+from seqlen_curriculum.deepspeed_keys import batch_shape
 from seqlen_curriculum.errors import CheckpointError
 from seqlen_curriculum.models.gpt2 import CausalLM, build_gpt2, save_hf
-from seqlen_curriculum.runlog import RunLog
-from seqlen_curriculum.training.checkpoint import Checkpoints
+from seqlen_curriculum.runlog import RunLog, read_runlog
+from seqlen_curriculum.training.checkpoint import Checkpoint, Checkpoints, on_rank_0
 from seqlen_curriculum.training.engine import initialize
 from seqlen_curriculum.training.telemetry import Telemetry, say
 from seqlen_curriculum.training.trainer import Trainer
 
-__all__ = ["pretrain", "write_model"]
+__all__ = ["lock_folder", "pretrain", "write_model"]
 
 _RUNLOG = "runlog.jsonl"
 
@@ -29,19 +31,18 @@ def pretrain(config: RunConfig, train: Samples, valid: Samples | None, save: Pat
     """Train the file's model on ``train`` until its token budget; False if a signal stopped it earlier (and it saved).
 
     ``save`` is the run's folder: checkpoints and ``runlog.jsonl``. ``resume``: ``auto`` continues from the newest complete
-    checkpoint in ``save`` if there is one, ``none`` wants a folder without a run, a path names a checkpoint folder; one
-    outside ``save`` starts a branch, whose settings may differ. Call it on every rank, under the ``deepspeed`` launcher,
+    checkpoint in ``save`` if there is one, ``none`` wants a folder without a run, a path names a checkpoint folder of the
+    same run, which a folder without one of its own starts from. Call it on every rank, under the ``deepspeed`` launcher,
     with the model, data and training sections given. Raises ConfigError, DataError, CheckpointError, DivergenceError.
     """
     assert config.model is not None
     assert config.training is not None
     deepspeed.init_distributed()
-    rank, timeline = dist.get_rank(), config.timeline()
-    settings = {**config.settings(), "data.train_samples": train.num_samples}
-    checkpoints = Checkpoints(save, config.training.keep_last, settings)
+    rank, timeline, save = dist.get_rank(), config.timeline(), save.resolve()
+    checkpoints = Checkpoints(save, config.training.keep_last, {**config.settings(), **_data_settings(train)})
+    on_rank_0(lambda: lock_folder(save))
     checkpoint = checkpoints.find(resume)
-    if checkpoint is None or checkpoint.folder.parent != save.resolve():
-        _refuse_other_run(save, resume)
+    on_rank_0(lambda: _refuse_other_run(save, resume, checkpoint))
     torch.manual_seed(config.training.seed)  # the same weights on every rank
     model = build_gpt2(config.model)
     engine, rows_per_rank, micro_batch = _engine(config, model)
@@ -72,23 +73,48 @@ def pretrain(config: RunConfig, train: Samples, valid: Samples | None, save: Pat
 
 def _engine(config: RunConfig, model: CausalLM) -> tuple[Any, int, int]:
     """The engine, the rows of a rank in a step, and those of a micro-batch."""
-    rows_per_rank, micro_batch, accumulation = config.batch_shape(dist.get_world_size())
-    shape = {"train_micro_batch_size_per_gpu": micro_batch, "gradient_accumulation_steps": accumulation}
-    shaped = replace(config, deepspeed={**config.deepspeed, **shape})
-    engine, *_ = initialize(config=shaped, model=model, model_parameters=model.parameters())
+    config = config.for_ranks(dist.get_world_size())
+    engine, *_ = initialize(config=config, model=model, model_parameters=model.parameters())
     if engine.zero_optimization_stage() == 0 and (engine.fp16_enabled() or engine.bfloat16_enabled()):
         say(
             "warning: half precision at ZeRO stage 0 updates weights unlike fp32 does; set zero_optimization.stage to 1"
         )
+    rows_per_rank, micro_batch, _ = batch_shape(config.keys, dist.get_world_size())
     return engine, rows_per_rank, micro_batch
 
 
-def _refuse_other_run(save: Path, resume: str) -> None:
+def _data_settings(train: Samples) -> dict[str, Any]:
+    """What of the data makes the run the run it is; not where it lies."""
+    corpora = {f"data.train.{number}": corpus.fingerprint() for number, (corpus, _, _) in enumerate(train.ranges)}
+    return {**corpora, "data.train_samples": train.num_samples}
+
+
+def lock_folder(save: Path) -> None:
+    """Keep a second run out of the folder for as long as this process lives."""
+    file = os.open(save / ".lock", os.O_RDWR | os.O_CREAT)  # never closed: the system frees the lock with the process
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise CheckpointError(
+            f"--save {save}: another process is training into it; stop that one (also ranks left behind by a killed "
+            "launcher), or choose another folder"
+        ) from error
+
+
+def _refuse_other_run(save: Path, resume: str, checkpoint: Checkpoint | None) -> None:
     """A run that starts anew must not write over another one's log and checkpoints."""
-    if (save / _RUNLOG).exists() and (resume != "auto" or any(save.glob("global_step*"))):
+    first = next(read_runlog(save / _RUNLOG), None) if (save / _RUNLOG).exists() else None
+    if first is None or checkpoint is not None:
+        return
+    if resume == "none" or any(save.glob("global_step*")):
         raise CheckpointError(
             f"--save {save}: holds a run already and --resume {resume} would start another over it; choose another folder, "
             "or move this one away"
+        )
+    if first["step"] > 1:
+        raise CheckpointError(
+            f"--save {save}: holds a run that continued from a checkpoint elsewhere and has none of its own yet; give the "
+            "same --resume CHECKPOINT again"
         )
 
 

@@ -39,7 +39,7 @@ class Telemetry:
             disable=log is None,
             mininterval=0.5 if terminal else 15,  # a log file wants few lines
             dynamic_ncols=True,
-            bar_format="{percentage:3.0f}% {n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix}",
+            bar_format="{percentage:3.0f}% {n_fmt}/{total_fmt} [{elapsed}]{postfix}",
         )
         self._seconds = self._tokens = 0.0
 
@@ -49,15 +49,19 @@ class Telemetry:
             return
         self._log.write(record)
         self._to_monitor("Train", record, _TRAIN_VALUES)
-        # tokens/s over recent steps; halving the past keeps it steady at short, quick steps
-        self._tokens = 0.9 * self._tokens + record["rows"] * record["seqlen"]
-        self._seconds = 0.9 * self._seconds + record["seconds"]
-        self._bar.set_postfix_str(
-            f"seqlen {record['seqlen']}, tokens {record['consumed_tokens']:.3g}/{self._train_tokens:.3g}, "
-            f"loss {record['loss']:.3f}, lr {record['lr']:.2e}, {self._tokens / self._seconds:,.0f} tokens/s",
-            refresh=False,
-        )
+        self._bar.set_postfix_str(self._progress(record), refresh=False)
         self._bar.update()
+
+    def _progress(self, record: dict[str, Any]) -> str:
+        """What stands beside the bar. Steps grow longer with their length, so the time left follows from tokens."""
+        self._tokens = 0.9 * self._tokens + record["rows"] * record["seqlen"]  # recent steps count most
+        self._seconds = 0.9 * self._seconds + record["seconds"]
+        speed = self._tokens / self._seconds
+        left = max(self._train_tokens - record["consumed_tokens"], 0) / speed
+        return (
+            f"seqlen {record['seqlen']}, tokens {record['consumed_tokens']:.3g}/{self._train_tokens:.3g}, "
+            f"loss {record['loss']:.3f}, lr {record['lr']:.2e}, {speed:,.0f} tokens/s, {tqdm.format_interval(left)} left"
+        )
 
     def evaluation(self, record: dict[str, Any]) -> None:
         """An evaluation record."""

@@ -54,23 +54,18 @@ class Trainer:
 
     def train(self, first_step: int) -> bool:
         """Run from ``first_step`` to the budget. True when it is reached, False when a signal stopped it earlier."""
-        saved = evaluated = first_step - 1
+        last_step = self.timeline.steps
         with _StopSignals() as signals:
-            for step in range(first_step, self.timeline.steps + 1):
+            for step in range(first_step, last_step + 1):
                 stop = self._step(step, signals.received)
-                if _due(step, self.settings.eval_interval):
-                    evaluated = self._evaluate(step)
-                if _due(step, self.settings.save_interval) or stop:
+                if _due(step, self.settings.eval_interval, last_step):
+                    self._evaluate(step)
+                if stop or _due(step, self.settings.save_interval or last_step, last_step):
                     self.save(step)
-                    saved = step
-                if stop and step < self.timeline.steps:
+                if stop and step < last_step:
                     say(f"stopped after step {step} by a signal, and saved; the same command continues")
                     return False
-        if self.settings.eval_interval and evaluated < self.timeline.steps:
-            self._evaluate(self.timeline.steps)
-        if saved < self.timeline.steps:
-            self.save(self.timeline.steps)
-        say(f"finished: {self.timeline.steps} steps, {self.timeline.consumed_tokens(self.timeline.steps):,} tokens")
+        say(f"finished: {last_step} steps, {self.timeline.consumed_tokens(last_step):,} tokens")
         return True
 
     def _step(self, step: int, stop: bool) -> bool:
@@ -81,7 +76,7 @@ class Trainer:
         unsharded_norm = self._unsharded_grad_norm()
         rate = engine.get_lr()[0]  # of this step: engine.step() puts the next one's in force
         engine.step()
-        grad_norm = engine.get_global_grad_norm() if unsharded_norm is None else unsharded_norm
+        grad_norm = self._checked(engine.get_global_grad_norm() if unsharded_norm is None else unsharded_norm, step)
         record = {
             "step": step,
             "seqlen": seqlen,
@@ -89,7 +84,7 @@ class Trainer:
             "consumed_tokens": self.timeline.consumed_tokens(step),
             "loss": loss,
             "lr": rate,
-            "grad_norm": None if grad_norm is None else float(grad_norm),
+            "grad_norm": grad_norm,
             "seconds": time.perf_counter() - started,
         }
         self.telemetry.step(record)
@@ -125,12 +120,17 @@ class Trainer:
         dist.all_reduce(shared)
         loss_value = float(shared[0]) / dist.get_world_size()
         if not math.isfinite(loss_value):
-            raise DivergenceError(
-                f"step {step}: the loss is {loss_value} at seqlen {seqlen}; no weight was changed by this step and the last "
-                "checkpoint is intact. Lower optimizer.params.lr, lengthen the curriculum or its min_difficulty, or check "
-                "the precision settings, then train into another --save"
-            )
+            raise _diverged(step, f"the loss is {loss_value} at seqlen {seqlen}")
         return loss_value, bool(shared[1] > 0)
+
+    def _checked(self, grad_norm: Any, step: int) -> float | None:
+        """The norm as a number; None where there is none, or where fp16 overflowed and DeepSpeed skipped the step."""
+        norm = None if grad_norm is None else float(grad_norm)
+        if norm is None or math.isfinite(norm):
+            return norm
+        if not self.engine.fp16_enabled():  # the weights are broken by now: nothing of them may be saved
+            raise _diverged(step, f"the gradient norm is {norm}")
+        return None
 
     def _unsharded_grad_norm(self) -> torch.Tensor | None:
         """The gradient norm where DeepSpeed keeps none: fp32 without ZeRO. Gradients are averaged by now."""
@@ -139,7 +139,7 @@ class Trainer:
             return None
         return torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])
 
-    def _evaluate(self, step: int) -> int:
+    def _evaluate(self, step: int) -> None:
         """Full-length loss on the same validation rows each time, every row once however many ranks share them."""
         started = time.perf_counter()
         samples = self.valid_samples
@@ -159,6 +159,8 @@ class Trainer:
         self.engine.train()
         dist.all_reduce(total)
         valid_loss = float(total) / rows
+        if not math.isfinite(valid_loss):
+            raise _diverged(step, f"the validation loss is {valid_loss}")
         self.telemetry.evaluation(
             {
                 "step": step,
@@ -168,7 +170,6 @@ class Trainer:
                 "seconds": time.perf_counter() - started,
             }
         )
-        return step
 
     def _on_device(self, tokens: np.ndarray[Any, np.dtype[np.int64]]) -> torch.Tensor:
         return torch.from_numpy(tokens).to(self.engine.device, non_blocking=True)
@@ -178,13 +179,16 @@ class _StopSignals:
     """Notes SIGTERM and SIGINT instead of dying, so that the step is finished and saved; a second SIGINT kills."""
 
     def __init__(self) -> None:
-        self.received = False
+        self.received = self._interrupted = False
 
     def __enter__(self) -> _StopSignals:
         self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
         return self
 
-    def _note(self, _number: int, _frame: object) -> None:
+    def _note(self, number: int, _frame: object) -> None:
+        if self._interrupted and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self._interrupted = self._interrupted or number == signal.SIGINT
         self.received = True
 
     def __exit__(self, *_: object) -> None:
@@ -192,5 +196,13 @@ class _StopSignals:
             signal.signal(number, handler)
 
 
-def _due(step: int, interval: int) -> bool:
-    return bool(interval) and step % interval == 0
+def _diverged(step: int, what: str) -> DivergenceError:
+    return DivergenceError(
+        f"step {step}: {what}; training stops and the last checkpoint is intact. Lower optimizer.params.lr, lengthen the "
+        "curriculum, raise its min_difficulty or check the precision settings, then train into another --save"
+    )
+
+
+def _due(step: int, interval: int, last_step: int) -> bool:
+    """Every ``interval`` steps and at the last one; never for 0."""
+    return bool(interval) and (step % interval == 0 or step == last_step)

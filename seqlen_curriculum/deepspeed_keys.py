@@ -1,0 +1,101 @@
+"""DeepSpeed's own keys that a run is planned from: checked here, so that a mistake shows before any work is done.
+
+Every other key of DeepSpeed's is handed on as it is, and its values are DeepSpeed's to judge.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+from pydantic import ConfigDict, Field
+
+from seqlen_curriculum.errors import ConfigError
+from seqlen_curriculum.fields import Count, Section
+
+__all__ = ["DeepSpeedKeys", "batch_shape", "without_max_grad_norm"]
+
+
+class _Open(Section):
+    """A section of DeepSpeed's: keys that aren't declared are kept."""
+
+    model_config = ConfigDict(extra="allow")
+
+
+class _OptimizerParams(_Open):
+    lr: Annotated[float, Field(gt=0, lt=1e30)] | None = None
+    """The learning rate that a schedule warms up to."""
+
+
+class _Optimizer(_Open):
+    type: str
+    params: _OptimizerParams = _OptimizerParams()
+
+
+class _Zero(_Open):
+    stage: Annotated[int, Field(ge=0, le=3)] = 0
+
+
+class DeepSpeedKeys(_Open):
+    """The part of a DeepSpeed config that this package reads."""
+
+    train_batch_size: Count | None = None
+    """Rows of one optimizer step over all ranks: it fixes the run whatever the number of ranks."""
+    train_micro_batch_size_per_gpu: Count | None = None
+    """Rows of a micro-batch at full length."""
+    gradient_accumulation_steps: Count | None = None
+    """Micro-batches of a step on one rank."""
+    gradient_clipping: Annotated[float, Field(ge=0)] | None = None
+    optimizer: _Optimizer | None = None
+    scheduler: dict[str, Any] | None = None
+    zero_optimization: _Zero | None = None
+    fp16: dict[str, Any] | None = None
+    bf16: dict[str, Any] | None = None
+
+    @property
+    def lr(self) -> float | None:
+        """``optimizer.params.lr``."""
+        return self.optimizer.params.lr if self.optimizer else None
+
+    @property
+    def zero_stage(self) -> int:
+        """0 where ZeRO is off."""
+        return self.zero_optimization.stage if self.zero_optimization else 0
+
+
+def batch_shape(keys: DeepSpeedKeys, world_size: int) -> tuple[int, int, int]:
+    """Rows of a rank, of a micro-batch, and micro-batches of a step, for ``world_size`` ranks. ConfigError."""
+    micro, accumulation = keys.train_micro_batch_size_per_gpu, keys.gradient_accumulation_steps
+    total = keys.train_batch_size or (micro or 1) * (accumulation or 1) * world_size
+    rows, ragged = divmod(total, world_size)
+    if ragged:
+        raise ConfigError(f"train_batch_size: {total} rows don't divide over {world_size} ranks; make it a multiple")
+    if micro and accumulation and micro * accumulation != rows:
+        raise ConfigError(
+            f"gradient_accumulation_steps: {accumulation} x train_micro_batch_size_per_gpu {micro} x {world_size} ranks is "
+            f"{accumulation * micro * world_size}, not train_batch_size {total}; leave one of them out"
+        )
+    for key, value in (("train_micro_batch_size_per_gpu", micro), ("gradient_accumulation_steps", accumulation)):
+        if value and rows % value:
+            raise ConfigError(
+                f"{key}: {value} doesn't divide the {rows} rows of a rank (train_batch_size {total} over {world_size} "
+                "ranks); give a divisor"
+            )
+    micro = micro or rows // (accumulation or 1)
+    return rows, micro, rows // micro
+
+
+def without_max_grad_norm(config: Mapping[str, Any], found: list[str]) -> dict[str, Any]:
+    """Move ``optimizer.params.max_grad_norm``, which old files hold and DeepSpeed refuses, to ``gradient_clipping``."""
+    optimizer = config.get("optimizer")
+    params = optimizer.get("params") if isinstance(optimizer, Mapping) else None
+    if not isinstance(optimizer, Mapping) or not isinstance(params, Mapping) or "max_grad_norm" not in params:
+        return dict(config)
+    norm = params["max_grad_norm"]
+    clipping = config.get("gradient_clipping", norm)
+    if clipping != norm:
+        found.append(
+            f"optimizer.params.max_grad_norm: {norm} differs from gradient_clipping {clipping}; keep the latter"
+        )
+    rest = {name: value for name, value in params.items() if name != "max_grad_norm"}
+    return {**config, "gradient_clipping": clipping, "optimizer": {**optimizer, "params": rest}}

@@ -1,0 +1,73 @@
+"""What is a complete checkpoint and what isn't, and who may write into a run's folder."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from seqlen_curriculum.errors import CheckpointError
+
+GOOD = {"step": 6, "world_size": 2, "run": {"training.seed": 1}, "files": {"states.pt": 3}}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "states.pt").write_bytes(b"abc")
+    (tmp_path / "complete.json").write_text(json.dumps(GOOD))
+    return tmp_path
+
+
+def test_a_complete_checkpoint_is_read(folder):
+    from seqlen_curriculum.training.checkpoint import read_checkpoint
+
+    checkpoint = read_checkpoint(folder)
+    assert (checkpoint.step, checkpoint.world_size, checkpoint.run) == (6, 2, {"training.seed": 1})
+
+
+@pytest.mark.parametrize(
+    "text", [b"", b"{}", b"[]", b"\xff\xfe", json.dumps({**GOOD, "files": ["states.pt"]}).encode()]
+)
+def test_without_a_readable_list_of_files_it_is_none(folder, text):
+    from seqlen_curriculum.training.checkpoint import read_checkpoint
+
+    (folder / "complete.json").write_bytes(text)
+    with pytest.raises(CheckpointError, match=r"no readable complete\.json"):
+        read_checkpoint(folder)
+
+
+def test_with_a_missing_or_cut_file_it_is_none(folder):
+    from seqlen_curriculum.training.checkpoint import read_checkpoint
+
+    (folder / "states.pt").write_bytes(b"ab")
+    with pytest.raises(CheckpointError, match=r"states\.pt has 2 bytes, 3 bytes were saved"):
+        read_checkpoint(folder)
+    (folder / "states.pt").unlink()
+    with pytest.raises(CheckpointError, match=r"states\.pt is missing"):
+        read_checkpoint(folder)
+    with pytest.raises(CheckpointError, match="there is no such checkpoint folder"):
+        read_checkpoint(folder / "nothing")
+
+
+def test_differences_are_named():
+    from seqlen_curriculum.training.checkpoint import differences
+
+    saved, ours = {"model.dropout": 0.1, "training.seed": 1}, {"training.seed": 1, "bf16.enabled": True}
+    assert differences(saved, ours) == [
+        "bf16.enabled: None in the checkpoint, True now",
+        "model.dropout: 0.1 in the checkpoint, None now",
+    ]
+
+
+def test_a_folder_belongs_to_one_living_process(tmp_path):
+    from seqlen_curriculum.training.pretrain import lock_folder
+
+    holder = "import sys; from pathlib import Path; from seqlen_curriculum.training.pretrain import lock_folder\n"
+    holder += "lock_folder(Path(sys.argv[1])); print('held', flush=True); sys.stdin.read()"
+    command = [sys.executable, "-c", holder, str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert any(line == "held\n" for line in process.stdout)
+        with pytest.raises(CheckpointError, match="another process is training into it"):
+            lock_folder(tmp_path)
+        process.kill()
+    lock_folder(tmp_path)  # the system freed it
