@@ -68,6 +68,9 @@ class TrainingConfig(Section):
     """Steps between checkpoints; one more comes at the end. 0: only then."""
     keep_last: Count = 3
     """Newest checkpoints to keep; older ones are deleted once a newer one is complete."""
+    micro_batch: Literal["balanced", "fixed"] = "balanced"
+    """``balanced``: at short lengths a micro-batch has more rows, up to as many tokens as one at full length, and a step
+    fewer of them; the gradient is the same to rounding. ``fixed``: ``train_micro_batch_size_per_gpu`` rows always."""
     log_sample_ids: bool = False
     """Also write the ids of the samples each rank reads, to ``SAVE/samples.rank*.jsonl``."""
 

@@ -15,7 +15,9 @@ from deepspeed.runtime.data_pipeline.curriculum_scheduler import CurriculumSched
 
 from seqlen_curriculum import ConfigError, CurriculumScheduler, RunConfig, initialize
 from seqlen_curriculum.architecture import ModelConfig
+from seqlen_curriculum.microbatch import balanced_rows
 from seqlen_curriculum.models.gpt2 import build_gpt2
+from seqlen_curriculum.training.accumulate import accumulate
 from seqlen_curriculum.training.checkpoint import Checkpoints
 from seqlen_curriculum.training.pretrain import write_model
 
@@ -87,6 +89,30 @@ def zero_stages():
         seen[f"zero {stage}"] = train(engine, 8, rows=2)
     engine, _ = engine_for(model(), run(zero_optimization={"stage": 1}, bf16={"enabled": True}))
     seen["bf16"] = train(engine, 8, rows=2)
+    return seen
+
+
+def balanced():
+    """50 steps whose micro-batches change with the length, against fixed ones, under every ZeRO stage."""
+    seen = {}
+    for stage in (0, 1, 2, 3):
+        for kind in ("fixed", "balanced"):
+            config = run(train_batch_size=8, zero_optimization={"stage": stage}, training={"train_tokens": 20_000})
+            config["curriculum_learning"]["schedule_config"] = {"total_curriculum_step": 40, "difficulty_step": 2}
+            engine, _ = engine_for(model(), config)
+            losses, shapes = [], []
+            for step in range(1, 51):
+                seqlen = engine.curriculum_scheduler.update_difficulty(step)
+                generator = torch.Generator().manual_seed(step)
+                tokens = torch.randint(0, 128, (2, 4, seqlen + 1), generator=generator)[dist.get_rank()]
+                rows = balanced_rows(4, 1, 16, seqlen) if kind == "balanced" else 1
+                batches = [(part[:, :-1], part[:, 1:]) for part in torch.split(tokens, rows)]
+                loss = accumulate(engine, batches)
+                engine.step()
+                dist.all_reduce(loss)
+                losses.append(float(loss) / dist.get_world_size())
+                shapes.append(len(batches))
+            seen[f"{kind} {stage}"] = {"losses": losses, "micro_batches": shapes, "steps": engine.global_steps}
     return seen
 
 
@@ -163,6 +189,7 @@ def main():
     deepspeed.init_distributed()
     seen = {
         "zero_stages": zero_stages(),
+        "balanced": balanced(),
         "skipped_steps": skipped_steps(),
         "zero_3_checkpoint": zero_3_checkpoint(out.parent / "zero3"),
         "paper_json": paper_json(paper),

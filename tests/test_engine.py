@@ -64,6 +64,16 @@ def test_every_zero_stage_trains_the_same_run(seen, stage):
     assert rates == reference[2]
 
 
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_balanced_micro_batches_train_the_same_run(seen, stage):
+    fixed, balanced = (seen["balanced"][f"{kind} {stage}"] for kind in ("fixed", "balanced"))
+    assert balanced["losses"] == pytest.approx(fixed["losses"], rel=1e-5)
+    assert fixed["losses"] == pytest.approx(seen["balanced"]["fixed 0"]["losses"], rel=1e-5)
+    assert set(fixed["micro_batches"]) == {4}
+    assert sorted(set(balanced["micro_batches"])) == [1, 2, 4]  # 4 rows: all at once up to 4 tokens, one by one from 9
+    assert fixed["steps"] == balanced["steps"] == 50
+
+
 def test_bf16_follows_fp32(seen):
     losses, lengths, rates = seen["zero_stages"]["bf16"]
     assert lengths == LENGTHS

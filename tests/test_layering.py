@@ -14,7 +14,7 @@ PACKAGE = Path(seqlen_curriculum.__file__).parent
 # Each layer may import from the layers before it, and from its own.
 LAYERS = [
     {"errors"},
-    {"cli", "fields", "jsonfile", "pacing", "runlog"},
+    {"cli", "fields", "jsonfile", "microbatch", "pacing", "runlog"},
     {"timeline"},
     {"architecture", "curriculum", "deepspeed_keys", "token_lr"},
     {"scheduler"},

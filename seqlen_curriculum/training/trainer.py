@@ -1,6 +1,6 @@
 """The training loop: one length per optimizer step, evaluation at full length, stop by tokens.
 
-Shapes: ``B`` rows of a rank in a step, ``b`` rows of a micro-batch, ``S`` today's seqlen.
+Shapes: ``B`` rows of a rank in a step, ``S`` today's seqlen.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import hashlib
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,8 +20,10 @@ from deepspeed import comm as dist
 from seqlen_curriculum.config import TrainingConfig
 from seqlen_curriculum.data.samples import Samples
 from seqlen_curriculum.errors import DivergenceError
+from seqlen_curriculum.microbatch import balanced_rows
 from seqlen_curriculum.runlog import RunLog
 from seqlen_curriculum.timeline import Timeline
+from seqlen_curriculum.training.accumulate import accumulate
 from seqlen_curriculum.training.telemetry import Telemetry, say
 
 __all__ = ["Trainer", "row_seed"]
@@ -31,7 +33,7 @@ def row_seed(seed: int, step: int, row: int) -> int:
     """The random seed of the micro-batch that starts at global row ``row`` of ``step``.
 
     Dropout is keyed by what is trained on, not by who trains it, so a resume needs no random state and draws the same
-    masks on another number of ranks with the same micro-batch.
+    masks on another number of ranks wherever the micro-batches are the same.
     """
     digest = hashlib.blake2b(f"{seed}/{step}/{row}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little")
@@ -92,27 +94,20 @@ class Trainer:
 
     def _forward_backward(self, step: int, seqlen: int) -> torch.Tensor:
         """This rank's mean loss of ``step``, an fp64 scalar; its gradients are accumulated and averaged over ranks."""
-        total, micro_batches = torch.zeros((), device=self.engine.device, dtype=torch.float64), 0
-        for row, inputs, targets in self._micro_batches(step, seqlen):
-            if micro_batches:
-                self.engine.step()  # inside the accumulation this only tells DeepSpeed that a micro-batch is done
-            torch.manual_seed(row_seed(self.settings.seed, step, row))
-            loss = self.engine(inputs, targets)
-            self.engine.backward(loss)
-            total += loss.detach()
-            micro_batches += 1
-        return total / micro_batches
-
-    def _micro_batches(self, step: int, seqlen: int) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
-        """(first global row, inputs (b, S), targets (b, S)) of this rank's share of a step."""
         first_row = dist.get_rank() * self.rows_per_rank
         ids = self.train_samples.order(self.timeline.consumed_rows(step - 1) + first_row, self.rows_per_rank)
         if self.sample_log is not None:
             self.sample_log.write({"step": step, "first_row": first_row, "samples": ids.tolist()})
         tokens = self._on_device(self.train_samples.read(ids, seqlen))  # (B, S + 1)
-        for start in range(0, self.rows_per_rank, self.micro_batch):
-            rows = tokens[start : start + self.micro_batch]
-            yield first_row + start, rows[:, :-1], rows[:, 1:]
+        micro_batches = [(rows[:, :-1], rows[:, 1:]) for rows in torch.split(tokens, self._micro_rows(seqlen))]
+        starts = range(first_row, first_row + self.rows_per_rank, self._micro_rows(seqlen))
+        return accumulate(self.engine, micro_batches, [row_seed(self.settings.seed, step, row) for row in starts])
+
+    def _micro_rows(self, seqlen: int) -> int:
+        """Rows of a micro-batch at today's length."""
+        if self.settings.micro_batch == "fixed":
+            return self.micro_batch
+        return balanced_rows(self.rows_per_rank, self.micro_batch, self.train_samples.seq_length, seqlen)
 
     def _agree(self, loss: torch.Tensor, stop: bool, step: int, seqlen: int) -> tuple[float, bool]:
         """The loss averaged over ranks and whether any rank must stop, in one reduction."""

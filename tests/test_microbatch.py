@@ -1,0 +1,34 @@
+"""Token-balanced micro-batches: by hand, and the invariants for any rank."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from seqlen_curriculum.microbatch import balanced_rows
+
+
+@pytest.mark.parametrize(
+    ("seqlen", "rows"),
+    [(8, 32), (16, 32), (32, 32), (33, 16), (64, 16), (100, 8), (128, 8), (256, 4), (511, 2), (512, 2)],
+)
+def test_rows_by_hand(seqlen, rows):
+    # 32 rows a step, 2 at 512: at most 1024 tokens a micro-batch
+    assert balanced_rows(32, 2, 512, seqlen) == rows
+
+
+def test_a_rank_of_few_divisors():
+    assert balanced_rows(7, 1, 64, 16) == 1  # 4 rows would fit, but 7 is prime
+    assert balanced_rows(7, 1, 64, 9) == 7
+
+
+@given(st.integers(1, 64), st.integers(1, 16), st.integers(1, 512), st.data())
+def test_invariants(accumulation, micro_batch, seq_length, data):
+    rows = micro_batch * accumulation
+    seqlen = data.draw(st.integers(1, seq_length))
+    balanced = balanced_rows(rows, micro_batch, seq_length, seqlen)
+    assert rows % balanced == 0
+    assert micro_batch <= balanced
+    assert balanced * seqlen <= micro_batch * seq_length
+    larger = [count for count in range(balanced + 1, rows + 1) if rows % count == 0]
+    assert all(count * seqlen > micro_batch * seq_length for count in larger)
+    assert balanced_rows(rows, micro_batch, seq_length, seq_length) == micro_batch
