@@ -1,5 +1,6 @@
 """What the README says can be done is done: its configuration, its example, its commands."""
 
+import json
 import re
 import subprocess
 import sys
@@ -30,6 +31,24 @@ def test_the_example_loop_trains(tmp_path):
     status, output = launch(tmp_path / "log", "examples/own_loop.py", ranks=2)
     assert status == 0, output
     assert re.search(r"(\d+) steps, 15\d\d\d tokens, last length 64, loss \d", output)
+
+
+def test_the_benchmark_measures_every_length_and_draws_it(tmp_path):
+    sizes = ["model.num_layers=1", "model.hidden_size=32", "model.vocab_size=128", "train_batch_size=16"]
+    sets = [part for size in sizes for part in ("--set", size)]
+    outputs = ["--json", tmp_path / "records.json", "--png", tmp_path / "picture.png"]
+    arguments = ["--config", "configs/throughput_cpu.json", "--lengths", 8, 200, "--rounds", 1, *sets, *outputs]
+    status, output = launch(tmp_path / "log", "scripts/benchmark.py", "throughput", *arguments, ranks=2)
+    assert status == 0, output
+    records = json.loads((tmp_path / "records.json").read_text())
+    rows = [(record["seqlen"], record["kind"], record["micro_batch_rows"]) for record in records]
+    # 8 rows a rank, 1024 tokens a micro-batch: 5 rows of 200 would fit, 4 divide
+    expected = [(8, "fixed", 2), (8, "balanced", 8), (200, "fixed", 2), (200, "balanced", 4)]
+    assert rows == [*expected, (512, "fixed", 2), (512, "balanced", 2)]
+    assert records[4]["of_full_length"] == 1.0
+    assert all(record["tokens_per_second"] > 0 for record in records)
+    assert "| 200 | 2 |" in output
+    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_every_file_that_is_named_exists():
