@@ -2,7 +2,10 @@
 
 import copy
 
+import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from seqlen_curriculum import ConfigError, CurriculumScheduler, Timeline
 
@@ -180,3 +183,49 @@ def test_all_problems_are_reported_at_once():
         CurriculumScheduler(block({"difficulty_steps": 8}, min_difficulty=0, colour="red"))
     assert len(caught.value.problems) == 4
     assert "4 problems" in str(caught.value)
+
+
+numbers = st.integers(-2, 40) | st.floats(-2, 40) | st.sampled_from([10**6, True, "8", None])
+blocks = st.one_of(
+    st.fixed_dictionaries(
+        {
+            "min_difficulty": numbers,
+            "max_difficulty": numbers,
+            "schedule_type": st.sampled_from(["fixed_linear", "fixed_root"]),
+            "schedule_config": st.fixed_dictionaries(
+                {"total_curriculum_step": numbers, "difficulty_step": numbers}, optional={"root_degree": numbers}
+            ),
+        }
+    ),
+    st.fixed_dictionaries(
+        {
+            "min_difficulty": numbers,
+            "max_difficulty": numbers,
+            "schedule_type": st.just("fixed_discrete"),
+            "schedule_config": st.fixed_dictionaries(
+                {"difficulty": st.lists(numbers, max_size=4), "max_step": st.lists(numbers, max_size=3)}
+            ),
+        }
+    ),
+)
+
+
+@settings(max_examples=1000)
+@given(blocks)
+def test_whatever_is_accepted_keeps_its_promises(block):
+    try:
+        scheduler = CurriculumScheduler(block)
+    except ConfigError:  # any other exception fails the test
+        return
+    config, pacing = scheduler.config, scheduler.pacing
+    steps = np.arange(1, 60)
+    lengths = pacing(steps)
+    assert np.all((lengths >= config.min_difficulty) & (lengths <= config.max_difficulty))
+    assert [scheduler.get_difficulty(step) for step in steps.tolist()] == lengths.tolist()
+    settled = pacing(max(pacing.settles_at, 1))
+    assert pacing(pacing.settles_at + 10**6) == settled
+    if block["schedule_type"] != "fixed_discrete":
+        step = config.schedule_config.difficulty_step
+        assert np.all((lengths % step == 0) | (lengths == config.max_difficulty))
+        assert np.all(np.diff(lengths) >= 0)
+        assert settled == config.max_difficulty

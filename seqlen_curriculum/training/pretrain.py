@@ -35,21 +35,24 @@ def pretrain(config: RunConfig, train: Samples, valid: Samples | None, save: Pat
     same run, which a folder without one of its own starts from. Call it on every rank, under the ``deepspeed`` launcher,
     with the model, data and training sections given. Raises ConfigError, DataError, CheckpointError, DivergenceError.
     """
-    assert config.model is not None
-    assert config.training is not None
+    model_config, training = config.model, config.training
+    assert model_config is not None
+    assert training is not None
     deepspeed.init_distributed()
+    config = config.for_ranks(dist.get_world_size())
     rank, timeline, save = dist.get_rank(), config.timeline(), save.resolve()
-    checkpoints = Checkpoints(save, config.training.keep_last, {**config.settings(), **_data_settings(train)})
+    checkpoints = Checkpoints(save, training.keep_last, {**config.settings(), **_data_settings(train)})
     on_rank_0(lambda: lock_folder(save))
     checkpoint = checkpoints.find(resume)
     on_rank_0(lambda: _refuse_other_run(save, resume, checkpoint))
-    torch.manual_seed(config.training.seed)  # the same weights on every rank
-    model = build_gpt2(config.model)
-    engine, rows_per_rank, micro_batch = _engine(config, model)
+    torch.manual_seed(training.seed)  # the same weights on every rank
+    model = build_gpt2(model_config)
+    engine = _engine(config, model)
     if checkpoint is not None:
         checkpoints.load(engine, checkpoint)
     done_steps = checkpoint.step if checkpoint else 0
     _rewind_logs(save, done_steps)
+    rows_per_rank, micro_batch, _ = batch_shape(config.keys, dist.get_world_size())
     telemetry = Telemetry(save / _RUNLOG if rank == 0 else None, engine.monitor, done_steps, timeline)
     trainer = Trainer(
         engine=engine,
@@ -58,10 +61,10 @@ def pretrain(config: RunConfig, train: Samples, valid: Samples | None, save: Pat
         valid_samples=valid,
         rows_per_rank=rows_per_rank,
         micro_batch=micro_batch,
-        settings=config.training,
+        settings=training,
         telemetry=telemetry,
         save=lambda step: checkpoints.save(engine, step, lambda folder: write_model(model, folder)),
-        sample_log=RunLog(save / f"samples.rank{rank}.jsonl") if config.training.log_sample_ids else None,
+        sample_log=RunLog(save / f"samples.rank{rank}.jsonl") if training.log_sample_ids else None,
     )
     try:
         return trainer.train(done_steps + 1)
@@ -71,16 +74,11 @@ def pretrain(config: RunConfig, train: Samples, valid: Samples | None, save: Pat
             trainer.sample_log.close()
 
 
-def _engine(config: RunConfig, model: CausalLM) -> tuple[Any, int, int]:
-    """The engine, the rows of a rank in a step, and those of a micro-batch."""
-    config = config.for_ranks(dist.get_world_size())
+def _engine(config: RunConfig, model: CausalLM) -> Any:
     engine, *_ = initialize(config=config, model=model, model_parameters=model.parameters())
     if engine.zero_optimization_stage() == 0 and (engine.fp16_enabled() or engine.bfloat16_enabled()):
-        say(
-            "warning: half precision at ZeRO stage 0 updates weights unlike fp32 does; set zero_optimization.stage to 1"
-        )
-    rows_per_rank, micro_batch, _ = batch_shape(config.keys, dist.get_world_size())
-    return engine, rows_per_rank, micro_batch
+        say("warning: half precision at ZeRO stage 0 updates weights unlike fp32; set zero_optimization.stage to 1")
+    return engine
 
 
 def _data_settings(train: Samples) -> dict[str, Any]:
