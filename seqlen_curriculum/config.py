@@ -10,7 +10,7 @@ import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 from pydantic import Field, ValidationError, model_validator
 
@@ -58,7 +58,7 @@ class TrainingConfig(Section):
 
     train_tokens: Count
     """Stop at the first step whose end has consumed this many target tokens (Megatron-DeepSpeed's ``--train-tokens``)."""
-    seed: Annotated[CountOrZero, Field(lt=2**63)] = 1234
+    seed: CountOrZero = 1234
     """Keys weights, sample order and dropout."""
     eval_interval: CountOrZero = 100
     """Steps between evaluations at full length; one more comes at the end. 0: never."""
@@ -75,6 +75,7 @@ class TrainingConfig(Section):
     """Also write the ids of the samples each rank reads, to ``SAVE/samples.rank*.jsonl``."""
 
 
+_PRECISION = ("fp16", "bf16", "amp", "torch_autocast", "data_types")
 OURS: dict[str, type[Section]] = {"model": ModelConfig, "data": DataConfig, "training": TrainingConfig}
 
 
@@ -110,7 +111,7 @@ class RunConfig:
         if _ours_is_scheduler(raw):
             sections["scheduler"] = _parse(TokenCosineConfig, raw["scheduler"], "scheduler", found)
         sections["curriculum"] = _parse_curriculum(raw, found)
-        deepspeed = {name: value for name, value in raw.items() if not _is_ours(name, raw)}
+        deepspeed = {name: value for name, value in raw.items() if value is not None and not _is_ours(name, raw)}
         deepspeed = without_max_grad_norm(deepspeed, found)
         keys = _parse(DeepSpeedKeys, deepspeed, "", found)
         if keys is not None:
@@ -177,7 +178,7 @@ class RunConfig:
         if self.data and self.training:
             chosen["data"] = self.data.model_dump(exclude={"train"})
             chosen["training"] = self.training.model_dump(include={"train_tokens", "seed"})
-        shared = ("train_batch_size", "optimizer", "scheduler", "gradient_clipping", "fp16", "bf16")
+        shared = ("train_batch_size", "optimizer", "scheduler", "gradient_clipping", *_PRECISION)
         chosen |= {name: self.deepspeed[name] for name in shared if name in self.deepspeed}
         if self.scheduler:
             chosen["scheduler"] = self.scheduler.model_dump()
@@ -189,10 +190,10 @@ class RunConfig:
         if found or not complete or not self.training or not (self.data or self.curriculum):
             return found
         try:
-            if self.scheduler and self.keys.optimizer:
-                self.learning_rate(self.timeline())
-            elif self.keys.train_batch_size:
-                self.timeline()
+            if self.keys.train_batch_size:
+                timeline = self.timeline()
+                if self.keys.optimizer:
+                    self.learning_rate(timeline)
         except ConfigError as error:
             return error.problems
         return []
@@ -267,10 +268,10 @@ def _is_ours(name: str, raw: Mapping[str, Any]) -> bool:
 
 
 def _misspelt_sections(raw: Mapping[str, Any]) -> list[str]:
-    """DeepSpeed ignores top-level keys it doesn't know, so a misspelt section of ours would be lost in silence."""
-    ours = [*OURS, "curriculum_learning", "scheduler"]
-    others = [name for name in raw if name not in ours and not name.startswith("_")]  # _data is a comment
-    close = {name: difflib.get_close_matches(name, ours, n=1, cutoff=0.8) for name in others}
+    """DeepSpeed ignores top-level keys it doesn't know, so a misspelt section would be lost in silence."""
+    known = {*OURS, "curriculum_learning", *DeepSpeedKeys.model_fields}
+    others = [str(name) for name in raw if name not in known and not str(name).startswith("_")]  # _data is a comment
+    close = {name: difflib.get_close_matches(name, known, n=1, cutoff=0.8) for name in others}
     return [f"{name}: unknown section; did you mean '{match[0]}'?" for name, match in close.items() if match]
 
 

@@ -32,6 +32,10 @@ class _Optimizer(_Open):
     params: _OptimizerParams = _OptimizerParams()
 
 
+class _Scheduler(_Open):
+    type: str
+
+
 class _Zero(_Open):
     stage: Annotated[int, Field(ge=0, le=3)] = 0
 
@@ -47,7 +51,7 @@ class DeepSpeedKeys(_Open):
     """Micro-batches of a step on one rank."""
     gradient_clipping: Annotated[float, Field(ge=0)] | None = None
     optimizer: _Optimizer | None = None
-    scheduler: dict[str, Any] | None = None
+    scheduler: _Scheduler | None = None
     zero_optimization: _Zero | None = None
     fp16: dict[str, Any] | None = None
     bf16: dict[str, Any] | None = None

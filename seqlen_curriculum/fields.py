@@ -22,7 +22,7 @@ def _whole(value: object) -> object:
 
 Count = Annotated[int, BeforeValidator(_whole), Field(ge=1, le=10**15)]
 Seqlen = Annotated[int, BeforeValidator(_whole), Field(ge=1, le=2**24)]
-CountOrZero = Annotated[int, BeforeValidator(_whole), Field(ge=0)]
+CountOrZero = Annotated[int, BeforeValidator(_whole), Field(ge=0, le=10**15)]
 
 
 class Section(BaseModel):

@@ -75,10 +75,13 @@ class TokenCosine:
     def _tokens_at_end_of_warmup(self) -> int:
         """Consumed tokens at the very end of the warmup, interpolated inside a step for a warmup in samples."""
         params, timeline = self.params, self.timeline
+        after_the_run = timeline.steps + 1  # a warmup that never ends needs no exact end
         if params.warmup_steps is not None:
-            return timeline.consumed_tokens(params.warmup_steps)
+            return timeline.consumed_tokens(min(params.warmup_steps, after_the_run))
         if params.warmup_samples:
-            whole_steps, samples = divmod(params.warmup_samples, timeline.global_batch)
+            whole_steps, samples = divmod(
+                min(params.warmup_samples, after_the_run * timeline.global_batch), timeline.global_batch
+            )
             return timeline.consumed_tokens(whole_steps) + samples * timeline.seqlen(whole_steps + 1)
         return params.warmup_tokens or 0
 

@@ -71,3 +71,38 @@ def test_a_folder_belongs_to_one_living_process(tmp_path):
             lock_folder(tmp_path)
         process.kill()
     lock_folder(tmp_path)  # the system freed it
+
+
+@pytest.mark.parametrize(
+    ("resume", "start", "log_begins", "refused"),
+    [
+        ("auto", None, None, False),  # an empty folder
+        ("auto", None, 1, False),  # killed before its first checkpoint
+        ("auto", None, 7, True),  # began elsewhere: only its own --resume says where
+        ("none", None, 1, True),
+        ("elsewhere", 6, 7, False),  # the same command again
+        ("elsewhere", 6, 1, True),  # another run's log
+        ("elsewhere", 6, None, False),
+    ],
+)
+def test_no_run_writes_over_anothers_log(tmp_path, resume, start, log_begins, refused):
+    from seqlen_curriculum.training.checkpoint import Checkpoint
+    from seqlen_curriculum.training.pretrain import refuse_other_run
+
+    if log_begins is not None:
+        (tmp_path / "runlog.jsonl").write_text(json.dumps({"step": log_begins}) + "\n")
+    checkpoint = None if start is None else Checkpoint(tmp_path.parent / "elsewhere", start, 1, {})
+    if refused:
+        with pytest.raises(CheckpointError, match=f"began with step {log_begins}"):
+            refuse_other_run(tmp_path, resume, checkpoint)
+    else:
+        refuse_other_run(tmp_path, resume, checkpoint)
+
+
+def test_a_folder_with_unusable_checkpoints_only_is_not_begun_anew(tmp_path):
+    from seqlen_curriculum.training.pretrain import refuse_other_run
+
+    (tmp_path / "runlog.jsonl").write_text('{"step": 1}\n')
+    (tmp_path / "global_step6").mkdir()
+    with pytest.raises(CheckpointError, match="no checkpoint to continue it"):
+        refuse_other_run(tmp_path, "auto", None)

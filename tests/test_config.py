@@ -77,6 +77,17 @@ def test_other_schedulers_are_left_to_deepspeed():
     assert config.deepspeed["scheduler"] == {"type": "WarmupLR", "params": {}}
 
 
+def test_null_is_absent():
+    config = RunConfig.from_dict(changed(scheduler={"type": "WarmupLR"}) | {"scheduler": None, "fp16": None})
+    assert config.scheduler is None
+    assert not {"scheduler", "fp16"} & set(config.deepspeed)
+
+
+def test_the_batch_may_be_given_by_its_parts():
+    config = RunConfig.from_dict(changed(train_batch_size=None, gradient_accumulation_steps=3))
+    assert config.for_ranks(2).global_batch == 12
+
+
 def test_overrides(tmp_path):
     sets = ["training.train_tokens=2e9", "model.preset=tiny-1m", "fp16.enabled=true", 'data.split="9,1,0"']
     config = RunConfig.load(written(tmp_path, GOOD), sets)
@@ -147,6 +158,9 @@ BAD = {
         ),
         "train_batch_size: 0 is not valid",
     ),
+    "zero typo": (changed(zero_optimizaton={"stage": 3}), "did you mean 'zero_optimization'?"),
+    "scheduler without type": (changed(scheduler={"params": {}}), "scheduler.type: required"),
+    "scheduler type number": (changed(scheduler__type=5), "scheduler.type: 5 is not valid"),
     "model list": (changed(model=[]), "model: [] is not an object"),
     "clip twice": (changed(optimizer__params__max_grad_norm=2.0, gradient_clipping=1.0), "max_grad_norm: 2.0 differs"),
 }

@@ -85,6 +85,12 @@ def test_a_warmup_longer_than_the_decay_is_an_error():
         TokenCosine(constant_length(10), TokenCosineParams(warmup_steps=11), 1.0)
 
 
+@pytest.mark.parametrize("warmup", ["warmup_steps", "warmup_samples", "warmup_tokens"])
+def test_a_warmup_beyond_all_counting_is_an_error_too(warmup):
+    with pytest.raises(ConfigError, match="decay_tokens: 640 is not above"):
+        TokenCosine(constant_length(10), TokenCosineParams(**{warmup: 10**15}), 1.0)
+
+
 def test_a_minimum_above_the_maximum_is_an_error():
     with pytest.raises(ConfigError, match=r"min_lr: 2\.0 is above optimizer\.params\.lr 1\.0"):
         TokenCosine(constant_length(10), TokenCosineParams(min_lr=2.0), 1.0)

@@ -304,7 +304,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint(reference, run_file, tmp_pat
 def test_a_second_run_into_the_same_folder_is_refused(reference, run_file, tmp_path):
     status, output = launch(tmp_path / "log", TRAIN, "--config", run_file, "--save", reference, "--resume", "none")
     assert status != 0
-    assert "holds a run already" in output
+    assert "holds the log of a run that began with step 1" in output
     assert "Traceback" not in output
 
 

@@ -78,9 +78,9 @@ class Checkpoints:
         """
 
         def named() -> Checkpoint:
-            given = read_checkpoint(Path(resume).resolve())
-            own = None if given.folder.parent == self.save_folder else self.newest()
-            return own or given
+            path = Path(resume).resolve()
+            own = None if path.parent == self.save_folder else self.newest()
+            return own or read_checkpoint(path)
 
         finders: dict[str, Callable[[], Checkpoint | None]] = {"none": lambda: None, "auto": self.newest}
         return on_rank_0(finders.get(resume, named))

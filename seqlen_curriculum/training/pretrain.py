@@ -22,7 +22,7 @@ from seqlen_curriculum.training.engine import initialize
 from seqlen_curriculum.training.telemetry import Telemetry, say
 from seqlen_curriculum.training.trainer import Trainer
 
-__all__ = ["lock_folder", "pretrain", "write_model"]
+__all__ = ["lock_folder", "pretrain", "refuse_other_run", "write_model"]
 
 _RUNLOG = "runlog.jsonl"
 
@@ -44,7 +44,7 @@ def pretrain(config: RunConfig, train: Samples, valid: Samples | None, save: Pat
     checkpoints = Checkpoints(save, training.keep_last, {**config.settings(), **_data_settings(train)})
     on_rank_0(lambda: lock_folder(save))
     checkpoint = checkpoints.find(resume)
-    on_rank_0(lambda: _refuse_other_run(save, resume, checkpoint))
+    on_rank_0(lambda: refuse_other_run(save, resume, checkpoint))
     torch.manual_seed(training.seed)  # the same weights on every rank
     model = build_gpt2(model_config)
     engine = _engine(config, model)
@@ -99,20 +99,18 @@ def lock_folder(save: Path) -> None:
         ) from error
 
 
-def _refuse_other_run(save: Path, resume: str, checkpoint: Checkpoint | None) -> None:
-    """A run that starts anew must not write over another one's log and checkpoints."""
+def refuse_other_run(save: Path, resume: str, checkpoint: Checkpoint | None) -> None:
+    """A run that doesn't continue from a checkpoint in ``save`` must not write over another one's log there."""
     first = next(read_runlog(save / _RUNLOG), None) if (save / _RUNLOG).exists() else None
-    if first is None or checkpoint is not None:
+    if first is None or (checkpoint is not None and checkpoint.folder.parent == save):
         return
-    if resume == "none" or any(save.glob("global_step*")):
+    start = checkpoint.step + 1 if checkpoint else 1
+    unusable = checkpoint is None and any(save.glob("global_step*"))
+    if resume == "none" or unusable or first["step"] != start:
         raise CheckpointError(
-            f"--save {save}: holds a run already and --resume {resume} would start another over it; choose another folder, "
-            "or move this one away"
-        )
-    if first["step"] > 1:
-        raise CheckpointError(
-            f"--save {save}: holds a run that continued from a checkpoint elsewhere and has none of its own yet; give the "
-            "same --resume CHECKPOINT again"
+            f"--save {save}: holds the log of a run that began with step {first['step']} and no checkpoint to continue it "
+            f"from; --resume {resume} would begin another with step {start} over it. Choose another folder, move this one "
+            "away, or give the --resume CHECKPOINT that it began with"
         )
 
 
