@@ -9,6 +9,7 @@ one is valid (lengths that are multiples of ``difficulty_step``).
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol, overload
@@ -50,11 +51,11 @@ class Pacing(Protocol):
         ...
 
 
-class _StepFunction:
+class _StepFunction(ABC):
     """Scalar and vectorised calls from one vectorised ``_lengths``."""
 
-    def _lengths(self, steps: Steps) -> Steps:
-        raise NotImplementedError
+    @abstractmethod
+    def _lengths(self, steps: Steps) -> Steps: ...
 
     @overload
     def __call__(self, steps: int) -> int: ...
