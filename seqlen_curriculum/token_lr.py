@@ -56,7 +56,10 @@ class TokenCosineConfig(Section):
 
 
 class TokenCosine:
-    """The learning rate of any step of a timeline, in closed form. ``max_lr`` is the optimizer's ``lr``."""
+    """The learning rate of any step of a timeline, in closed form; Megatron's warmup and cosine, counted in tokens.
+
+    ``max_lr`` is the optimizer's ``lr``. Raises ConfigError if the warmup is as long as the decay or ``min_lr`` above it.
+    """
 
     def __init__(self, timeline: Timeline, params: TokenCosineParams, max_lr: float) -> None:
         self.timeline, self.params, self.max_lr = timeline, params, max_lr
@@ -102,6 +105,7 @@ class TokenCosine:
     @overload
     def __call__(self, steps: Steps) -> npt.NDArray[np.float64]: ...
     def __call__(self, steps: int | Steps) -> float | npt.NDArray[np.float64]:
+        """The rate of one step (1-based) or of an array of them, the same to the last bit either way."""
         at = np.atleast_1d(np.asarray(steps, np.int64))
         warmup = self._warmup_progress(at)
         # Both differences are exact integers, so at constant length this quotient is the step-wise one to the last bit.
