@@ -71,6 +71,10 @@ class TrainingConfig(Section):
     micro_batch: Literal["balanced", "fixed"] = "balanced"
     """``balanced``: at short lengths a micro-batch has more rows, up to as many tokens as one at full length, and a step
     fewer of them; the gradient is the same to rounding. ``fixed``: ``train_micro_batch_size_per_gpu`` rows always."""
+    compile: bool = False
+    """``torch.compile`` the model's blocks, in at most 3 graphs whatever the lengths. Worth it on GPUs; slow to start."""
+    preflight: bool = True
+    """Try the largest micro-batch before step 1, so that one that doesn't fit the device's memory shows at once."""
     log_sample_ids: bool = False
     """Also write the ids of the samples each rank reads, to ``SAVE/samples.rank*.jsonl``."""
 
@@ -127,7 +131,7 @@ class RunConfig:
         """The same run with DeepSpeed's three batch keys filled in for ``world_size`` ranks. ConfigError."""
         rows, micro, accumulation = batch_shape(self.keys, world_size)
         batch = {
-            "train_batch_size": rows * world_size,
+            "train_batch_size": rows * self.keys.data_ranks(world_size),
             "train_micro_batch_size_per_gpu": micro,
             "gradient_accumulation_steps": accumulation,
         }

@@ -5,13 +5,14 @@ Every other key of DeepSpeed's is handed on as it is, and its values are DeepSpe
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field
 
 from seqlen_curriculum.errors import ConfigError
-from seqlen_curriculum.fields import Count, Section
+from seqlen_curriculum.fields import Count, CountOrZero, Section
 
 __all__ = ["DeepSpeedKeys", "batch_shape", "without_max_grad_norm"]
 
@@ -40,6 +41,14 @@ class _Zero(_Open):
     stage: Annotated[int, Field(ge=0, le=3)] = 0
 
 
+class _Pipeline(_Open):
+    stages: Count | Literal["auto"] = "auto"
+
+
+class _TensorParallel(_Open):
+    autotp_size: CountOrZero = 0
+
+
 class DeepSpeedKeys(_Open):
     """The part of a DeepSpeed config that this package reads."""
 
@@ -55,6 +64,11 @@ class DeepSpeedKeys(_Open):
     zero_optimization: _Zero | None = None
     fp16: dict[str, Any] | None = None
     bf16: dict[str, Any] | None = None
+    amp: dict[str, Any] | None = None
+    torch_autocast: dict[str, Any] | None = None
+    pipeline: _Pipeline | None = None
+    tensor_parallel: _TensorParallel | None = None
+    sequence_parallel_size: Count | None = None
 
     @property
     def lr(self) -> float | None:
@@ -66,9 +80,47 @@ class DeepSpeedKeys(_Open):
         """0 where ZeRO is off."""
         return self.zero_optimization.stage if self.zero_optimization else 0
 
+    @property
+    def pipeline_stages(self) -> int:
+        """Ranks that a model's layers are cut over; 1 where there is no pipeline."""
+        stages = self.pipeline.stages if self.pipeline else "auto"
+        return 1 if stages == "auto" else stages
+
+    @property
+    def tensor_parallel_size(self) -> int:
+        """Ranks that share each layer (AutoTP)."""
+        return max(self.tensor_parallel.autotp_size, 1) if self.tensor_parallel else 1
+
+    @property
+    def degrees(self) -> dict[str, int]:
+        """How many ranks share a model or a sequence, by the key that says so."""
+        return {
+            "pipeline.stages": self.pipeline_stages,
+            "tensor_parallel.autotp_size": self.tensor_parallel_size,
+            "sequence_parallel_size": self.sequence_parallel_size or 1,
+        }
+
+    @property
+    def enabled_precisions(self) -> list[str]:
+        """The sections that switch a precision other than fp32 on."""
+        sections = {"fp16": self.fp16, "bf16": self.bf16, "amp": self.amp, "torch_autocast": self.torch_autocast}
+        return [name for name, section in sections.items() if section and section.get("enabled")]
+
+    def data_ranks(self, world_size: int) -> int:
+        """Ranks that read rows of their own: all of them over those that share a model or a sequence. ConfigError."""
+        ranks, ragged = divmod(world_size, math.prod(self.degrees.values()))
+        if ragged:
+            told = " x ".join(f"{name} {degree}" for name, degree in self.degrees.items() if degree > 1)
+            raise ConfigError(f"{told}: doesn't divide the {world_size} ranks; start a multiple of it or lower it")
+        return ranks
+
 
 def batch_shape(keys: DeepSpeedKeys, world_size: int) -> tuple[int, int, int]:
-    """Rows of a rank, of a micro-batch, and micro-batches of a step, for ``world_size`` ranks. ConfigError."""
+    """Rows of a rank, of a micro-batch, and micro-batches of a step, for ``world_size`` ranks. ConfigError.
+
+    Ranks that share a model or a sequence count once.
+    """
+    world_size = keys.data_ranks(world_size)
     micro, accumulation = keys.train_micro_batch_size_per_gpu, keys.gradient_accumulation_steps
     total = keys.train_batch_size or (micro or 1) * (accumulation or 1) * world_size
     rows, ragged = divmod(total, world_size)

@@ -17,7 +17,7 @@ LAYERS = [
     {"cli", "fields", "jsonfile", "microbatch", "pacing", "runlog"},
     {"timeline"},
     {"architecture", "curriculum", "deepspeed_keys", "token_lr"},
-    {"scheduler"},
+    {"parallel", "scheduler"},
     {"config"},
     {"planning", "data", "models", "analysis"},
     {"training"},

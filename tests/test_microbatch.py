@@ -32,3 +32,14 @@ def test_invariants(accumulation, micro_batch, seq_length, data):
     larger = [count for count in range(balanced + 1, rows + 1) if rows % count == 0]
     assert all(count * seqlen > micro_batch * seq_length for count in larger)
     assert balanced_rows(rows, micro_batch, seq_length, seq_length) == micro_batch
+
+
+@pytest.mark.parametrize(("seqlen", "rows"), [(8, 4), (128, 4), (256, 4), (511, 2), (512, 2)])
+def test_a_pipeline_keeps_its_stages_busy(seqlen, rows):
+    # 32 rows a step over 2 stages: at least 8 micro-batches
+    assert balanced_rows(32, 2, 512, seqlen, least_micro_batches=8) == rows
+
+
+def test_full_length_has_no_more_micro_batches_than_the_file_says():
+    assert balanced_rows(32, 16, 512, 512, least_micro_batches=8) == 16
+    assert balanced_rows(32, 16, 512, 8, least_micro_batches=8) == 16

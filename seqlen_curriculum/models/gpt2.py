@@ -20,7 +20,7 @@ from seqlen_curriculum.architecture import ModelConfig
 from seqlen_curriculum.errors import ConfigError
 from seqlen_curriculum.models.cross_entropy import mean_cross_entropy
 
-__all__ = ["CausalLM", "LossHead", "build_gpt2", "save_hf"]
+__all__ = ["CausalLM", "LossHead", "build_gpt2", "save_config", "save_hf"]
 
 
 def build_gpt2(config: ModelConfig, bos_token_id: int | None = None, eos_token_id: int | None = None) -> CausalLM:
@@ -136,13 +136,14 @@ def save_hf(model: CausalLM, folder: str | Path, state_dict: Mapping[str, Tensor
     tensors = {key.removeprefix("lm."): tensor.detach().cpu().contiguous() for key, tensor in whole.items()}
     tensors.pop("lm_head.weight", None)  # tied; loading ties it again
     Path(folder).mkdir(parents=True, exist_ok=True)
-    _exported_config(model, tensors["transformer.wte.weight"].dtype).save_pretrained(folder)
+    save_config(model, folder, tensors["transformer.wte.weight"].dtype)
     save_file(tensors, Path(folder) / "model.safetensors", metadata={"format": "pt"})
 
 
-def _exported_config(model: CausalLM, dtype: torch.dtype) -> Any:
+def save_config(model: CausalLM, folder: str | Path, dtype: torch.dtype) -> None:
+    """Write ``config.json`` beside weights of ``dtype``."""
     config = copy.deepcopy(model.lm.config)
     config.architectures = ["GPT2LMHeadModel"]
     config.dtype = dtype
     config.use_cache = True  # whoever loads it generates
-    return config
+    config.save_pretrained(folder)

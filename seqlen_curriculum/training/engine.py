@@ -11,13 +11,15 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.runtime.pipe.engine import PipelineEngine
 from torch.optim import Optimizer
 
 from seqlen_curriculum.config import RunConfig
 from seqlen_curriculum.errors import ConfigError
 from seqlen_curriculum.training.lr_scheduler import TokenCosineLR
+from seqlen_curriculum.training.pipeline import follow_shapes
 
-__all__ = ["initialize"]
+__all__ = ["begin_step", "initialize"]
 
 
 def initialize(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
@@ -40,7 +42,10 @@ def initialize(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
     scheduler = run.curriculum_scheduler() if run.curriculum or run.data else None
     engine, *others = _deepspeed_initialize(args=_without_config(named), config=dict(run.deepspeed), **given)
     engine.curriculum_scheduler = scheduler
-    engine.register_forward_pre_hook(_follow_steps)
+    if isinstance(engine, PipelineEngine):
+        follow_shapes(engine, begin_step)
+    else:
+        engine.register_forward_pre_hook(_follow_steps)
     optimizer, dataloader, lr_scheduler = others
     return engine, optimizer, dataloader, lr_scheduler
 
@@ -89,9 +94,12 @@ def _lr_scheduler(run: RunConfig) -> Any:
 
 
 def _follow_steps(engine: Any, _inputs: Any) -> None:
-    """Before each training forward: today's length and rate, also after a step that fp16 skipped or a resume."""
-    if not torch.is_grad_enabled() or not engine.module.training:
-        return
+    if torch.is_grad_enabled() and engine.module.training:
+        begin_step(engine)
+
+
+def begin_step(engine: Any) -> None:
+    """Put the coming step's length and rate in force, also after a step that fp16 skipped or a resume."""
     step = engine.global_steps + 1
     if engine.curriculum_scheduler is not None:
         engine.curriculum_scheduler.update_difficulty(step)

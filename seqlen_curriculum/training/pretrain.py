@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,10 @@ from seqlen_curriculum.errors import CheckpointError
 from seqlen_curriculum.models.gpt2 import CausalLM, build_gpt2, save_hf
 from seqlen_curriculum.runlog import RunLog, read_runlog
 from seqlen_curriculum.training.checkpoint import Checkpoint, Checkpoints, on_rank_0
+from seqlen_curriculum.training.compile import compile_blocks
 from seqlen_curriculum.training.engine import initialize
+from seqlen_curriculum.training.executor import executor
+from seqlen_curriculum.training.pipeline import GPT2Stages
 from seqlen_curriculum.training.telemetry import Telemetry, say
 from seqlen_curriculum.training.trainer import Trainer
 
@@ -47,15 +51,19 @@ def pretrain(config: RunConfig, train: Samples, valid: Samples | None, save: Pat
     on_rank_0(lambda: refuse_other_run(save, resume, checkpoint))
     torch.manual_seed(training.seed)  # the same weights on every rank
     model = build_gpt2(model_config)
-    engine = _engine(config, model)
+    stages = GPT2Stages(model, config.keys.pipeline_stages) if config.keys.pipeline_stages > 1 else None
+    engine = _engine(config, stages or model)
+    if training.compile:
+        compile_blocks(model.lm.transformer.h, engine.device)
     if checkpoint is not None:
         checkpoints.load(engine, checkpoint)
     done_steps = checkpoint.step if checkpoint else 0
     _rewind_logs(save, done_steps)
     rows_per_rank, micro_batch, _ = batch_shape(config.keys, dist.get_world_size())
+    write = partial(stages.save_hf, model) if stages else partial(write_model, model)
     telemetry = Telemetry(save / _RUNLOG if rank == 0 else None, engine.monitor, done_steps, timeline)
     trainer = Trainer(
-        engine=engine,
+        executor=executor(engine),
         timeline=timeline,
         train_samples=train,
         valid_samples=valid,
@@ -63,7 +71,7 @@ def pretrain(config: RunConfig, train: Samples, valid: Samples | None, save: Pat
         micro_batch=micro_batch,
         settings=training,
         telemetry=telemetry,
-        save=lambda step: checkpoints.save(engine, step, lambda folder: write_model(model, folder)),
+        save=lambda step: checkpoints.save(engine, step, write),
         sample_log=RunLog(save / f"samples.rank{rank}.jsonl") if training.log_sample_ids else None,
     )
     try:
@@ -74,7 +82,7 @@ def pretrain(config: RunConfig, train: Samples, valid: Samples | None, save: Pat
             trainer.sample_log.close()
 
 
-def _engine(config: RunConfig, model: CausalLM) -> Any:
+def _engine(config: RunConfig, model: torch.nn.Module) -> Any:
     engine, *_ = initialize(config=config, model=model, model_parameters=model.parameters())
     if engine.zero_optimization_stage() == 0 and (engine.fp16_enabled() or engine.bfloat16_enabled()):
         say("warning: half precision at ZeRO stage 0 updates weights unlike fp32; set zero_optimization.stage to 1")

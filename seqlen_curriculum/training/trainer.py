@@ -9,11 +9,12 @@ import hashlib
 import math
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from deepspeed import comm as dist
 
@@ -23,10 +24,14 @@ from seqlen_curriculum.errors import DivergenceError
 from seqlen_curriculum.microbatch import balanced_rows
 from seqlen_curriculum.runlog import RunLog
 from seqlen_curriculum.timeline import Timeline
-from seqlen_curriculum.training.accumulate import accumulate
+from seqlen_curriculum.training.engine import begin_step
+from seqlen_curriculum.training.executor import DataParallel, Pipeline
+from seqlen_curriculum.training.preflight import preflight
 from seqlen_curriculum.training.telemetry import Telemetry, say
 
 __all__ = ["Trainer", "row_seed"]
+
+Ids = npt.NDArray[np.int64]
 
 
 def row_seed(seed: int, step: int, row: int) -> int:
@@ -43,7 +48,7 @@ def row_seed(seed: int, step: int, row: int) -> int:
 class Trainer:
     """Trains ``engine`` along ``timeline``; every step's data, length and rate follow from the step alone."""
 
-    engine: Any
+    executor: DataParallel | Pipeline
     timeline: Timeline
     train_samples: Samples
     valid_samples: Samples | None
@@ -54,9 +59,16 @@ class Trainer:
     save: Callable[[int], None]  # checkpoint of a step, called on all ranks
     sample_log: RunLog | None = None
 
+    @property
+    def engine(self) -> Any:
+        """DeepSpeed's."""
+        return self.executor.engine
+
     def train(self, first_step: int) -> bool:
         """Run from ``first_step`` to the budget. True when it is reached, False when a signal stopped it earlier."""
         last_step = self.timeline.steps
+        if self.settings.preflight:
+            preflight(self.executor, *self._largest_micro_batch())
         with _StopSignals() as signals:
             for step in range(first_step, last_step + 1):
                 stop = self._step(step, signals.received)
@@ -73,12 +85,13 @@ class Trainer:
     def _step(self, step: int, stop: bool) -> bool:
         """One optimizer step. Returns whether any rank was asked to stop."""
         started = time.perf_counter()
-        engine, seqlen = self.engine, self.engine.curriculum_scheduler.update_difficulty(step)
-        loss, stop = self._agree(self._forward_backward(step, seqlen), stop, step, seqlen)
-        unsharded_norm = self._unsharded_grad_norm()
-        rate = engine.get_lr()[0]  # of this step: engine.step() puts the next one's in force
-        engine.step()
-        grad_norm = self._checked(engine.get_global_grad_norm() if unsharded_norm is None else unsharded_norm, step)
+        begin_step(self.engine)
+        seqlen, rate = self.engine.curriculum_scheduler.get_current_difficulty(), self.engine.get_lr()[0]
+        micro_batches, seeds = self._micro_batches(step, seqlen)
+        result = self.executor.train(micro_batches, seeds)
+        loss, stop = self._agree(result.loss, stop)
+        if not math.isfinite(loss):
+            raise _diverged(step, f"the loss is {loss} at seqlen {seqlen}")
         record = {
             "step": step,
             "seqlen": seqlen,
@@ -86,53 +99,51 @@ class Trainer:
             "consumed_tokens": self.timeline.consumed_tokens(step),
             "loss": loss,
             "lr": rate,
-            "grad_norm": grad_norm,
+            "grad_norm": self._checked(result.grad_norm, step),
             "seconds": time.perf_counter() - started,
         }
         self.telemetry.step(record)
         return stop
 
-    def _forward_backward(self, step: int, seqlen: int) -> torch.Tensor:
-        """This rank's mean loss of ``step``, an fp64 scalar; its gradients are accumulated and averaged over ranks."""
-        first_row = dist.get_rank() * self.rows_per_rank
+    def _micro_batches(self, step: int, seqlen: int) -> tuple[list[tuple[torch.Tensor, torch.Tensor]], list[int]]:
+        """This rank's (inputs, targets), both (micro rows, S), of ``step``, and the seed of each."""
+        first_row = self.executor.data_rank * self.rows_per_rank
         ids = self.train_samples.order(self.timeline.consumed_rows(step - 1) + first_row, self.rows_per_rank)
         if self.sample_log is not None:
             self.sample_log.write({"step": step, "first_row": first_row, "samples": ids.tolist()})
         tokens = self._on_device(self.train_samples.read(ids, seqlen))  # (B, S + 1)
-        micro_batches = [(rows[:, :-1], rows[:, 1:]) for rows in torch.split(tokens, self._micro_rows(seqlen))]
-        starts = range(first_row, first_row + self.rows_per_rank, self._micro_rows(seqlen))
-        return accumulate(self.engine, micro_batches, [row_seed(self.settings.seed, step, row) for row in starts])
+        micro_rows = self._micro_rows(seqlen)
+        starts = range(first_row, first_row + self.rows_per_rank, micro_rows)
+        seeds = [row_seed(self.settings.seed, step, row) for row in starts]
+        return [(rows[:, :-1], rows[:, 1:]) for rows in torch.split(tokens, micro_rows)], seeds
 
     def _micro_rows(self, seqlen: int) -> int:
         """Rows of a micro-batch at today's length."""
         if self.settings.micro_batch == "fixed":
             return self.micro_batch
-        return balanced_rows(self.rows_per_rank, self.micro_batch, self.train_samples.seq_length, seqlen)
+        full, least = self.train_samples.seq_length, self.executor.least_micro_batches
+        return balanced_rows(self.rows_per_rank, self.micro_batch, full, seqlen, least)
 
-    def _agree(self, loss: torch.Tensor, stop: bool, step: int, seqlen: int) -> tuple[float, bool]:
+    def _largest_micro_batch(self) -> tuple[int, int]:
+        """(rows, seqlen) of the run's micro-batch of most tokens, evaluation's included; of several the longest rows."""
+        shapes = [(self._micro_rows(seqlen), seqlen) for _, seqlen in self.timeline.shapes()]
+        if self.valid_samples is not None:
+            shapes.append((self.micro_batch, self.valid_samples.seq_length))
+        return max(shapes, key=lambda shape: (shape[0] * shape[1], shape[1]))
+
+    def _agree(self, loss: torch.Tensor, stop: bool) -> tuple[float, bool]:
         """The loss averaged over ranks and whether any rank must stop, in one reduction."""
         shared = torch.stack([loss, torch.tensor(float(stop), dtype=loss.dtype, device=loss.device)])
         dist.all_reduce(shared)
-        loss_value = float(shared[0]) / dist.get_world_size()
-        if not math.isfinite(loss_value):
-            raise _diverged(step, f"the loss is {loss_value} at seqlen {seqlen}")
-        return loss_value, bool(shared[1] > 0)
+        return float(shared[0]) / dist.get_world_size(), bool(shared[1] > 0)
 
-    def _checked(self, grad_norm: Any, step: int) -> float | None:
-        """The norm as a number; None where there is none, or where fp16 overflowed and DeepSpeed skipped the step."""
-        norm = None if grad_norm is None else float(grad_norm)
+    def _checked(self, norm: float | None, step: int) -> float | None:
+        """None also where fp16 overflowed and DeepSpeed skipped the step."""
         if norm is None or math.isfinite(norm):
             return norm
         if not self.engine.fp16_enabled():  # the weights are broken by now: nothing of them may be saved
             raise _diverged(step, f"the gradient norm is {norm}")
         return None
-
-    def _unsharded_grad_norm(self) -> torch.Tensor | None:
-        """The gradient norm where DeepSpeed keeps none: fp32 without ZeRO. Gradients are averaged by now."""
-        engine = self.engine
-        if engine.zero_optimization() or engine.fp16_enabled() or engine.bfloat16_enabled():
-            return None
-        return torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])
 
     def _evaluate(self, step: int) -> None:
         """Full-length loss on the same validation rows each time, every row once however many ranks share them."""
@@ -141,19 +152,11 @@ class Trainer:
         assert samples is not None
         rows = min(self.settings.eval_rows, samples.num_samples)
         ids = np.arange(rows, dtype=np.int64) * samples.num_samples // rows  # evenly over the split
-        mine = ids[dist.get_rank() :: dist.get_world_size()]
         total = torch.zeros((), device=self.engine.device, dtype=torch.float64)
-        self.engine.eval()
-        with torch.no_grad():
-            # Every rank makes the same number of forward calls (ZeRO-3 gathers weights in each); a rank that has run out
-            # of rows repeats one with weight 0.
-            for start in range(0, -(-rows // dist.get_world_size()), self.micro_batch):
-                chunk = mine[start : start + self.micro_batch]
-                tokens = self._on_device(samples.read(chunk if len(chunk) else ids[:1], samples.seq_length))
-                total += self.engine(tokens[:, :-1], tokens[:, 1:]).detach() * len(chunk)
-        self.engine.train()
-        dist.all_reduce(total)
-        valid_loss = float(total) / rows
+        for chunk, weight in _eval_chunks(ids, self.executor.data_rank, self.executor.data_ranks, self.micro_batch):
+            tokens = self._on_device(samples.read(chunk, samples.seq_length))
+            total += self.executor.evaluate((tokens[:, :-1], tokens[:, 1:])) * weight
+        valid_loss = self._agree(total, False)[0] / rows
         if not math.isfinite(valid_loss):
             raise _diverged(step, f"the validation loss is {valid_loss}")
         self.telemetry.evaluation(
@@ -196,6 +199,22 @@ def _diverged(step: int, what: str) -> DivergenceError:
         f"step {step}: {what}; training stops and the last checkpoint is intact. Lower optimizer.params.lr, lengthen the "
         "curriculum, raise its min_difficulty or check the precision settings, then train into another --save"
     )
+
+
+def _eval_chunks(ids: Ids, rank: int, ranks: int, most_rows: int) -> Iterator[tuple[Ids, int]]:
+    """A rank's (ids to read together, rows that their loss, averaged over ranks, stands for).
+
+    All ranks get equally many chunks of equal size, as engines want whose forward is a joint work. Rows that don't divide
+    over the ranks are read by each of them.
+    """
+    shared = len(ids) // ranks * ranks
+    mine, rest = ids[:shared][rank::ranks], ids[shared:]
+    for start in range(0, len(mine), most_rows):
+        chunk = mine[start : start + most_rows]
+        yield chunk, len(chunk) * ranks
+    for start in range(0, len(rest), most_rows):
+        chunk = rest[start : start + most_rows]
+        yield chunk, len(chunk)
 
 
 def _due(step: int, interval: int, last_step: int) -> bool:

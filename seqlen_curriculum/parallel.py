@@ -1,0 +1,60 @@
+"""What engines can't do together, and degrees that don't divide: told from the configuration alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from seqlen_curriculum.architecture import ModelConfig
+from seqlen_curriculum.deepspeed_keys import DeepSpeedKeys
+
+__all__ = ["engine_problems"]
+
+
+def engine_problems(keys: DeepSpeedKeys, model: ModelConfig | None, lengths: Sequence[int]) -> list[str]:
+    """One line for each reason why DeepSpeed could not train this; ``lengths`` are those the run trains and evaluates at."""
+    return [*_precision(keys), *_pipeline(keys, model), *_tensor(keys, model), *_sequence(keys, model, lengths)]
+
+
+def _precision(keys: DeepSpeedKeys) -> Iterator[str]:
+    enabled = keys.enabled_precisions
+    if len(enabled) > 1:
+        told = " and ".join(f"{name}.enabled" for name in enabled)
+        yield f"{told}: a run has one precision; keep one of them"
+
+
+def _pipeline(keys: DeepSpeedKeys, model: ModelConfig | None) -> Iterator[str]:
+    stages = keys.pipeline_stages
+    if stages == 1:
+        return
+    if model and stages > model.num_layers:
+        yield f"pipeline.stages: {stages} is above model.num_layers {model.num_layers}; every stage needs a layer, lower it"
+    if keys.zero_stage >= 2:
+        yield f"zero_optimization.stage: {keys.zero_stage} doesn't work in a pipeline (pipeline.stages {stages}); set 0 or 1"
+    if keys.zero_stage == 0 and set(keys.enabled_precisions) & {"bf16", "fp16"}:
+        yield "zero_optimization.stage: half precision in a pipeline needs stage 1, whose checkpoints DeepSpeed can load"
+    for name, degree in keys.degrees.items():
+        if name != "pipeline.stages" and degree > 1:
+            yield f"{name}: {degree} doesn't work together with pipeline.stages {stages}; set one of them to 1"
+
+
+def _tensor(keys: DeepSpeedKeys, model: ModelConfig | None) -> Iterator[str]:
+    degree = keys.tensor_parallel_size
+    if model and model.num_attention_heads % degree:
+        yield _ragged_heads("tensor_parallel.autotp_size", degree, model.num_attention_heads)
+
+
+def _sequence(keys: DeepSpeedKeys, model: ModelConfig | None, lengths: Sequence[int]) -> Iterator[str]:
+    degree = keys.sequence_parallel_size or 1
+    if model and model.num_attention_heads % degree:
+        yield _ragged_heads("sequence_parallel_size", degree, model.num_attention_heads)
+    ragged = [length for length in lengths if length % degree]
+    if ragged:
+        yield (
+            f"sequence_parallel_size: {degree} doesn't divide the length {ragged[0]} of this run ({len(ragged)} of its "
+            f"{len(lengths)} lengths); make curriculum_learning.schedule_config.difficulty_step, or training.seqlen_bucket, "
+            "a multiple of it, and data.seq_length too"
+        )
+
+
+def _ragged_heads(key: str, degree: int, heads: int) -> str:
+    return f"{key}: {degree} doesn't divide the {heads} heads of model.num_attention_heads; give a divisor"

@@ -1,0 +1,37 @@
+"""``torch.compile`` of a model's blocks: a handful of graphs for a whole run, whatever its lengths."""
+
+from __future__ import annotations
+
+import torch
+from deepspeed import comm as dist
+from torch import nn
+
+from seqlen_curriculum.training.telemetry import say
+
+__all__ = ["compile_blocks"]
+
+
+def compile_blocks(blocks: nn.ModuleList, device: torch.device) -> None:
+    """Compile each block for rows and lengths that vary; says so and leaves them as they are where no compiler works.
+
+    All blocks share their graphs, and neither rows nor seqlen is fixed in one: a run has a graph for training, one for
+    evaluation, and one for micro-batches of a single row, which torch always takes for a special case.
+    """
+    problem = _compiler_problem(device)
+    missing = torch.tensor(float(bool(problem)), device=device)
+    dist.all_reduce(missing)  # ranks that differ would still train, each with other rounding
+    if missing > 0:
+        say(f"training.compile: {problem or 'another rank has no working compiler'}; training without compilation")
+        return
+    for block in blocks:
+        block.compile(dynamic=True)
+
+
+def _compiler_problem(device: torch.device) -> str:
+    """Why a function of one operation can't be compiled here; empty if it can."""
+    try:
+        torch.compile(lambda x: x + 1, fullgraph=True)(torch.zeros(8, device=device))
+    except Exception as error:  # each compiler has its own
+        return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+    torch._dynamo.reset()
+    return ""

@@ -1,0 +1,117 @@
+"""How one engine does one optimizer step and one evaluation: data parallel (any ZeRO stage) or pipeline.
+
+Shapes: ``B`` rows of a micro-batch, ``S`` seqlen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from deepspeed import comm as dist
+from deepspeed.runtime.pipe.engine import PipelineEngine
+from deepspeed.runtime.pipe.schedule import OptimizerStep, ReduceGrads, ReduceTiedGrads, TrainSchedule
+
+from seqlen_curriculum.training.accumulate import accumulate, set_accumulation
+
+__all__ = ["DataParallel", "Pipeline", "StepResult", "executor"]
+
+MicroBatch = tuple[torch.Tensor, torch.Tensor]
+
+
+class StepResult(NamedTuple):
+    """``loss``: fp64 scalar, whose mean over all ranks is the step's; ``grad_norm``: before clipping, None if unknown."""
+
+    loss: torch.Tensor
+    grad_norm: float | None
+
+
+class DataParallel:
+    """Every rank has the whole model (or gathers it) and rows of its own."""
+
+    least_micro_batches = 1
+
+    def __init__(self, engine: Any) -> None:
+        self.engine, self.data_rank, self.data_ranks = engine, dist.get_rank(), engine.dp_world_size
+
+    def train(self, micro_batches: Sequence[MicroBatch], seeds: Sequence[int]) -> StepResult:
+        """One optimizer step on equal ``micro_batches`` of (inputs, targets), both (B, S); dropout draws from ``seeds``."""
+        loss = accumulate(self.engine, micro_batches, seeds)
+        unsharded_norm = self._unsharded_grad_norm()
+        self.engine.step()
+        return StepResult(
+            loss, _number(self.engine.get_global_grad_norm() if unsharded_norm is None else unsharded_norm)
+        )
+
+    def evaluate(self, micro_batch: MicroBatch) -> torch.Tensor:
+        """This rank's mean loss of (inputs, targets), without dropout and gradients."""
+        self.engine.eval()
+        with torch.no_grad():
+            loss: torch.Tensor = self.engine(*micro_batch)
+        self.engine.train()
+        return loss
+
+    def rehearse(self, micro_batch: MicroBatch) -> None:
+        """Forward and backward of a loss that weighs nothing, without a step."""
+        self.engine.set_gradient_accumulation_boundary(False)
+        self.engine.backward(self.engine(*micro_batch) * 0)
+
+    def _unsharded_grad_norm(self) -> torch.Tensor | None:
+        """The gradient norm where DeepSpeed keeps none: fp32 without ZeRO. Gradients are averaged by now."""
+        engine = self.engine
+        if engine.zero_optimization() or engine.fp16_enabled() or engine.bfloat16_enabled():
+            return None
+        return torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])
+
+
+class Pipeline:
+    """Each rank has one stage; ranks of the same stage share the rows."""
+
+    def __init__(self, engine: Any) -> None:
+        self.engine, self.stage = engine, engine.stage_id
+        self.data_rank, self.data_ranks = engine.grid.get_data_parallel_id(), engine.grid.data_parallel_size
+        # Stages idle while the pipeline fills and drains; with 4 micro-batches a stage that is a fifth of the time at most.
+        self.least_micro_batches = 4 * engine.num_stages
+
+    def train(self, micro_batches: Sequence[MicroBatch], seeds: Sequence[int]) -> StepResult:
+        """One optimizer step on equal ``micro_batches`` of (inputs, targets), both (B, S); dropout draws from ``seeds``."""
+        set_accumulation(self.engine, len(micro_batches[0][0]), len(micro_batches))
+        torch.manual_seed(seeds[0] ^ self.stage)
+        loss = self.engine.train_batch(iter(micro_batches))
+        return StepResult(loss.double(), _number(self.engine.get_global_grad_norm()))
+
+    def evaluate(self, micro_batch: MicroBatch) -> torch.Tensor:
+        """The mean loss of (inputs, targets) over the ranks of the last stage, the same on all ranks."""
+        loss: torch.Tensor = self.engine.eval_batch(iter([micro_batch]), num_micro_batches=1)
+        return loss.squeeze()
+
+    def rehearse(self, micro_batch: MicroBatch) -> None:
+        """Forward and backward of losses that weigh nothing, one micro-batch a stage in flight, without a step."""
+        engine, loss_fn, schedule = self.engine, self.engine.module.loss_fn, self.engine._train_schedule
+        set_accumulation(engine, len(micro_batch[0]), engine.num_stages)
+        engine.module.loss_fn = lambda outputs, targets: loss_fn(outputs, targets) * 0
+        engine._train_schedule = lambda: _WithoutUpdate(engine.num_stages, engine.num_stages, engine.stage_id)
+        engine.reset_activation_shape()
+        try:
+            PipelineEngine.train_batch(engine, iter([micro_batch] * engine.num_stages))
+        finally:
+            engine.module.loss_fn, engine._train_schedule = loss_fn, schedule
+            engine.reset_activation_shape()
+
+
+class _WithoutUpdate(TrainSchedule):  # type: ignore[misc]
+    """DeepSpeed's training schedule up to the last backward."""
+
+    def steps(self) -> Iterator[list[Any]]:
+        for instructions in super().steps():
+            yield [i for i in instructions if not isinstance(i, (ReduceTiedGrads, ReduceGrads, OptimizerStep))]
+
+
+def executor(engine: Any) -> DataParallel | Pipeline:
+    """The one that fits ``engine``."""
+    return Pipeline(engine) if isinstance(engine, PipelineEngine) else DataParallel(engine)
+
+
+def _number(norm: Any) -> float | None:
+    return None if norm is None else float(norm)

@@ -1,0 +1,88 @@
+"""GPT-2 on DeepSpeed's pipeline engine: stages, one step, and the stages' weights as one Hugging Face folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from deepspeed import comm as dist
+from deepspeed.pipe import PipelineModule, TiedLayerSpec
+from safetensors.torch import save_file
+
+from seqlen_curriculum.models.gpt2 import CausalLM, save_config
+from seqlen_curriculum.models.gpt2_layers import WordEmbedding, hidden_loss, middle_layers, with_head
+
+__all__ = ["GPT2Stages", "follow_shapes"]
+
+
+class GPT2Stages(PipelineModule):  # type: ignore[misc]
+    """``model`` cut into ``stages`` with equally many blocks, as far as they divide; each rank keeps its own stage.
+
+    Every rank builds the whole model in host memory first, so the weights are those of a run without a pipeline.
+    """
+
+    def __init__(self, model: CausalLM, stages: int) -> None:
+        weight = model.lm.transformer.wte.weight
+        middle = middle_layers(model)
+        names = {id(parameter): name for name, parameter in model.lm.named_parameters()}
+        # The head has no weights of its own.
+        layers_with_weights = (WordEmbedding(weight), *middle)
+        self._names = [[names[id(parameter)] for parameter in layer.parameters()] for layer in layers_with_weights]
+        first, last = (TiedLayerSpec("words", WordEmbedding, weight, forward_fn=f) for f in (None, with_head))
+        super().__init__(
+            [first, *middle, last], num_stages=stages, loss_fn=hidden_loss, partition_method="type:GPT2Block"
+        )
+        for parameter in self.parameters():
+            # DeepSpeed's clipping without ZeRO leaves out later stages' gradients from the norm unless told so.
+            parameter.model_parallel = not parameter.ds_pipe_replicated
+        mine = {id(parameter) for parameter in self.parameters()}
+        for parameter in model.lm.parameters():
+            if id(parameter) not in mine:
+                parameter.data = parameter.data.new_empty(0)  # another stage's: free the memory
+
+    def save_hf(self, model: CausalLM, folder: Path) -> None:
+        """Write ``model``'s config and weights, a safetensors file a stage, for ``from_pretrained(folder)``."""
+        files = [f"model-{stage + 1:05d}-of-{self.num_stages:05d}.safetensors" for stage in range(self.num_stages)]
+        parameters = dict(model.lm.named_parameters())
+        mine = {name: parameters[name].detach().cpu().contiguous() for name in self._stage_names(self.stage_id)}
+        if self._grid.get_data_parallel_id() == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            save_file(mine, folder / files[self.stage_id], metadata={"format": "pt"})
+        if dist.get_rank() == 0:
+            places = {name: file for stage, file in enumerate(files) for name in self._stage_names(stage)}
+            index = {"metadata": {}, "weight_map": places}
+            (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+            save_config(model, folder, next(iter(mine.values())).dtype)
+
+    def _stage_names(self, stage: int) -> list[str]:
+        """Names of the weights of a stage's layers in the Hugging Face model."""
+        return [name for names in self._names[self.parts[stage] : self.parts[stage + 1]] for name in names]
+
+
+def follow_shapes(engine: Any, before_step: Any) -> None:
+    """Make ``train_batch`` and ``eval_batch`` of a pipeline ``engine`` safe for lengths that change.
+
+    Stages exchange shapes once and remember them, so each change must be told to all (DeepSpeed did so itself up to
+    0.19.7). ``before_step(engine)`` is called before each training batch.
+    """
+    train_batch, eval_batch = engine.train_batch, engine.eval_batch
+    known: list[object] = [None]
+
+    def train(*args: Any, **kwargs: Any) -> torch.Tensor:
+        before_step(engine)
+        scheduler = engine.curriculum_scheduler
+        shape = (engine.train_micro_batch_size_per_gpu(), scheduler and scheduler.get_current_difficulty())
+        if shape != known[0]:
+            engine.reset_activation_shape()
+        known[0] = shape
+        loss: torch.Tensor = train_batch(*args, **kwargs)
+        return loss
+
+    def evaluate(*args: Any, **kwargs: Any) -> Any:
+        engine.reset_activation_shape()
+        known[0] = None
+        return eval_batch(*args, **kwargs)
+
+    engine.train_batch, engine.eval_batch = train, evaluate

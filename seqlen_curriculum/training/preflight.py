@@ -1,0 +1,75 @@
+"""The largest shape of a run, tried before step 1: what doesn't fit the device's memory shows at once.
+
+Composer's trick of running the largest batch first, to have the memory allocated in one piece, without its traces: the
+loss of the try weighs nothing, so what it leaves in any engine's gradient buffers is exactly zero, and no step is taken.
+"""
+
+from __future__ import annotations
+
+import datetime
+import itertools
+from typing import Any
+
+import torch
+from deepspeed import comm as dist
+from deepspeed.accelerator import get_accelerator
+from torch.distributed.distributed_c10d import _get_default_store
+
+from seqlen_curriculum.errors import ConfigError
+from seqlen_curriculum.training.executor import DataParallel, Pipeline
+
+__all__ = ["preflight"]
+
+_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "cannot allocate memory")
+_PATIENCE = datetime.timedelta(seconds=60)
+_calls = itertools.count()
+
+
+def preflight(executor: DataParallel | Pipeline, rows: int, seqlen: int) -> None:
+    """Forward and backward of a micro-batch of ``rows`` x ``seqlen`` tokens; call it on all ranks before the first step.
+
+    Weights, gradients, optimizer, loss scale and random state are afterwards what they were, to the last bit. Raises
+    ConfigError on all ranks if any of them ran out of memory: what to lower, and the device's own words.
+    """
+    tokens = torch.zeros((rows, seqlen), dtype=torch.int64, device=executor.engine.device)
+    devices = [executor.engine.device] if executor.engine.device.type != "cpu" else []
+    with torch.random.fork_rng(devices=devices, device_type=get_accelerator().device_name().split(":")[0]):
+        try:
+            executor.rehearse((tokens, tokens))
+            problem = ""
+        except (RuntimeError, MemoryError) as error:
+            problem = _if_out_of_memory(error)
+    ranks = _ranks_with(problem)
+    if ranks:
+        raise ConfigError(
+            f"train_micro_batch_size_per_gpu: a micro-batch of {rows} rows of {seqlen} tokens, the largest of this run, "
+            f"does not fit the memory of rank {', '.join(map(str, ranks))}; lower it or data.seq_length, set "
+            f"model.activation_checkpointing or raise zero_optimization.stage{problem and f' ({problem})'}"
+        )
+
+
+def _if_out_of_memory(error: BaseException) -> str:
+    """The first line of ``error``, which is raised again if it is about something else."""
+    first_line = (str(error).splitlines() or [""])[0]
+    told = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+    if not told and not any(words in first_line.lower() for words in _OUT_OF_MEMORY):
+        raise error
+    return first_line or type(error).__name__
+
+
+def _ranks_with(problem: str) -> list[int]:
+    """The ranks that have one, as far as they tell: a rank may be waiting in vain for one that failed.
+
+    Told by way of the store, not by a collective, which would meet the other ranks in the middle of another one.
+    """
+    store: Any = _get_default_store()
+    call = next(_calls)
+    names = [f"preflight/{call}/{rank}" for rank in range(dist.get_world_size())]
+    store.set(names[dist.get_rank()], problem)
+    try:
+        store.wait(names, _PATIENCE)
+    except RuntimeError:
+        if not problem:
+            raise
+        return [dist.get_rank()]
+    return [rank for rank, name in enumerate(names) if store.get(name)]

@@ -1,0 +1,31 @@
+"""Run by test_matrix.py: one run after the other in one launch, each trained, or continued from a checkpoint of another.
+
+usage: launched_matrix.py RUNS_JSON, a list of {"config", "sets", "save", "resume"}
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import deepspeed
+import torch
+
+from seqlen_curriculum.config import RunConfig
+from seqlen_curriculum.data.run_data import open_run_data
+from seqlen_curriculum.training.pretrain import pretrain
+
+
+def main():
+    deepspeed.init_distributed()
+    for run in json.loads(Path(sys.argv[-1]).read_text()):
+        config = RunConfig.load(run["config"], run["sets"], require=("optimizer", "model", "data", "training"))
+        save = Path(run["save"])
+        save.mkdir(parents=True, exist_ok=True)
+        print(f"RUN {save}", flush=True)
+        torch._dynamo.utils.counters.clear()
+        pretrain(config, *open_run_data(config), save, run["resume"])
+        print("GRAPHS", torch._dynamo.utils.counters["stats"]["unique_graphs"], flush=True)
+
+
+if __name__ == "__main__":
+    main()
