@@ -1,32 +1,29 @@
 """The one JSON file of a run: a DeepSpeed config plus our sections, read strictly.
 
-Ours are ``curriculum_learning``, ``model``, ``data``, ``training`` and ``scheduler`` when its type is ``TokenCosineLR``;
-everything else is DeepSpeed's and is handed on as it is. All problems of a file are reported in one ConfigError.
+Ours are ``curriculum_learning``, ``batch_size_warmup``, ``model``, ``data``, ``training`` and ``scheduler`` when its type is
+``TokenCosineLR``; everything else is DeepSpeed's and is handed on as it is. All problems of a file are reported in one
+ConfigError.
 """
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 from seqlen_curriculum.architecture import ModelConfig
-from seqlen_curriculum.curriculum import (
-    CurriculumConfig,
-    constant_curriculum,
-    curriculum_problems,
-)
+from seqlen_curriculum.curriculum import CurriculumConfig, constant_curriculum, curriculum_problems
 from seqlen_curriculum.deepspeed_keys import DeepSpeedKeys, batch_shape, without_max_grad_norm
 from seqlen_curriculum.errors import ConfigError
-from seqlen_curriculum.fields import Count, CountOrZero, Section, Seqlen, problems
+from seqlen_curriculum.fields import Count, CountOrZero, Section, Seqlen, flat, misspelt_sections, parse_section
 from seqlen_curriculum.jsonfile import apply_override, read_json
+from seqlen_curriculum.rows import BatchSizeWarmup, RisingRows
 from seqlen_curriculum.scheduler import CurriculumScheduler
 from seqlen_curriculum.timeline import Timeline
-from seqlen_curriculum.token_lr import TokenCosine, TokenCosineConfig
+from seqlen_curriculum.token_lr import TokenCosine, TokenCosineConfig, is_token_cosine
 
 __all__ = ["DataConfig", "RunConfig", "TrainingConfig"]
 
@@ -75,12 +72,20 @@ class TrainingConfig(Section):
     """``torch.compile`` the model's blocks, in at most 3 graphs whatever the lengths. Worth it on GPUs; slow to start."""
     preflight: bool = True
     """Try the largest micro-batch before step 1, so that one that doesn't fit the device's memory shows at once."""
+    seqlen_bucket: Seqlen | None = None
+    """Round every length down to a multiple of this, as ``difficulty_step`` does for a ramp: fewer shapes to compile, and
+    multiples for the hardware, of any schedule. The longest length stays as it is."""
     log_sample_ids: bool = False
     """Also write the ids of the samples each rank reads, to ``SAVE/samples.rank*.jsonl``."""
 
 
 _PRECISION = ("fp16", "bf16", "amp", "torch_autocast", "data_types")
-OURS: dict[str, type[Section]] = {"model": ModelConfig, "data": DataConfig, "training": TrainingConfig}
+OURS: dict[str, type[Section]] = {
+    "model": ModelConfig,
+    "data": DataConfig,
+    "training": TrainingConfig,
+    "batch_size_warmup": BatchSizeWarmup,
+}
 
 
 @dataclass(frozen=True)
@@ -94,6 +99,7 @@ class RunConfig:
     model: ModelConfig | None = None
     data: DataConfig | None = None
     training: TrainingConfig | None = None
+    batch_size_warmup: BatchSizeWarmup | None = None
 
     @classmethod
     def load(cls, path: str | Path, overrides: Sequence[str] = (), require: Sequence[str] = ()) -> RunConfig:
@@ -107,17 +113,17 @@ class RunConfig:
     def from_dict(cls, raw: Mapping[str, Any], where: str = "", require: Sequence[str] = ()) -> RunConfig:
         """Check a configuration that is already in memory; ``require`` names sections that must be there."""
         found = [f"{name}: section required, but not given" for name in require if raw.get(name) is None]
-        found += _misspelt_sections(raw)
+        found += misspelt_sections(raw, {*OURS, "curriculum_learning", *DeepSpeedKeys.model_fields})
         sections: dict[str, Any] = {}
         for name, section in OURS.items():
             if raw.get(name) is not None:
-                sections[name] = _parse(section, raw[name], name, found)
-        if _ours_is_scheduler(raw):
-            sections["scheduler"] = _parse(TokenCosineConfig, raw["scheduler"], "scheduler", found)
+                sections[name] = parse_section(section, raw[name], name, found)
+        if is_token_cosine(raw.get("scheduler")):
+            sections["scheduler"] = parse_section(TokenCosineConfig, raw["scheduler"], "scheduler", found)
         sections["curriculum"] = _parse_curriculum(raw, found)
         deepspeed = {name: value for name, value in raw.items() if value is not None and not _is_ours(name, raw)}
         deepspeed = without_max_grad_norm(deepspeed, found)
-        keys = _parse(DeepSpeedKeys, deepspeed, "", found)
+        keys = parse_section(DeepSpeedKeys, deepspeed, "", found)
         if keys is not None:
             batch = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
             deepspeed |= {name: getattr(keys, name) for name in batch if getattr(keys, name)}  # 32.0 is 32
@@ -135,6 +141,10 @@ class RunConfig:
             "train_micro_batch_size_per_gpu": micro,
             "gradient_accumulation_steps": accumulation,
         }
+        if self.batch_size_warmup is not None:
+            fixed = self.training is not None and self.training.micro_batch == "fixed"
+            self.batch_size_warmup.check_ranks(world_size, micro if fixed else 1)
+            self.batch_size_warmup.rows(rows * world_size)
         return replace(self, deepspeed={**self.deepspeed, **batch}, keys=self.keys.model_copy(update=batch))
 
     @property
@@ -148,20 +158,26 @@ class RunConfig:
         return self.keys.train_batch_size
 
     @property
+    def rows(self) -> int | RisingRows:
+        """The global batch, or its warmup. ConfigError without ``train_batch_size``."""
+        return self.batch_size_warmup.rows(self.global_batch) if self.batch_size_warmup else self.global_batch
+
+    @property
     def train_tokens(self) -> int | None:
         """The token budget, None in a file without a training section."""
         return self.training.train_tokens if self.training else None
 
     def curriculum_scheduler(self) -> CurriculumScheduler:
         """The length of every step; constantly full length where there is no curriculum."""
-        if self.curriculum is None:
-            return CurriculumScheduler(constant_curriculum(_needed(self.data, "data").seq_length))
-        return CurriculumScheduler(self.curriculum, self.keys.train_batch_size, self.train_tokens)
+        curriculum = self.curriculum or constant_curriculum(_needed(self.data, "data").seq_length)
+        bucket = self.training.seqlen_bucket if self.training else None
+        rows = self.rows if self.keys.train_batch_size else None
+        return CurriculumScheduler(curriculum, rows, self.train_tokens, bucket)
 
     def timeline(self) -> Timeline:
         """The whole run by arithmetic. ConfigError without ``train_batch_size`` or ``training.train_tokens``."""
         training = _needed(self.training, "training")
-        return Timeline(self.curriculum_scheduler().pacing, self.global_batch, training.train_tokens)
+        return Timeline(self.curriculum_scheduler().pacing, self.rows, training.train_tokens)
 
     def learning_rate(self, timeline: Timeline, max_lr: float | None = None) -> TokenCosine | None:
         """The rate of every step, None when the schedule is DeepSpeed's own; ``max_lr`` of a user's own optimizer."""
@@ -181,16 +197,31 @@ class RunConfig:
             chosen["curriculum_learning"] = self.curriculum.model_dump()
         if self.data and self.training:
             chosen["data"] = self.data.model_dump(exclude={"train"})
-            chosen["training"] = self.training.model_dump(include={"train_tokens", "seed"})
+            chosen["training"] = self.training.model_dump(include={"train_tokens", "seed", "seqlen_bucket"})
+        if self.batch_size_warmup:
+            chosen["batch_size_warmup"] = self.batch_size_warmup.model_dump()
         shared = ("train_batch_size", "optimizer", "scheduler", "gradient_clipping", *_PRECISION)
         chosen |= {name: self.deepspeed[name] for name in shared if name in self.deepspeed}
         if self.scheduler:
             chosen["scheduler"] = self.scheduler.model_dump()
-        return {**dict(_flat(chosen)), "zero_optimization.stage": self.keys.zero_stage}
+        return {**dict(flat(chosen)), "zero_optimization.stage": self.keys.zero_stage}
+
+    def warnings(self) -> list[str]:
+        """What is allowed but ill-advised, one line each."""
+        curriculum = self.curriculum
+        if self.batch_size_warmup and curriculum and curriculum.min_difficulty < curriculum.max_difficulty:
+            return [
+                "batch_size_warmup and curriculum_learning are both on, and each makes the first steps smaller. The paper "
+                "(Section 5.1) advises against it: a batch size warmup gave no stability benefit, because fewer full-length "
+                "sequences are not simpler ones, and the batch must stay a multiple of the data-parallel size. Leave "
+                "batch_size_warmup out"
+            ]
+        return []
 
     def _conflicts(self, complete: bool) -> list[str]:
         """Problems between sections; with ``complete`` (no section has a problem) also what building the schedule finds."""
-        found = [problem for problem in (self._seq_length_fits(), self._budget_is_tokens()) if problem]
+        checks = (self._seq_length_fits(), self._budget_is_tokens(), self._batch_warmup_fits())
+        found = [problem for problem in checks if problem]
         if found or not complete or not self.training or not (self.data or self.curriculum):
             return found
         try:
@@ -218,6 +249,14 @@ class RunConfig:
             )
         return None
 
+    def _batch_warmup_fits(self) -> str | None:
+        try:
+            if self.batch_size_warmup and self.keys.train_batch_size:
+                self.batch_size_warmup.rows(self.keys.train_batch_size)
+        except ConfigError as error:
+            return str(error)
+        return None
+
     def _budget_is_tokens(self) -> str | None:
         rows = self.keys.train_batch_size
         if self.training and rows and self.training.train_tokens < rows:
@@ -225,22 +264,6 @@ class RunConfig:
                 f"training.train_tokens: {self.training.train_tokens} is less than one token for each of the {rows} rows of "
                 "a step; give the budget in tokens"
             )
-        return None
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value
-
-
-def _parse(section: type[S], value: object, name: str, found: list[str]) -> S | None:
-    try:
-        return section.model_validate(value)
-    except ValidationError as error:
-        found += problems(error, section, name)
         return None
 
 
@@ -261,22 +284,8 @@ def _parse_curriculum(raw: Mapping[str, Any], found: list[str]) -> CurriculumCon
     return config
 
 
-def _ours_is_scheduler(raw: Mapping[str, Any]) -> bool:
-    scheduler = raw.get("scheduler")
-    kind = scheduler.get("type") if isinstance(scheduler, Mapping) else None
-    return isinstance(kind, str) and bool(difflib.get_close_matches(kind.lower(), ["tokencosinelr"], cutoff=0.8))
-
-
 def _is_ours(name: str, raw: Mapping[str, Any]) -> bool:
-    return name in OURS or name == "curriculum_learning" or (name == "scheduler" and _ours_is_scheduler(raw))
-
-
-def _misspelt_sections(raw: Mapping[str, Any]) -> list[str]:
-    """DeepSpeed ignores top-level keys it doesn't know, so a misspelt section would be lost in silence."""
-    known = {*OURS, "curriculum_learning", *DeepSpeedKeys.model_fields}
-    others = [str(name) for name in raw if name not in known and not str(name).startswith("_")]  # _data is a comment
-    close = {name: difflib.get_close_matches(name, known, n=1, cutoff=0.8) for name in others}
-    return [f"{name}: unknown section; did you mean '{match[0]}'?" for name, match in close.items() if match]
+    return name in OURS or name == "curriculum_learning" or (name == "scheduler" and is_token_cosine(raw[name]))
 
 
 def _needed(section: S | None, name: str) -> S:

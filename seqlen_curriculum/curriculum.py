@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import importlib
+from abc import abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Annotated, Any, Literal, TypeAlias, cast
+from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import AfterValidator, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
 from seqlen_curriculum.errors import ConfigError
-from seqlen_curriculum.fields import Count, Section, Seqlen, nearest, problems
-from seqlen_curriculum.pacing import Custom, Discrete, Root
+from seqlen_curriculum.fields import Count, ImportPath, Section, Seqlen, load_function, nearest, problems
+from seqlen_curriculum.pacing import Custom, Discrete, Mixed, Pacing, Root, bucketed
+from seqlen_curriculum.rows import RisingRows
 from seqlen_curriculum.timeline import ramp_steps_for_fraction, ramp_steps_for_tokens
 
 __all__ = ["CurriculumConfig", "CustomCurriculum", "constant_curriculum", "curriculum_problems", "parse_curriculum"]
@@ -67,15 +68,27 @@ class DiscreteSchedule(Section):
         return self
 
 
-def _import_path(path: str) -> str:
-    load_function(path)
-    return path
+class MixedSchedule(Section):
+    """``schedule_config`` of ``fixed_mixed``."""
+
+    difficulty: list[Seqlen] = Field(min_length=1)
+    """Lengths that take turns, for ever."""
+    steps: list[Count]
+    """Steps of each turn, one entry for each length."""
+
+    @model_validator(mode="after")
+    def _turns_match(self) -> MixedSchedule:
+        if len(self.difficulty) != len(self.steps):
+            raise ValueError(
+                f"difficulty has {len(self.difficulty)} entries and steps {len(self.steps)}; give each length its steps"
+            )
+        return self
 
 
 class CustomSchedule(Section):
     """``schedule_config`` of ``custom``."""
 
-    function: Annotated[str, AfterValidator(_import_path)] | None = None
+    function: ImportPath | None = None
     """Import path ``package.module:function`` of a ``function(step) -> length``; ``set_custom_get_difficulty`` otherwise."""
     difficulty_step: Count = 1
     """Its values are rounded down to a multiple of this, after clamping to the range."""
@@ -118,14 +131,16 @@ class RampCurriculum(_Curriculum):
 
     schedule_config: LinearSchedule
 
-    def pacing(self, rows: int | None = None, train_tokens: int | None = None) -> Root:
-        """The ramp; ``rows`` and ``train_tokens`` (of the run) are needed unless its length is given in steps."""
+    def pacing(
+        self, rows: int | RisingRows | None = None, train_tokens: int | None = None, bucket: int | None = None
+    ) -> Pacing:
+        """The ramp in multiples of ``bucket``. ``rows`` and ``train_tokens`` of the run: unless it is given in steps."""
         schedule = self.schedule_config
         bounds = self._range_of(schedule)
         degree = getattr(schedule, "root_degree", 1.0)
 
-        def ramp(total_steps: int) -> Root:
-            return Root(*bounds, total_steps=total_steps, root_degree=degree)
+        def ramp(total_steps: int) -> Pacing:
+            return bucketed(Root(*bounds, total_steps=total_steps, root_degree=degree), bucket)
 
         if schedule.total_curriculum_step is not None:
             return ramp(schedule.total_curriculum_step)
@@ -152,14 +167,29 @@ class RootCurriculum(RampCurriculum):
     schedule_config: RootSchedule
 
 
-class DiscreteCurriculum(_Curriculum):
-    """Stages; Shortformer's two are ``{"difficulty": [128, 1024], "max_step": [20000]}``."""
+class _PlainCurriculum(_Curriculum):
+    """What depends on the step alone, not on the run."""
 
-    schedule_type: Literal["fixed_discrete"]
-    schedule_config: DiscreteSchedule
+    @abstractmethod
+    def _schedule(self) -> Pacing: ...
+
+    def pacing(
+        self,
+        rows: int | RisingRows | None = None,  # noqa: ARG002
+        train_tokens: int | None = None,  # noqa: ARG002
+        bucket: int | None = None,
+    ) -> Pacing:
+        """The length of each step, in multiples of ``bucket``."""
+        return bucketed(self._schedule(), bucket)
+
+
+class LevelsCurriculum(_PlainCurriculum):
+    """``fixed_discrete`` and ``fixed_mixed``."""
+
+    schedule_config: DiscreteSchedule | MixedSchedule
 
     @model_validator(mode="after")
-    def _inside_range(self) -> DiscreteCurriculum:
+    def _inside_range(self) -> LevelsCurriculum:
         outside = [d for d in self.schedule_config.difficulty if not self.min_difficulty <= d <= self.max_difficulty]
         if outside:
             raise ValueError(
@@ -168,19 +198,34 @@ class DiscreteCurriculum(_Curriculum):
             )
         return self
 
-    def pacing(self, rows: int | None = None, train_tokens: int | None = None) -> Discrete:  # noqa: ARG002
-        """The stages."""
+
+class DiscreteCurriculum(LevelsCurriculum):
+    """Stages; Shortformer's two are ``{"difficulty": [128, 1024], "max_step": [20000]}``."""
+
+    schedule_type: Literal["fixed_discrete"]
+    schedule_config: DiscreteSchedule
+
+    def _schedule(self) -> Discrete:
         return Discrete(tuple(self.schedule_config.difficulty), tuple(self.schedule_config.max_step))
 
 
-class CustomCurriculum(_Curriculum):
+class MixedCurriculum(LevelsCurriculum):
+    """Lengths that take turns; the paper's Figure 2 is ``{"difficulty": [128, 1024], "steps": [900, 100]}``."""
+
+    schedule_type: Literal["fixed_mixed"]
+    schedule_config: MixedSchedule
+
+    def _schedule(self) -> Mixed:
+        return Mixed(tuple(self.schedule_config.difficulty), tuple(self.schedule_config.steps))
+
+
+class CustomCurriculum(_PlainCurriculum):
     """A function of the user's, by import path or set on the scheduler."""
 
     schedule_type: Literal["custom"]
     schedule_config: CustomSchedule = CustomSchedule()
 
-    def pacing(self, rows: int | None = None, train_tokens: int | None = None) -> Custom:  # noqa: ARG002
-        """The function, clamped and rounded."""
+    def _schedule(self) -> Custom:
         if self.schedule_config.function is None:
             raise ConfigError(
                 f"{BLOCK}.schedule_config.function: not given; name a 'package.module:function', or call "
@@ -193,28 +238,16 @@ class CustomCurriculum(_Curriculum):
         return Custom(*self._range_of(self.schedule_config), function=function)
 
 
-CurriculumConfig: TypeAlias = LinearCurriculum | RootCurriculum | DiscreteCurriculum | CustomCurriculum
+CurriculumConfig: TypeAlias = (
+    LinearCurriculum | RootCurriculum | DiscreteCurriculum | MixedCurriculum | CustomCurriculum
+)
 _TYPES: dict[str, type[CurriculumConfig]] = {
     "fixed_linear": LinearCurriculum,
     "fixed_root": RootCurriculum,
     "fixed_discrete": DiscreteCurriculum,
+    "fixed_mixed": MixedCurriculum,
     "custom": CustomCurriculum,
 }
-
-
-def load_function(path: str) -> Callable[[int], float]:
-    """The function that ``package.module:function`` names; ValueError says which part is wrong."""
-    module_name, _, name = path.partition(":")
-    if not module_name or not name:
-        raise ValueError(f"{path!r} is not an import path; write 'package.module:function'")
-    try:
-        function = getattr(importlib.import_module(module_name), name)
-    except Exception as error:  # importing runs the user's module, which may raise anything
-        told = f"{type(error).__name__}: {error}"
-        raise ValueError(f"{path!r} can't be imported ({told}); is its folder on PYTHONPATH?") from error
-    if not callable(function):
-        raise ValueError(f"{path!r} is a {type(function).__name__}, not a function")
-    return cast("Callable[[int], float]", function)
 
 
 def curriculum_problems(block: object) -> tuple[CurriculumConfig | None, list[str]]:

@@ -1,4 +1,4 @@
-"""The strict base of every configuration section, its number types, and how its problems are told.
+"""The strict base of every configuration section, its types of values, and how its problems are told.
 
 Sections forbid unknown keys, never coerce a string to a number, and reject NaN and infinity. Counts may be written
 as whole floats, so that ``"train_tokens": 157e9`` and ``--set training.train_tokens=2e9`` mean what they say.
@@ -7,12 +7,25 @@ as whole floats, so that ``"train_tokens": 157e9`` and ``--set training.train_to
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
-from typing import Annotated, Any
+import importlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Annotated, Any, TypeVar, cast
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-__all__ = ["Count", "CountOrZero", "Section", "Seqlen", "nearest", "problems"]
+__all__ = [
+    "Count",
+    "CountOrZero",
+    "ImportPath",
+    "Section",
+    "Seqlen",
+    "flat",
+    "load_function",
+    "misspelt_sections",
+    "nearest",
+    "parse_section",
+    "problems",
+]
 
 
 def _whole(value: object) -> object:
@@ -25,10 +38,62 @@ Seqlen = Annotated[int, BeforeValidator(_whole), Field(ge=1, le=2**24)]
 CountOrZero = Annotated[int, BeforeValidator(_whole), Field(ge=0, le=10**15)]
 
 
+def load_function(path: str) -> Callable[[int], float]:
+    """The function that ``package.module:function`` names; ValueError says which part is wrong."""
+    module_name, _, name = path.partition(":")
+    if not module_name or not name:
+        raise ValueError(f"{path!r} is not an import path; write 'package.module:function'")
+    try:
+        function = getattr(importlib.import_module(module_name), name)
+    except Exception as error:  # importing runs the user's module, which may raise anything
+        told = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{path!r} can't be imported ({told}); is its folder on PYTHONPATH?") from error
+    if not callable(function):
+        raise ValueError(f"{path!r} is a {type(function).__name__}, not a function")
+    return cast("Callable[[int], float]", function)
+
+
+def _import_path(path: str) -> str:
+    load_function(path)
+    return path
+
+
+ImportPath = Annotated[str, AfterValidator(_import_path)]
+
+
 class Section(BaseModel):
     """Base of a configuration section: strict types, unknown keys forbidden, immutable."""
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+S = TypeVar("S", bound=Section)
+
+
+def parse_section(section: type[S], value: object, name: str, found: list[str]) -> S | None:
+    """``value`` as a checked ``section``; None, and its problems added to ``found``, where it has any."""
+    try:
+        return section.model_validate(value)
+    except ValidationError as error:
+        found += problems(error, section, name)
+        return None
+
+
+def misspelt_sections(raw: Mapping[str, Any], known: Iterable[str]) -> list[str]:
+    """DeepSpeed ignores top-level keys it doesn't know, so a misspelt section would be lost in silence."""
+    names = set(known)
+    others = [str(name) for name in raw if name not in names and not str(name).startswith("_")]  # _data is a comment
+    close = {name: difflib.get_close_matches(name, names, n=1, cutoff=0.8) for name in others}
+    return [f"{name}: unknown section; did you mean '{match[0]}'?" for name, match in close.items() if match]
+
+
+def flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The leaves of nested mappings: ``("model.num_layers", 12), ...``."""
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from flat(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:

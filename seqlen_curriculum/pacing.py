@@ -18,10 +18,9 @@ import numpy as np
 import numpy.typing as npt
 
 from seqlen_curriculum.errors import ConfigError
+from seqlen_curriculum.piecewise import Steps
 
-__all__ = ["Custom", "Discrete", "Pacing", "Root", "elementwise", "lengths_by_run"]
-
-Steps = npt.NDArray[np.int64]
+__all__ = ["Bucketed", "Custom", "Discrete", "Mixed", "Pacing", "Root", "bucketed", "elementwise", "lengths_by_run"]
 
 
 def elementwise(function: Callable[[float], float], values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
@@ -47,7 +46,17 @@ class Pacing(Protocol):
 
     @property
     def settles_at(self) -> int | None:
-        """The step from which the length no longer changes; None if unknown."""
+        """The step from which the length no longer changes; None if unknown or never."""
+        ...
+
+    @property
+    def lowest(self) -> int:
+        """No length is shorter."""
+        ...
+
+    @property
+    def highest(self) -> int:
+        """No length is longer."""
         ...
 
 
@@ -81,8 +90,12 @@ class _Ladder(_StepFunction):
 
     @property
     def lowest(self) -> int:
-        """``min_difficulty`` rounded up to a multiple of ``difficulty_step``: the shortest length ever used."""
+        """``min_difficulty`` rounded up to a multiple of ``difficulty_step``."""
         return -(-self.min_difficulty // self.difficulty_step) * self.difficulty_step
+
+    @property
+    def highest(self) -> int:
+        return self.max_difficulty
 
     def _rounded(self, raw: npt.NDArray[np.float64]) -> Steps:
         """Floor, round down to a multiple, never below ``lowest``, exactly the maximum where ``raw`` reaches it."""
@@ -129,13 +142,27 @@ class Root(_Ladder):
 
 
 @dataclass(frozen=True)
-class Discrete(_StepFunction):
+class _Levels(_StepFunction):
+    """Lengths that are listed one by one."""
+
+    difficulty: tuple[int, ...]
+
+    @property
+    def lowest(self) -> int:
+        return min(self.difficulty)
+
+    @property
+    def highest(self) -> int:
+        return max(self.difficulty)
+
+
+@dataclass(frozen=True)
+class Discrete(_Levels):
     """``difficulty[i]`` up to and including step ``max_step[i]``; the last length for all later steps.
 
     One more difficulty than steps. Two levels are Shortformer's two stages. Lengths may also fall.
     """
 
-    difficulty: tuple[int, ...]
     max_step: tuple[int, ...]
 
     @property
@@ -149,6 +176,32 @@ class Discrete(_StepFunction):
     def changes(self, last_step: int) -> tuple[Steps, Steps]:  # noqa: ARG002 - all of it is in the lists
         first_steps = np.asarray([1, *(step + 1 for step in self.max_step)], np.int64)
         return lengths_by_run(first_steps, np.asarray(self.difficulty, np.int64))
+
+
+@dataclass(frozen=True)
+class Mixed(_Levels):
+    """``steps[i]`` steps of ``difficulty[i]`` each, one after the other, again and again without end.
+
+    The paper's Figure 2: 900 steps of 128, then 100 of 1024, in every 1,000.
+    """
+
+    steps: tuple[int, ...]
+
+    @property
+    def settles_at(self) -> None:
+        return None
+
+    def _lengths(self, steps: Steps) -> Steps:
+        ends = np.cumsum(self.steps, dtype=np.int64)
+        in_cycle = np.maximum(steps - 1, 0) % ends[-1]  # step 0, before training, has the first length
+        lengths: Steps = np.asarray(self.difficulty, np.int64)[np.searchsorted(ends, in_cycle, side="right")]
+        return lengths
+
+    def changes(self, last_step: int) -> tuple[Steps, Steps]:
+        ends = np.cumsum(self.steps, dtype=np.int64)
+        cycles = np.arange(-(-last_step // int(ends[-1])), dtype=np.int64)
+        first_steps = 1 + ends[-1] * cycles[:, None] + (ends - self.steps)
+        return lengths_by_run(first_steps.ravel(), np.tile(np.asarray(self.difficulty, np.int64), len(cycles)))
 
 
 @dataclass(frozen=True)
@@ -183,3 +236,52 @@ def lengths_by_run(steps: Steps, lengths: Steps) -> tuple[Steps, Steps]:
     """Keep only the entries where the length changes."""
     changed = np.append(True, lengths[1:] != lengths[:-1])
     return steps[changed], lengths[changed]
+
+
+@dataclass(frozen=True)
+class Bucketed(_StepFunction):
+    """Every length of ``inner`` down to a multiple of ``bucket``, as ``difficulty_step`` rounds those of a ramp.
+
+    Never below ``inner.lowest`` rounded up to a multiple; ``inner.highest`` stays as it is even where it is none.
+    """
+
+    inner: Pacing
+    bucket: int
+
+    @property
+    def settles_at(self) -> int | None:
+        return self.inner.settles_at
+
+    @property
+    def lowest(self) -> int:
+        return min(-(-self.inner.lowest // self.bucket) * self.bucket, self.highest)
+
+    @property
+    def highest(self) -> int:
+        return self.inner.highest
+
+    def _lengths(self, steps: Steps) -> Steps:
+        return self._rounded(self.inner(steps))
+
+    def _rounded(self, lengths: Steps) -> Steps:
+        down = np.maximum(lengths - lengths % self.bucket, self.lowest)
+        return np.where(lengths == self.highest, self.highest, down)
+
+    def changes(self, last_step: int) -> tuple[Steps, Steps]:
+        first_steps, lengths = self.inner.changes(last_step)
+        return lengths_by_run(first_steps, self._rounded(lengths))
+
+
+def bucketed(pacing: Pacing, bucket: int | None) -> Pacing:
+    """``pacing`` in lengths that are multiples of ``bucket``; as it is for None. ConfigError if there are none."""
+    if bucket is None:
+        return pacing
+    if bucket > pacing.highest:
+        raise ConfigError(f"training.seqlen_bucket: {bucket} is above the longest length {pacing.highest}; lower it")
+    lowest = -(-pacing.lowest // bucket) * bucket
+    if lowest > pacing.highest > pacing.lowest:
+        raise ConfigError(
+            f"training.seqlen_bucket: {bucket} lifts the shortest length {pacing.lowest} to {lowest}, above the longest "
+            f"{pacing.highest}; lower it"
+        )
+    return Bucketed(pacing, bucket)

@@ -8,7 +8,8 @@ from typing import Any
 from seqlen_curriculum.curriculum import BLOCK, CurriculumConfig, CustomCurriculum, parse_curriculum
 from seqlen_curriculum.errors import ConfigError
 from seqlen_curriculum.fields import Section
-from seqlen_curriculum.pacing import Pacing
+from seqlen_curriculum.pacing import Pacing, bucketed
+from seqlen_curriculum.rows import RisingRows
 
 __all__ = ["CurriculumScheduler"]
 
@@ -17,18 +18,21 @@ class CurriculumScheduler:
     """DeepSpeed's class of this name, without its faults: the length of a step depends on the step alone.
 
     ``config`` is the ``curriculum_learning`` block (a mapping, as in DeepSpeed) or a parsed one. ``rows`` (the global
-    batch) and ``train_tokens`` are needed only when the ramp is given in tokens or as a fraction. Raises ConfigError.
+    batch, or its warmup) and ``train_tokens`` are needed only when the ramp is given in tokens or as a fraction. With
+    ``bucket`` every length is rounded down to a multiple of it. Raises ConfigError.
     """
 
     def __init__(
         self,
         config: Mapping[str, Any] | CurriculumConfig,
-        rows: int | None = None,
+        rows: int | RisingRows | None = None,
         train_tokens: int | None = None,
+        bucket: int | None = None,
     ) -> None:
         self.config = config if isinstance(config, Section) else parse_curriculum(config)
+        self._bucket = bucket
         waits = isinstance(self.config, CustomCurriculum) and self.config.schedule_config.function is None
-        self._pacing: Pacing | None = None if waits else self.config.pacing(rows, train_tokens)
+        self._pacing: Pacing | None = None if waits else self.config.pacing(rows, train_tokens, bucket)
         self.current_difficulty: int = self.config.min_difficulty if waits else self.get_difficulty(1)
 
     @property
@@ -59,7 +63,7 @@ class CurriculumScheduler:
             raise ConfigError(f"{BLOCK}.schedule_type: {self.config.schedule_type!r} takes no function; use 'custom'")
         if not callable(schedule_function):
             raise ConfigError(f"{BLOCK}: {schedule_function!r} is not a function; give a function(step) -> length")
-        self._pacing = self.config.with_function(schedule_function)
+        self._pacing = bucketed(self.config.with_function(schedule_function), self._bucket)
 
     def get_state(self) -> dict[str, Any]:
         """DeepSpeed's state: the block's settings and ``current_difficulty``."""

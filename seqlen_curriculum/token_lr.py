@@ -7,7 +7,9 @@ the first step's rate is above zero and the last one's is ``min_lr``.
 
 from __future__ import annotations
 
+import difflib
 import math
+from collections.abc import Mapping
 from typing import Literal, overload
 
 import numpy as np
@@ -16,10 +18,11 @@ from pydantic import Field, model_validator
 
 from seqlen_curriculum.errors import ConfigError
 from seqlen_curriculum.fields import Count, CountOrZero, Section
-from seqlen_curriculum.pacing import Steps, elementwise
+from seqlen_curriculum.pacing import elementwise
+from seqlen_curriculum.piecewise import Steps
 from seqlen_curriculum.timeline import Timeline
 
-__all__ = ["TokenCosine", "TokenCosineConfig", "TokenCosineParams"]
+__all__ = ["TokenCosine", "TokenCosineConfig", "TokenCosineParams", "is_token_cosine"]
 
 
 class TokenCosineParams(Section):
@@ -55,6 +58,12 @@ class TokenCosineConfig(Section):
     """Its settings."""
 
 
+def is_token_cosine(scheduler: object) -> bool:
+    """Whether a ``scheduler`` section means ours, also where the name is nearly right."""
+    kind = scheduler.get("type") if isinstance(scheduler, Mapping) else None
+    return isinstance(kind, str) and bool(difflib.get_close_matches(kind.lower(), ["tokencosinelr"], cutoff=0.8))
+
+
 class TokenCosine:
     """The learning rate of any step of a timeline, in closed form; Megatron's warmup and cosine, counted in tokens.
 
@@ -82,10 +91,9 @@ class TokenCosine:
         if params.warmup_steps is not None:
             return timeline.consumed_tokens(min(params.warmup_steps, after_the_run))
         if params.warmup_samples:
-            whole_steps, samples = divmod(
-                min(params.warmup_samples, after_the_run * timeline.global_batch), timeline.global_batch
-            )
-            return timeline.consumed_tokens(whole_steps) + samples * timeline.seqlen(whole_steps + 1)
+            samples = min(params.warmup_samples, timeline.consumed_rows(after_the_run))
+            step = timeline.steps_to_rows(samples)
+            return timeline.consumed_tokens(step) - (timeline.consumed_rows(step) - samples) * timeline.seqlen(step)
         return params.warmup_tokens or 0
 
     def _warmup_progress(self, steps: Steps) -> npt.NDArray[np.float64]:

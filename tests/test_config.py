@@ -30,6 +30,9 @@ GOOD = {
 }
 
 
+WARMUP = {"start": 2, "increment": 2, "tokens": 1e4}
+
+
 def changed(**values):
     """GOOD with ``section__key=value`` changes; a value of None removes the key."""
     config = copy.deepcopy(GOOD)
@@ -162,6 +165,20 @@ BAD = {
     "scheduler without type": (changed(scheduler={"params": {}}), "scheduler.type: required"),
     "scheduler type number": (changed(scheduler__type=5), "scheduler.type: 5 is not valid"),
     "model list": (changed(model=[]), "model: [] is not an object"),
+    "warmup typo": (changed(batch_size_warmp=WARMUP), "unknown section; did you mean 'batch_size_warmup'?"),
+    "warmup key": (changed(batch_size_warmup={**WARMUP, "samples": 3}), "batch_size_warmup.samples: unknown key"),
+    "warmup incomplete": (changed(batch_size_warmup={"start": 2}), "batch_size_warmup.increment: required"),
+    "warmup of nothing": (
+        changed(batch_size_warmup={**WARMUP, "tokens": 0}),
+        "batch_size_warmup.tokens: 0 is not valid",
+    ),
+    "warmup start": (changed(batch_size_warmup={**WARMUP, "start": 8}), "start: 8 is not below train_batch_size 8"),
+    "warmup increment": (
+        changed(batch_size_warmup={**WARMUP, "increment": 4}, training=None, data=None),
+        "increment: 4 doesn't divide the 6 rows from start 2 to train_batch_size 8",
+    ),
+    "bucket above": (changed(training__seqlen_bucket=65), "training.seqlen_bucket: 65 is above the longest length 64"),
+    "bucket zero": (changed(training__seqlen_bucket=0), "training.seqlen_bucket: 0 is not valid"),
     "clip twice": (changed(optimizer__params__max_grad_norm=2.0, gradient_clipping=1.0), "max_grad_norm: 2.0 differs"),
 }
 
@@ -249,6 +266,8 @@ def test_what_makes_a_run_the_run_it_is():
         {"model__dropout": 0.5},
         {"data__split": "1,1,1"},
         {"zero_optimization__stage": 2},
+        {"training__seqlen_bucket": 16},
+        {"batch_size_warmup": WARMUP},
     ):
         assert settings(**other) != reference, other
     for same in (
@@ -289,6 +308,78 @@ def test_batch_shape(ranks, changes, shape):
 def test_batches_that_do_not_divide(ranks, changes, message):
     with pytest.raises(ConfigError, match=message):
         RunConfig.from_dict(changed(**changes)).for_ranks(ranks)
+
+
+def test_a_batch_size_warmup_is_part_of_the_run():
+    config = RunConfig.from_dict(changed(batch_size_warmup=WARMUP))
+    # three increments in 10,000 tokens; the first step's 2 rows are of 8 + 5.6 tokens, down to 8
+    timeline = config.timeline()
+    assert (timeline.rows(1), timeline.consumed_tokens(1)) == (2, 16)
+    assert timeline.rows(timeline.steps_to(3334) + 1) == 4
+    assert timeline.rows(timeline.steps_to(10_000) + 1) == 8 == config.global_batch
+    assert "batch_size_warmup" not in config.deepspeed
+    assert config.settings()["batch_size_warmup.tokens"] == 10_000
+    assert RunConfig.from_dict(changed(batch_size_warmup={**WARMUP, "tokens": 5})).settings() != config.settings()
+
+
+@pytest.mark.parametrize("duration", [{"total_curriculum_tokens": 20_000}, {"curriculum_fraction": 0.5}], ids=str)
+def test_a_ramp_that_depends_on_the_run_depends_on_its_rows(duration):
+    schedule = {**duration, "difficulty_step": 8}
+    constant, rising = (
+        RunConfig.from_dict(changed(curriculum_learning__schedule_config=schedule, **more)).timeline()
+        for more in ({}, {"batch_size_warmup": WARMUP})
+    )
+    assert rising.first_step_at(64) > constant.first_step_at(64)
+    ramp, tokens = rising.first_step_at(64), rising.consumed_tokens
+    assert duration.get("total_curriculum_tokens", 0) <= tokens(ramp)
+    assert ramp <= duration.get("curriculum_fraction", 1) * rising.steps
+
+
+@pytest.mark.parametrize(
+    ("ranks", "warmup", "message"),
+    [
+        (4, {}, "batch_size_warmup.start: 2 rows don't divide over 4 data-parallel ranks"),
+        (2, {}, "batch_size_warmup.start: 2 rows are 1 a rank, no multiple of the micro-batch of 2 rows"),
+        (2, {"start": 4, "increment": 4}, None),
+        (1, {}, None),
+    ],
+)
+def test_levels_of_a_batch_size_warmup_fit_ranks_and_fixed_micro_batches(ranks, warmup, message):
+    config = RunConfig.from_dict(changed(batch_size_warmup={**WARMUP, **warmup}, training__micro_batch="fixed"))
+    if message is None:
+        assert config.for_ranks(ranks).batch_size_warmup == config.batch_size_warmup
+    else:
+        with pytest.raises(ConfigError, match=message):
+            config.for_ranks(ranks)
+
+
+def test_balanced_micro_batches_fit_any_level_and_a_batch_given_by_parts_is_checked_too():
+    RunConfig.from_dict(changed(batch_size_warmup=WARMUP)).for_ranks(2)
+    config = RunConfig.from_dict(
+        changed(
+            train_batch_size=None, gradient_accumulation_steps=1, batch_size_warmup=WARMUP, curriculum_learning=None
+        )
+    )
+    with pytest.raises(ConfigError, match="start: 2 is not below train_batch_size 2"):
+        config.for_ranks(1)
+
+
+def test_a_batch_size_warmup_with_a_curriculum_is_warned_of():
+    assert RunConfig.from_dict(GOOD).warnings() == []
+    assert RunConfig.from_dict(changed(batch_size_warmup=WARMUP, curriculum_learning=None)).warnings() == []
+    disabled = changed(batch_size_warmup=WARMUP, data=None, curriculum_learning__enabled=False)
+    assert RunConfig.from_dict(disabled).warnings() == []
+    (warning,) = RunConfig.from_dict(changed(batch_size_warmup=WARMUP)).warnings()
+    assert "Section 5.1" in warning
+    assert "multiple of the data-parallel size" in warning
+
+
+def test_a_bucket_is_followed_by_the_plan_and_by_the_engine():
+    config = RunConfig.from_dict(changed(training__seqlen_bucket=24))
+    lengths = [24, 24, 24, 24, 24, 24, 24, 48, 48, 64]  # 8 + 5.6 t, in eights 8 to 56, and 64 from step 10 on
+    assert [config.timeline().seqlen(step) for step in range(1, 11)] == lengths
+    assert [config.curriculum_scheduler().update_difficulty(step) for step in range(1, 11)] == lengths
+    assert RunConfig.from_dict(changed(training__seqlen_bucket=24, curriculum_learning=None)).timeline().seqlen(1) == 64
 
 
 def test_max_grad_norm_of_old_files_becomes_gradient_clipping():

@@ -13,8 +13,9 @@ import seqlen_curriculum
 PACKAGE = Path(seqlen_curriculum.__file__).parent
 # Each layer may import from the layers before it, and from its own.
 LAYERS = [
-    {"errors"},
+    {"errors", "piecewise"},
     {"cli", "fields", "jsonfile", "microbatch", "pacing", "runlog"},
+    {"rows"},
     {"timeline"},
     {"architecture", "curriculum", "deepspeed_keys", "token_lr"},
     {"parallel", "scheduler"},

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from seqlen_curriculum import ConfigError, CurriculumScheduler, Timeline
+from seqlen_curriculum.rows import RisingRows
 
 LINEAR = {
     "enabled": True,
@@ -91,6 +92,34 @@ def test_linear_is_a_root_of_degree_1_and_two_stages_are_discrete():
     assert [shortformer.get_difficulty(t) for t in (1, 20_000, 20_001)] == [128, 128, 1024]
 
 
+def test_mixed_is_what_a_custom_function_of_it_would_be():
+    turns = {"difficulty": [128, 1024], "steps": [900, 100]}
+    scheduler = CurriculumScheduler(block(turns, schedule_type="fixed_mixed", min_difficulty=128))
+    steps = [1, 900, 901, 1000, 1001, 123_456_789]
+    assert [scheduler.get_difficulty(step) for step in steps] == [rows_of_figure_2(step) for step in steps]
+    assert scheduler.get_state()["schedule_config"] == turns
+
+
+def test_a_bucket_rounds_every_schedule_also_one_whose_function_comes_later():
+    assert CurriculumScheduler(LINEAR, bucket=64).get_difficulty(50) == 512  # 8 + 1016 / 2 = 516
+    scheduler = CurriculumScheduler(block({}, schedule_type="custom"), bucket=100)
+    scheduler.set_custom_get_difficulty(lambda step: 10 * step)
+    assert [scheduler.get_difficulty(t) for t in (1, 19, 20, 103)] == [100, 100, 200, 1024]
+
+
+def test_a_ramp_in_tokens_is_solved_with_the_lengths_and_rows_of_the_run():
+    # in 127 steps 16, 24, ... 1024, in buckets of 128 (never below 128; 1024 as it is): T must be larger for as many tokens
+    tokens = block({"total_curriculum_tokens": 66_040, "difficulty_step": 8})
+    pacing = CurriculumScheduler(tokens, rows=1, bucket=128).pacing
+    total = pacing.settles_at
+    assert Timeline(pacing, 1, 10**6).consumed_tokens(total) >= 66_040
+    assert total > 127
+    rows = RisingRows(1, 1, 30_000, 2)
+    pacing = CurriculumScheduler(tokens, rows=rows).pacing
+    assert Timeline(pacing, rows, 10**6).consumed_tokens(pacing.settles_at) >= 66_040
+    assert pacing.settles_at < 127
+
+
 def test_custom_by_import_path_goes_back_and_forth():
     schedule = {"function": f"{__name__}:rows_of_figure_2", "difficulty_step": 8}
     scheduler = CurriculumScheduler(block(schedule, schedule_type="custom"))
@@ -165,6 +194,19 @@ BAD = {
         block({"difficulty": [8, 4096], "max_step": [10]}, schedule_type="fixed_discrete"),
         r"\[4096\] lie outside min_difficulty 8 to max_difficulty 1024",
     ),
+    "turns don't match": (
+        block({"difficulty": [8, 16], "steps": [5]}, schedule_type="fixed_mixed"),
+        "difficulty has 2 entries and steps 1; give each length its steps",
+    ),
+    "turn outside": (
+        block({"difficulty": [4, 16], "steps": [5, 5]}, schedule_type="fixed_mixed"),
+        r"\[4\] lie outside min_difficulty 8 to max_difficulty 1024",
+    ),
+    "turn of no steps": (
+        block({"difficulty": [8, 16], "steps": [5, 0]}, schedule_type="fixed_mixed"),
+        "steps.1: 0 is not valid",
+    ),
+    "empty turns": (block({"difficulty": [], "steps": []}, schedule_type="fixed_mixed"), "difficulty: "),
     "empty stages": (block({"difficulty": [], "max_step": []}, schedule_type="fixed_discrete"), "difficulty: "),
     "no such function": (block({"function": "math:nothing"}, schedule_type="custom"), "can't be imported"),
     "not a function": (block({"function": "math:pi"}, schedule_type="custom"), "is a float, not a function"),

@@ -1,11 +1,14 @@
 """The run by arithmetic: the paper's Table 2, hand-worked sums, and equality with step-by-step counting."""
 
+import time
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from seqlen_curriculum.pacing import Custom, Discrete, Root
+from seqlen_curriculum.pacing import Custom, Discrete, Mixed, Root, bucketed
+from seqlen_curriculum.rows import RisingRows
 from seqlen_curriculum.timeline import Timeline, ramp_steps_for_fraction, ramp_steps_for_tokens
 
 BUDGET = 157_286_400_000
@@ -72,38 +75,99 @@ schedules = st.one_of(
         st.lists(st.integers(1, 64), min_size=4, max_size=6),
         st.lists(st.integers(1, 40), min_size=3, max_size=3),
     ),
+    st.builds(
+        lambda turns: Mixed(*zip(*turns, strict=True)),
+        st.lists(st.tuples(st.integers(1, 64), st.integers(1, 40)), min_size=1, max_size=4),
+    ),
+    st.just(Custom(4, 64, 4, function=lambda step: 7 * step % 80)),
+).flatmap(lambda pacing: st.sampled_from([pacing, bucketed(pacing, pacing.lowest)]))
+
+batches = st.integers(1, 16) | st.builds(
+    lambda start, increment, increments, tokens: RisingRows(start, increment, tokens, start + increments * increment),
+    st.integers(1, 8),
+    st.integers(1, 4),
+    st.integers(1, 12),
+    st.integers(1, 60_000),
 )
 
 
-@given(schedules, st.integers(1, 16), st.integers(1, 50_000))
+def rows_before(rows, consumed):
+    return rows if isinstance(rows, int) else rows(consumed)
+
+
+@given(schedules, batches, st.integers(1, 50_000))
 def test_arithmetic_equals_counting(pacing, rows, budget):
     timeline = Timeline(pacing, rows, budget)
-    consumed = step = 0
-    while consumed < budget:
-        step += 1
-        consumed += rows * pacing(step)
-        assert timeline.consumed_tokens(step) == consumed
-    assert timeline.steps == step
-    assert {seqlen for _, seqlen in timeline.shapes()} == {pacing(t) for t in range(1, step + 1)}
+    consumed, read, shapes = [0], [0], []
+    while consumed[-1] < budget:
+        shapes.append((rows_before(rows, consumed[-1]), pacing(len(shapes) + 1)))
+        read.append(read[-1] + shapes[-1][0])
+        consumed.append(consumed[-1] + shapes[-1][0] * shapes[-1][1])
+    steps = np.arange(1, len(shapes) + 1)
+    assert timeline.steps == len(shapes)
+    for ask, answers in ((timeline.consumed_tokens, consumed[1:]), (timeline.consumed_rows, read[1:])):
+        assert [ask(step) for step in steps.tolist()] == ask(steps).tolist() == answers
+    assert list(zip(timeline.rows(steps).tolist(), timeline.seqlen(steps).tolist(), strict=True)) == shapes
+    assert [timeline.rows(step) for step in steps.tolist()] == [step_rows for step_rows, _ in shapes]
+    assert timeline.shapes() == sorted(set(shapes), key=lambda shape: shape[::-1])
+    for step in {1, len(shapes) // 2 + 1, len(shapes)}:
+        assert timeline.steps_to(consumed[step]) == timeline.steps_to(consumed[step - 1] + 1) == step
+        assert timeline.steps_to_rows(read[step]) == timeline.steps_to_rows(read[step - 1] + 1) == step
+    for step_rows, seqlen in timeline.shapes():
+        assert timeline.first_step_of_rows(step_rows) == 1 + [r for r, _ in shapes].index(step_rows)
+        assert timeline.first_step_at(seqlen) == 1 + [s for _, s in shapes].index(seqlen)
+    lengths, tokens = timeline.tokens_by_length()
+    assert tokens.sum() == consumed[-1]
+    for seqlen in set(lengths.tolist()):
+        assert tokens[lengths == seqlen].sum() == sum(r * s for r, s in shapes if s == seqlen)
 
 
-@given(st.integers(1, 16), st.integers(1, 40_000), st.floats(0.5, 4))
-def test_a_ramp_in_tokens_is_the_shortest_that_consumes_them(rows, tokens, degree):
+def test_a_batch_size_warmup_by_hand():
+    # lengths 8, 8, 16, 16, ...; 2 rows until 40 tokens are consumed, then 4: 16, 32, 64 (past 40), 128, 192
+    timeline = Timeline(Discrete((8, 16), (2,)), RisingRows(2, 2, 40, 4), train_tokens=180)
+    assert timeline.rows(np.arange(1, 6)).tolist() == [2, 2, 2, 4, 4]
+    assert timeline.consumed_tokens(np.arange(6)).tolist() == [0, 16, 32, 64, 128, 192]
+    assert timeline.consumed_rows(np.arange(6)).tolist() == [0, 2, 4, 6, 10, 14]
+    assert (timeline.steps, timeline.global_batch, timeline.first_step_of_rows(4)) == (5, 4, 4)
+    assert timeline.shapes() == [(2, 8), (2, 16), (4, 16)]
+    assert [timeline.steps_to_rows(rows) for rows in (1, 6, 7, 10, 11)] == [1, 3, 4, 4, 5]
+    lengths, tokens = timeline.tokens_by_length()
+    assert (lengths.tolist(), tokens.tolist()) == ([8, 16], [32, 160])
+
+
+def test_a_batch_that_a_short_run_never_reaches():
+    timeline = Timeline(Discrete((8,), ()), RisingRows(2, 2, 10_000, 4), train_tokens=160)
+    assert (timeline.steps, timeline.first_step_of_rows(4), timeline.shapes()) == (10, None, [(2, 8)])
+
+
+def test_a_long_run_of_many_shapes_costs_little():
+    started = time.perf_counter()
+    timeline = Timeline(Root(8, 1024, 8, 270_000), RisingRows(16, 16, 40_000_000_000, 512), BUDGET)
+    assert timeline.steps > 400_000
+    assert 128 < len(timeline.shapes()) < 128 + 32
+    assert time.perf_counter() - started < 0.2  # it takes a millisecond; a loaded machine may take more
+
+
+@given(batches, st.integers(1, 40_000), st.floats(0.5, 4), st.sampled_from([None, 24]))
+def test_a_ramp_in_tokens_is_the_shortest_that_consumes_them(rows, tokens, degree, bucket):
     def ramp(total):
-        return Root(8, 128, 8, total, degree)
+        return bucketed(Root(8, 128, 8, total, degree), bucket)
 
     def ramp_tokens(total):
-        return rows * int(ramp(total)(np.arange(1, total + 1)).sum())
+        consumed = 0
+        for seqlen in ramp(total)(np.arange(1, total + 1)).tolist():
+            consumed += rows_before(rows, consumed) * seqlen
+        return consumed
 
     total = ramp_steps_for_tokens(ramp, rows, tokens)
     assert ramp_tokens(total) >= tokens
     assert total == 1 or ramp_tokens(total - 1) < tokens
 
 
-@given(st.integers(1, 16), st.integers(2_000, 400_000), st.integers(1, 100))
-def test_a_ramp_as_a_fraction_is_the_longest_that_fits_it(rows, budget, percent):
+@given(batches, st.integers(2_000, 400_000), st.integers(1, 100), st.sampled_from([None, 24]))
+def test_a_ramp_as_a_fraction_is_the_longest_that_fits_it(rows, budget, percent, bucket):
     def ramp(total):
-        return Root(8, 128, 8, total)
+        return bucketed(Root(8, 128, 8, total), bucket)
 
     total = ramp_steps_for_fraction(ramp, rows, budget, percent / 100)
     assert total == 1 or 100 * total <= percent * Timeline(ramp(total), rows, budget).steps

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from seqlen_curriculum.errors import ConfigError
 from seqlen_curriculum.pacing import Discrete, Root
+from seqlen_curriculum.rows import RisingRows
 from seqlen_curriculum.timeline import Timeline
 from seqlen_curriculum.token_lr import TokenCosine, TokenCosineParams
 
@@ -72,6 +73,15 @@ def test_a_warmup_in_samples_may_end_inside_a_step():
     assert rate.warmup_tokens == 48
     assert rate(1) == 4 / 6
     assert rate(2) == 0.5 * (1 + math.cos(math.pi * (64 - 48) / (3200 - 48)))
+
+
+def test_a_warmup_in_samples_counts_the_rows_of_a_batch_size_warmup():
+    # rows 2, 2, 4, 4, ... of 8 tokens (4 from 20 tokens on): 7 samples are 2 + 2 + 3 of the third step, 56 tokens
+    timeline = Timeline(Discrete((8,), ()), RisingRows(2, 2, 20, 4), train_tokens=1600)
+    rate = TokenCosine(timeline, TokenCosineParams(warmup_samples=7), 1.0)
+    assert rate.warmup_tokens == 56
+    assert rate(np.array([1, 2])).tolist() == [2 / 7, 4 / 7]
+    assert rate(3) == 0.5 * (1 + math.cos(math.pi * (64 - 56) / (1600 - 56)))
 
 
 def test_decay_may_end_before_the_run():
