@@ -10,7 +10,7 @@ import argparse
 import json
 from pathlib import Path
 
-from seqlen_curriculum.cli import picture_path, run
+from seqlen_curriculum.cli import picture_path, run, warn
 
 
 def main() -> None:
@@ -19,13 +19,14 @@ def main() -> None:
     parser.add_argument("--at", nargs="+", type=int, default=[], metavar="STEP", help="steps to add to the milestones")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override, as training.seed=7")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
-    parser.add_argument("--png", type=Path, metavar="PATH", help="draw seqlen and LR against steps and tokens")
+    parser.add_argument("--png", type=Path, metavar="PATH", help="draw seqlen, LR and rows against steps and tokens")
     args = parser.parse_args()
 
     from seqlen_curriculum import planning  # after --help: numpy and pydantic take a moment
     from seqlen_curriculum.config import RunConfig
 
     config = RunConfig.load(args.config, args.set, require=("training",))
+    warn(config.warnings())
     summary = planning.plan(config, args.at)
     print(json.dumps(summary, indent=2) if args.json else planning.describe(summary))
     if args.png:

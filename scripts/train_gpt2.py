@@ -9,7 +9,7 @@ The same command again continues from the newest complete checkpoint in --save.
 import argparse
 from pathlib import Path
 
-from seqlen_curriculum.cli import run, writable_folder
+from seqlen_curriculum.cli import run, warn, writable_folder
 from seqlen_curriculum.config import RunConfig
 from seqlen_curriculum.data.run_data import open_run_data
 
@@ -30,6 +30,7 @@ def main() -> None:
     args = parser.parse_args()
 
     config = RunConfig.load(args.config, args.set, require=("optimizer", "model", "data", "training"))
+    warn(config.warnings())
     writable_folder("--save", args.save)
     train, valid = open_run_data(config)
 

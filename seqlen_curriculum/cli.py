@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from seqlen_curriculum.errors import ConfigError, SeqlenCurriculumError
 
-__all__ = ["picture_path", "run", "writable_folder"]
+__all__ = ["picture_path", "run", "warn", "writable_folder"]
 
 
 def run(main: Callable[[], None]) -> None:
@@ -26,6 +26,13 @@ def run(main: Callable[[], None]) -> None:
         sys.exit(130)
     except BrokenPipeError:  # `command | head` closed the pipe: not an error
         sys.stderr.close()
+
+
+def warn(messages: Iterable[str]) -> None:
+    """Print each as ``warning: ...`` on stderr, on the first rank only."""
+    if os.environ.get("RANK", "0") == "0":  # set by the launcher
+        for message in messages:
+            print(f"warning: {message}", file=sys.stderr)
 
 
 def picture_path(flag: str, path: Path) -> Path:

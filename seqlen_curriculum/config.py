@@ -143,8 +143,8 @@ class RunConfig:
         }
         if self.batch_size_warmup is not None:
             fixed = self.training is not None and self.training.micro_batch == "fixed"
-            self.batch_size_warmup.check_ranks(world_size, micro if fixed else 1)
-            self.batch_size_warmup.rows(rows * world_size)
+            self.batch_size_warmup.check_ranks(self.keys.data_ranks(world_size), micro if fixed else 1)
+            self.batch_size_warmup.rows(batch["train_batch_size"])
         return replace(self, deepspeed={**self.deepspeed, **batch}, keys=self.keys.model_copy(update=batch))
 
     @property

@@ -128,6 +128,8 @@ def test_misuse_is_told_before_deepspeed_starts():
         initialize(config="config.json")
     with pytest.raises(ConfigError, match="given more than once"):
         initialize(config=config, config_params=config)
+    with pytest.raises(ConfigError, match=r"batch_size_warmup: DeepSpeed's engine doesn't follow it"):
+        initialize(config={**config, "batch_size_warmup": {"start": 2, "increment": 2, "tokens": 100}})
     ours = {"scheduler": {"type": "TokenCosineLR"}, "curriculum_learning": {"enabled": False, "max_difficulty": 8}}
     with pytest.raises(ConfigError, match="lr_scheduler= is given too"):
         initialize(None, None, lr_scheduler=object(), config={**config, **ours, "training": {"train_tokens": 1e4}})

@@ -29,7 +29,8 @@ def initialize(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
     taken out before DeepSpeed sees the rest. The engine gains ``curriculum_scheduler``, whose
     ``update_difficulty(engine.global_steps + 1)`` gives the length of the step to come (None in a file with neither a
     curriculum nor a data section); a ``TokenCosineLR`` follows the engine's steps by itself, counting the tokens of steps
-    that fp16 skipped. Raises ConfigError, also for what DeepSpeed refuses.
+    that fp16 skipped. Under a ``batch_size_warmup`` the loop reads ``RunConfig.timeline().rows(step)`` rows a step and
+    hands them to ``accumulate``, so ``config`` must be a ``RunConfig``. Raises ConfigError, also for what DeepSpeed refuses.
     """
     given = inspect.signature(deepspeed.initialize).bind(*args, **kwargs).arguments
     named = given.pop("args", None)
@@ -69,11 +70,15 @@ def _run_config(args: argparse.Namespace | None, *configs: object) -> RunConfig:
     config = given[0] if given else None
     if isinstance(config, RunConfig):
         return config
-    if isinstance(config, Mapping):
-        return RunConfig.from_dict(config)
-    if isinstance(config, (str, Path)):
-        return RunConfig.load(config)
-    raise ConfigError(f"config: {config!r} is neither a path, a dict nor a RunConfig; give one of them")
+    if not isinstance(config, (Mapping, str, Path)):
+        raise ConfigError(f"config: {config!r} is neither a path, a dict nor a RunConfig; give one of them")
+    run = RunConfig.from_dict(config) if isinstance(config, Mapping) else RunConfig.load(config)
+    if run.batch_size_warmup is not None:  # in silence DeepSpeed's engine would keep to train_batch_size
+        raise ConfigError(
+            "batch_size_warmup: DeepSpeed's engine doesn't follow it; give config=RunConfig.load(path), read its "
+            "timeline().rows(step) rows in each step, and hand them to training.accumulate.accumulate"
+        )
+    return run
 
 
 def _without_config(args: argparse.Namespace | None) -> argparse.Namespace | None:

@@ -59,7 +59,7 @@ def pretrain(config: RunConfig, train: Samples, valid: Samples | None, save: Pat
         checkpoints.load(engine, checkpoint)
     done_steps = checkpoint.step if checkpoint else 0
     _rewind_logs(save, done_steps)
-    rows_per_rank, micro_batch, _ = batch_shape(config.keys, dist.get_world_size())
+    _, micro_batch, _ = batch_shape(config.keys, dist.get_world_size())
     write = partial(stages.save_hf, model) if stages else partial(write_model, model)
     telemetry = Telemetry(save / _RUNLOG if rank == 0 else None, engine.monitor, done_steps, timeline)
     trainer = Trainer(
@@ -67,7 +67,6 @@ def pretrain(config: RunConfig, train: Samples, valid: Samples | None, save: Pat
         timeline=timeline,
         train_samples=train,
         valid_samples=valid,
-        rows_per_rank=rows_per_rank,
         micro_batch=micro_batch,
         settings=training,
         telemetry=telemetry,

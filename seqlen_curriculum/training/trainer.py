@@ -52,7 +52,6 @@ class Trainer:
     timeline: Timeline
     train_samples: Samples
     valid_samples: Samples | None
-    rows_per_rank: int
     micro_batch: int
     settings: TrainingConfig
     telemetry: Telemetry
@@ -107,26 +106,27 @@ class Trainer:
 
     def _micro_batches(self, step: int, seqlen: int) -> tuple[list[tuple[torch.Tensor, torch.Tensor]], list[int]]:
         """This rank's (inputs, targets), both (micro rows, S), of ``step``, and the seed of each."""
-        first_row = self.executor.data_rank * self.rows_per_rank
-        ids = self.train_samples.order(self.timeline.consumed_rows(step - 1) + first_row, self.rows_per_rank)
+        rows = self.timeline.rows(step) // self.executor.data_ranks
+        first_row, micro_rows = self.executor.data_rank * rows, self._micro_rows(rows, seqlen)
+        ids = self.train_samples.order(self.timeline.consumed_rows(step - 1) + first_row, rows)
         if self.sample_log is not None:
             self.sample_log.write({"step": step, "first_row": first_row, "samples": ids.tolist()})
         tokens = self._on_device(self.train_samples.read(ids, seqlen))  # (B, S + 1)
-        micro_rows = self._micro_rows(seqlen)
-        starts = range(first_row, first_row + self.rows_per_rank, micro_rows)
+        starts = range(first_row, first_row + rows, micro_rows)
         seeds = [row_seed(self.settings.seed, step, row) for row in starts]
-        return [(rows[:, :-1], rows[:, 1:]) for rows in torch.split(tokens, micro_rows)], seeds
+        return [(part[:, :-1], part[:, 1:]) for part in torch.split(tokens, micro_rows)], seeds
 
-    def _micro_rows(self, seqlen: int) -> int:
-        """Rows of a micro-batch at today's length."""
+    def _micro_rows(self, rows: int, seqlen: int) -> int:
+        """Rows of a micro-batch of today's length, where this rank's step has ``rows``."""
         if self.settings.micro_batch == "fixed":
             return self.micro_batch
         full, least = self.train_samples.seq_length, self.executor.least_micro_batches
-        return balanced_rows(self.rows_per_rank, self.micro_batch, full, seqlen, least)
+        return balanced_rows(rows, self.micro_batch, full, seqlen, least)
 
     def _largest_micro_batch(self) -> tuple[int, int]:
         """(rows, seqlen) of the run's micro-batch of most tokens, evaluation's included; of several the longest rows."""
-        shapes = [(self._micro_rows(seqlen), seqlen) for _, seqlen in self.timeline.shapes()]
+        ranks = self.executor.data_ranks
+        shapes = [(self._micro_rows(rows // ranks, seqlen), seqlen) for rows, seqlen in self.timeline.shapes()]
         if self.valid_samples is not None:
             shapes.append((self.micro_batch, self.valid_samples.seq_length))
         return max(shapes, key=lambda shape: (shape[0] * shape[1], shape[1]))
