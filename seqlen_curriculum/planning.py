@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +21,24 @@ __all__ = ["describe", "draw", "plan"]
 def plan(config: RunConfig, at: Iterable[int] = ()) -> dict[str, Any]:
     """The run as one JSON-able object; ``at`` adds steps to ``milestones``. Tokens are target tokens of all ranks.
 
-    ``steps, consumed_tokens, full_length_step, milestones [{step, seqlen, rows, consumed_tokens, lr}]``, and where the
-    file says enough: ``read_tokens, dropped_tokens`` (data section), ``parameters, flops, flops_of_full_length`` (model
-    section; the latter is the same budget at constant full length). Raises ConfigError.
+    ``steps, consumed_tokens, full_length_step, full_batch_step, lengths`` (how many), ``shapes`` (how many pairs of rows
+    and seqlen), ``milestones [{step, seqlen, rows, consumed_tokens, lr}]``, and where the file says enough: ``read_tokens,
+    dropped_tokens`` (data section), ``parameters, flops, flops_of_full_length`` (model section; the latter is the same
+    budget at constant full length), ``without_seqlen_bucket {steps, lengths, flops}``. Raises ConfigError.
     """
     timeline = config.timeline()
     rate = config.learning_rate(timeline)
     full_length = config.data.seq_length if config.data else max(seqlen for _, seqlen in timeline.shapes())
-    full_length_step = timeline.first_step_at(full_length)
-    steps = sorted({*_key_steps(timeline, rate), *filter(None, [full_length_step]), *_asked(at, timeline)})
+    full_steps = {
+        "full_length_step": timeline.first_step_at(full_length),
+        "full_batch_step": timeline.first_step_of_rows(timeline.global_batch),
+    }
+    steps = sorted({*_key_steps(timeline, rate), *filter(None, full_steps.values()), *_asked(at, timeline)})
     summary: dict[str, Any] = {
         "steps": timeline.steps,
         "consumed_tokens": timeline.consumed_tokens(timeline.steps),
-        "full_length_step": full_length_step,
+        **full_steps,
+        "lengths": len({seqlen for _, seqlen in timeline.shapes()}),
         "shapes": len(timeline.shapes()),
         "milestones": [_milestone(timeline, rate, step) for step in steps],
     }
@@ -40,6 +46,11 @@ def plan(config: RunConfig, at: Iterable[int] = ()) -> dict[str, Any]:
         summary |= _data_use(timeline, config.data.seq_length)
     if config.model:
         summary |= _compute(timeline, config.model, full_length)
+    if config.training and config.training.seqlen_bucket:
+        without = plan(replace(config, training=config.training.model_copy(update={"seqlen_bucket": None})))
+        summary["without_seqlen_bucket"] = {
+            name: without[name] for name in ("steps", "lengths", "flops") if name in without
+        }
     return summary
 
 
@@ -89,8 +100,10 @@ def describe(summary: dict[str, Any]) -> str:
         f"steps             {summary['steps']:,}",
         f"consumed tokens   {summary['consumed_tokens']:,}",
         f"full length       {'never reached' if full is None else f'from step {full:,}'}",
-        f"lengths used      {summary['shapes']}",
+        f"lengths used      {summary['lengths']}",
     ]
+    if summary["milestones"][0]["rows"] != summary["milestones"][-1]["rows"]:
+        lines.append(_rows_line(summary))
     if "read_tokens" in summary:
         share = summary["dropped_tokens"] / summary["read_tokens"]
         lines.append(
@@ -102,7 +115,18 @@ def describe(summary: dict[str, Any]) -> str:
             f"compute           {summary['flops']:.3g} FLOPs, {ratio:.3f} of the same tokens at full length "
             f"({summary['parameters']:,} parameters)"
         )
+    if "without_seqlen_bucket" in summary:
+        without = summary["without_seqlen_bucket"]
+        flops = f", {without['flops']:.3g} FLOPs" if "flops" in without else ""
+        lines.append(f"without bucket    {without['steps']:,} steps, {without['lengths']} lengths used{flops}")
     return "\n".join([*lines, "", *_table(summary["milestones"])])
+
+
+def _rows_line(summary: dict[str, Any]) -> str:
+    first, last = (summary["milestones"][index]["rows"] for index in (0, -1))
+    full = summary["full_batch_step"]
+    reached = "the full batch is never reached" if full is None else f"from step {full:,}"
+    return f"rows of a step    {first:,} to {last:,} ({reached}), {summary['shapes']} shapes of rows and seqlen"
 
 
 def _table(milestones: Sequence[dict[str, Any]]) -> list[str]:
@@ -114,25 +138,24 @@ def _table(milestones: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def draw(config: RunConfig, path: Path) -> None:
-    """Seqlen and learning rate against steps and against consumed tokens, as a picture (PNG, PDF, SVG by suffix)."""
+    """Seqlen, learning rate and changing rows against steps and consumed tokens, as a picture (PNG, PDF, SVG by suffix)."""
     from matplotlib.figure import Figure  # slow to import, and only needed here
 
     timeline = config.timeline()
     rate = config.learning_rate(timeline)
     steps = np.unique(np.linspace(1, timeline.steps, 2000).astype(np.int64))
-    tokens = timeline.consumed_tokens(steps)
-    figure = Figure(figsize=(10, 6), layout="constrained")
-    axes = figure.subplots(2, 2, sharex="col")
-    curves: list[tuple[str, Any]] = [("seqlen (tokens)", timeline.seqlen(steps))]
-    curves += [("learning rate", rate(steps))] if rate else []
-    for row, (label, values) in enumerate(curves):
+    tokens, rows = timeline.consumed_tokens(steps), timeline.rows(steps)
+    curves: list[tuple[str, Any, str]] = [("seqlen (tokens)", timeline.seqlen(steps), "steps-pre")]
+    curves += [("learning rate", rate(steps), "default")] if rate else []
+    curves += [("rows of a step", rows, "steps-pre")] if rows[0] != rows[-1] else []
+    figure = Figure(figsize=(10, 3 * len(curves)), layout="constrained")
+    axes = figure.subplots(len(curves), 2, sharex="col", squeeze=False)
+    for row, (label, values, style) in enumerate(curves):
         for axis, (x_label, x) in zip(axes[row], (("step", steps), ("consumed tokens", tokens)), strict=True):
-            axis.plot(x, values, drawstyle="steps-pre" if row == 0 else "default")
+            axis.plot(x, values, drawstyle=style)
             axis.set_ylim(bottom=0)
             axis.grid(alpha=0.3)
             axis.set(ylabel=label, xlabel=x_label)
-    if not rate:
-        for axis in axes[1]:
-            axis.set_visible(False)
-    figure.suptitle(f"{timeline.steps:,} steps, {tokens[-1]:,} tokens, {timeline.global_batch:,} rows a step")
+    rising = f"{rows[0]:,} to " if rows[0] != rows[-1] else ""
+    figure.suptitle(f"{timeline.steps:,} steps, {tokens[-1]:,} tokens, {rising}{rows[-1]:,} rows a step")
     figure.savefig(path)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from seqlen_curriculum import ConfigError, RunConfig
-from seqlen_curriculum.planning import plan
+from seqlen_curriculum.planning import describe, plan
 
 ROOT = Path(__file__).parent.parent
 
@@ -27,6 +27,7 @@ def run_plan(*arguments):
         ("gpt2_117m_bsz512_seqlen2k_slw110k", 205_000, 122_500, 71e9, 110_000),
         ("gpt2_1.5b_bsz512_seqlen1k_slw270k", 428_000, 360_000, 122e9, 270_000),
         ("gpt2_1.5b_bsz4k_seqlen1k_slw45k", 58_800, 50_000, 121e9, 45_000),
+        ("gpt2_1.5b_bsz4k_seqlen1k_bszwarmup", 58_800, 58_800, 157e9, 1),
         ("gpt2_117m_bsz512_seqlen1k", 300_000, 300_000, 157e9, 1),
         ("gpt2_117m_bsz4k_seqlen1k", 37_500, 37_500, 157e9, 1),
         ("gpt2_117m_bsz512_seqlen2k", 150_000, 150_000, 157e9, 1),
@@ -75,6 +76,43 @@ def test_compute_by_hand():
     by_hand = 1_048_576 * (6 * (124_475_904 - 1024 * 768) + 12 * 12 * 768 * 1024)
     assert summary["flops"] == summary["flops_of_full_length"] == by_hand
     assert summary["parameters"] == 124_475_904
+
+
+def test_the_mixed_run_of_figure_2():
+    summary = plan(RunConfig.load(ROOT / "configs" / "gpt2_1.5b_bsz4k_seqlen1k_mixed.json"), at=[900, 1000, 1900, 1901])
+    asked = [m for m in summary["milestones"] if m["step"] in (900, 901, 1000, 1900, 1901)]
+    assert [m["seqlen"] for m in asked] == [128, 1024, 1024, 128, 1024]
+    assert asked[2]["consumed_tokens"] == 4096 * (900 * 128 + 100 * 1024)
+    assert (summary["lengths"], summary["full_length_step"]) == (2, 901)
+
+
+def test_a_batch_size_warmup_is_shown_and_warned_of_only_with_a_curriculum(tmp_path):
+    warmup = 'batch_size_warmup={"start": 8, "increment": 8, "tokens": 1e6}'
+    picture = tmp_path / "plan.png"
+    result = run_plan("configs/tiny_cpu.json", "--set", warmup, "--png", picture)
+    assert result.returncode == 0, result.stderr
+    assert "rows of a step    8 to 32 (from step " in result.stdout
+    assert result.stderr.startswith("warning: batch_size_warmup and curriculum_learning are both on")
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    alone = run_plan("configs/tiny_cpu.json", "--set", warmup, "--set", "curriculum_learning.enabled=false", "--json")
+    assert alone.stderr == ""
+    summary = json.loads(alone.stdout)
+    assert (summary["lengths"], summary["shapes"]) == (1, 4)
+    full = next(m for m in summary["milestones"] if m["step"] == summary["full_batch_step"])
+    assert full["rows"] == 32
+    short = run_plan("configs/tiny_cpu.json", "--set", warmup, "--set", "training.train_tokens=500000")
+    assert "rows of a step    8 to 16 (the full batch is never reached)" in short.stdout
+
+
+def test_a_bucket_is_compared_with_the_run_without():
+    config = RunConfig.load(ROOT / "configs" / "tiny_cpu.json", ["training.seqlen_bucket=64"])
+    plain = plan(RunConfig.load(ROOT / "configs" / "tiny_cpu.json"))
+    summary = plan(config)
+    assert (summary["lengths"], plain["lengths"]) == (4, 32)  # 64, 128, 192, 256; 8 to 256 in eights
+    assert summary["without_seqlen_bucket"] == {name: plain[name] for name in ("steps", "lengths", "flops")}
+    text = describe(summary)
+    assert f"without bucket    {plain['steps']:,} steps, 32 lengths used, {plain['flops']:.3g} FLOPs" in text
+    assert "without_seqlen_bucket" not in plain
 
 
 def test_a_run_that_ends_before_full_length_says_so():
