@@ -1,7 +1,7 @@
 """Sequence length warmup for GPT pre-training with DeepSpeed.
 
-Importing this package loads neither torch nor DeepSpeed: planning works on a laptop. ``initialize``, ``TokenCosineLR`` and
-``pretrain`` load them when first used.
+Importing this package loads neither torch nor DeepSpeed: planning works on a laptop. ``initialize``, ``TokenCosineLR``,
+``pretrain`` and ``set_batch_sequence_length`` load them when first used.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from seqlen_curriculum.batch import set_batch_sequence_length
     from seqlen_curriculum.config import RunConfig
     from seqlen_curriculum.errors import (
         CheckpointError,
@@ -40,6 +41,7 @@ _MODULES = {
     "TokenCosineLR": "training.lr_scheduler",
     "initialize": "training.engine",
     "pretrain": "training.pretrain",
+    "set_batch_sequence_length": "batch",
 }
 
 __all__ = [
@@ -55,6 +57,7 @@ __all__ = [
     "TokenCosineLR",
     "initialize",
     "pretrain",
+    "set_batch_sequence_length",
 ]
 
 

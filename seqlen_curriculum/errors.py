@@ -2,7 +2,7 @@
 
 SeqlenCurriculumError
 ├── ConfigError       a value in the configuration, a flag or a schedule (also a ``ValueError``)
-├── DataError         a corpus, its files or its tokens (also a ``ValueError``)
+├── DataError         a corpus, its files or its tokens, or a batch (also a ``ValueError``)
 ├── CheckpointError   a checkpoint that can't be written, read or continued
 └── DivergenceError   the loss stopped being finite
 
@@ -36,7 +36,7 @@ class ConfigError(SeqlenCurriculumError, ValueError):
 
 
 class DataError(SeqlenCurriculumError, ValueError):
-    """A corpus that can't be read, is damaged, or doesn't fit the model or the run."""
+    """A corpus that can't be read, is damaged, or doesn't fit the model or the run; a batch of unknown shapes."""
 
 
 class CheckpointError(SeqlenCurriculumError, RuntimeError):
