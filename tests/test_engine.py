@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 from conftest import launch
 
 from seqlen_curriculum import ConfigError
@@ -133,3 +134,32 @@ def test_misuse_is_told_before_deepspeed_starts():
     ours = {"scheduler": {"type": "TokenCosineLR"}, "curriculum_learning": {"enabled": False, "max_difficulty": 8}}
     with pytest.raises(ConfigError, match="lr_scheduler= is given too"):
         initialize(None, None, lr_scheduler=object(), config={**config, **ours, "training": {"train_tokens": 1e4}})
+
+
+class Truncating(torch.nn.Linear):
+    def forward(self, tokens, curriculum_seqlen=None):
+        return super().forward(tokens[:, :curriculum_seqlen])
+
+
+@pytest.mark.parametrize("keyword", ["curriculum_seqlen", "seqlen", "input"])
+def test_a_model_that_takes_no_length_is_told_before_deepspeed_starts(keyword):
+    from seqlen_curriculum import initialize
+
+    config = {"train_batch_size": 4, "optimizer": {"type": "Adam", "params": {"lr": 1e-3}}}
+    block = {"enabled": False, "max_difficulty": 8}
+    model = torch.nn.Embedding(4, 4) if keyword == "curriculum_seqlen" else Truncating(4, 4)
+    refusal = (
+        rf"curriculum_kwarg: the forward of {type(model).__name__} takes no keyword '{keyword}'; add it to forward's"
+    )
+    with pytest.raises(ConfigError, match=refusal):
+        initialize(model=model, config={**config, "curriculum_learning": block}, curriculum_kwarg=keyword)
+
+
+def test_a_length_that_no_section_gives_is_told_before_deepspeed_starts():
+    from seqlen_curriculum import initialize
+
+    config = {"train_batch_size": 4, "optimizer": {"type": "Adam", "params": {"lr": 1e-3}}}
+    with pytest.raises(
+        ConfigError, match="'curriculum_seqlen' asks for the step's length, but no section gives it; add"
+    ):
+        initialize(model=Truncating(4, 4), config=config, curriculum_kwarg="curriculum_seqlen")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import inspect
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +22,18 @@ from seqlen_curriculum.training.pipeline import follow_shapes
 __all__ = ["begin_step", "initialize"]
 
 
-def initialize(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
-    """Same arguments, same return as ``deepspeed.initialize``: (engine, optimizer, dataloader, lr_scheduler).
+def initialize(*args: Any, curriculum_kwarg: str | None = None, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
+    """Same arguments but one, same return as ``deepspeed.initialize``: (engine, optimizer, dataloader, lr_scheduler).
 
     ``config`` is a path, a dict or a ``RunConfig``; ``args.deepspeed_config`` serves when it is None. Our sections are
     taken out before DeepSpeed sees the rest. The engine gains ``curriculum_scheduler``, whose
     ``update_difficulty(engine.global_steps + 1)`` gives the length of the step to come (None in a file with neither a
     curriculum nor a data section); a ``TokenCosineLR`` follows the engine's steps by itself, counting the tokens of steps
     that fp16 skipped. Under a ``batch_size_warmup`` the loop reads ``RunConfig.timeline().rows(step)`` rows a step and
-    hands them to ``accumulate``, so ``config`` must be a ``RunConfig``. Raises ConfigError, also for what DeepSpeed refuses.
+    hands them to ``accumulate``, so ``config`` must be a ``RunConfig``. With ``curriculum_kwarg`` each training forward
+    hands the model today's length under that keyword, for models that truncate inside; DeepSpeed up to 0.19.7 did so as
+    ``curriculum_seqlen``. A pipeline's ``train_batch`` and ``eval_batch`` follow shapes that change. Raises ConfigError,
+    also for what DeepSpeed refuses.
     """
     given = inspect.signature(deepspeed.initialize).bind(*args, **kwargs).arguments
     named = given.pop("args", None)
@@ -41,12 +44,16 @@ def initialize(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
             raise ConfigError("scheduler: the file asks for TokenCosineLR and lr_scheduler= is given too; keep one")
         given["lr_scheduler"] = _lr_scheduler(run)
     scheduler = run.curriculum_scheduler() if run.curriculum or run.data else None
+    if curriculum_kwarg is not None:
+        _check_takes_length(given.get("model"), curriculum_kwarg, scheduler is not None)
     engine, *others = _deepspeed_initialize(args=_without_config(named), config=dict(run.deepspeed), **given)
     engine.curriculum_scheduler = scheduler
     if isinstance(engine, PipelineEngine):
         follow_shapes(engine, begin_step)
     else:
         engine.register_forward_pre_hook(_follow_steps)
+        if curriculum_kwarg is not None:
+            engine.register_forward_pre_hook(_hand_over_length(curriculum_kwarg), with_kwargs=True)
     optimizer, dataloader, lr_scheduler = others
     return engine, optimizer, dataloader, lr_scheduler
 
@@ -98,8 +105,28 @@ def _lr_scheduler(run: RunConfig) -> Any:
     return build
 
 
+def _check_takes_length(model: Any, keyword: str, has_lengths: bool) -> None:
+    """ConfigError if the model can't be told today's length, or there is none to tell."""
+    if not has_lengths:
+        raise ConfigError(
+            f"curriculum_kwarg: {keyword!r} asks for the step's length, but no section gives it; add curriculum_learning "
+            "or data, or leave curriculum_kwarg out"
+        )
+    try:
+        inspect.signature(model.forward).bind_partial(**{keyword: None})
+    except (AttributeError, TypeError) as error:
+        raise ConfigError(
+            f"curriculum_kwarg: the forward of {type(model).__name__} takes no keyword {keyword!r}; add it to forward's "
+            "parameters and truncate there, or leave curriculum_kwarg out and cut the batch"
+        ) from error
+
+
+def _trains(engine: Any) -> bool:
+    return torch.is_grad_enabled() and bool(engine.module.training)
+
+
 def _follow_steps(engine: Any, _inputs: Any) -> None:
-    if torch.is_grad_enabled() and engine.module.training:
+    if _trains(engine):
         begin_step(engine)
 
 
@@ -110,3 +137,13 @@ def begin_step(engine: Any) -> None:
         engine.curriculum_scheduler.update_difficulty(step)
     if isinstance(engine.lr_scheduler, TokenCosineLR):
         engine.lr_scheduler.seek(step)
+
+
+def _hand_over_length(keyword: str) -> Callable[[Any, Any, dict[str, Any]], tuple[Any, dict[str, Any]]]:
+    """The hook that adds today's length, which ``_follow_steps`` has set, to the keywords of a training forward."""
+
+    def hook(engine: Any, inputs: Any, keywords: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        today = {keyword: engine.curriculum_scheduler.get_current_difficulty()} if _trains(engine) else {}
+        return inputs, {**keywords, **today}
+
+    return hook
