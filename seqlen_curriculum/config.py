@@ -20,6 +20,7 @@ from seqlen_curriculum.deepspeed_keys import DeepSpeedKeys, batch_shape, without
 from seqlen_curriculum.errors import ConfigError
 from seqlen_curriculum.fields import Count, CountOrZero, Section, Seqlen, flat, misspelt_sections, parse_section
 from seqlen_curriculum.jsonfile import apply_override, read_json
+from seqlen_curriculum.parallel import engine_problems, length_problems
 from seqlen_curriculum.rows import BatchSizeWarmup, RisingRows
 from seqlen_curriculum.scheduler import CurriculumScheduler
 from seqlen_curriculum.timeline import Timeline
@@ -222,6 +223,7 @@ class RunConfig:
         """Problems between sections; with ``complete`` (no section has a problem) also what building the schedule finds."""
         checks = (self._seq_length_fits(), self._budget_is_tokens(), self._batch_warmup_fits())
         found = [problem for problem in checks if problem]
+        found += engine_problems(self.keys, self.model, bool(self.training and self.training.compile))
         if found or not complete or not self.training or not (self.data or self.curriculum):
             return found
         try:
@@ -229,6 +231,8 @@ class RunConfig:
                 timeline = self.timeline()
                 if self.keys.optimizer:
                     self.learning_rate(timeline)
+                lengths = {seqlen for _, seqlen in timeline.shapes()} | ({self.data.seq_length} if self.data else set())
+                return length_problems(self.keys, sorted(lengths))
         except ConfigError as error:
             return error.problems
         return []

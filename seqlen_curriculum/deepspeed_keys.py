@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
-from pydantic import ConfigDict, Field
+from pydantic import BeforeValidator, ConfigDict, Field
 
 from seqlen_curriculum.errors import ConfigError
 from seqlen_curriculum.fields import Count, CountOrZero, Section
@@ -42,7 +42,7 @@ class _Zero(_Open):
 
 
 class _Pipeline(_Open):
-    stages: Count | Literal["auto"] = "auto"
+    stages: Annotated[Count, BeforeValidator(lambda value: 1 if value == "auto" else value)] = 1
 
 
 class _TensorParallel(_Open):
@@ -83,8 +83,7 @@ class DeepSpeedKeys(_Open):
     @property
     def pipeline_stages(self) -> int:
         """Ranks that a model's layers are cut over; 1 where there is no pipeline."""
-        stages = self.pipeline.stages if self.pipeline else "auto"
-        return 1 if stages == "auto" else stages
+        return self.pipeline.stages if self.pipeline else 1
 
     @property
     def tensor_parallel_size(self) -> int:

@@ -7,12 +7,25 @@ from collections.abc import Iterator, Sequence
 from seqlen_curriculum.architecture import ModelConfig
 from seqlen_curriculum.deepspeed_keys import DeepSpeedKeys
 
-__all__ = ["engine_problems"]
+__all__ = ["engine_problems", "length_problems"]
 
 
-def engine_problems(keys: DeepSpeedKeys, model: ModelConfig | None, lengths: Sequence[int]) -> list[str]:
-    """One line for each reason why DeepSpeed could not train this; ``lengths`` are those the run trains and evaluates at."""
-    return [*_precision(keys), *_pipeline(keys, model), *_tensor(keys, model), *_sequence(keys, model, lengths)]
+def engine_problems(keys: DeepSpeedKeys, model: ModelConfig | None, compiled: bool) -> list[str]:
+    """One line for each reason why DeepSpeed could not train this model so; ``compiled`` is ``training.compile``."""
+    return [*_precision(keys), *_pipeline(keys, model), *_heads(keys, model), *_compiled(keys, compiled)]
+
+
+def length_problems(keys: DeepSpeedKeys, lengths: Sequence[int]) -> list[str]:
+    """Of the lengths that a run trains and evaluates at: those that can't be cut over the ranks of a sequence."""
+    degree = keys.sequence_parallel_size or 1
+    ragged = [length for length in lengths if length % degree]
+    if not ragged:
+        return []
+    return [
+        f"sequence_parallel_size: {degree} doesn't divide the length {ragged[0]} ({len(ragged)} of this run's "
+        f"{len(lengths)} lengths); make schedule_config.difficulty_step or training.seqlen_bucket a multiple of it, and "
+        "max_difficulty and data.seq_length too"
+    ]
 
 
 def _precision(keys: DeepSpeedKeys) -> Iterator[str]:
@@ -37,24 +50,16 @@ def _pipeline(keys: DeepSpeedKeys, model: ModelConfig | None) -> Iterator[str]:
             yield f"{name}: {degree} doesn't work together with pipeline.stages {stages}; set one of them to 1"
 
 
-def _tensor(keys: DeepSpeedKeys, model: ModelConfig | None) -> Iterator[str]:
-    degree = keys.tensor_parallel_size
-    if model and model.num_attention_heads % degree:
-        yield _ragged_heads("tensor_parallel.autotp_size", degree, model.num_attention_heads)
+def _heads(keys: DeepSpeedKeys, model: ModelConfig | None) -> Iterator[str]:
+    for name, degree in keys.degrees.items():
+        if model and name != "pipeline.stages" and model.num_attention_heads % degree:
+            heads = model.num_attention_heads
+            yield f"{name}: {degree} doesn't divide the {heads} heads of model.num_attention_heads; give a divisor"
 
 
-def _sequence(keys: DeepSpeedKeys, model: ModelConfig | None, lengths: Sequence[int]) -> Iterator[str]:
-    degree = keys.sequence_parallel_size or 1
-    if model and model.num_attention_heads % degree:
-        yield _ragged_heads("sequence_parallel_size", degree, model.num_attention_heads)
-    ragged = [length for length in lengths if length % degree]
-    if ragged:
+def _compiled(keys: DeepSpeedKeys, compiled: bool) -> Iterator[str]:
+    if compiled and keys.zero_stage == 3:
         yield (
-            f"sequence_parallel_size: {degree} doesn't divide the length {ragged[0]} of this run ({len(ragged)} of its "
-            f"{len(lengths)} lengths); make curriculum_learning.schedule_config.difficulty_step, or training.seqlen_bucket, "
-            "a multiple of it, and data.seq_length too"
+            "training.compile: ZeRO-3 gathers weights inside every block, which breaks it into dozens of graphs; set "
+            "zero_optimization.stage to 2 or compile to false"
         )
-
-
-def _ragged_heads(key: str, degree: int, heads: int) -> str:
-    return f"{key}: {degree} doesn't divide the {heads} heads of model.num_attention_heads; give a divisor"

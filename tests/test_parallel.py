@@ -1,0 +1,95 @@
+"""Engines that can't work together and degrees that don't divide are refused by the file alone."""
+
+import copy
+
+import pytest
+
+from seqlen_curriculum import ConfigError, RunConfig
+
+RUN = {
+    "train_batch_size": 8,
+    "train_micro_batch_size_per_gpu": 2,
+    "optimizer": {"type": "Adam", "params": {"lr": 1e-3}},
+    "curriculum_learning": {
+        "enabled": True,
+        "min_difficulty": 8,
+        "max_difficulty": 64,
+        "schedule_type": "fixed_linear",
+        "schedule_config": {"total_curriculum_step": 20, "difficulty_step": 4},
+    },
+    "model": {
+        "num_layers": 2,
+        "hidden_size": 48,
+        "num_attention_heads": 6,
+        "max_position_embeddings": 64,
+        "vocab_size": 257,
+    },
+    "data": {"train": ["x"], "seq_length": 64},
+    "training": {"train_tokens": 9_000},
+}
+MISTAKES = {
+    "two precisions": (
+        {"fp16": {"enabled": True}, "bf16": {"enabled": True}},
+        "fp16.enabled and bf16.enabled: a run has one precision",
+    ),
+    "more stages than layers": ({"pipeline": {"stages": 3}}, "pipeline.stages: 3 is above model.num_layers 2"),
+    "pipeline under ZeRO-2": (
+        {"pipeline": {"stages": 2}, "zero_optimization": {"stage": 2}},
+        "zero_optimization.stage: 2 doesn't work in a pipeline",
+    ),
+    "half precision pipeline": (
+        {"pipeline": {"stages": 2}, "bf16": {"enabled": True}},
+        "half precision in a pipeline needs stage 1",
+    ),
+    "pipeline of shards": (
+        {"pipeline": {"stages": 2}, "sequence_parallel_size": 2},
+        "sequence_parallel_size: 2 doesn't work together with pipeline.stages 2",
+    ),
+    "no stages": ({"pipeline": {"stages": 0}}, "pipeline.stages: 0"),
+    "heads over tensor ranks": (
+        {"tensor_parallel": {"autotp_size": 4}},
+        "tensor_parallel.autotp_size: 4 doesn't divide the 6 heads",
+    ),
+    "heads over sequence ranks": (
+        {"sequence_parallel_size": 4},
+        "sequence_parallel_size: 4 doesn't divide the 6 heads",
+    ),
+    "lengths over sequence ranks": (
+        {"sequence_parallel_size": 3},
+        r"sequence_parallel_size: 3 doesn't divide the length 8 \(10 of this run's 15 lengths\)",
+    ),
+    "compiled under ZeRO-3": (
+        {"zero_optimization": {"stage": 3}, "training": {"train_tokens": 9_000, "compile": True}},
+        "training.compile: ZeRO-3 gathers weights",
+    ),
+}
+
+
+@pytest.mark.parametrize(("sections", "message"), MISTAKES.values(), ids=MISTAKES)
+def test_refused(sections, message):
+    with pytest.raises(ConfigError, match=message):
+        RunConfig.from_dict({**copy.deepcopy(RUN), **sections})
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"pipeline": {"stages": 2}},
+        {"pipeline": {"stages": "auto"}, "zero_optimization": {"stage": 3}},
+        {"pipeline": {"stages": 2}, "zero_optimization": {"stage": 1}, "fp16": {"enabled": True}},
+        {"sequence_parallel_size": 2},
+        {"tensor_parallel": {"autotp_size": 3}},
+        {"fp16": {"enabled": False}, "bf16": {"enabled": True}},
+    ],
+)
+def test_accepted(sections):
+    RunConfig.from_dict({**RUN, **sections})
+
+
+def test_ranks_that_share_a_model_read_the_same_rows():
+    config = RunConfig.from_dict({**RUN, "pipeline": {"stages": 2}})
+    assert (
+        config.for_ranks(4).keys.gradient_accumulation_steps == 2
+    )  # 8 rows over 2 data-parallel ranks, 2 a micro-batch
+    with pytest.raises(ConfigError, match=r"pipeline\.stages 2: doesn't divide the 3 ranks"):
+        config.for_ranks(3)
