@@ -109,11 +109,11 @@ def _group_is_alive(group):
     return False
 
 
-def launch(log, script, *args, ranks=1, **kwargs):
+def launch(log, script, *args, ranks=1, seconds=300, **kwargs):
     """Run a script under the launcher to its end; (exit status, output)."""
     process = start(launch_command(script, *args, ranks=ranks), log, **kwargs)
     try:
-        status = process.wait(timeout=300)
+        status = process.wait(timeout=seconds)
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)

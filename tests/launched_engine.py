@@ -5,10 +5,12 @@ usage: launched_engine.py OUT_FILE PAPER_JSON
 
 import copy
 import json
+import resource
 import sys
 from pathlib import Path
 
 import deepspeed
+import psutil
 import torch
 from deepspeed import comm as dist
 from deepspeed.runtime.data_pipeline.curriculum_scheduler import CurriculumScheduler as DeepSpeedScheduler
@@ -19,6 +21,8 @@ from seqlen_curriculum.microbatch import balanced_rows
 from seqlen_curriculum.models.gpt2 import build_gpt2
 from seqlen_curriculum.training.accumulate import accumulate
 from seqlen_curriculum.training.checkpoint import Checkpoints
+from seqlen_curriculum.training.executor import executor
+from seqlen_curriculum.training.preflight import preflight
 from seqlen_curriculum.training.pretrain import write_model
 
 BLOCK = {
@@ -144,6 +148,46 @@ def zero_3_checkpoint(folder):
     return {"expected": expected, "resumed": train(again, 2, rows=2), "folder": str(folder / "global_step3")}
 
 
+def preflight_traces():
+    """What a preflight before and between steps changes: losses of 4 steps, random state, skipped steps."""
+    seen = {}
+    kinds = {
+        "zero 0": {},
+        "zero 1": {"zero_optimization": {"stage": 1}},
+        "zero 2 fp16": {"zero_optimization": {"stage": 2}, "fp16": {"enabled": True, "initial_scale_power": 8}},
+        "zero 3": {"zero_optimization": {"stage": 3}},
+    }
+    for kind, changes in kinds.items():
+        for tried in (False, True):
+            engine, _ = engine_for(model(), run(**changes))
+            torch.manual_seed(7)
+            losses = []
+            for _ in range(2):
+                if tried:
+                    preflight(executor(engine), rows=3, seqlen=16)
+                losses += train(engine, 2, rows=2)[0]
+            random_state = torch.get_rng_state().tolist()
+            seen[f"{kind}, {tried}"] = [losses, random_state, engine.skipped_steps, engine.global_samples]
+    return seen
+
+
+def out_of_memory():
+    """The second rank alone may hold no more than 300 MB beyond what it has; both are told."""
+    engine, _ = engine_for(model(positions=512), run())
+    if dist.get_rank() == 1:
+        held = psutil.Process().memory_info().data
+        resource.setrlimit(resource.RLIMIT_DATA, (held + 300_000_000, resource.RLIM_INFINITY))
+    try:
+        preflight(executor(engine), rows=600, seqlen=512)
+        told = ""
+    except ConfigError as error:
+        told = str(error)
+    resource.setrlimit(resource.RLIMIT_DATA, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    both = [None, None]
+    dist.all_gather_object(both, told)
+    return both
+
+
 def paper_json(path):
     """DeepSpeed's tutorial file, unchanged: DeepSpeed refuses it, we train it."""
     network = model(positions=1024)
@@ -193,6 +237,8 @@ def main():
         "balanced": balanced(),
         "skipped_steps": skipped_steps(),
         "zero_3_checkpoint": zero_3_checkpoint(out.parent / "zero3"),
+        "preflight_traces": preflight_traces(),
+        "out_of_memory": out_of_memory(),
         "paper_json": paper_json(paper),
         "own_optimizer": own_optimizer(),
         "deepspeed_scheduler": deepspeed_scheduler(),

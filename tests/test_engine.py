@@ -119,6 +119,21 @@ def test_an_optimizer_of_the_users_own_gives_the_rate(seen):
     assert own["refusal"].startswith("DeepSpeed refuses its part of the configuration")
 
 
+@pytest.mark.parametrize("kind", ["zero 0", "zero 1", "zero 2 fp16", "zero 3"])
+def test_a_preflight_leaves_no_trace(seen, kind):
+    assert seen["preflight_traces"][f"{kind}, True"] == seen["preflight_traces"][f"{kind}, False"]
+
+
+def test_a_preflight_tells_all_ranks_who_is_out_of_memory(seen):
+    first, second = seen["out_of_memory"]
+    wanted = (
+        "a micro-batch of 64 rows of 65536 tokens, the largest of this run, does not fit the memory of rank 1; lower it"
+    )
+    assert first.startswith(f"train_micro_batch_size_per_gpu: {wanted}")
+    assert second.startswith(f"train_micro_batch_size_per_gpu: {wanted}")
+    assert "can't allocate memory" in second  # the device's own words, where it happened
+
+
 def test_misuse_is_told_before_deepspeed_starts():
     from seqlen_curriculum import initialize
 

@@ -301,6 +301,22 @@ def test_a_full_disk_leaves_the_previous_checkpoint(reference, run_file, tmp_pat
     assert [path.name for path in save.glob("*global_step*")] == [f"global_step{last // 6 * 6}"]
 
 
+def test_too_large_a_micro_batch_shows_before_step_1(run_file, tmp_path):
+    def little_memory():
+        resource.setrlimit(resource.RLIMIT_DATA, (3_000_000_000, 3_000_000_000))
+
+    large = ("data.seq_length=16384", "model.max_position_embeddings=16384")
+    rows = ("train_batch_size=64", "train_micro_batch_size_per_gpu=64")
+    sets = [word for setting in (*large, *rows) for word in ("--set", setting)]
+    arguments = ("--config", run_file, "--save", tmp_path / "run", *sets)
+    status, output = launch(tmp_path / "log", TRAIN, *arguments, preexec_fn=little_memory)
+    assert status != 0
+    assert "train_micro_batch_size_per_gpu: a micro-batch of 64 rows of 16384 tokens" in output
+    assert "model.activation_checkpointing" in output
+    assert "Traceback" not in output
+    assert (tmp_path / "run" / "runlog.jsonl").read_text() == ""
+
+
 def test_a_second_run_into_the_same_folder_is_refused(reference, run_file, tmp_path):
     status, output = launch(tmp_path / "log", TRAIN, "--config", run_file, "--save", reference, "--resume", "none")
     assert status != 0

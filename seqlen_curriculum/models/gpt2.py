@@ -68,20 +68,21 @@ class CausalLM(nn.Module):
         lm.lm_head = LossHead(lm.transformer.wte.weight)
         self.lm = lm
 
-    def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
+    def forward(self, inputs: Tensor, targets: Tensor, first_position: int = 0) -> Tensor:
         """Mean cross entropy in nats, an fp32 scalar, of ``targets`` (B, S) given ``inputs`` (B, S), both int64.
 
-        ``targets`` are already shifted: ``targets[:, i]`` follows ``inputs[:, i]``. ConfigError if S is above
-        ``max_position_embeddings``.
+        ``targets`` are already shifted: ``targets[:, i]`` follows ``inputs[:, i]``, which stands at ``first_position + i``.
+        ConfigError if a position is at or above ``max_position_embeddings``.
         """
-        positions = self.lm.config.n_positions
-        if inputs.shape[1] > positions:
+        end, positions = first_position + inputs.shape[1], self.lm.config.n_positions
+        if end > positions:
             raise ConfigError(
-                f"model.max_position_embeddings: {positions} is below the seqlen {inputs.shape[1]} of this batch; "
+                f"model.max_position_embeddings: {positions} is below the seqlen {end} of this batch; "
                 "raise it, or lower data.seq_length and the curriculum's max_difficulty"
             )
         assert inputs.shape == targets.shape
-        hidden = self.lm.transformer(inputs).last_hidden_state  # (B, S, H)
+        position_ids = torch.arange(first_position, end, device=inputs.device).unsqueeze(0)
+        hidden = self.lm.transformer(inputs, position_ids=position_ids).last_hidden_state  # (B, S, H)
         loss: Tensor = self.lm.lm_head(hidden, targets)
         return loss
 

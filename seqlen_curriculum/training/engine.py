@@ -47,6 +47,7 @@ def initialize(*args: Any, curriculum_kwarg: str | None = None, **kwargs: Any) -
     if curriculum_kwarg is not None:
         _check_takes_length(given.get("model"), curriculum_kwarg, scheduler is not None)
     engine, *others = _deepspeed_initialize(args=_without_config(named), config=dict(run.deepspeed), **given)
+    _free_shared_memory(engine)
     engine.curriculum_scheduler = scheduler
     if isinstance(engine, PipelineEngine):
         follow_shapes(engine, begin_step)
@@ -66,6 +67,13 @@ def _deepspeed_initialize(**arguments: Any) -> tuple[Any, ...]:
         raise ConfigError(
             f"DeepSpeed refuses its part of the configuration: {type(error).__name__}: {error}"
         ) from error
+
+
+def _free_shared_memory(engine: Any) -> None:
+    """Unlink the 66 MiB that each CPU rank of DeepSpeed leaves in /dev/shm; by now all ranks have mapped them."""
+    name = f"deepspeed_allreduce_buffer_*_{os.environ.get('MASTER_PORT')}_{engine.global_rank}"
+    for buffer in Path("/dev/shm").glob(name):
+        buffer.unlink(missing_ok=True)
 
 
 def _run_config(args: argparse.Namespace | None, *configs: object) -> RunConfig:

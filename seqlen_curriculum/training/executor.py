@@ -15,9 +15,9 @@ from deepspeed.runtime.pipe.schedule import OptimizerStep, ReduceGrads, ReduceTi
 
 from seqlen_curriculum.training.accumulate import accumulate, set_accumulation
 
-__all__ = ["DataParallel", "Pipeline", "StepResult", "executor"]
+__all__ = ["DataParallel", "Pipeline", "SequenceParallel", "StepResult", "executor"]
 
-MicroBatch = tuple[torch.Tensor, torch.Tensor]
+MicroBatch = tuple[Any, ...]  # what the model's forward takes
 
 
 class StepResult(NamedTuple):
@@ -31,6 +31,7 @@ class DataParallel:
     """Every rank has the whole model (or gathers it) and rows of its own."""
 
     least_micro_batches = 1
+    leads = True
 
     def __init__(self, engine: Any) -> None:
         self.engine, self.data_rank, self.data_ranks = engine, dist.get_rank(), engine.dp_world_size
@@ -56,6 +57,7 @@ class DataParallel:
         """Forward and backward of a loss that weighs nothing, without a step."""
         self.engine.set_gradient_accumulation_boundary(False)
         self.engine.backward(self.engine(*micro_batch) * 0)
+        self.engine.set_gradient_accumulation_boundary(None)  # DeepSpeed counts itself again
 
     def _unsharded_grad_norm(self) -> torch.Tensor | None:
         """The gradient norm where DeepSpeed keeps none: fp32 without ZeRO. Gradients are averaged by now."""
@@ -65,12 +67,42 @@ class DataParallel:
         return torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])
 
 
+class SequenceParallel(DataParallel):
+    """The ranks of ``group`` share the rows and each has the part of every sequence that is as its rank in the group."""
+
+    def __init__(self, engine: Any, group: Any) -> None:
+        super().__init__(engine)
+        self.part, self.parts = dist.get_rank(group), dist.get_world_size(group)
+        self.data_rank, self.data_ranks = dist.get_rank() // self.parts, dist.get_world_size() // self.parts
+        self.leads = self.part == 0
+
+    def train(self, micro_batches: Sequence[MicroBatch], seeds: Sequence[int]) -> StepResult:
+        """One optimizer step on equal ``micro_batches`` of whole rows; parts draw dropout of their own."""
+        return super().train([self._own(rows) for rows in micro_batches], [seed ^ self.part for seed in seeds])
+
+    def evaluate(self, micro_batch: MicroBatch) -> torch.Tensor:
+        """The mean loss of this rank's part of (inputs, targets)."""
+        return super().evaluate(self._own(micro_batch))
+
+    def rehearse(self, micro_batch: MicroBatch) -> None:
+        """Forward and backward of a loss that weighs nothing, without a step."""
+        super().rehearse(self._own(micro_batch))
+
+    def _own(self, micro_batch: MicroBatch) -> MicroBatch:
+        """(inputs, targets, first position) of this rank's part, of S / parts tokens."""
+        inputs, targets = micro_batch[:2]
+        length = inputs.shape[1] // self.parts
+        own = slice(self.part * length, (self.part + 1) * length)
+        return inputs[:, own], targets[:, own], self.part * length
+
+
 class Pipeline:
     """Each rank has one stage; ranks of the same stage share the rows."""
 
     def __init__(self, engine: Any) -> None:
         self.engine, self.stage = engine, engine.stage_id
         self.data_rank, self.data_ranks = engine.grid.get_data_parallel_id(), engine.grid.data_parallel_size
+        self.leads = engine.is_first_stage()  # of the ranks that read the same rows, the one to log them
         # Stages idle while the pipeline fills and drains; with 4 micro-batches a stage that is a fifth of the time at most.
         self.least_micro_batches = 4 * engine.num_stages
 
@@ -108,9 +140,11 @@ class _WithoutUpdate(TrainSchedule):  # type: ignore[misc]
             yield [i for i in instructions if not isinstance(i, (ReduceTiedGrads, ReduceGrads, OptimizerStep))]
 
 
-def executor(engine: Any) -> DataParallel | Pipeline:
-    """The one that fits ``engine``."""
-    return Pipeline(engine) if isinstance(engine, PipelineEngine) else DataParallel(engine)
+def executor(engine: Any, sequence_group: Any = None) -> DataParallel | Pipeline:
+    """The one that fits ``engine``; ``sequence_group`` are the ranks that share a sequence, if any do."""
+    if isinstance(engine, PipelineEngine):
+        return Pipeline(engine)
+    return DataParallel(engine) if sequence_group is None else SequenceParallel(engine, sequence_group)
 
 
 def _number(norm: Any) -> float | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from seqlen_curriculum.training.executor import executor
 from seqlen_curriculum.training.pipeline import GPT2Stages
 from seqlen_curriculum.training.telemetry import Telemetry, say
 from seqlen_curriculum.training.trainer import Trainer
+from seqlen_curriculum.training.ulysses import split_attention
 
 __all__ = ["lock_folder", "pretrain", "refuse_other_run", "write_model"]
 
@@ -52,6 +54,8 @@ def pretrain(config: RunConfig, train: Samples, valid: Samples | None, save: Pat
     torch.manual_seed(training.seed)  # the same weights on every rank
     model = build_gpt2(model_config)
     stages = GPT2Stages(model, config.keys.pipeline_stages) if config.keys.pipeline_stages > 1 else None
+    sequence_ranks = config.keys.sequence_parallel_size or 1
+    sequence_group = split_attention(model, sequence_ranks) if sequence_ranks > 1 else None
     engine = _engine(config, stages or model)
     if training.compile:
         compile_blocks(model.lm.transformer.h, engine.device)
@@ -61,9 +65,11 @@ def pretrain(config: RunConfig, train: Samples, valid: Samples | None, save: Pat
     _rewind_logs(save, done_steps)
     _, micro_batch, _ = batch_shape(config.keys, dist.get_world_size())
     write = partial(stages.save_hf, model) if stages else partial(write_model, model)
+    runs = executor(engine, sequence_group)
+    logs_samples = training.log_sample_ids and runs.leads
     telemetry = Telemetry(save / _RUNLOG if rank == 0 else None, engine.monitor, done_steps, timeline)
     trainer = Trainer(
-        executor=executor(engine),
+        executor=runs,
         timeline=timeline,
         train_samples=train,
         valid_samples=valid,
@@ -71,7 +77,7 @@ def pretrain(config: RunConfig, train: Samples, valid: Samples | None, save: Pat
         settings=training,
         telemetry=telemetry,
         save=lambda step: checkpoints.save(engine, step, write),
-        sample_log=RunLog(save / f"samples.rank{rank}.jsonl") if training.log_sample_ids else None,
+        sample_log=RunLog(save / f"samples.rank{rank}.jsonl") if logs_samples else None,
     )
     try:
         return trainer.train(done_steps + 1)
@@ -82,6 +88,10 @@ def pretrain(config: RunConfig, train: Samples, valid: Samples | None, save: Pat
 
 
 def _engine(config: RunConfig, model: torch.nn.Module) -> Any:
+    deepspeed_config = {name: value for name, value in config.deepspeed.items() if name != "sequence_parallel_size"}
+    # DeepSpeed takes the ranks of a sequence for ranks with rows of their own.
+    deepspeed_config["train_batch_size"] *= config.keys.sequence_parallel_size or 1
+    config = replace(config, deepspeed=deepspeed_config)
     engine, *_ = initialize(config=config, model=model, model_parameters=model.parameters())
     if engine.zero_optimization_stage() == 0 and (engine.fp16_enabled() or engine.bfloat16_enabled()):
         say("warning: half precision at ZeRO stage 0 updates weights unlike fp32; set zero_optimization.stage to 1")

@@ -1,0 +1,52 @@
+"""Ulysses sequence parallel: the ranks of a sequence each have a part of its tokens, and in attention some of its heads.
+
+Shapes: ``B`` rows, ``S`` seqlen, ``P`` ranks of a sequence, ``nh`` heads of size ``hs``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from deepspeed import comm as dist
+from deepspeed.sequence.layer import DistributedAttention
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AttentionInterface
+
+from seqlen_curriculum.models.gpt2 import CausalLM
+
+__all__ = ["split_attention"]
+
+
+def split_attention(model: CausalLM, degree: int) -> Any:
+    """Make ``model`` attend over the ranks of a sequence, ``degree`` neighbours; returns this rank's process group.
+
+    DeepSpeed's engine is not told: it averages gradients over all ranks, and the mean of equal parts' means is the mean.
+    """
+    groups = [dist.new_group(range(first, first + degree)) for first in range(0, dist.get_world_size(), degree)]
+    group = groups[dist.get_rank() // degree]
+    attend = DistributedAttention(_whole_rows, group, scatter_idx=2, gather_idx=1)
+
+    def attention(
+        _module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        _mask: Tensor | None,
+        dropout: float = 0.0,
+        scaling: float | None = None,
+        **_: Any,
+    ) -> tuple[Tensor, None]:
+        """Query, key and value (B, nh, S / P, hs), result (B, S / P, nh, hs)."""
+        part = (tensor.transpose(1, 2) for tensor in (query, key, value))
+        return attend(*part, 0, None, dropout, scaling), None  # rows are axis 0; no rotary embedding
+
+    AttentionInterface.register("ulysses_causal", attention)
+    model.lm.config._attn_implementation = "ulysses_causal"
+    return group
+
+
+def _whole_rows(query: Tensor, key: Tensor, value: Tensor, dropout: float, scaling: float | None) -> Tensor:
+    """Causal attention of some of the heads, all (B, S, nh / P, hs)."""
+    q, k, v = (tensor.transpose(1, 2) for tensor in (query, key, value))
+    return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, scale=scaling).transpose(1, 2)
