@@ -190,7 +190,7 @@ class RunConfig:
         return TokenCosine(timeline, self.scheduler.params, max_lr)
 
     def settings(self) -> dict[str, Any]:
-        """What makes the run the run it is, flat: ``{"model.num_layers": 12, ...}``. Ranks, paths and intervals do not."""
+        """What makes the run the run it is, flat: ``{"model.num_layers": 12, ...}``. Ranks, ZeRO and paths do not."""
         chosen: dict[str, Any] = {}
         if self.model:
             chosen["model"] = self.model.model_dump(exclude={"preset", "activation_checkpointing"})
@@ -205,7 +205,12 @@ class RunConfig:
         chosen |= {name: self.deepspeed[name] for name in shared if name in self.deepspeed}
         if self.scheduler:
             chosen["scheduler"] = self.scheduler.model_dump()
-        return {**dict(flat(chosen)), "zero_optimization.stage": self.keys.zero_stage}
+        cut = {
+            name: degree
+            for name, degree in self.keys.degrees.items()
+            if degree > 1 and name != "sequence_parallel_size"
+        }
+        return {**dict(flat(chosen)), **cut}  # a model that is cut over ranks is saved in its pieces
 
     def warnings(self) -> list[str]:
         """What is allowed but ill-advised, one line each."""

@@ -8,7 +8,7 @@ import pytest
 
 from seqlen_curriculum.errors import CheckpointError
 
-GOOD = {"step": 6, "world_size": 2, "run": {"training.seed": 1}, "files": {"states.pt": 3}}
+GOOD = {"step": 6, "world_size": 2, "zero_stage": 1, "run": {"training.seed": 1}, "files": {"states.pt": 3}}
 
 
 @pytest.fixture
@@ -22,7 +22,8 @@ def test_a_complete_checkpoint_is_read(folder):
     from seqlen_curriculum.training.checkpoint import read_checkpoint
 
     checkpoint = read_checkpoint(folder)
-    assert (checkpoint.step, checkpoint.world_size, checkpoint.run) == (6, 2, {"training.seed": 1})
+    assert (checkpoint.step, checkpoint.world_size, checkpoint.zero_stage) == (6, 2, 1)
+    assert checkpoint.run == {"training.seed": 1}
 
 
 @pytest.mark.parametrize(
@@ -91,7 +92,7 @@ def test_no_run_writes_over_anothers_log(tmp_path, resume, start, log_begins, re
 
     if log_begins is not None:
         (tmp_path / "runlog.jsonl").write_text(json.dumps({"step": log_begins}) + "\n")
-    checkpoint = None if start is None else Checkpoint(tmp_path.parent / "elsewhere", start, 1, {})
+    checkpoint = None if start is None else Checkpoint(tmp_path.parent / "elsewhere", start, 1, 0, {})
     if refused:
         with pytest.raises(CheckpointError, match=f"began with step {log_begins}"):
             refuse_other_run(tmp_path, resume, checkpoint)

@@ -265,7 +265,6 @@ def test_what_makes_a_run_the_run_it_is():
         {"curriculum_learning__enabled": False},
         {"model__dropout": 0.5},
         {"data__split": "1,1,1"},
-        {"zero_optimization__stage": 2},
         {"training__seqlen_bucket": 16},
         {"batch_size_warmup": WARMUP},
     ):
@@ -274,6 +273,7 @@ def test_what_makes_a_run_the_run_it_is():
         {"training__eval_interval": 3},
         {"train_micro_batch_size_per_gpu": 1},
         {"model__activation_checkpointing": True},
+        {"zero_optimization__stage": 2},
     ):
         assert settings(**same) == reference, same
 

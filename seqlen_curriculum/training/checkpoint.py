@@ -1,8 +1,9 @@
 """Checkpoints that are whole or absent: written under a temporary name, moved into place, verified before use.
 
 A checkpoint folder ``global_step<N>`` holds DeepSpeed's files, the model as a Hugging Face folder (``config.json``,
-``model.safetensors``), and last of all ``complete.json``: the step, the settings that make the run what it is, and the
-size of every file. A folder without it, or with a file of another size, is not a checkpoint.
+``model.safetensors``), and last of all ``complete.json``: the step, by how many ranks and under which ZeRO stage it was
+saved, the settings that make the run what it is, and the size of every file. A folder without it, or with a file of
+another size, is not a checkpoint.
 """
 
 from __future__ import annotations
@@ -13,12 +14,14 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 from deepspeed import comm as dist
+from pydantic import Field
 
 from seqlen_curriculum.errors import CheckpointError, SeqlenCurriculumError
 from seqlen_curriculum.fields import Count, CountOrZero, Section
+from seqlen_curriculum.training.reshard import load_resharded
 from seqlen_curriculum.training.telemetry import say
 
 __all__ = ["Checkpoint", "Checkpoints", "on_rank_0"]
@@ -34,6 +37,7 @@ class Checkpoint:
     folder: Path
     step: int
     world_size: int
+    zero_stage: int
     run: dict[str, Any]
 
 
@@ -61,7 +65,7 @@ class Checkpoints:
             write_model(unfinished)
             dist.barrier()
             if dist.get_rank() == 0:
-                self._publish(unfinished, final, step)
+                self._publish(unfinished, final, step, engine.zero_optimization_stage())
         except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
             shutil.rmtree(unfinished, ignore_errors=True)
             kept = next(reversed(self._complete()), None)
@@ -97,13 +101,27 @@ class Checkpoints:
     def load(self, engine: Any, checkpoint: Checkpoint) -> None:
         """Continue ``engine`` from ``checkpoint`` on all ranks. Raises CheckpointError if it is another run's."""
         self._check_same_run(checkpoint)
+        go_back = "move it away to continue from the one before"
         try:
-            loaded, _ = engine.load_checkpoint(str(checkpoint.folder.parent), tag=checkpoint.folder.name)
-            problem = f"DeepSpeed found step {engine.global_steps} where {checkpoint.step} was saved"
+            self._load(engine, checkpoint)
+        except CheckpointError:
+            raise
         except Exception as error:  # damaged bytes make torch.load raise nearly anything
-            loaded, problem = None, f"can't be loaded ({error})"
-        if loaded is None or engine.global_steps != checkpoint.step:
-            raise CheckpointError(f"{checkpoint.folder}: {problem}; move it away to continue from the one before")
+            raise CheckpointError(f"{checkpoint.folder}: can't be loaded ({error}); {go_back}") from error
+        if engine.global_steps != checkpoint.step:
+            raise CheckpointError(
+                f"{checkpoint.folder}: DeepSpeed found step {engine.global_steps}, {checkpoint.step} was saved; {go_back}"
+            )
+
+    @staticmethod
+    def _load(engine: Any, checkpoint: Checkpoint) -> None:
+        stage, ranks = engine.zero_optimization_stage(), dist.get_world_size()
+        if checkpoint.zero_stage == stage and (stage == 0 or checkpoint.world_size == ranks):
+            engine.load_checkpoint(str(checkpoint.folder.parent), tag=checkpoint.folder.name)
+            return
+        saved_by = f"{checkpoint.world_size} ranks under ZeRO stage {checkpoint.zero_stage}"
+        say(f"{checkpoint.folder}: saved by {saved_by}, continuing on {ranks} ranks under stage {stage}")
+        load_resharded(engine, checkpoint.folder, checkpoint.zero_stage, checkpoint.world_size)
 
     def _check_same_run(self, checkpoint: Checkpoint) -> None:
         changed = differences(checkpoint.run, self.run)
@@ -112,16 +130,11 @@ class Checkpoints:
             raise CheckpointError(
                 f"{checkpoint.folder}: made by another run; restore these settings, or start anew in another --save:{listed}"
             )
-        ranks = dist.get_world_size()
-        if checkpoint.run.get("zero_optimization.stage", 0) != 0 and checkpoint.world_size != ranks:
-            raise CheckpointError(
-                f"{checkpoint.folder}: its optimizer state is sharded over {checkpoint.world_size} ranks (ZeRO); "
-                f"resume with as many, not with {ranks}"
-            )
 
-    def _publish(self, unfinished: Path, final: Path, step: int) -> None:
+    def _publish(self, unfinished: Path, final: Path, step: int, zero_stage: int) -> None:
         sizes = {str(f.relative_to(unfinished)): f.stat().st_size for f in sorted(unfinished.rglob("*")) if f.is_file()}
-        manifest = {"step": step, "world_size": dist.get_world_size(), "run": self.run, "files": sizes}
+        sharding = {"world_size": dist.get_world_size(), "zero_stage": int(zero_stage)}
+        manifest = {"step": step, **sharding, "run": self.run, "files": sizes}
         _write(unfinished / _MANIFEST, json.dumps(manifest, indent=2))
         if final.exists():
             say(f"replacing an unusable checkpoint: {final}")
@@ -164,6 +177,7 @@ class _Manifest(Section):
 
     step: CountOrZero
     world_size: Count
+    zero_stage: Annotated[int, Field(ge=0, le=3)]
     run: dict[str, Any]
     files: dict[str, int]
 
@@ -182,7 +196,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         if found != size:
             state = "is missing" if found is None else f"has {found} bytes"
             raise CheckpointError(f"{folder}: {name} {state}, {size} bytes were saved")
-    return Checkpoint(folder, manifest.step, manifest.world_size, manifest.run)
+    return Checkpoint(folder, manifest.step, manifest.world_size, manifest.zero_stage, manifest.run)
 
 
 def differences(saved: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
