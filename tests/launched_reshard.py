@@ -38,8 +38,9 @@ RUN = {
     "scheduler": {"type": "TokenCosineLR", "params": {"warmup_steps": 5, "min_lr": 1e-3}},
     "training": {"train_tokens": 1000},
 }
-PRECISIONS = {
+SETTINGS = {
     "fp32": {},
+    "fp32 WarmupLR": {"scheduler": {"type": "WarmupLR", "params": {"warmup_max_lr": 1e-2, "warmup_num_steps": 5}}},
     "bf16": {"bf16": {"enabled": True}},
     "fp16": {"fp16": {"enabled": True, "initial_scale_power": 15, "hysteresis": 1}},
     "fp16 skipping": {"fp16": {"enabled": True, "initial_scale_power": 40}},  # no step is taken, so there is no state
@@ -47,7 +48,7 @@ PRECISIONS = {
 
 
 def config(precision, kind):
-    run = {**copy.deepcopy(RUN), **PRECISIONS[precision], "zero_optimization": {"stage": int(kind[0])}}
+    run = {**copy.deepcopy(RUN), **SETTINGS[precision], "zero_optimization": {"stage": int(kind[0])}}
     if "offloaded" in kind:
         run["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
     if "fused" in kind:
