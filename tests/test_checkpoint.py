@@ -8,7 +8,7 @@ import pytest
 
 from seqlen_curriculum.errors import CheckpointError
 
-GOOD = {"step": 6, "world_size": 2, "zero_stage": 1, "run": {"training.seed": 1}, "files": {"states.pt": 3}}
+GOOD = {"step": 6, "data_ranks": 2, "zero_stage": 1, "run": {"training.seed": 1}, "files": {"states.pt": 3}}
 
 
 @pytest.fixture
@@ -22,7 +22,7 @@ def test_a_complete_checkpoint_is_read(folder):
     from seqlen_curriculum.training.checkpoint import read_checkpoint
 
     checkpoint = read_checkpoint(folder)
-    assert (checkpoint.step, checkpoint.world_size, checkpoint.zero_stage) == (6, 2, 1)
+    assert (checkpoint.step, checkpoint.data_ranks, checkpoint.zero_stage) == (6, 2, 1)
     assert checkpoint.run == {"training.seed": 1}
 
 

@@ -124,5 +124,7 @@ def test_a_run_under_zero_2_on_two_ranks_goes_on_under_zero_3_on_one(tiny_run, t
             shutil.rmtree(path)
     status, output = launch(tmp_path / "log2", TRAIN, *arguments, "--set", "zero_optimization.stage=3")
     assert status == 0, output
-    assert f"global_step{kept}: saved by 2 ranks under ZeRO stage 2, continuing on 1 ranks under stage 3" in output
+    assert (
+        f"global_step{kept}: saved by 2 data-parallel ranks under ZeRO stage 2, continuing on 1 under stage 3" in output
+    )
     assert_same_run(tmp_path / "run", reference, loss_tolerance=1e-4)

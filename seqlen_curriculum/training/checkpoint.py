@@ -1,8 +1,8 @@
 """Checkpoints that are whole or absent: written under a temporary name, moved into place, verified before use.
 
 A checkpoint folder ``global_step<N>`` holds DeepSpeed's files, the model as a Hugging Face folder (``config.json``,
-``model.safetensors``), and last of all ``complete.json``: the step, by how many ranks and under which ZeRO stage it was
-saved, the settings that make the run what it is, and the size of every file. A folder without it, or with a file of
+``model.safetensors``), and last of all ``complete.json``: the step, over how many ranks the data was spread and under which
+ZeRO stage, the settings that make the run what it is, and the size of every file. A folder without it, or with a file of
 another size, is not a checkpoint.
 """
 
@@ -36,7 +36,7 @@ class Checkpoint:
 
     folder: Path
     step: int
-    world_size: int
+    data_ranks: int
     zero_stage: int
     run: dict[str, Any]
 
@@ -65,7 +65,7 @@ class Checkpoints:
             write_model(unfinished)
             dist.barrier()
             if dist.get_rank() == 0:
-                self._publish(unfinished, final, step, engine.zero_optimization_stage())
+                self._publish(unfinished, final, step, engine)
         except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
             shutil.rmtree(unfinished, ignore_errors=True)
             kept = next(reversed(self._complete()), None)
@@ -115,13 +115,13 @@ class Checkpoints:
 
     @staticmethod
     def _load(engine: Any, checkpoint: Checkpoint) -> None:
-        stage, ranks = engine.zero_optimization_stage(), dist.get_world_size()
-        if checkpoint.zero_stage == stage and (stage == 0 or checkpoint.world_size == ranks):
+        stage, ranks = engine.zero_optimization_stage(), engine.dp_world_size
+        if checkpoint.zero_stage == stage and (stage == 0 or checkpoint.data_ranks == ranks):
             engine.load_checkpoint(str(checkpoint.folder.parent), tag=checkpoint.folder.name)
             return
-        saved_by = f"{checkpoint.world_size} ranks under ZeRO stage {checkpoint.zero_stage}"
-        say(f"{checkpoint.folder}: saved by {saved_by}, continuing on {ranks} ranks under stage {stage}")
-        load_resharded(engine, checkpoint.folder, checkpoint.zero_stage, checkpoint.world_size)
+        saved_by = f"{checkpoint.data_ranks} data-parallel ranks under ZeRO stage {checkpoint.zero_stage}"
+        say(f"{checkpoint.folder}: saved by {saved_by}, continuing on {ranks} under stage {stage}")
+        load_resharded(engine, checkpoint.folder, checkpoint.zero_stage, checkpoint.data_ranks)
 
     def _check_same_run(self, checkpoint: Checkpoint) -> None:
         changed = differences(checkpoint.run, self.run)
@@ -131,9 +131,9 @@ class Checkpoints:
                 f"{checkpoint.folder}: made by another run; restore these settings, or start anew in another --save:{listed}"
             )
 
-    def _publish(self, unfinished: Path, final: Path, step: int, zero_stage: int) -> None:
+    def _publish(self, unfinished: Path, final: Path, step: int, engine: Any) -> None:
         sizes = {str(f.relative_to(unfinished)): f.stat().st_size for f in sorted(unfinished.rglob("*")) if f.is_file()}
-        sharding = {"world_size": dist.get_world_size(), "zero_stage": int(zero_stage)}
+        sharding = {"data_ranks": engine.dp_world_size, "zero_stage": int(engine.zero_optimization_stage())}
         manifest = {"step": step, **sharding, "run": self.run, "files": sizes}
         _write(unfinished / _MANIFEST, json.dumps(manifest, indent=2))
         if final.exists():
@@ -176,7 +176,7 @@ class _Manifest(Section):
     """``complete.json``."""
 
     step: CountOrZero
-    world_size: Count
+    data_ranks: Count
     zero_stage: Annotated[int, Field(ge=0, le=3)]
     run: dict[str, Any]
     files: dict[str, int]
@@ -196,7 +196,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         if found != size:
             state = "is missing" if found is None else f"has {found} bytes"
             raise CheckpointError(f"{folder}: {name} {state}, {size} bytes were saved")
-    return Checkpoint(folder, manifest.step, manifest.world_size, manifest.zero_stage, manifest.run)
+    return Checkpoint(folder, manifest.step, manifest.data_ranks, manifest.zero_stage, manifest.run)
 
 
 def differences(saved: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from deepspeed import comm as dist
+from deepspeed.runtime.pipe.engine import PipelineEngine
 from torch import Tensor
 
 from seqlen_curriculum.errors import CheckpointError
@@ -59,19 +60,24 @@ class _Saved:
 
 
 def load_resharded(engine: Any, folder: Path, saved_stage: int, saved_ranks: int) -> None:
-    """Continue ``engine``, fresh and under any ZeRO stage, from a checkpoint of ``saved_ranks`` ranks under ``saved_stage``.
+    """Continue ``engine``, fresh and under any ZeRO stage, from ``saved_ranks`` shards saved under ``saved_stage``.
 
     Weights and optimizer state are the saved ones to the last bit, as are step, loss scale and learning rate. In half
-    precision stage 0 is refused: CheckpointError.
+    precision and in pipelines stage 0 is refused: CheckpointError.
     """
-    stage = engine.zero_optimization_stage()
+    stage, model_rank = engine.zero_optimization_stage(), engine.mpu.get_model_parallel_rank() if engine.mpu else 0
+    if 0 in (stage, saved_stage) and isinstance(engine, PipelineEngine):
+        raise CheckpointError(
+            f"{folder}: saved under ZeRO stage {saved_stage}; a pipeline can't continue it under stage {stage}, set "
+            f"zero_optimization.stage to {saved_stage}"
+        )
     if 0 in (stage, saved_stage) and (engine.fp16_enabled() or engine.bfloat16_enabled()):
         raise CheckpointError(
             f"{folder}: saved under ZeRO stage {saved_stage}, which in half precision can't continue under stage {stage}: "
             f"stage 0 has an optimizer of its own there; set zero_optimization.stage to {saved_stage}"
         )
     names = [name for name, parameter in engine.module.named_parameters() if parameter.requires_grad]
-    saved = _read(folder, saved_stage, saved_ranks, names)
+    saved = _read(folder, saved_stage, saved_ranks, names, model_rank)
     pieces: dict[str, list[Piece]] = defaultdict(list)
     for shard in saved.shards:
         for name, piece in shard.pieces():
@@ -119,14 +125,15 @@ def _spans_of_whole(weights: Mapping[str, Tensor]) -> list[Span]:
     return [Span(name, 0, weight.numel(), flat, 0) for flat, (name, weight) in enumerate(weights.items())]
 
 
-def _read(folder: Path, stage: int, ranks: int, names: list[str]) -> _Saved:
-    model = _mapped(min(folder.glob("*mp_rank_00_model_states.pt")))  # of rank 0, where each has its own
+def _read(folder: Path, stage: int, ranks: int, names: list[str], model_rank: int) -> _Saved:
+    part = f"mp_rank_{model_rank:02d}"
+    model = _mapped(min(folder.glob(f"*{part}_model_states.pt")))  # of data rank 0, where each has its own
     if stage == 0:
         weights = {name: model["module"][name] for name in names}
         shard = _Shard(_spans_of_whole(weights), list(weights.values()), model["optimizer"]["state"])
         return _Saved(model, [shard], model["optimizer"]["param_groups"], {})
     states = [
-        _mapped(next(folder.glob(f"*zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")))["optimizer_state_dict"]
+        _mapped(next(folder.glob(f"*zero_pp_rank_{rank}_{part}_optim_states.pt")))["optimizer_state_dict"]
         for rank in range(ranks)
     ]
     key = _base_key(stage)
@@ -171,7 +178,7 @@ def _load_by_group(engine: Any, saved: _Saved, pieces: Mapping[str, list[Piece]]
     own = optimizer.state_dict()
     spans = _spans_of_group(own["param_slice_mappings"], firsts)
     own |= saved.scaler | {_base_key(1): _filled(own[_base_key(1)], saved, pieces, spans, flats)}
-    optimizer.load_state_dict([own] * dist.get_world_size(), load_from_fp32_weights=True)
+    optimizer.load_state_dict([own] * engine.dp_world_size, load_from_fp32_weights=True)
     optimizer.update_lp_params()
 
 
@@ -179,12 +186,12 @@ def _load_by_parameter(engine: Any, saved: _Saved, pieces: Mapping[str, list[Pie
     optimizer = engine.optimizer
     names = {id(parameter): name for name, parameter in engine.module.named_parameters()}
     shapes = [{names[id(parameter)]: parameter.ds_shape for parameter in group} for group in optimizer.fp16_groups]
-    spans = spans_of_parameters(shapes, dist.get_rank(), dist.get_world_size())
+    spans = spans_of_parameters(shapes, dist.get_rank(), engine.dp_world_size)
     own = optimizer.state_dict()
     filled = _filled(own[_base_key(3)], saved, pieces, spans, optimizer.fp32_partitioned_groups_flat)
     own |= saved.scaler | {_base_key(3): filled}
     optimizer.checkpoint_event_prologue()
-    optimizer.load_state_dict([own] * dist.get_world_size())
+    optimizer.load_state_dict([own] * engine.dp_world_size)
     optimizer.checkpoint_event_epilogue()
 
 

@@ -1,0 +1,165 @@
+"""Every engine in every precision: trains along the plan, evaluates, resumes amid the warmup, changes the number of ranks.
+
+Three launches: on two ranks each cell trains and continues from its own checkpoint; on one rank (pipelines: on four) each
+continues from there once more.
+"""
+
+import json
+
+import pytest
+from conftest import launch
+from test_training import records, samples_by_step
+
+from seqlen_curriculum import RunConfig
+
+ENGINES = {
+    "zero0": [],
+    "zero1": ["zero_optimization.stage=1"],
+    "zero2": ["zero_optimization.stage=2"],
+    "zero3": ["zero_optimization.stage=3"],
+    # With torch's Adam: DeepSpeed's CPU Adam takes minutes to compile.
+    "offload": [
+        "zero_optimization.stage=2",
+        'zero_optimization.offload_optimizer={"device": "cpu"}',
+        "zero_force_ds_cpu_optimizer=false",
+    ],
+    "checkpointing": ["zero_optimization.stage=1", "model.activation_checkpointing=true"],
+    "ulysses": ["sequence_parallel_size=2", "zero_optimization.stage=1"],
+    # DeepSpeed keeps a pipeline's ranks in globals: no other engine can follow one in a process.
+    "pipeline": ["pipeline.stages=2"],
+    "pipeline_zero1": ["pipeline.stages=2", "zero_optimization.stage=1"],
+}
+PRECISIONS = {
+    "fp32": [],
+    "bf16": ["bf16.enabled=true"],
+    "fp16": ["fp16.enabled=true", "fp16.initial_scale_power=8"],  # from 2 ** 16 the first steps would be skipped
+}
+CELLS = [
+    (engine, precision)
+    for engine in ENGINES
+    for precision in PRECISIONS
+    if (engine, precision) not in (("pipeline", "bf16"), ("pipeline", "fp16"))  # refused without ZeRO-1
+]
+MID_WARMUP = 8
+SIXTY_FOUR_LENGTHS = [
+    "data.seq_length=512",
+    "model.max_position_embeddings=512",
+    "curriculum_learning.max_difficulty=512",
+    "curriculum_learning.min_difficulty=8",
+    'curriculum_learning.schedule_config={"total_curriculum_step": 64, "difficulty_step": 8}',
+    "training.train_tokens=140000",
+    "training.eval_interval=40",
+    "training.save_interval=0",
+]
+
+
+def rounding(engine, precision):
+    """Relative difference of losses from fp32's."""
+    if engine == "zero0" and precision != "fp32":
+        return 0.1  # DeepSpeed's half precision optimizer of stage 0 updates unlike fp32's
+    return {"fp32": 1e-4, "bf16": 2e-2, "fp16": 2e-2}[precision]
+
+
+@pytest.fixture(scope="module")
+def run_file(tmp_path_factory, tiny_run):
+    """The tiny run without dropout, whose length changes 14 times in 24 steps."""
+    run = json.loads(json.dumps(tiny_run))
+    run["curriculum_learning"] |= {
+        "min_difficulty": 4,
+        "schedule_config": {"total_curriculum_step": 20, "difficulty_step": 2},
+    }
+    run["model"]["dropout"] = 0.0
+    run["training"] |= {"train_tokens": 3_800, "eval_interval": 12, "save_interval": MID_WARMUP, "keep_last": 9}
+    path = tmp_path_factory.mktemp("matrix") / "run.json"
+    path.write_text(json.dumps(run))
+    return path
+
+
+def launch_runs(folder, name, runs, ranks):
+    """Do all ``runs`` in one launch."""
+    (folder / f"{name}.json").write_text(json.dumps(runs))
+    status, output = launch(
+        folder / f"{name}.log", "tests/launched_matrix.py", folder / f"{name}.json", ranks=ranks, seconds=600
+    )
+    assert status == 0, output
+
+
+@pytest.fixture(scope="module")
+def matrix(run_file):
+    """The folder of the runs: ``CELL`` trained, ``CELL-resumed`` and ``CELL-ranks`` continued amid the warmup."""
+    folder = run_file.parent
+
+    def run(engine, precision, kind, resume):
+        # A continued run does without the preflight: if that left a trace, the two would differ.
+        sets = [*ENGINES[engine], *PRECISIONS[precision], f"training.preflight={json.dumps(kind == '')}"]
+        cell = f"{engine}-{precision}"
+        resume = resume and f"{folder}/{cell}/global_step{MID_WARMUP}"
+        return {"config": str(run_file), "sets": sets, "save": f"{folder}/{cell}{kind}", "resume": resume or "auto"}
+
+    both = [run(*cell, kind, resume) for cell in CELLS for kind, resume in (("", False), ("-resumed", True))]
+    plain = {"config": str(run_file), "sets": SIXTY_FOUR_LENGTHS, "save": f"{folder}/plain", "resume": "auto"}
+    compiled = {**plain, "sets": [*SIXTY_FOUR_LENGTHS, "training.compile=true"], "save": f"{folder}/compiled"}
+    launch_runs(folder, "two", [plain, compiled, *both], ranks=2)
+    pipelines = [cell for cell in CELLS if "pipeline" in cell[0]]
+    others = [run(*cell, "-ranks", True) for cell in CELLS if cell not in pipelines]
+    for one_rank in others:
+        one_rank["sets"] = [value for value in one_rank["sets"] if value != "sequence_parallel_size=2"]
+    reference = {**run("zero0", "fp32", "", False), "save": f"{folder}/one-rank"}
+    launch_runs(folder, "one", [reference, *others], ranks=1)
+    launch_runs(folder, "four", [run(*cell, "-ranks", True) for cell in pipelines], ranks=4)
+    return folder
+
+
+def assert_same_losses(ours, theirs, tolerance):
+    for one, other in zip(ours, theirs, strict=True):
+        assert one.keys() == other.keys()
+        for name in one:
+            rounded = tolerance if name in ("loss", "valid_loss", "valid_ppl") else 0.0
+            if name != "grad_norm":
+                assert one[name] == pytest.approx(other[name], rel=rounded, abs=0.0), (one, other)
+
+
+def after_resume(run):
+    return [[record for record in part if record["step"] > MID_WARMUP] for part in records(run)]
+
+
+@pytest.mark.parametrize(("engine", "precision"), CELLS)
+def test_trains_along_the_plan_and_evaluates(matrix, run_file, engine, precision):
+    timeline = RunConfig.load(run_file).timeline()
+    steps, evaluations = records(matrix / f"{engine}-{precision}")
+    lengths = [record["seqlen"] for record in steps]
+    assert lengths == [timeline.seqlen(step) for step in range(1, timeline.steps + 1)]
+    assert len(set(lengths)) >= 9
+    assert [record["step"] for record in evaluations] == [12, timeline.steps]
+    reference = records(matrix / "one-rank")
+    for ours, theirs in zip((steps, evaluations), reference, strict=True):
+        assert_same_losses(ours, theirs, rounding(engine, precision))
+
+
+@pytest.mark.parametrize(("engine", "precision"), CELLS)
+def test_resumes_amid_the_warmup(matrix, engine, precision):
+    resumed = records(matrix / f"{engine}-{precision}-resumed")
+    expected = after_resume(matrix / f"{engine}-{precision}")
+    for ours, theirs in zip(resumed, expected, strict=True):
+        assert_same_losses(ours, theirs, tolerance=0.0)
+
+
+@pytest.mark.parametrize(("engine", "precision"), CELLS)
+def test_changes_the_number_of_ranks(matrix, engine, precision):
+    cell = matrix / f"{engine}-{precision}"
+    resumed = records(matrix / f"{engine}-{precision}-ranks")
+    for ours, theirs in zip(resumed, after_resume(cell), strict=True):
+        assert_same_losses(ours, theirs, rounding(engine, precision))
+    samples = samples_by_step(cell)
+    assert samples_by_step(matrix / f"{engine}-{precision}-ranks") == {
+        step: samples[step] for step in samples if step > MID_WARMUP
+    }
+
+
+def test_a_ramp_over_64_lengths_compiles_three_graphs_at_most(matrix):
+    steps, evaluations = records(matrix / "compiled")
+    assert len({record["seqlen"] for record in steps}) == 64
+    assert_same_losses(steps, records(matrix / "plain")[0], 1e-4)
+    assert_same_losses(evaluations, records(matrix / "plain")[1], 1e-4)
+    graphs = json.loads((matrix / "compiled" / "graphs.json").read_text())
+    assert 1 <= graphs <= 3
