@@ -1,6 +1,6 @@
 """Run by test_matrix.py: one run after the other in one launch, each trained, or continued from a checkpoint of another.
 
-usage: launched_matrix.py RUNS_JSON, a list of {"config", "sets", "save", "resume"}
+usage: launched_matrix.py RUNS_JSON, a list of {"config", "sets", "save", "resume"} and perhaps "no_compiler"
 """
 
 import json
@@ -9,10 +9,13 @@ from pathlib import Path
 
 import deepspeed
 import torch
+import torch._inductor.config
 
 from seqlen_curriculum.config import RunConfig
 from seqlen_curriculum.data.run_data import open_run_data
 from seqlen_curriculum.training.pretrain import pretrain
+
+COMPILERS = torch._inductor.config.cpp.cxx
 
 
 def main():
@@ -21,7 +24,7 @@ def main():
         config = RunConfig.load(run["config"], run["sets"], require=("optimizer", "model", "data", "training"))
         save = Path(run["save"])
         save.mkdir(parents=True, exist_ok=True)
-        print(f"RUN {save}", flush=True)
+        torch._inductor.config.cpp.cxx = ("nowhere/g++",) if run.get("no_compiler") else COMPILERS
         torch._dynamo.utils.counters.clear()
         pretrain(config, *open_run_data(config), save, run["resume"])
         graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]

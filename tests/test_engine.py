@@ -127,7 +127,7 @@ def test_a_preflight_leaves_no_trace(seen, kind):
 def test_a_preflight_tells_all_ranks_who_is_out_of_memory(seen):
     first, second = seen["out_of_memory"]
     wanted = (
-        "a micro-batch of 64 rows of 65536 tokens, the largest of this run, does not fit the memory of rank 1; lower it"
+        "a micro-batch of 600 rows of 512 tokens, the largest of this run, does not fit the memory of rank 1; lower it"
     )
     assert first.startswith(f"train_micro_batch_size_per_gpu: {wanted}")
     assert second.startswith(f"train_micro_batch_size_per_gpu: {wanted}")

@@ -5,6 +5,7 @@ continues from there once more.
 """
 
 import json
+import re
 
 import pytest
 from conftest import launch
@@ -105,7 +106,9 @@ def matrix(run_file):
     for one_rank in others:
         one_rank["sets"] = [value for value in one_rank["sets"] if value != "sequence_parallel_size=2"]
     reference = {**run("zero0", "fp32", "", False), "save": f"{folder}/one-rank"}
-    launch_runs(folder, "one", [reference, *others], ranks=1)
+    resharded = {**run("zero2", "fp32", "", True), "sets": ENGINES["zero3"], "save": f"{folder}/zero2-to-zero3"}
+    uncompiled = {**reference, "sets": ["training.compile=true"], "save": f"{folder}/uncompiled", "no_compiler": True}
+    launch_runs(folder, "one", [reference, *others, resharded, uncompiled], ranks=1)
     launch_runs(folder, "four", [run(*cell, "-ranks", True) for cell in pipelines], ranks=4)
     return folder
 
@@ -144,16 +147,23 @@ def test_resumes_amid_the_warmup(matrix, engine, precision):
         assert_same_losses(ours, theirs, tolerance=0.0)
 
 
+def assert_continues(resumed, run, tolerance):
+    for ours, theirs in zip(records(resumed), after_resume(run), strict=True):
+        assert_same_losses(ours, theirs, tolerance)
+    samples = samples_by_step(run)
+    assert samples_by_step(resumed) == {step: samples[step] for step in samples if step > MID_WARMUP}
+
+
 @pytest.mark.parametrize(("engine", "precision"), CELLS)
 def test_changes_the_number_of_ranks(matrix, engine, precision):
-    cell = matrix / f"{engine}-{precision}"
-    resumed = records(matrix / f"{engine}-{precision}-ranks")
-    for ours, theirs in zip(resumed, after_resume(cell), strict=True):
-        assert_same_losses(ours, theirs, rounding(engine, precision))
-    samples = samples_by_step(cell)
-    assert samples_by_step(matrix / f"{engine}-{precision}-ranks") == {
-        step: samples[step] for step in samples if step > MID_WARMUP
-    }
+    cell = f"{engine}-{precision}"
+    assert_continues(matrix / f"{cell}-ranks", matrix / cell, rounding(engine, precision))
+
+
+def test_goes_on_under_another_zero_stage_on_another_number_of_ranks(matrix):
+    assert_continues(matrix / "zero2-to-zero3", matrix / "zero2-fp32", 1e-4)
+    told = "saved by 2 data-parallel ranks under ZeRO stage 2, continuing on 1 under stage 3"
+    assert f"zero2-fp32/global_step{MID_WARMUP}: {told}" in (matrix / "one.log").read_text()
 
 
 def test_a_ramp_over_64_lengths_compiles_three_graphs_at_most(matrix):
@@ -163,3 +173,10 @@ def test_a_ramp_over_64_lengths_compiles_three_graphs_at_most(matrix):
     assert_same_losses(evaluations, records(matrix / "plain")[1], 1e-4)
     graphs = json.loads((matrix / "compiled" / "graphs.json").read_text())
     assert 1 <= graphs <= 3
+
+
+def test_without_a_compiler_it_trains_uncompiled_and_says_so(matrix):
+    assert records(matrix / "uncompiled") == records(matrix / "one-rank")
+    log = (matrix / "one.log").read_text()
+    assert re.search("training.compile: .*; training without compilation", log)
+    assert json.loads((matrix / "uncompiled" / "graphs.json").read_text()) <= 0

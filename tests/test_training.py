@@ -305,13 +305,14 @@ def test_too_large_a_micro_batch_shows_before_step_1(run_file, tmp_path):
     def little_memory():
         resource.setrlimit(resource.RLIMIT_DATA, (3_000_000_000, 3_000_000_000))
 
-    large = ("data.seq_length=16384", "model.max_position_embeddings=16384")
-    rows = ("train_batch_size=64", "train_micro_batch_size_per_gpu=64")
-    sets = [word for setting in (*large, *rows) for word in ("--set", setting)]
+    long = ("data.seq_length=2048", "model.max_position_embeddings=2048", "curriculum_learning.max_difficulty=2048")
+    many = ("train_batch_size=512", "train_micro_batch_size_per_gpu=512", "training.eval_interval=0")
+    longer = ("training.train_tokens=50000000",)
+    sets = [word for setting in (*long, *many, *longer) for word in ("--set", setting)]
     arguments = ("--config", run_file, "--save", tmp_path / "run", *sets)
     status, output = launch(tmp_path / "log", TRAIN, *arguments, preexec_fn=little_memory)
     assert status != 0
-    assert "train_micro_batch_size_per_gpu: a micro-batch of 64 rows of 16384 tokens" in output
+    assert "train_micro_batch_size_per_gpu: a micro-batch of 512 rows of 2048 tokens" in output
     assert "model.activation_checkpointing" in output
     assert "Traceback" not in output
     assert (tmp_path / "run" / "runlog.jsonl").read_text() == ""
