@@ -47,6 +47,9 @@ class _Pipeline(_Open):
 
 class _TensorParallel(_Open):
     autotp_size: CountOrZero = 0
+    """Ranks that share each layer."""
+    partition_config: dict[str, Any] | None = None
+    preset_model: str | None = None
 
 
 class DeepSpeedKeys(_Open):

@@ -12,7 +12,13 @@ __all__ = ["engine_problems", "length_problems"]
 
 def engine_problems(keys: DeepSpeedKeys, model: ModelConfig | None, compiled: bool) -> list[str]:
     """One line for each reason why DeepSpeed could not train this model so; ``compiled`` is ``training.compile``."""
-    return [*_precision(keys), *_pipeline(keys, model), *_heads(keys, model), *_compiled(keys, compiled)]
+    return [
+        *_precision(keys),
+        *_pipeline(keys, model),
+        *_tensor(keys, model),
+        *_heads(keys, model),
+        *_compiled(keys, compiled),
+    ]
 
 
 def length_problems(keys: DeepSpeedKeys, lengths: Sequence[int]) -> list[str]:
@@ -48,6 +54,25 @@ def _pipeline(keys: DeepSpeedKeys, model: ModelConfig | None) -> Iterator[str]:
     for name, degree in keys.degrees.items():
         if name != "pipeline.stages" and degree > 1:
             yield f"{name}: {degree} doesn't work together with pipeline.stages {stages}; set one of them to 1"
+
+
+def _tensor(keys: DeepSpeedKeys, model: ModelConfig | None) -> Iterator[str]:
+    section, degree = keys.tensor_parallel, keys.tensor_parallel_size
+    if section is None or degree == 1:
+        return
+    if keys.zero_stage == 0 and set(keys.enabled_precisions) & {"bf16", "fp16"}:
+        yield (
+            f"zero_optimization.stage: half precision with tensor_parallel.autotp_size {degree} needs stage 1; without ZeRO "
+            "DeepSpeed clips by a norm that leaves out the other ranks' weights"
+        )
+    if (keys.sequence_parallel_size or 1) > 1:
+        yield (
+            f"tensor_parallel.autotp_size: {degree} doesn't work together with sequence_parallel_size "
+            f"{keys.sequence_parallel_size}; set one of them to 1"
+        )
+    for name in ("partition_config", "preset_model"):
+        if model and getattr(section, name) is not None:
+            yield f"tensor_parallel.{name}: the model section's GPT-2 is cut in a way of its own; leave it out"
 
 
 def _heads(keys: DeepSpeedKeys, model: ModelConfig | None) -> Iterator[str]:

@@ -58,6 +58,22 @@ MISTAKES = {
         {"sequence_parallel_size": 3},
         r"sequence_parallel_size: 3 doesn't divide the length 8 \(10 of this run's 15 lengths\)",
     ),
+    "half precision over tensor ranks": (
+        {"tensor_parallel": {"autotp_size": 2}, "bf16": {"enabled": True}},
+        "half precision with tensor_parallel.autotp_size 2 needs stage 1",
+    ),
+    "tensor ranks of sequence ranks": (
+        {"tensor_parallel": {"autotp_size": 2}, "sequence_parallel_size": 3},
+        "tensor_parallel.autotp_size: 2 doesn't work together with sequence_parallel_size 3",
+    ),
+    "tensor ranks of stages": (
+        {"tensor_parallel": {"autotp_size": 2}, "pipeline": {"stages": 2}},
+        "tensor_parallel.autotp_size: 2 doesn't work together with pipeline.stages 2",
+    ),
+    "layers cut otherwise": (
+        {"tensor_parallel": {"autotp_size": 2, "partition_config": {"use_default_specs": True}}},
+        "tensor_parallel.partition_config: the model section's GPT-2 is cut in a way of its own",
+    ),
     "compiled under ZeRO-3": (
         {"zero_optimization": {"stage": 3}, "training": {"train_tokens": 9_000, "compile": True}},
         "training.compile: ZeRO-3 gathers weights",
@@ -79,6 +95,8 @@ def test_refused(sections, message):
         {"pipeline": {"stages": 2}, "zero_optimization": {"stage": 1}, "fp16": {"enabled": True}},
         {"sequence_parallel_size": 2},
         {"tensor_parallel": {"autotp_size": 3}},
+        {"tensor_parallel": {"autotp_size": 2}, "zero_optimization": {"stage": 1}, "fp16": {"enabled": True}},
+        {"tensor_parallel": {"autotp_size": 1, "preset_model": "llama"}},
         {"fp16": {"enabled": False}, "bf16": {"enabled": True}},
     ],
 )
