@@ -1,4 +1,4 @@
-"""How one engine does one optimizer step and one evaluation: data parallel (any ZeRO stage) or pipeline.
+"""How one engine does one optimizer step and one evaluation: data parallel (any ZeRO stage), tensor parallel or pipeline.
 
 Shapes: ``B`` rows of a micro-batch, ``S`` seqlen.
 """
@@ -12,10 +12,12 @@ import torch
 from deepspeed import comm as dist
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.runtime.pipe.schedule import OptimizerStep, ReduceGrads, ReduceTiedGrads, TrainSchedule
+from deepspeed.utils import groups
 
 from seqlen_curriculum.training.accumulate import accumulate, set_accumulation
+from seqlen_curriculum.training.tensor_parallel import is_cut
 
-__all__ = ["DataParallel", "Pipeline", "SequenceParallel", "StepResult", "executor"]
+__all__ = ["DataParallel", "Pipeline", "SequenceParallel", "StepResult", "TensorParallel", "executor"]
 
 MicroBatch = tuple[Any, ...]  # what the model's forward takes
 
@@ -64,7 +66,26 @@ class DataParallel:
         engine = self.engine
         if engine.zero_optimization() or engine.fp16_enabled() or engine.bfloat16_enabled():
             return None
-        return torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])
+        return self._norm(list(engine.module.parameters()))
+
+    def _norm(self, parameters: Sequence[torch.nn.Parameter]) -> torch.Tensor:
+        return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+
+
+class TensorParallel(DataParallel):
+    """Each rank has a part of every block; ranks of the same blocks share the rows, and with them the seeds."""
+
+    def __init__(self, engine: Any) -> None:
+        super().__init__(engine)
+        self.data_rank, self.leads = groups.get_data_parallel_rank(), groups.get_tensor_model_parallel_rank() == 0
+
+    def _norm(self, parameters: Sequence[torch.nn.Parameter]) -> torch.Tensor:
+        """Of all ranks' parts of the blocks, and once of what each rank has."""
+        cut = [p for p in parameters if is_cut(p)]
+        square = super()._norm(cut).square()
+        dist.all_reduce(square, group=groups.get_tensor_model_parallel_group())
+        uncut = [p for p in parameters if not is_cut(p)]
+        return (square + super()._norm(uncut).square()).sqrt()
 
 
 class SequenceParallel(DataParallel):
@@ -144,6 +165,8 @@ def executor(engine: Any, sequence_group: Any = None) -> DataParallel | Pipeline
     """The one that fits ``engine``; ``sequence_group`` are the ranks that share a sequence, if any do."""
     if isinstance(engine, PipelineEngine):
         return Pipeline(engine)
+    if engine.autotp_size() > 1:
+        return TensorParallel(engine)
     return DataParallel(engine) if sequence_group is None else SequenceParallel(engine, sequence_group)
 
 

@@ -25,6 +25,7 @@ from seqlen_curriculum.training.engine import initialize
 from seqlen_curriculum.training.executor import executor
 from seqlen_curriculum.training.pipeline import GPT2Stages
 from seqlen_curriculum.training.telemetry import Telemetry, say
+from seqlen_curriculum.training.tensor_parallel import prepare, whole
 from seqlen_curriculum.training.trainer import Trainer
 from seqlen_curriculum.training.ulysses import split_attention
 
@@ -56,7 +57,8 @@ def pretrain(config: RunConfig, train: Samples, valid: Samples | None, save: Pat
     stages = GPT2Stages(model, config.keys.pipeline_stages) if config.keys.pipeline_stages > 1 else None
     sequence_ranks = config.keys.sequence_parallel_size or 1
     sequence_group = split_attention(model, sequence_ranks) if sequence_ranks > 1 else None
-    engine = _engine(config, stages or model)
+    config, mpu = prepare(config, model) if config.keys.tensor_parallel_size > 1 else (config, None)
+    engine = _engine(config, stages or model, mpu)
     if training.compile:
         compile_blocks(model.lm.transformer.h, engine.device)
     if checkpoint is not None:
@@ -87,12 +89,12 @@ def pretrain(config: RunConfig, train: Samples, valid: Samples | None, save: Pat
             trainer.sample_log.close()
 
 
-def _engine(config: RunConfig, model: torch.nn.Module) -> Any:
+def _engine(config: RunConfig, model: torch.nn.Module, mpu: Any) -> Any:
     deepspeed_config = {name: value for name, value in config.deepspeed.items() if name != "sequence_parallel_size"}
     # DeepSpeed takes the ranks of a sequence for ranks with rows of their own.
     deepspeed_config["train_batch_size"] *= config.keys.sequence_parallel_size or 1
     config = replace(config, deepspeed=deepspeed_config)
-    engine, *_ = initialize(config=config, model=model, model_parameters=model.parameters())
+    engine, *_ = initialize(config=config, model=model, model_parameters=model.parameters(), mpu=mpu)
     if engine.zero_optimization_stage() == 0 and (engine.fp16_enabled() or engine.bfloat16_enabled()):
         say("warning: half precision at ZeRO stage 0 updates weights unlike fp32; set zero_optimization.stage to 1")
     return engine
@@ -143,11 +145,12 @@ def _rewind_logs(save: Path, done_steps: int) -> None:
 
 
 def write_model(model: CausalLM, folder: Path) -> None:
-    """The weights as a Hugging Face folder, gathered one by one where ZeRO-3 shards them."""
+    """The weights as a Hugging Face folder, gathered one by one where ZeRO-3 or tensor parallelism shards them."""
     weights: dict[str, torch.Tensor] = {}
     for name, parameter in model.named_parameters():
         with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
+            weight = whole(name, parameter)
             if dist.get_rank() == 0:
-                weights[name] = parameter.detach().cpu().clone()
+                weights[name] = weight.cpu().clone()
     if dist.get_rank() == 0:
         save_hf(model, folder, weights)

@@ -186,7 +186,7 @@ def _load_by_parameter(engine: Any, saved: _Saved, pieces: Mapping[str, list[Pie
     optimizer = engine.optimizer
     names = {id(parameter): name for name, parameter in engine.module.named_parameters()}
     shapes = [{names[id(parameter)]: parameter.ds_shape for parameter in group} for group in optimizer.fp16_groups]
-    spans = spans_of_parameters(shapes, dist.get_rank(), engine.dp_world_size)
+    spans = spans_of_parameters(shapes, dist.get_rank(optimizer.dp_process_group), engine.dp_world_size)
     own = optimizer.state_dict()
     filled = _filled(own[_base_key(3)], saved, pieces, spans, optimizer.fp32_partitioned_groups_flat)
     own |= saved.scaler | {_base_key(3): filled}
