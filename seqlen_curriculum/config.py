@@ -1,8 +1,7 @@
 """The one JSON file of a run: a DeepSpeed config plus our sections, read strictly.
 
-Ours are ``curriculum_learning``, ``batch_size_warmup``, ``model``, ``data``, ``training`` and ``scheduler`` when its type is
-``TokenCosineLR``; everything else is DeepSpeed's and is handed on as it is. All problems of a file are reported in one
-ConfigError.
+Ours are ``curriculum_learning``, ``batch_size_warmup``, ``model``, ``data``, ``training`` and a ``scheduler`` whose type is
+``TokenCosineLR``; the rest is DeepSpeed's, handed on as it is. All problems of a file are reported in one ConfigError.
 """
 
 from __future__ import annotations
@@ -205,12 +204,7 @@ class RunConfig:
         chosen |= {name: self.deepspeed[name] for name in shared if name in self.deepspeed}
         if self.scheduler:
             chosen["scheduler"] = self.scheduler.model_dump()
-        cut = {
-            name: degree
-            for name, degree in self.keys.degrees.items()
-            if degree > 1 and name != "sequence_parallel_size"
-        }
-        return {**dict(flat(chosen)), **cut}  # a model that is cut over ranks is saved in its pieces
+        return {**dict(flat(chosen)), **self.keys.model_cuts}  # a model that is cut over ranks is saved in parts
 
     def warnings(self) -> list[str]:
         """What is allowed but ill-advised, one line each."""
@@ -236,8 +230,8 @@ class RunConfig:
                 timeline = self.timeline()
                 if self.keys.optimizer:
                     self.learning_rate(timeline)
-                lengths = {seqlen for _, seqlen in timeline.shapes()} | ({self.data.seq_length} if self.data else set())
-                return length_problems(self.keys, sorted(lengths))
+                lengths = {seqlen for _, seqlen in timeline.shapes()}
+                return length_problems(self.keys, sorted({*lengths, self.data.seq_length} if self.data else lengths))
         except ConfigError as error:
             return error.problems
         return []

@@ -103,6 +103,11 @@ class DeepSpeedKeys(_Open):
         }
 
     @property
+    def model_cuts(self) -> dict[str, int]:
+        """Those of ``degrees`` that cut the model itself into parts."""
+        return {key: degree for key, degree in self.degrees.items() if degree > 1 and key != "sequence_parallel_size"}
+
+    @property
     def enabled_precisions(self) -> list[str]:
         """The sections that switch a precision other than fp32 on."""
         sections = {"fp16": self.fp16, "bf16": self.bf16, "amp": self.amp, "torch_autocast": self.torch_autocast}

@@ -1,17 +1,19 @@
 """Every engine in every precision: trains along the plan, evaluates, resumes amid the warmup, changes the number of ranks.
 
-Three launches: on two ranks each cell trains and continues from its own checkpoint; on one rank (pipelines: on four) each
-continues from there once more.
+Three launches: on two ranks each cell trains and continues from its own checkpoint; on one rank (on four, where two have
+a model between them) each continues from there once more.
 """
 
 import json
 import re
 
+import numpy as np
 import pytest
 from conftest import launch
 from test_training import records, samples_by_step
 
-from seqlen_curriculum import RunConfig
+from seqlen_curriculum import CheckpointError, RunConfig
+from seqlen_curriculum.data.run_data import open_run_data
 
 ENGINES = {
     "zero0": [],
@@ -26,7 +28,10 @@ ENGINES = {
     ],
     "checkpointing": ["zero_optimization.stage=1", "model.activation_checkpointing=true"],
     "ulysses": ["sequence_parallel_size=2", "zero_optimization.stage=1"],
-    # DeepSpeed keeps a pipeline's ranks in globals: no other engine can follow one in a process.
+    # DeepSpeed keeps these engines' groups in globals: no other can follow them in a process.
+    "tensor_zero0": ["tensor_parallel.autotp_size=2"],
+    "tensor": ["tensor_parallel.autotp_size=2", "zero_optimization.stage=1"],
+    "tensor_zero3": ["tensor_parallel.autotp_size=2", "zero_optimization.stage=3"],
     "pipeline": ["pipeline.stages=2"],
     "pipeline_zero1": ["pipeline.stages=2", "zero_optimization.stage=1"],
 }
@@ -39,17 +44,20 @@ CELLS = [
     (engine, precision)
     for engine in ENGINES
     for precision in PRECISIONS
-    if (engine, precision) not in (("pipeline", "bf16"), ("pipeline", "fp16"))  # refused without ZeRO-1
+    if precision == "fp32" or engine not in ("pipeline", "tensor_zero0")  # refused without ZeRO-1
 ]
+WITH_DROPOUT = ("ulysses", "tensor", "pipeline_zero1")
 MID_WARMUP = 8
 SIXTY_FOUR_LENGTHS = [
-    "data.seq_length=512",
-    "model.max_position_embeddings=512",
-    "curriculum_learning.max_difficulty=512",
-    "curriculum_learning.min_difficulty=8",
-    'curriculum_learning.schedule_config={"total_curriculum_step": 64, "difficulty_step": 8}',
-    "training.train_tokens=140000",
-    "training.eval_interval=40",
+    "data.seq_length=128",
+    "model.max_position_embeddings=128",
+    "model.hidden_size=128",  # the full length too: torch must not take the one for the other
+    "curriculum_learning.max_difficulty=128",
+    "curriculum_learning.min_difficulty=2",
+    'curriculum_learning.schedule_config={"total_curriculum_step": 64, "difficulty_step": 2}',
+    "optimizer.params.lr=3e-4",  # higher rates amplify the rounding of other kernels
+    "training.train_tokens=40000",
+    "training.eval_interval=20",
     "training.save_interval=0",
 ]
 
@@ -92,24 +100,28 @@ def matrix(run_file):
 
     def run(engine, precision, kind, resume):
         # A continued run does without the preflight: if that left a trace, the two would differ.
-        sets = [*ENGINES[engine], *PRECISIONS[precision], f"training.preflight={json.dumps(kind == '')}"]
+        column = {**PRECISIONS, "dropout": ["model.dropout=0.1"]}[precision]
+        sets = [*ENGINES[engine], *column, f"training.preflight={json.dumps(kind == '')}"]
         cell = f"{engine}-{precision}"
         resume = resume and f"{folder}/{cell}/global_step{MID_WARMUP}"
         return {"config": str(run_file), "sets": sets, "save": f"{folder}/{cell}{kind}", "resume": resume or "auto"}
 
-    both = [run(*cell, kind, resume) for cell in CELLS for kind, resume in (("", False), ("-resumed", True))]
+    cells = sorted(
+        [*CELLS, *((engine, "dropout") for engine in WITH_DROPOUT)], key=lambda cell: list(ENGINES).index(cell[0])
+    )
+    both = [run(*cell, kind, resume) for cell in cells for kind, resume in (("", False), ("-resumed", True))]
     plain = {"config": str(run_file), "sets": SIXTY_FOUR_LENGTHS, "save": f"{folder}/plain", "resume": "auto"}
     compiled = {**plain, "sets": [*SIXTY_FOUR_LENGTHS, "training.compile=true"], "save": f"{folder}/compiled"}
     launch_runs(folder, "two", [plain, compiled, *both], ranks=2)
-    pipelines = [cell for cell in CELLS if "pipeline" in cell[0]]
-    others = [run(*cell, "-ranks", True) for cell in CELLS if cell not in pipelines]
+    cut = [cell for cell in CELLS if cell[0].startswith(("pipeline", "tensor"))]  # keep two ranks to a model
+    others = [run(*cell, "-ranks", True) for cell in CELLS if cell not in cut]
     for one_rank in others:
         one_rank["sets"] = [value for value in one_rank["sets"] if value != "sequence_parallel_size=2"]
     reference = {**run("zero0", "fp32", "", False), "save": f"{folder}/one-rank"}
     resharded = {**run("zero2", "fp32", "", True), "sets": ENGINES["zero3"], "save": f"{folder}/zero2-to-zero3"}
     uncompiled = {**reference, "sets": ["training.compile=true"], "save": f"{folder}/uncompiled", "no_compiler": True}
     launch_runs(folder, "one", [reference, *others, resharded, uncompiled], ranks=1)
-    launch_runs(folder, "four", [run(*cell, "-ranks", True) for cell in pipelines], ranks=4)
+    launch_runs(folder, "four", [run(*cell, "-ranks", True) for cell in cut], ranks=4)
     return folder
 
 
@@ -117,8 +129,9 @@ def assert_same_losses(ours, theirs, tolerance):
     for one, other in zip(ours, theirs, strict=True):
         assert one.keys() == other.keys()
         for name in one:
-            rounded = tolerance if name in ("loss", "valid_loss", "valid_ppl") else 0.0
-            if name != "grad_norm":
+            rounded = {"grad_norm": 10 * tolerance}.get(name, tolerance if "loss" in name or "ppl" in name else 0.0)
+            # In a pipeline without ZeRO DeepSpeed tells no norm; half precision drives norms apart.
+            if name != "grad_norm" or (tolerance <= 1e-4 and None not in (one[name], other[name])):
                 assert one[name] == pytest.approx(other[name], rel=rounded, abs=0.0), (one, other)
 
 
@@ -164,6 +177,41 @@ def test_goes_on_under_another_zero_stage_on_another_number_of_ranks(matrix):
     assert_continues(matrix / "zero2-to-zero3", matrix / "zero2-fp32", 1e-4)
     told = "saved by 2 data-parallel ranks under ZeRO stage 2, continuing on 1 under stage 3"
     assert f"zero2-fp32/global_step{MID_WARMUP}: {told}" in (matrix / "one.log").read_text()
+
+
+@pytest.mark.parametrize("engine", ["zero3", "pipeline", "pipeline_zero1", "tensor", "tensor_zero3", "ulysses"])
+def test_leaves_a_hugging_face_folder(matrix, run_file, engine):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    run = matrix / f"{engine}-fp32"
+    evaluation = records(run)[1][-1]
+    model = AutoModelForCausalLM.from_pretrained(run / f"global_step{evaluation['step']}").eval()
+    _, valid = open_run_data(RunConfig.load(run_file))
+    tokens = torch.from_numpy(valid.read(np.arange(5) * valid.num_samples // 5, 32))
+    with torch.no_grad():
+        logits = model(tokens[:, :-1]).logits
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+    assert float(loss) == pytest.approx(evaluation["valid_loss"], rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("engine", "key"), [("pipeline", "pipeline.stages"), ("tensor", "tensor_parallel.autotp_size")]
+)
+def test_a_model_in_parts_stays_in_as_many(matrix, run_file, engine, key):
+    from seqlen_curriculum.training.checkpoint import Checkpoints, read_checkpoint
+
+    checkpoint = read_checkpoint(matrix / f"{engine}-fp32" / f"global_step{MID_WARMUP}")
+    checkpoints = Checkpoints(matrix, 9, RunConfig.load(run_file).settings())
+    with pytest.raises(CheckpointError, match=f"saved with {key} 2; set it to 2, not 1"):
+        checkpoints.load(None, checkpoint)  # told before the engine is touched
+
+
+def test_dropout_draws_again_what_it_drew(matrix):
+    for engine in WITH_DROPOUT:
+        run = matrix / f"{engine}-dropout"
+        assert list(records(matrix / f"{engine}-dropout-resumed")) == after_resume(run)
+        assert records(run)[0][0]["loss"] != records(matrix / f"{engine}-fp32")[0][0]["loss"]
 
 
 def test_a_ramp_over_64_lengths_compiles_three_graphs_at_most(matrix):

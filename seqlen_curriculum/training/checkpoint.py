@@ -127,9 +127,7 @@ class Checkpoints:
         for key in ("pipeline.stages", "tensor_parallel.autotp_size"):
             saved, ours = (run.get(key, 1) for run in (checkpoint.run, self.run))
             if saved != ours:
-                raise CheckpointError(
-                    f"{checkpoint.folder}: its model is cut by {key} {saved}; set it to {saved}, not {ours}"
-                )
+                raise CheckpointError(f"{checkpoint.folder}: saved with {key} {saved}; set it to {saved}, not {ours}")
         changed = differences(checkpoint.run, self.run)
         if changed:
             listed = "".join(f"\n  - {line}" for line in changed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.fx.experimental._config
 from deepspeed import comm as dist
 from torch import nn
 
@@ -23,6 +24,8 @@ def compile_blocks(blocks: nn.ModuleList, device: torch.device) -> None:
     if missing > 0:
         say(f"training.compile: {problem or 'another rank has no working compiler'}; training without compilation")
         return
+    # Else a length that happens to equal another size of the model is taken for that size, and gets a graph of its own.
+    torch.fx.experimental._config.use_duck_shape = False
     for block in blocks:
         block.compile(dynamic=True)
 
