@@ -94,12 +94,17 @@ class DeepSpeedKeys(_Open):
         return max(self.tensor_parallel.autotp_size, 1) if self.tensor_parallel else 1
 
     @property
+    def sequence_ranks(self) -> int:
+        """Ranks that share each sequence (Ulysses)."""
+        return self.sequence_parallel_size or 1
+
+    @property
     def degrees(self) -> dict[str, int]:
         """How many ranks share a model or a sequence, by the key that says so."""
         return {
             "pipeline.stages": self.pipeline_stages,
             "tensor_parallel.autotp_size": self.tensor_parallel_size,
-            "sequence_parallel_size": self.sequence_parallel_size or 1,
+            "sequence_parallel_size": self.sequence_ranks,
         }
 
     @property

@@ -20,10 +20,10 @@ from seqlen_curriculum.architecture import ModelConfig
 from seqlen_curriculum.microbatch import balanced_rows
 from seqlen_curriculum.models.gpt2 import build_gpt2
 from seqlen_curriculum.training.accumulate import accumulate
+from seqlen_curriculum.training.assemble import write_model
 from seqlen_curriculum.training.checkpoint import Checkpoints
-from seqlen_curriculum.training.executor import executor
+from seqlen_curriculum.training.executor import DataParallel
 from seqlen_curriculum.training.preflight import preflight
-from seqlen_curriculum.training.pretrain import write_model
 
 BLOCK = {
     "enabled": True,
@@ -164,7 +164,7 @@ def preflight_traces():
             losses = []
             for _ in range(2):
                 if tried:
-                    preflight(executor(engine), rows=3, seqlen=16)
+                    preflight(DataParallel(engine), rows=3, seqlen=16)
                 losses += train(engine, 2, rows=2)[0]
             random_state = torch.get_rng_state().tolist()
             seen[f"{kind}, {tried}"] = [losses, random_state, engine.skipped_steps, engine.global_samples]
@@ -178,7 +178,7 @@ def out_of_memory():
         held = psutil.Process().memory_info().data
         resource.setrlimit(resource.RLIMIT_DATA, (held + 300_000_000, resource.RLIM_INFINITY))
     try:
-        preflight(executor(engine), rows=600, seqlen=512)
+        preflight(DataParallel(engine), rows=600, seqlen=512)
         told = ""
     except ConfigError as error:
         told = str(error)

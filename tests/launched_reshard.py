@@ -18,8 +18,8 @@ from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_st
 from seqlen_curriculum import CheckpointError, initialize
 from seqlen_curriculum.architecture import ModelConfig
 from seqlen_curriculum.models.gpt2 import build_gpt2
+from seqlen_curriculum.training.assemble import write_model
 from seqlen_curriculum.training.checkpoint import Checkpoints
-from seqlen_curriculum.training.pretrain import write_model
 
 ROWS, SAVED, LAST = 12, 3, 6  # rows divide over 1, 2 and 3 ranks; saved in the middle of the warmup
 RUN = {

@@ -1,4 +1,4 @@
-"""How one engine does one optimizer step and one evaluation: data parallel (any ZeRO stage), tensor parallel or pipeline.
+"""How an engine does one optimizer step and one evaluation: data, tensor or sequence parallel, or a pipeline.
 
 Shapes: ``B`` rows of a micro-batch, ``S`` seqlen.
 """
@@ -17,7 +17,7 @@ from deepspeed.utils import groups
 from seqlen_curriculum.training.accumulate import accumulate, set_accumulation
 from seqlen_curriculum.training.tensor_parallel import is_cut
 
-__all__ = ["DataParallel", "Pipeline", "SequenceParallel", "StepResult", "TensorParallel", "executor"]
+__all__ = ["DataParallel", "Executor", "Pipeline", "SequenceParallel", "StepResult", "TensorParallel"]
 
 MicroBatch = tuple[Any, ...]  # what the model's forward takes
 
@@ -161,13 +161,7 @@ class _WithoutUpdate(TrainSchedule):  # type: ignore[misc]
             yield [i for i in instructions if not isinstance(i, (ReduceTiedGrads, ReduceGrads, OptimizerStep))]
 
 
-def executor(engine: Any, sequence_group: Any = None) -> DataParallel | Pipeline:
-    """The one that fits ``engine``; ``sequence_group`` are the ranks that share a sequence, if any do."""
-    if isinstance(engine, PipelineEngine):
-        return Pipeline(engine)
-    if engine.autotp_size() > 1:
-        return TensorParallel(engine)
-    return DataParallel(engine) if sequence_group is None else SequenceParallel(engine, sequence_group)
+Executor = DataParallel | Pipeline
 
 
 def _number(norm: Any) -> float | None:

@@ -16,7 +16,7 @@ from deepspeed.accelerator import get_accelerator
 from torch.distributed.distributed_c10d import _get_default_store
 
 from seqlen_curriculum.errors import ConfigError
-from seqlen_curriculum.training.executor import DataParallel, Pipeline
+from seqlen_curriculum.training.executor import Executor
 
 __all__ = ["preflight"]
 
@@ -25,7 +25,7 @@ _PATIENCE = datetime.timedelta(seconds=60)
 _calls = itertools.count()
 
 
-def preflight(executor: DataParallel | Pipeline, rows: int, seqlen: int) -> None:
+def preflight(executor: Executor, rows: int, seqlen: int) -> None:
     """Forward and backward of a micro-batch of ``rows`` x ``seqlen`` tokens; call it on all ranks before the first step.
 
     Weights, gradients, optimizer, loss scale and random state are afterwards what they were, to the last bit. Raises

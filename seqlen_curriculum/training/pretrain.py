@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import os
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +15,15 @@ from seqlen_curriculum.config import RunConfig
 from seqlen_curriculum.data.samples import Samples
 from seqlen_curriculum.deepspeed_keys import batch_shape
 from seqlen_curriculum.errors import CheckpointError
-from seqlen_curriculum.models.gpt2 import CausalLM, build_gpt2, save_hf
+from seqlen_curriculum.models.gpt2 import build_gpt2
 from seqlen_curriculum.runlog import RunLog, read_runlog
+from seqlen_curriculum.training.assemble import assemble
 from seqlen_curriculum.training.checkpoint import Checkpoint, Checkpoints, on_rank_0
 from seqlen_curriculum.training.compile import compile_blocks
-from seqlen_curriculum.training.engine import initialize
-from seqlen_curriculum.training.executor import executor
-from seqlen_curriculum.training.pipeline import GPT2Stages
 from seqlen_curriculum.training.telemetry import Telemetry, say
-from seqlen_curriculum.training.tensor_parallel import prepare, whole
 from seqlen_curriculum.training.trainer import Trainer
-from seqlen_curriculum.training.ulysses import split_attention
 
-__all__ = ["lock_folder", "pretrain", "refuse_other_run", "write_model"]
+__all__ = ["lock_folder", "pretrain", "refuse_other_run"]
 
 _RUNLOG = "runlog.jsonl"
 
@@ -54,11 +48,8 @@ def pretrain(config: RunConfig, train: Samples, valid: Samples | None, save: Pat
     on_rank_0(lambda: refuse_other_run(save, resume, checkpoint))
     torch.manual_seed(training.seed)  # the same weights on every rank
     model = build_gpt2(model_config)
-    stages = GPT2Stages(model, config.keys.pipeline_stages) if config.keys.pipeline_stages > 1 else None
-    sequence_ranks = config.keys.sequence_parallel_size or 1
-    sequence_group = split_attention(model, sequence_ranks) if sequence_ranks > 1 else None
-    config, mpu = prepare(config, model) if config.keys.tensor_parallel_size > 1 else (config, None)
-    engine = _engine(config, stages or model, mpu)
+    executor, write = assemble(config, model)
+    engine = executor.engine
     if training.compile:
         compile_blocks(model.lm.transformer.h, engine.device)
     if checkpoint is not None:
@@ -66,12 +57,10 @@ def pretrain(config: RunConfig, train: Samples, valid: Samples | None, save: Pat
     done_steps = checkpoint.step if checkpoint else 0
     _rewind_logs(save, done_steps)
     _, micro_batch, _ = batch_shape(config.keys, dist.get_world_size())
-    write = partial(stages.save_hf, model) if stages else partial(write_model, model)
-    runs = executor(engine, sequence_group)
-    logs_samples = training.log_sample_ids and runs.leads
+    logs_samples = training.log_sample_ids and executor.leads
     telemetry = Telemetry(save / _RUNLOG if rank == 0 else None, engine.monitor, done_steps, timeline)
     trainer = Trainer(
-        executor=runs,
+        executor=executor,
         timeline=timeline,
         train_samples=train,
         valid_samples=valid,
@@ -87,17 +76,6 @@ def pretrain(config: RunConfig, train: Samples, valid: Samples | None, save: Pat
         telemetry.close()
         if trainer.sample_log is not None:
             trainer.sample_log.close()
-
-
-def _engine(config: RunConfig, model: torch.nn.Module, mpu: Any) -> Any:
-    deepspeed_config = {name: value for name, value in config.deepspeed.items() if name != "sequence_parallel_size"}
-    # DeepSpeed takes the ranks of a sequence for ranks with rows of their own.
-    deepspeed_config["train_batch_size"] *= config.keys.sequence_parallel_size or 1
-    config = replace(config, deepspeed=deepspeed_config)
-    engine, *_ = initialize(config=config, model=model, model_parameters=model.parameters(), mpu=mpu)
-    if engine.zero_optimization_stage() == 0 and (engine.fp16_enabled() or engine.bfloat16_enabled()):
-        say("warning: half precision at ZeRO stage 0 updates weights unlike fp32; set zero_optimization.stage to 1")
-    return engine
 
 
 def _data_settings(train: Samples) -> dict[str, Any]:
@@ -142,15 +120,3 @@ def _rewind_logs(save: Path, done_steps: int) -> None:
         for path in save.glob("samples.rank*.jsonl"):
             RunLog.rewind(path, done_steps)
     dist.barrier()
-
-
-def write_model(model: CausalLM, folder: Path) -> None:
-    """The weights as a Hugging Face folder, gathered one by one where ZeRO-3 or tensor parallelism shards them."""
-    weights: dict[str, torch.Tensor] = {}
-    for name, parameter in model.named_parameters():
-        with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
-            weight = whole(name, parameter)
-            if dist.get_rank() == 0:
-                weights[name] = weight.cpu().clone()
-    if dist.get_rank() == 0:
-        save_hf(model, folder, weights)

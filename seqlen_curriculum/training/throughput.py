@@ -20,8 +20,8 @@ from seqlen_curriculum.config import RunConfig
 from seqlen_curriculum.deepspeed_keys import batch_shape
 from seqlen_curriculum.microbatch import balanced_rows
 from seqlen_curriculum.models.gpt2 import build_gpt2
-from seqlen_curriculum.training.accumulate import accumulate
-from seqlen_curriculum.training.engine import initialize
+from seqlen_curriculum.training.assemble import assemble
+from seqlen_curriculum.training.executor import Executor
 
 __all__ = ["measure_throughput"]
 
@@ -40,16 +40,19 @@ def measure_throughput(config: RunConfig, lengths: Sequence[int], rounds: int) -
     deepspeed.init_distributed()
     config = config.for_ranks(dist.get_world_size())
     rows, micro_batch, _ = batch_shape(config.keys, dist.get_world_size())
-    model = build_gpt2(model_config)
-    engine, *_ = initialize(config=config, model=model, model_parameters=model.parameters())
+    torch.manual_seed(0)  # the same weights on every rank
+    executor, _ = assemble(config, build_gpt2(model_config))
+    least = executor.least_micro_batches
+    draw = torch.Generator().manual_seed(executor.data_rank)  # ranks that share rows draw the same
     cases = []
     for seqlen in sorted({*lengths, full}):
         cases.append((seqlen, "fixed", micro_batch))
-        cases.append((seqlen, "balanced", balanced_rows(rows, micro_batch, full, seqlen)))
+        cases.append((seqlen, "balanced", balanced_rows(rows, micro_batch, full, seqlen, least)))
     seen: list[list[tuple[float, int | None]]] = [[] for _ in cases]
     for turn in tqdm(range(rounds + 1), unit="round", disable=dist.get_rank() != 0):
         for (seqlen, _, micro_rows), measured in zip(cases, seen, strict=True):
-            one = _one_step(engine, torch.randint(0, model_config.vocab_size, (rows, seqlen + 1)), micro_rows)
+            tokens = torch.randint(0, model_config.vocab_size, (rows, seqlen + 1), generator=draw)
+            one = _one_step(executor, tokens, micro_rows)
             measured += [one] if turn else []
     full_speed = _median_speed(seen[cases.index((full, "fixed", micro_batch))])
     return [
@@ -69,19 +72,19 @@ def _median_speed(measured: list[tuple[float, int | None]]) -> float:
     return statistics.median(speed for speed, _ in measured)
 
 
-def _one_step(engine: Any, tokens: torch.Tensor, micro_rows: int) -> tuple[float, int | None]:
+def _one_step(executor: Executor, tokens: torch.Tensor, micro_rows: int) -> tuple[float, int | None]:
     """(tokens/s over all ranks, peak bytes of the device or None) of an optimizer step on ``tokens`` (B, S + 1)."""
-    accelerator, on_cpu = get_accelerator(), engine.device.type == "cpu"
-    micro_batches = [(part[:, :-1], part[:, 1:]) for part in torch.split(tokens.to(engine.device), micro_rows)]
+    device = executor.engine.device
+    accelerator, on_cpu = get_accelerator(), device.type == "cpu"
+    micro_batches = [(part[:, :-1], part[:, 1:]) for part in torch.split(tokens.to(device), micro_rows)]
     if not on_cpu:
         accelerator.reset_peak_memory_stats()
     accelerator.synchronize()
     dist.barrier()
     started = time.perf_counter()
-    accumulate(engine, micro_batches)
-    engine.step()
+    executor.train(micro_batches, [0] * len(micro_batches))
     accelerator.synchronize()
     dist.barrier()
-    trained = tokens[:, 1:].numel() * dist.get_world_size()
+    trained = tokens[:, 1:].numel() * executor.data_ranks
     peak = None if on_cpu else int(accelerator.max_memory_allocated())
     return trained / (time.perf_counter() - started), peak

@@ -25,7 +25,7 @@ from seqlen_curriculum.microbatch import balanced_rows
 from seqlen_curriculum.runlog import RunLog
 from seqlen_curriculum.timeline import Timeline
 from seqlen_curriculum.training.engine import begin_step
-from seqlen_curriculum.training.executor import DataParallel, Pipeline
+from seqlen_curriculum.training.executor import Executor
 from seqlen_curriculum.training.preflight import preflight
 from seqlen_curriculum.training.telemetry import Telemetry, say
 
@@ -48,7 +48,7 @@ def row_seed(seed: int, step: int, row: int) -> int:
 class Trainer:
     """Trains ``engine`` along ``timeline``; every step's data, length and rate follow from the step alone."""
 
-    executor: DataParallel | Pipeline
+    executor: Executor
     timeline: Timeline
     train_samples: Samples
     valid_samples: Samples | None
