@@ -124,8 +124,8 @@ class Pipeline:
         self.engine, self.stage = engine, engine.stage_id
         self.data_rank, self.data_ranks = engine.grid.get_data_parallel_id(), engine.grid.data_parallel_size
         self.leads = engine.is_first_stage()  # of the ranks that read the same rows, the one to log them
-        # Stages idle while the pipeline fills and drains; with 4 micro-batches a stage that is a fifth of the time at most.
-        self.least_micro_batches = 4 * engine.num_stages
+        # Fewer than stages would leave some idle all the time; more are too small to be worth it at short lengths (measured).
+        self.least_micro_batches = engine.num_stages
 
     def train(self, micro_batches: Sequence[MicroBatch], seeds: Sequence[int]) -> StepResult:
         """One optimizer step on equal ``micro_batches`` of (inputs, targets), both (B, S); dropout draws from ``seeds``."""
@@ -150,7 +150,6 @@ class Pipeline:
             PipelineEngine.train_batch(engine, iter([micro_batch] * engine.num_stages))
         finally:
             engine.module.loss_fn, engine._train_schedule = loss_fn, schedule
-            engine.reset_activation_shape()
 
 
 class _WithoutUpdate(TrainSchedule):  # type: ignore[misc]

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from deepspeed import comm as dist
 from deepspeed.pipe import PipelineModule, TiedLayerSpec
 from safetensors.torch import save_file
@@ -61,28 +61,22 @@ class GPT2Stages(PipelineModule):  # type: ignore[misc]
         return [name for names in self._names[self.parts[stage] : self.parts[stage + 1]] for name in names]
 
 
-def follow_shapes(engine: Any, before_step: Any) -> None:
-    """Make ``train_batch`` and ``eval_batch`` of a pipeline ``engine`` safe for lengths that change.
+def follow_shapes(engine: Any, before_step: Callable[[Any], None]) -> None:
+    """Make ``train_batch`` and ``eval_batch`` of a pipeline ``engine`` safe for rows and lengths that change.
 
-    Stages exchange shapes once and remember them, so each change must be told to all (DeepSpeed did so itself up to
-    0.19.7). ``before_step(engine)`` is called before each training batch.
+    Stages exchange the shape of their activations once and rely on it; a batch of another shape would be received wrong or
+    never. So they exchange it anew for each batch: a few numbers per stage. DeepSpeed did so up to 0.19.7 when its
+    curriculum changed the length. ``before_step(engine)`` is called before each training batch.
     """
     train_batch, eval_batch = engine.train_batch, engine.eval_batch
-    known: list[object] = [None]
 
-    def train(*args: Any, **kwargs: Any) -> torch.Tensor:
+    def train(*args: Any, **kwargs: Any) -> Any:
         before_step(engine)
-        scheduler = engine.curriculum_scheduler
-        shape = (engine.train_micro_batch_size_per_gpu(), scheduler and scheduler.get_current_difficulty())
-        if shape != known[0]:
-            engine.reset_activation_shape()
-        known[0] = shape
-        loss: torch.Tensor = train_batch(*args, **kwargs)
-        return loss
+        engine.reset_activation_shape()
+        return train_batch(*args, **kwargs)
 
     def evaluate(*args: Any, **kwargs: Any) -> Any:
         engine.reset_activation_shape()
-        known[0] = None
         return eval_batch(*args, **kwargs)
 
     engine.train_batch, engine.eval_batch = train, evaluate
