@@ -124,7 +124,7 @@ class Pipeline:
         self.engine, self.stage = engine, engine.stage_id
         self.data_rank, self.data_ranks = engine.grid.get_data_parallel_id(), engine.grid.data_parallel_size
         self.leads = engine.is_first_stage()  # of the ranks that read the same rows, the one to log them
-        # Fewer than stages would leave some idle all the time; more are too small to be worth it at short lengths (measured).
+        # Fewer would leave stages idle all the time; more were slower at short lengths, by the benchmark.
         self.least_micro_batches = engine.num_stages
 
     def train(self, micro_batches: Sequence[MicroBatch], seeds: Sequence[int]) -> StepResult:
