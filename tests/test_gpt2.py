@@ -202,6 +202,11 @@ def test_padding_mask_and_cache_are_refused_or_unused() -> None:
     model, (inputs, _) = tiny(), batch()
     with pytest.raises(NotImplementedError, match="save_hf"):
         model.lm(inputs, attention_mask=torch.ones(3, 1, 37, 37, dtype=torch.bool))
+    padded = torch.ones_like(inputs)
+    padded[0, -3:] = 0
+    with pytest.raises(NotImplementedError, match="padding and masks: save_hf"):
+        model.lm(inputs, attention_mask=padded)
+    assert torch.equal(model.lm(inputs, attention_mask=torch.ones_like(inputs)).logits, model.lm(inputs).logits)
     past = model.lm(inputs, use_cache=True).past_key_values
     with pytest.raises(NotImplementedError, match="save_hf"):
         model.lm(inputs[:, -1:], past_key_values=past, use_cache=True)

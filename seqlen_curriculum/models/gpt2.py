@@ -66,6 +66,7 @@ class CausalLM(nn.Module):
     def __init__(self, lm: Any) -> None:
         super().__init__()
         lm.lm_head = LossHead(lm.transformer.wte.weight)
+        lm.register_forward_pre_hook(_refuse_padding, with_kwargs=True)
         self.lm = lm
 
     def forward(self, inputs: Tensor, targets: Tensor, first_position: int = 0) -> Tensor:
@@ -102,6 +103,13 @@ class LossHead(nn.Module):
         if targets is None:
             return F.linear(hidden, self.weight)
         return mean_cross_entropy(hidden.flatten(0, -2), self.weight, targets.flatten())
+
+
+def _refuse_padding(_lm: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+    """Attention never sees the mask, so padding would be taken for text in silence."""
+    mask = keywords.get("attention_mask", inputs[2] if len(inputs) > 2 else None)
+    if mask is not None and not bool(torch.as_tensor(mask).all()):
+        raise NotImplementedError("padding and masks: save_hf() the model and load the folder instead")
 
 
 def _causal_attention(
