@@ -1,12 +1,13 @@
 """A batch cut to today's length, in whatever container the loader gives it: each row truncated, or cut into segments.
 
-A tensor's sequence axes are those whose size is the full length, which is that of ``input_ids``, else of the first 2-D
-tensor. Axis 0 holds the rows (or 1, for all of them) and is never cut, so that ``B == S`` is no riddle:
+A tensor's sequence axes are those whose size is the full length, which is that of ``input_ids``, ``tokens`` or
+``labels``, else of the first 2-D tensor. Axis 0 holds the rows (or 1, for all of them) and is never cut, so that
+``B == S`` is no riddle:
 
 - 2-D ``(B, S)``: axis 1.
 - 3-D: the one axis of that size, as in ``(B, S, H)`` and ``(B, 1, S)``; both axes of a mask ``(B, S, S)``, which is a tensor
   of bools or one whose name says mask or bias; axis 1 of ``...embeds``; any other ``(B, S, S)`` is an error.
-- 4-D: masks ``(B, heads or 1, S or 1, S)``: the last two axes, where they have that size.
+- 4-D: masks ``(B, heads or 1, S or 1, S)``, named so or with one head: the last two axes, where they have that size.
 - ``(3, B, S)`` named ``position_ids``: axis 2.
 - No such axis: left as it is; an error where the name promises one value a token.
 
@@ -101,6 +102,8 @@ def _parts(value: object) -> dict[Any, Any] | None:
 def _tensors(value: object, path: Path) -> Iterator[tuple[Path, Tensor]]:
     if isinstance(value, Tensor):
         yield path, value
+    elif path and path[-1] in _ONE_VALUE_A_TOKEN and value is not None and not isinstance(value, Mapping):
+        raise DataError(f"{_told(path)}: a {type(value).__name__} is not cut; give a tensor")
     for name, part in (_parts(value) or {}).items():
         yield from _tensors(part, (*path, name))
 
@@ -140,7 +143,7 @@ def _named(tensors: Mapping[Path, Tensor], name: str) -> Path | None:
 def _reference(tensors: Mapping[Path, Tensor], batch: object) -> Path:
     """The tensor (B, S) that tells rows and full length."""
     first = next((path for path, tensor in tensors.items() if tensor.ndim == 2), None)
-    found = _named(tensors, "input_ids") or first
+    found = next(filter(None, (_named(tensors, name) for name in ("input_ids", "tokens", "labels"))), first)
     if found is None:
         raise DataError(
             f"batch: no tensor (rows, seqlen) in this {type(batch).__name__}; give its token ids, such as input_ids"
@@ -214,11 +217,12 @@ class _Cut:
         mask = tensor.dtype == torch.bool or "mask" in name or "bias" in name
         if tensor.ndim == 3 and name.endswith("embeds") and found:
             found = (1,) if 1 in found else ()
+        mask |= tensor.ndim == 4 and tensor.shape[1] == 1
         if tensor.ndim == 4 and mask:
             found = tuple(axis for axis in found if axis > 1)  # there may be as many heads as tokens
         if (found and len(tensor) not in (1, rows)) or (tensor.ndim > 1 and not found and name in _ONE_VALUE_A_TOKEN):
             raise _misfit(path, tensor, rows, self.full)
-        if (found == (1, 2) and not mask) or (tensor.ndim == 4 and 1 in found) or (tensor.ndim > 4 and found):
+        if (found == (1, 2) and not mask) or (tensor.ndim == 4 and found and not mask) or (tensor.ndim > 4 and found):
             raise DataError(
                 f"{_told(path)}: {_shape(tensor)} leaves open which axes are the sequence of {self.full} tokens; if it is a "
                 "mask, name it so ('..._mask'), else cut it yourself"

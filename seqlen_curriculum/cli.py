@@ -7,6 +7,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 from seqlen_curriculum.errors import ConfigError, SeqlenCurriculumError
 
@@ -17,6 +18,9 @@ def run(main: Callable[[], None]) -> None:
     """Call ``main``; a user's mistake is printed as ``error: ...`` and ends the process with status 1."""
     try:
         main()
+        distributed: Any = sys.modules.get("torch.distributed")
+        if distributed is not None and distributed.is_initialized():
+            distributed.destroy_process_group()  # else its threads may abort the process as it exits
     except SeqlenCurriculumError as error:
         rank = os.environ.get("RANK", "0")  # set by the launcher
         print(f"error: {error}" if rank == "0" else f"rank {rank}: error: {error}", file=sys.stderr)

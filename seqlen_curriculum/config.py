@@ -15,7 +15,7 @@ from pydantic import Field, model_validator
 
 from seqlen_curriculum.architecture import ModelConfig
 from seqlen_curriculum.curriculum import CurriculumConfig, constant_curriculum, curriculum_problems
-from seqlen_curriculum.deepspeed_keys import DeepSpeedKeys, batch_shape, without_max_grad_norm
+from seqlen_curriculum.deepspeed_keys import DeepSpeedKeys, batch_shape, with_bf16, without_max_grad_norm
 from seqlen_curriculum.errors import ConfigError
 from seqlen_curriculum.fields import Count, CountOrZero, Section, Seqlen, flat, misspelt_sections, parse_section
 from seqlen_curriculum.jsonfile import apply_override, read_json
@@ -122,7 +122,7 @@ class RunConfig:
             sections["scheduler"] = parse_section(TokenCosineConfig, raw["scheduler"], "scheduler", found)
         sections["curriculum"] = _parse_curriculum(raw, found)
         deepspeed = {name: value for name, value in raw.items() if value is not None and not _is_ours(name, raw)}
-        deepspeed = without_max_grad_norm(deepspeed, found)
+        deepspeed = with_bf16(without_max_grad_norm(deepspeed, found), found)
         keys = parse_section(DeepSpeedKeys, deepspeed, "", found)
         if keys is not None:
             batch = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")

@@ -5,16 +5,17 @@ Every other key of DeepSpeed's is handed on as it is, and its values are DeepSpe
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Mapping
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, ConfigDict, Field
+from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
 from seqlen_curriculum.errors import ConfigError
 from seqlen_curriculum.fields import Count, CountOrZero, Section
 
-__all__ = ["DeepSpeedKeys", "batch_shape", "without_max_grad_norm"]
+__all__ = ["DeepSpeedKeys", "batch_shape", "with_bf16", "without_max_grad_norm"]
 
 
 class _Open(Section):
@@ -23,29 +24,40 @@ class _Open(Section):
     model_config = ConfigDict(extra="allow")
 
 
-class _OptimizerParams(_Open):
+class _Nested(_Open):
+    @model_validator(mode="before")
+    @classmethod
+    def _not_misspelt(cls, data: Any) -> Any:
+        for name in data if isinstance(data, dict) else ():
+            meant = difflib.get_close_matches(str(name), cls.model_fields, n=1, cutoff=0.85)
+            if meant and name not in cls.model_fields:
+                raise ValueError(f"{name} is unknown; did you mean '{meant[0]}'?")
+        return data
+
+
+class _OptimizerParams(_Nested):
     lr: Annotated[float, Field(gt=0, lt=1e30)] | None = None
     """The learning rate that a schedule warms up to."""
 
 
-class _Optimizer(_Open):
+class _Optimizer(_Nested):
     type: str
     params: _OptimizerParams = _OptimizerParams()
 
 
-class _Scheduler(_Open):
+class _Scheduler(_Nested):
     type: str
 
 
-class _Zero(_Open):
+class _Zero(_Nested):
     stage: Annotated[int, Field(ge=0, le=3)] = 0
 
 
-class _Pipeline(_Open):
+class _Pipeline(_Nested):
     stages: Annotated[Count, BeforeValidator(lambda value: 1 if value == "auto" else value)] = 1
 
 
-class _TensorParallel(_Open):
+class _TensorParallel(_Nested):
     autotp_size: CountOrZero = 0
     """Ranks that share each layer."""
     partition_config: dict[str, Any] | None = None
@@ -151,6 +163,15 @@ def batch_shape(keys: DeepSpeedKeys, world_size: int) -> tuple[int, int, int]:
             )
     micro = micro or rows // (accumulation or 1)
     return rows, micro, rows // micro
+
+
+def with_bf16(config: Mapping[str, Any], found: list[str]) -> dict[str, Any]:
+    """Move ``bfloat16``, DeepSpeed's older name, to ``bf16``."""
+    if "bfloat16" not in config:
+        return dict(config)
+    if "bf16" in config:
+        found.append("bfloat16: DeepSpeed's older name of bf16, which is given too; keep the latter")
+    return {**{name: value for name, value in config.items() if name != "bfloat16"}, "bf16": config["bfloat16"]}
 
 
 def without_max_grad_norm(config: Mapping[str, Any], found: list[str]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import deepspeed
 import psutil
 import torch
 from deepspeed import comm as dist
+from deepspeed.pipe import PipelineModule
 from deepspeed.runtime.data_pipeline.curriculum_scheduler import CurriculumScheduler as DeepSpeedScheduler
 
 from seqlen_curriculum import ConfigError, CurriculumScheduler, RunConfig, initialize
@@ -223,6 +224,28 @@ def own_optimizer():
     }
 
 
+def own_pipeline():
+    """A PipelineModule of the user's, the batch given by its parts, a loader that cuts to the length in force."""
+    torch.manual_seed(0)
+    layers = [torch.nn.Embedding(128, 16), torch.nn.Linear(16, 16), torch.nn.Linear(16, 128)]
+    network = PipelineModule(
+        layers, 2, loss_fn=lambda out, y: torch.nn.functional.cross_entropy(out.flatten(0, 1), y.flatten())
+    )
+    config = run(gradient_accumulation_steps=2)
+    del config["train_batch_size"]
+    engine, _ = engine_for(network, config)
+    lengths = []
+
+    def micro_batches():
+        while True:
+            lengths.append(engine.curriculum_scheduler.get_current_difficulty())
+            tokens = torch.arange(lengths[-1] + 1)[None] % 128
+            yield tokens[:, :-1], tokens[:, 1:]
+
+    losses = [float(engine.train_batch(micro_batches())) for _ in range(8)]
+    return {"train_batch_size": engine.train_batch_size(), "lengths": lengths, "losses": losses}
+
+
 def deepspeed_scheduler():
     """Steps of the paper's block at which DeepSpeed's own scheduler, still inside its data pipeline, disagrees."""
     theirs, ours = DeepSpeedScheduler(copy.deepcopy(PAPER_BLOCK)), CurriculumScheduler(PAPER_BLOCK)
@@ -242,6 +265,7 @@ def main():
         "paper_json": paper_json(paper),
         "own_optimizer": own_optimizer(),
         "deepspeed_scheduler": deepspeed_scheduler(),
+        "own_pipeline": own_pipeline(),  # the last: no other engine can follow it in a process
     }
     if dist.get_rank() == 0:
         out.write_text(json.dumps(seen))
@@ -249,3 +273,4 @@ def main():
 
 if __name__ == "__main__":
     main()
+    torch.distributed.destroy_process_group()

@@ -53,6 +53,8 @@ def config(precision, kind):
         run["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
     if "fused" in kind:
         del run["optimizer"]["params"]["torch_adam"]
+    if "robin" in kind:
+        run["zero_optimization"]["round_robin_gradients"] = True
     if "sums" in kind:
         run["data_types"] = {"grad_accum_dtype": "fp32"}
     return run
@@ -155,3 +157,4 @@ def main():
 
 if __name__ == "__main__":
     main()
+    torch.distributed.destroy_process_group()

@@ -371,3 +371,20 @@ def test_lengths_that_are_none(seqlen):
 def test_segments_keep_no_end():
     with pytest.raises(ConfigError, match="preserve_end_of_sequence: segments end where they are cut"):
         set_batch_sequence_length({"input_ids": ids()}, 4, truncate=False, preserve_end_of_sequence=True)
+
+
+class TestWhatTellsTheLength:
+    def test_tokens_do_whatever_comes_first(self):
+        batch = {"meta": torch.zeros(2, 3), "tokens": ids(), "labels": ids()}
+        new, targets = set_batch_sequence_length(batch, 4)
+        assert (new["tokens"].shape, new["labels"].shape, targets) == ((2, 4), (2, 4), 8)
+        assert torch.equal(new["meta"], batch["meta"])
+
+    @pytest.mark.parametrize("labels", [[[1] * 8] * 2, np.ones((2, 8))], ids=["list", "array"])
+    def test_labels_that_are_no_tensor_are_not_passed_over(self, labels):
+        with pytest.raises(DataError, match=r"labels.*: a \w+ is not cut; give a tensor"):
+            cut({"input_ids": ids(), "labels": labels}, 4)
+
+    def test_images_are_not_taken_for_masks(self):
+        with pytest.raises(DataError, match="pixel_values"):
+            cut({"input_ids": ids(), "pixel_values": torch.ones(2, 3, 8, 8)}, 4)

@@ -8,7 +8,14 @@ import pytest
 
 from seqlen_curriculum.errors import CheckpointError
 
-GOOD = {"step": 6, "data_ranks": 2, "zero_stage": 1, "run": {"training.seed": 1}, "files": {"states.pt": 3}}
+GOOD = {
+    "step": 6,
+    "data_ranks": 2,
+    "zero_stage": 1,
+    "zero": {"stage": 1},
+    "run": {"training.seed": 1},
+    "files": {"states.pt": 3},
+}
 
 
 @pytest.fixture
@@ -92,7 +99,7 @@ def test_no_run_writes_over_anothers_log(tmp_path, resume, start, log_begins, re
 
     if log_begins is not None:
         (tmp_path / "runlog.jsonl").write_text(json.dumps({"step": log_begins}) + "\n")
-    checkpoint = None if start is None else Checkpoint(tmp_path.parent / "elsewhere", start, 1, 0, {})
+    checkpoint = None if start is None else Checkpoint(tmp_path.parent / "elsewhere", start, 1, 0, {}, {})
     if refused:
         with pytest.raises(CheckpointError, match=f"began with step {log_begins}"):
             refuse_other_run(tmp_path, resume, checkpoint)

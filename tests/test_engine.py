@@ -134,6 +134,13 @@ def test_a_preflight_tells_all_ranks_who_is_out_of_memory(seen):
     assert "can't allocate memory" in second  # the device's own words, where it happened
 
 
+def test_a_pipeline_of_the_users_own_follows_the_lengths(seen):
+    own = seen["own_pipeline"]
+    assert own["train_batch_size"] == 2  # 1 row x 2 micro-batches: two ranks have one model between them
+    assert own["lengths"] == [length for length in LENGTHS for _ in range(2)]
+    assert own["losses"][-1] < own["losses"][0]
+
+
 def test_misuse_is_told_before_deepspeed_starts():
     from seqlen_curriculum import initialize
 

@@ -45,6 +45,15 @@ MISTAKES = {
         {"pipeline": {"stages": 2}, "sequence_parallel_size": 2},
         "sequence_parallel_size: 2 doesn't work together with pipeline.stages 2",
     ),
+    "DeepSpeed's older name of bf16": (
+        {"pipeline": {"stages": 2}, "bfloat16": {"enabled": True}},
+        "half precision in a pipeline needs stage 1",
+    ),
+    "both names of bf16": (
+        {"bfloat16": {"enabled": True}, "bf16": {"enabled": True}},
+        "bfloat16: DeepSpeed's older name of bf16, which is given too",
+    ),
+    "misspelt stages": ({"pipeline": {"stage": 2}}, "stage is unknown; did you mean 'stages'"),
     "no stages": ({"pipeline": {"stages": 0}}, "pipeline.stages: 0"),
     "heads over tensor ranks": (
         {"tensor_parallel": {"autotp_size": 4}},
@@ -111,3 +120,8 @@ def test_ranks_that_share_a_model_read_the_same_rows():
     )  # 8 rows over 2 data-parallel ranks, 2 a micro-batch
     with pytest.raises(ConfigError, match=r"pipeline\.stages 2: doesn't divide the 3 ranks"):
         config.for_ranks(3)
+
+
+def test_the_older_name_of_bf16_is_part_of_the_run():
+    settings = RunConfig.from_dict({**RUN, "bfloat16": {"enabled": True}}).settings()
+    assert settings == RunConfig.from_dict({**RUN, "bf16": {"enabled": True}}).settings()

@@ -58,13 +58,14 @@ MIXES = [
     ("fp16 skipping", "3", "2"),
 ]
 REFUSED = [("bf16", "0", "1"), ("bf16", "1", "0")]
+ROUND_ROBIN = ("fp32", "2", "2 round robin")
 
 
 @pytest.fixture(scope="session")
 def seen(tmp_path_factory):
     """What two ranks saved and how they went on, and how three ranks continued under other stages."""
     folder = tmp_path_factory.mktemp("reshard")
-    (folder / "mixes.json").write_text(json.dumps(MIXES + REFUSED))
+    (folder / "mixes.json").write_text(json.dumps([*MIXES, *REFUSED, ROUND_ROBIN]))
     for mode, ranks in (("save", 2), ("resume", 3)):
         status, output = launch(folder / f"{mode}.log", "tests/launched_reshard.py", mode, folder, ranks=ranks)
         assert status == 0, output
@@ -102,3 +103,17 @@ def test_half_precision_and_stage_0_do_not_mix(seen, precision, saved, stage):
     refusal = seen["resume"][f"{precision} to {saved} to {stage}"]["refusal"]
     assert f"saved under ZeRO stage {saved}, which in half precision can't continue under stage {stage}" in refusal
     assert f"set zero_optimization.stage to {saved}" in refusal
+
+
+def test_shards_in_an_order_of_their_own_are_refused(seen):
+    refusal = seen["resume"]["fp32 to 2 to 2 round robin"]["refusal"]
+    assert "zero_optimization.round_robin_gradients lays shards out in an order of its own" in refusal
+    assert "continue with the saved zero_optimization {'stage': 2} on 2 data-parallel ranks" in refusal
+
+
+def test_a_count_stays_whole_and_a_product_stays_a_fraction():
+    import torch
+
+    from seqlen_curriculum.training.reshard import _scalar
+
+    assert [_scalar(value) for value in (torch.tensor(3.0), 3, torch.tensor(0.5), "x")] == [3, 3, 0.5, "x"]

@@ -38,6 +38,7 @@ class Checkpoint:
     step: int
     data_ranks: int
     zero_stage: int
+    zero: dict[str, Any]
     run: dict[str, Any]
 
 
@@ -87,7 +88,10 @@ class Checkpoints:
             return own or read_checkpoint(path)
 
         finders: dict[str, Callable[[], Checkpoint | None]] = {"none": lambda: None, "auto": self.newest}
-        return on_rank_0(finders.get(resume, named))
+        found = on_rank_0(finders.get(resume, named))
+        if found is not None:
+            self._check_same_run(found)  # before the model is built
+        return found
 
     def newest(self) -> Checkpoint | None:
         """The newest complete checkpoint; says which newer folders it passes over, and why."""
@@ -116,9 +120,16 @@ class Checkpoints:
     @staticmethod
     def _load(engine: Any, checkpoint: Checkpoint) -> None:
         stage, ranks = engine.zero_optimization_stage(), engine.dp_world_size
-        if checkpoint.zero_stage == stage and (stage == 0 or checkpoint.data_ranks == ranks):
+        # Other keys of ZeRO may lay the same shards out otherwise, which DeepSpeed would load without a word.
+        same_layout = (checkpoint.data_ranks, checkpoint.zero) == (ranks, _zero_section(engine))
+        if checkpoint.zero_stage == stage and (stage == 0 or same_layout):
             engine.load_checkpoint(str(checkpoint.folder.parent), tag=checkpoint.folder.name)
             return
+        if any(section.get("round_robin_gradients") for section in (checkpoint.zero, _zero_section(engine))):
+            raise CheckpointError(
+                f"{checkpoint.folder}: zero_optimization.round_robin_gradients lays shards out in an order of its own; "
+                f"continue with the saved zero_optimization {checkpoint.zero} on {checkpoint.data_ranks} data-parallel ranks"
+            )
         saved_by = f"{checkpoint.data_ranks} data-parallel ranks under ZeRO stage {checkpoint.zero_stage}"
         say(f"{checkpoint.folder}: saved by {saved_by}, continuing on {ranks} under stage {stage}")
         load_resharded(engine, checkpoint.folder, checkpoint.zero_stage, checkpoint.data_ranks)
@@ -138,6 +149,7 @@ class Checkpoints:
     def _publish(self, unfinished: Path, final: Path, step: int, engine: Any) -> None:
         sizes = {str(f.relative_to(unfinished)): f.stat().st_size for f in sorted(unfinished.rglob("*")) if f.is_file()}
         sharding = {"data_ranks": engine.dp_world_size, "zero_stage": int(engine.zero_optimization_stage())}
+        sharding["zero"] = _zero_section(engine)
         manifest = {"step": step, **sharding, "run": self.run, "files": sizes}
         _write(unfinished / _MANIFEST, json.dumps(manifest, indent=2))
         if final.exists():
@@ -182,6 +194,7 @@ class _Manifest(Section):
     step: CountOrZero
     data_ranks: Count
     zero_stage: Annotated[int, Field(ge=0, le=3)]
+    zero: dict[str, Any]
     run: dict[str, Any]
     files: dict[str, int]
 
@@ -200,7 +213,13 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         if found != size:
             state = "is missing" if found is None else f"has {found} bytes"
             raise CheckpointError(f"{folder}: {name} {state}, {size} bytes were saved")
-    return Checkpoint(folder, manifest.step, manifest.data_ranks, manifest.zero_stage, manifest.run)
+    return Checkpoint(folder, manifest.step, manifest.data_ranks, manifest.zero_stage, manifest.zero, manifest.run)
+
+
+def _zero_section(engine: Any) -> dict[str, Any]:
+    """``zero_optimization`` as the file has it, and as JSON gives it back."""
+    section: dict[str, Any] = json.loads(json.dumps(engine.config.get("zero_optimization", {})))
+    return section
 
 
 def differences(saved: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:

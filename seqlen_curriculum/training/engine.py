@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import math
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.pipe import PipelineModule
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from torch.optim import Optimizer
 
@@ -38,7 +40,7 @@ def initialize(*args: Any, curriculum_kwarg: str | None = None, **kwargs: Any) -
     given = inspect.signature(deepspeed.initialize).bind(*args, **kwargs).arguments
     named = given.pop("args", None)
     run = _run_config(named, given.pop("config", None), given.pop("config_params", None))
-    run = run if run.keys.train_batch_size else run.for_ranks(int(os.environ.get("WORLD_SIZE", "1")))
+    run = run if run.keys.train_batch_size else run.for_ranks(_ranks(run, given))
     if run.scheduler is not None:
         if given.get("lr_scheduler") is not None:
             raise ConfigError("scheduler: the file asks for TokenCosineLR and lr_scheduler= is given too; keep one")
@@ -57,6 +59,15 @@ def initialize(*args: Any, curriculum_kwarg: str | None = None, **kwargs: Any) -
             engine.register_forward_pre_hook(_hand_over_length(curriculum_kwarg), with_kwargs=True)
     optimizer, dataloader, lr_scheduler = others
     return engine, optimizer, dataloader, lr_scheduler
+
+
+def _ranks(run: RunConfig, given: Mapping[str, Any]) -> int:
+    """The ranks of the launch, as far as the file's degrees and the user's own ``mpu`` or ``PipelineModule`` tell."""
+    model, mpu = given.get("model"), given.get("mpu")
+    mpu = model.mpu() if isinstance(model, PipelineModule) else mpu
+    if mpu is not None:
+        return int(mpu.get_data_parallel_world_size()) * math.prod(run.keys.degrees.values())
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def _deepspeed_initialize(**arguments: Any) -> tuple[Any, ...]:

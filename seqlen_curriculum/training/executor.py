@@ -5,12 +5,11 @@ Shapes: ``B`` rows of a micro-batch, ``S`` seqlen.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from deepspeed import comm as dist
-from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.runtime.pipe.schedule import OptimizerStep, ReduceGrads, ReduceTiedGrads, TrainSchedule
 from deepspeed.utils import groups
 
@@ -126,30 +125,48 @@ class Pipeline:
         self.leads = engine.is_first_stage()  # of the ranks that read the same rows, the one to log them
         # Fewer would leave stages idle all the time; more were slower at short lengths, by the benchmark.
         self.least_micro_batches = engine.num_stages
+        self._unsharded_norm: torch.Tensor | None = None
+        if not (engine.zero_optimization() or engine.fp16_enabled() or engine.bfloat16_enabled()):
+            engine._take_model_step = self._measured(engine._take_model_step)
 
     def train(self, micro_batches: Sequence[MicroBatch], seeds: Sequence[int]) -> StepResult:
         """One optimizer step on equal ``micro_batches`` of (inputs, targets), both (B, S); dropout draws from ``seeds``."""
         set_accumulation(self.engine, len(micro_batches[0][0]), len(micro_batches))
         torch.manual_seed(seeds[0] ^ self.stage)
         loss = self.engine.train_batch(iter(micro_batches))
-        return StepResult(loss.double(), _number(self.engine.get_global_grad_norm()))
+        norm = self.engine.get_global_grad_norm() if self._unsharded_norm is None else self._unsharded_norm
+        return StepResult(loss.double(), _number(norm))
 
     def evaluate(self, micro_batch: MicroBatch) -> torch.Tensor:
         """The mean loss of (inputs, targets) over the ranks of the last stage, the same on all ranks."""
         loss: torch.Tensor = self.engine.eval_batch(iter([micro_batch]), num_micro_batches=1)
         return loss.squeeze()
 
+    def _measured(self, take_step: Callable[..., None]) -> Callable[..., None]:
+        """``take_step`` that first notes the gradient norm of all stages, which DeepSpeed keeps for itself in fp32."""
+
+        def step(*args: Any, **kwargs: Any) -> None:
+            own = [p.grad for p in self.engine.module.parameters() if p.grad is not None and not p.ds_pipe_replicated]
+            square = torch.nn.utils.get_total_norm(own).square()
+            dist.all_reduce(square, group=self.engine.grid.get_pipe_parallel_group())
+            self._unsharded_norm = square.sqrt()
+            take_step(*args, **kwargs)
+
+        return step
+
     def rehearse(self, micro_batch: MicroBatch) -> None:
         """Forward and backward of losses that weigh nothing, one micro-batch a stage in flight, without a step."""
-        engine, loss_fn, schedule = self.engine, self.engine.module.loss_fn, self.engine._train_schedule
-        set_accumulation(engine, len(micro_batch[0]), engine.num_stages)
-        engine.module.loss_fn = lambda outputs, targets: loss_fn(outputs, targets) * 0
-        engine._train_schedule = lambda: _WithoutUpdate(engine.num_stages, engine.num_stages, engine.stage_id)
+        engine, loss_fn, stages = self.engine, self.engine.module.loss_fn, self.engine.num_stages
+        set_accumulation(engine, len(micro_batch[0]), stages)
         engine.reset_activation_shape()
+        engine.set_dataiterator(iter([micro_batch] * stages))
+        engine.module.train()
+        engine.module.loss_fn = lambda outputs, targets: loss_fn(outputs, targets) * 0
+        engine.total_loss, engine.total_additional_losses, engine._compute_loss = None, None, True
         try:
-            PipelineEngine.train_batch(engine, iter([micro_batch] * engine.num_stages))
+            engine._exec_schedule(_WithoutUpdate(stages, stages, engine.stage_id))
         finally:
-            engine.module.loss_fn, engine._train_schedule = loss_fn, schedule
+            engine.module.loss_fn = loss_fn
 
 
 class _WithoutUpdate(TrainSchedule):  # type: ignore[misc]

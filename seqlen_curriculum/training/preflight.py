@@ -22,6 +22,9 @@ __all__ = ["preflight"]
 
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "cannot allocate memory")
 _PATIENCE = datetime.timedelta(seconds=60)
+_AS_LONG_AS_IT_TAKES = datetime.timedelta(
+    days=1
+)  # a rank may compile, or wait for its files; a dead one ends the launch
 _calls = itertools.count()
 
 
@@ -67,7 +70,7 @@ def _ranks_with(problem: str) -> list[int]:
     names = [f"preflight/{call}/{rank}" for rank in range(dist.get_world_size())]
     store.set(names[dist.get_rank()], problem)
     try:
-        store.wait(names, _PATIENCE)
+        store.wait(names, _PATIENCE if problem else _AS_LONG_AS_IT_TAKES)
     except RuntimeError:
         if not problem:
             raise

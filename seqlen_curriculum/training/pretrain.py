@@ -86,6 +86,7 @@ def _data_settings(train: Samples) -> dict[str, Any]:
 
 def lock_folder(save: Path) -> None:
     """Keep a second run out of the folder for as long as this process lives."""
+    save.mkdir(parents=True, exist_ok=True)
     file = os.open(save / ".lock", os.O_RDWR | os.O_CREAT)  # never closed: the system frees the lock with the process
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -221,7 +221,8 @@ def _elementwise(state: Mapping[str, Any]) -> dict[str, Tensor]:
 
 def _scalar(value: Any) -> Any:
     """A count of steps is a tensor in torch's optimizers and an int in DeepSpeed's; torch's take the latter too."""
-    return int(value) if isinstance(value, Tensor) else value
+    number = value.item() if isinstance(value, Tensor) else value
+    return int(number) if isinstance(number, float) and number.is_integer() else number
 
 
 def _load_counters(engine: Any, model: Mapping[str, Any]) -> None:

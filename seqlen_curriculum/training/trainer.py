@@ -66,7 +66,7 @@ class Trainer:
     def train(self, first_step: int) -> bool:
         """Run from ``first_step`` to the budget. True when it is reached, False when a signal stopped it earlier."""
         last_step = self.timeline.steps
-        if self.settings.preflight:
+        if self.settings.preflight and first_step <= last_step:
             preflight(self.executor, *self._largest_micro_batch())
         with _StopSignals() as signals:
             for step in range(first_step, last_step + 1):
