@@ -65,7 +65,7 @@ def _tensor(keys: DeepSpeedKeys, model: ModelConfig | None) -> Iterator[str]:
             f"zero_optimization.stage: half precision with tensor_parallel.autotp_size {degree} needs stage 1; without ZeRO "
             "DeepSpeed clips by a norm that leaves out the other ranks' weights"
         )
-    if (keys.sequence_ranks) > 1:
+    if keys.sequence_ranks > 1:
         yield (
             f"tensor_parallel.autotp_size: {degree} doesn't work together with sequence_parallel_size "
             f"{keys.sequence_parallel_size}; set one of them to 1"
