@@ -127,10 +127,20 @@ def test_reads_the_samples_that_the_arithmetic_names(reference, tiny_run):
     }
 
 
-def test_keeps_the_last_checkpoints_and_they_are_hugging_face_folders(reference, tiny_run):
+def hugging_face_loss(folder, config):
+    """The validation loss of a checkpoint, with nothing but transformers."""
     import torch
     from transformers import AutoModelForCausalLM
 
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    _, valid = open_run_data(config)
+    tokens = torch.from_numpy(valid.read(np.arange(5) * valid.num_samples // 5, 32))
+    with torch.no_grad():
+        logits = model(tokens[:, :-1]).logits
+    return float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()))
+
+
+def test_keeps_the_last_checkpoints_and_they_are_hugging_face_folders(reference, tiny_run):
     steps, evaluations = records(reference)
     last = len(steps)
     assert sorted(path.name for path in reference.glob("global_step*")) == [
@@ -138,13 +148,8 @@ def test_keeps_the_last_checkpoints_and_they_are_hugging_face_folders(reference,
         f"global_step{last}",
     ]
     assert (reference / "latest").read_text() == f"global_step{last}"
-    model = AutoModelForCausalLM.from_pretrained(reference / f"global_step{last}").eval()
-    _, valid = open_run_data(RunConfig.from_dict(tiny_run))
-    tokens = torch.from_numpy(valid.read(np.arange(5) * valid.num_samples // 5, 32))
-    with torch.no_grad():
-        logits = model(tokens[:, :-1]).logits
-    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
-    assert float(loss) == pytest.approx(evaluations[-1]["valid_loss"], rel=1e-6)
+    loss = hugging_face_loss(reference / f"global_step{last}", RunConfig.from_dict(tiny_run))
+    assert loss == pytest.approx(evaluations[-1]["valid_loss"], rel=1e-6)
 
 
 def test_the_monitor_has_values_against_steps_and_against_tokens(reference):
