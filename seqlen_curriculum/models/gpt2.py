@@ -20,7 +20,7 @@ from seqlen_curriculum.architecture import ModelConfig
 from seqlen_curriculum.errors import ConfigError
 from seqlen_curriculum.models.cross_entropy import mean_cross_entropy
 
-__all__ = ["CausalLM", "LossHead", "build_gpt2", "save_config", "save_hf"]
+__all__ = ["CausalLM", "LossHead", "build_gpt2", "causal_attention", "save_config", "save_hf"]
 
 
 def build_gpt2(config: ModelConfig, bos_token_id: int | None = None, eos_token_id: int | None = None) -> CausalLM:
@@ -112,8 +112,8 @@ def _refuse_padding(_lm: nn.Module, inputs: tuple[Any, ...], keywords: dict[str,
         raise NotImplementedError("padding and masks: save_hf() the model and load the folder instead")
 
 
-def _causal_attention(
-    _module: nn.Module,
+def causal_attention(
+    _module: nn.Module | None,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -131,7 +131,7 @@ def _causal_attention(
 
 # transformers' own "sdpa" waits for the device on every forward, to see from the position ids whether rows are packed,
 # and under torch.compile, where it can't see, builds the S x S mask. An attention of our own name gets no mask at all.
-AttentionInterface.register("sdpa_causal", _causal_attention)
+AttentionInterface.register("sdpa_causal", causal_attention)
 
 
 def save_hf(model: CausalLM, folder: str | Path, state_dict: Mapping[str, Tensor] | None = None) -> None:

@@ -61,11 +61,8 @@ class DataParallel:
         self.engine.set_gradient_accumulation_boundary(None)  # DeepSpeed counts itself again
 
     def _unsharded_grad_norm(self) -> torch.Tensor | None:
-        """The gradient norm where DeepSpeed keeps none: fp32 without ZeRO. Gradients are averaged by now."""
-        engine = self.engine
-        if engine.zero_optimization() or engine.fp16_enabled() or engine.bfloat16_enabled():
-            return None
-        return self._norm(list(engine.module.parameters()))
+        """The gradient norm where DeepSpeed keeps none. Gradients are averaged by now."""
+        return None if _keeps_norm(self.engine) else self._norm(list(self.engine.module.parameters()))
 
     def _norm(self, parameters: Sequence[torch.nn.Parameter]) -> torch.Tensor:
         return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
@@ -126,7 +123,7 @@ class Pipeline:
         # Fewer would leave stages idle all the time; more were slower at short lengths, by the benchmark.
         self.least_micro_batches = engine.num_stages
         self._unsharded_norm: torch.Tensor | None = None
-        if not (engine.zero_optimization() or engine.fp16_enabled() or engine.bfloat16_enabled()):
+        if not _keeps_norm(engine):
             engine._take_model_step = self._measured(engine._take_model_step)
 
     def train(self, micro_batches: Sequence[MicroBatch], seeds: Sequence[int]) -> StepResult:
@@ -143,7 +140,7 @@ class Pipeline:
         return loss.squeeze()
 
     def _measured(self, take_step: Callable[..., None]) -> Callable[..., None]:
-        """``take_step`` that first notes the gradient norm of all stages, which DeepSpeed keeps for itself in fp32."""
+        """``take_step`` that first notes the gradient norm of all stages."""
 
         def step(*args: Any, **kwargs: Any) -> None:
             own = [p.grad for p in self.engine.module.parameters() if p.grad is not None and not p.ds_pipe_replicated]
@@ -178,6 +175,11 @@ class _WithoutUpdate(TrainSchedule):  # type: ignore[misc]
 
 
 Executor = DataParallel | Pipeline
+
+
+def _keeps_norm(engine: Any) -> bool:
+    """Whether ``get_global_grad_norm`` has one to give: not in fp32 without ZeRO."""
+    return bool(engine.zero_optimization() or engine.fp16_enabled() or engine.bfloat16_enabled())
 
 
 def _number(norm: Any) -> float | None:

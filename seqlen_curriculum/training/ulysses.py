@@ -10,10 +10,9 @@ from typing import Any
 from deepspeed import comm as dist
 from deepspeed.sequence.layer import DistributedAttention
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import AttentionInterface
 
-from seqlen_curriculum.models.gpt2 import CausalLM
+from seqlen_curriculum.models.gpt2 import CausalLM, causal_attention
 
 __all__ = ["split_attention"]
 
@@ -49,4 +48,4 @@ def split_attention(model: CausalLM, degree: int) -> Any:
 def _whole_rows(query: Tensor, key: Tensor, value: Tensor, dropout: float, scaling: float | None) -> Tensor:
     """Causal attention of some of the heads, all (B, S, nh / P, hs)."""
     q, k, v = (tensor.transpose(1, 2) for tensor in (query, key, value))
-    return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, scale=scaling).transpose(1, 2)
+    return causal_attention(None, q, k, v, None, dropout, scaling)[0]
