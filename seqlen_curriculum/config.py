@@ -11,10 +11,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from pydantic import Field, model_validator
-
 from seqlen_curriculum.architecture import ModelConfig
 from seqlen_curriculum.curriculum import CurriculumConfig, constant_curriculum, curriculum_problems
+from seqlen_curriculum.cutting import Cut
+from seqlen_curriculum.data_section import DataConfig
 from seqlen_curriculum.deepspeed_keys import DeepSpeedKeys, batch_shape, with_bf16, without_max_grad_norm
 from seqlen_curriculum.errors import ConfigError
 from seqlen_curriculum.fields import Count, CountOrZero, Section, Seqlen, flat, misspelt_sections, parse_section
@@ -28,26 +28,6 @@ from seqlen_curriculum.token_lr import TokenCosine, TokenCosineConfig, is_token_
 __all__ = ["DataConfig", "RunConfig", "TrainingConfig"]
 
 S = TypeVar("S", bound=Section)
-
-
-class DataConfig(Section):
-    """The ``data`` section: which corpora, cut how."""
-
-    train: list[str] = Field(min_length=1)
-    """Prefixes of Megatron ``.bin/.idx`` pairs; several are read as one corpus, each weighing by its size."""
-    seq_length: Seqlen
-    """Full length of a sample in tokens."""
-    split: str = Field(default="949,50,1", pattern=r"^\s*(\d+\.?\d*|\.\d+)(\s*[,/]\s*(\d+\.?\d*|\.\d+)){0,2}\s*$")
-    """Shares of the documents for training, validation and test, as in Megatron."""
-    leftovers: Literal["drop"] = "drop"
-    """What becomes of the tail of a truncated sample: dropped, as in the paper."""
-
-    @model_validator(mode="after")
-    def _each_corpus_once(self) -> DataConfig:
-        twice = sorted({prefix for prefix in self.train if self.train.count(prefix) > 1})
-        if twice:
-            raise ValueError(f"train names {twice[0]!r} twice; each corpus is read once an epoch, so keep one")
-        return self
 
 
 class TrainingConfig(Section):
@@ -172,12 +152,18 @@ class RunConfig:
         curriculum = self.curriculum or constant_curriculum(_needed(self.data, "data").seq_length)
         bucket = self.training.seqlen_bucket if self.training else None
         rows = self.rows if self.keys.train_batch_size else None
-        return CurriculumScheduler(curriculum, rows, self.train_tokens, bucket)
+        return CurriculumScheduler(curriculum, rows, self.train_tokens, bucket, self.cut.seq_length)
+
+    @property
+    def cut(self) -> Cut:
+        """What becomes of a sample."""
+        seq_length = self.data.seq_length if self.data else None
+        return self.curriculum.cut(seq_length) if self.curriculum else Cut(seq_length=seq_length or 0)
 
     def timeline(self) -> Timeline:
         """The whole run by arithmetic. ConfigError without ``train_batch_size`` or ``training.train_tokens``."""
         training = _needed(self.training, "training")
-        return Timeline(self.curriculum_scheduler().pacing, self.rows, training.train_tokens)
+        return Timeline(self.curriculum_scheduler().pacing, self.rows, training.train_tokens, self.cut)
 
     def learning_rate(self, timeline: Timeline, max_lr: float | None = None) -> TokenCosine | None:
         """The rate of every step, None when the schedule is DeepSpeed's own; ``max_lr`` of a user's own optimizer."""
@@ -196,7 +182,7 @@ class RunConfig:
         if self.curriculum:
             chosen["curriculum_learning"] = self.curriculum.model_dump()
         if self.data and self.training:
-            chosen["data"] = self.data.model_dump(exclude={"train"})
+            chosen["data"] = self.data.model_dump(exclude={"train", "valid", "test"}) | {"weights": self.data.weights}
             chosen["training"] = self.training.model_dump(include={"train_tokens", "seed", "seqlen_bucket"})
         if self.batch_size_warmup:
             chosen["batch_size_warmup"] = self.batch_size_warmup.model_dump()
@@ -230,7 +216,7 @@ class RunConfig:
                 timeline = self.timeline()
                 if self.keys.optimizer:
                     self.learning_rate(timeline)
-                lengths = {seqlen for _, seqlen in timeline.shapes()}
+                lengths = {row_tokens for _, row_tokens in timeline.shapes()}
                 return length_problems(self.keys, sorted({*lengths, self.data.seq_length} if self.data else lengths))
         except ConfigError as error:
             return error.problems

@@ -4,94 +4,21 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
-from pydantic import Field, TypeAdapter, ValidationError, model_validator
+from pydantic import TypeAdapter, ValidationError, model_validator
 
+from seqlen_curriculum.cutting import Cut, Method
 from seqlen_curriculum.errors import ConfigError
-from seqlen_curriculum.fields import Count, ImportPath, Section, Seqlen, load_function, nearest, problems
+from seqlen_curriculum.fields import Section, Seqlen, load_function, nearest, problems
 from seqlen_curriculum.pacing import Custom, Discrete, Mixed, Pacing, Root, bucketed
 from seqlen_curriculum.rows import RisingRows
+from seqlen_curriculum.schedules import CustomSchedule, DiscreteSchedule, LinearSchedule, MixedSchedule, RootSchedule
 from seqlen_curriculum.timeline import ramp_steps_for_fraction, ramp_steps_for_tokens
 
 __all__ = ["CurriculumConfig", "CustomCurriculum", "constant_curriculum", "curriculum_problems", "parse_curriculum"]
 
 BLOCK = "curriculum_learning"
-_DURATIONS = ("total_curriculum_step", "total_curriculum_tokens", "curriculum_fraction")
-
-
-class LinearSchedule(Section):
-    """``schedule_config`` of ``fixed_linear``."""
-
-    total_curriculum_step: Count | None = None
-    """Steps from the minimum to the maximum (DeepSpeed's key; *T* in the paper). Exactly one of the three durations."""
-    total_curriculum_tokens: Count | None = None
-    """The ramp's length in consumed target tokens: the smallest T whose ramp consumes at least these."""
-    curriculum_fraction: Annotated[float, Field(gt=0, le=1)] | None = None
-    """The ramp's length as a share of the run's steps (Composer's ``duration``, where 0.3 is recommended)."""
-    difficulty_step: Count
-    """Every length is a multiple of this: 8 for the tensor cores at 16 bits (the paper), 16 at 8 bits."""
-
-    @model_validator(mode="after")
-    def _one_duration(self) -> LinearSchedule:
-        given = [name for name in _DURATIONS if getattr(self, name) is not None]
-        if len(given) != 1:
-            found = " and ".join(given) + " are given" if given else "none is given"
-            raise ValueError(f"{found}; give exactly one of {', '.join(_DURATIONS)}")
-        return self
-
-
-class RootSchedule(LinearSchedule):
-    """``schedule_config`` of ``fixed_root``."""
-
-    root_degree: float = Field(gt=0)
-    """DeepSpeed's key: the exponent is ``1 / root_degree``; 1 is linear, 2 a square root that grows fast at first."""
-
-
-class DiscreteSchedule(Section):
-    """``schedule_config`` of ``fixed_discrete``."""
-
-    difficulty: list[Seqlen] = Field(min_length=1)
-    """Lengths, one for each stage."""
-    max_step: list[Count]
-    """Last step of each stage but the last, increasing: one entry fewer than ``difficulty``."""
-
-    @model_validator(mode="after")
-    def _stages_match(self) -> DiscreteSchedule:
-        if len(self.difficulty) != len(self.max_step) + 1:
-            raise ValueError(
-                f"difficulty has {len(self.difficulty)} entries and max_step {len(self.max_step)}; "
-                "max_step needs exactly one fewer (the last length has no end)"
-            )
-        if any(later <= earlier for earlier, later in zip(self.max_step, self.max_step[1:], strict=False)):
-            raise ValueError(f"max_step {self.max_step} does not increase; give each stage a later last step")
-        return self
-
-
-class MixedSchedule(Section):
-    """``schedule_config`` of ``fixed_mixed``."""
-
-    difficulty: list[Seqlen] = Field(min_length=1)
-    """Lengths that take turns, for ever."""
-    steps: list[Count]
-    """Steps of each turn, one entry for each length."""
-
-    @model_validator(mode="after")
-    def _turns_match(self) -> MixedSchedule:
-        if len(self.difficulty) != len(self.steps):
-            raise ValueError(
-                f"difficulty has {len(self.difficulty)} entries and steps {len(self.steps)}; give each length its steps"
-            )
-        return self
-
-
-class CustomSchedule(Section):
-    """``schedule_config`` of ``custom``."""
-
-    function: ImportPath | None = None
-    """Import path ``package.module:function`` of a ``function(step) -> length``; ``set_custom_get_difficulty`` otherwise."""
-    difficulty_step: Count = 1
-    """Its values are rounded down to a multiple of this, after clamping to the range."""
 
 
 class _Curriculum(Section):
@@ -105,6 +32,19 @@ class _Curriculum(Section):
     """First length; the paper starts at 8 (64 for 1.5B parameters)."""
     max_difficulty: Seqlen
     """Last length, normally the data's ``seq_length``."""
+    method: Method = "truncate"
+    """What becomes of a sample of ``seq_length`` tokens: ``truncate`` to its first tokens, as in the paper; ``segment``: cut
+    into ``seq_length // seqlen`` rows; ``window``: whole rows that attend within aligned windows of today's length."""
+    restart_positions: bool = False
+    """With ``window``: positions are counted from 0 in each window. Without, they run on through the row."""
+
+    @model_validator(mode="after")
+    def _positions_of_windows(self) -> _Curriculum:
+        if self.restart_positions and self.method != "window":
+            raise ValueError(
+                f'restart_positions: true goes with method "window"; "{self.method}" counts every row\'s positions from 0'
+            )
+        return self
 
     @model_validator(mode="after")
     def _range(self) -> _Curriculum:
@@ -122,6 +62,10 @@ class _Curriculum(Section):
             )
         return self
 
+    def cut(self, seq_length: int | None = None) -> Cut:
+        """What becomes of a sample of ``seq_length`` tokens (default: of the longest length)."""
+        return Cut(self.method, seq_length or self.max_difficulty)
+
     def _range_of(self, schedule: LinearSchedule | CustomSchedule) -> tuple[int, int, int]:
         return self.min_difficulty, self.max_difficulty, schedule.difficulty_step
 
@@ -132,12 +76,16 @@ class RampCurriculum(_Curriculum):
     schedule_config: LinearSchedule
 
     def pacing(
-        self, rows: int | RisingRows | None = None, train_tokens: int | None = None, bucket: int | None = None
+        self,
+        rows: int | RisingRows | None = None,
+        train_tokens: int | None = None,
+        bucket: int | None = None,
+        seq_length: int | None = None,
     ) -> Pacing:
-        """The ramp in multiples of ``bucket``. ``rows`` and ``train_tokens`` of the run: unless it is given in steps."""
+        """The ramp in multiples of ``bucket``. The rest, of the run, is needed unless the ramp is given in steps."""
         schedule = self.schedule_config
         bounds = self._range_of(schedule)
-        degree = getattr(schedule, "root_degree", 1.0)
+        degree, cut = getattr(schedule, "root_degree", 1.0), self.cut(seq_length)
 
         def ramp(total_steps: int) -> Pacing:
             return bucketed(Root(*bounds, total_steps=total_steps, root_degree=degree), bucket)
@@ -145,9 +93,9 @@ class RampCurriculum(_Curriculum):
         if schedule.total_curriculum_step is not None:
             return ramp(schedule.total_curriculum_step)
         if rows is not None and schedule.total_curriculum_tokens is not None:
-            return ramp(ramp_steps_for_tokens(ramp, rows, schedule.total_curriculum_tokens))
+            return ramp(ramp_steps_for_tokens(ramp, rows, schedule.total_curriculum_tokens, cut))
         if rows is not None and train_tokens is not None and schedule.curriculum_fraction is not None:
-            return ramp(ramp_steps_for_fraction(ramp, rows, train_tokens, schedule.curriculum_fraction))
+            return ramp(ramp_steps_for_fraction(ramp, rows, train_tokens, schedule.curriculum_fraction, cut))
         raise ConfigError(
             f"{BLOCK}.schedule_config: a ramp given in tokens or as a fraction needs train_batch_size and, for a fraction, "
             "training.train_tokens; give them, or give total_curriculum_step"
@@ -178,6 +126,7 @@ class _PlainCurriculum(_Curriculum):
         rows: int | RisingRows | None = None,  # noqa: ARG002
         train_tokens: int | None = None,  # noqa: ARG002
         bucket: int | None = None,
+        seq_length: int | None = None,  # noqa: ARG002
     ) -> Pacing:
         """The length of each step, in multiples of ``bucket``."""
         return bucketed(self._schedule(), bucket)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import overload
 
 import numpy as np
@@ -27,6 +28,10 @@ class Piecewise:
     def constant(cls, value: int) -> Piecewise:
         """``value`` at every step."""
         return cls(np.ones(1, np.int64), np.array([value], np.int64))
+
+    def map(self, function: Callable[[Steps], Steps]) -> Piecewise:
+        """``function`` of the value at every step."""
+        return Piecewise(self.first_steps, function(self.values))
 
     def times(self, other: Piecewise) -> Piecewise:
         """The product of both at every step."""

@@ -15,35 +15,36 @@ from seqlen_curriculum.errors import ConfigError
 from seqlen_curriculum.timeline import Timeline
 from seqlen_curriculum.token_lr import TokenCosine
 
-__all__ = ["describe", "draw", "plan"]
+__all__ = ["data_use", "describe", "draw", "plan"]
 
 
 def plan(config: RunConfig, at: Iterable[int] = ()) -> dict[str, Any]:
     """The run as one JSON-able object; ``at`` adds steps to ``milestones``. Tokens are target tokens of all ranks.
 
     ``steps, consumed_tokens, full_length_step, full_batch_step, lengths`` (how many), ``shapes`` (how many pairs of rows
-    and seqlen), ``milestones [{step, seqlen, rows, consumed_tokens, lr}]``, and where the file says enough: ``read_tokens,
-    dropped_tokens`` (data section), ``parameters, flops, flops_of_full_length`` (model section; the latter is the same
-    budget at constant full length), ``without_seqlen_bucket {steps, lengths, flops}``. Raises ConfigError.
+    and their tokens), ``milestones [{step, seqlen, rows, consumed_tokens, lr}]``, and where the file says enough:
+    ``read_tokens`` and ``dropped_tokens`` or ``recycled_tokens`` of them (data section), ``parameters, flops,
+    flops_of_full_length`` (model section; the latter is the same budget at constant full length), ``without_seqlen_bucket
+    {steps, lengths, flops}``. Raises ConfigError.
     """
     timeline = config.timeline()
     rate = config.learning_rate(timeline)
-    full_length = config.data.seq_length if config.data else max(seqlen for _, seqlen in timeline.shapes())
+    full_length = config.data.seq_length if config.data else max(timeline.lengths())
     full_steps = {
         "full_length_step": timeline.first_step_at(full_length),
-        "full_batch_step": timeline.first_step_of_rows(timeline.global_batch),
+        "full_batch_step": timeline.first_step_of_samples(timeline.global_batch),
     }
     steps = sorted({*_key_steps(timeline, rate), *filter(None, full_steps.values()), *_asked(at, timeline)})
     summary: dict[str, Any] = {
         "steps": timeline.steps,
         "consumed_tokens": timeline.consumed_tokens(timeline.steps),
         **full_steps,
-        "lengths": len({seqlen for _, seqlen in timeline.shapes()}),
+        "lengths": len(timeline.lengths()),
         "shapes": len(timeline.shapes()),
         "milestones": [_milestone(timeline, rate, step) for step in steps],
     }
     if config.data:
-        summary |= _data_use(timeline, config.data.seq_length)
+        summary |= data_use(timeline, config.data.seq_length, config.data.leftovers == "recycle")
     if config.model:
         summary |= _compute(timeline, config.model, full_length)
     if config.training and config.training.seqlen_bucket:
@@ -79,10 +80,11 @@ def _milestone(timeline: Timeline, rate: TokenCosine | None, step: int) -> dict[
     }
 
 
-def _data_use(timeline: Timeline, seq_length: int) -> dict[str, int]:
-    """Each row stands for one full-length sample; what truncation leaves of it is dropped."""
-    read = timeline.consumed_rows(timeline.steps) * seq_length
-    return {"read_tokens": read, "dropped_tokens": read - timeline.consumed_tokens(timeline.steps)}
+def data_use(timeline: Timeline, seq_length: int, recycle: bool) -> dict[str, int]:
+    """Each sample stands for ``seq_length`` tokens; what a cut leaves over is dropped, or read again as further samples."""
+    read = timeline.consumed_samples(timeline.steps) * seq_length
+    left = read - timeline.consumed_tokens(timeline.steps)
+    return {"read_tokens": read, "recycled_tokens" if recycle else "dropped_tokens": left}
 
 
 def _compute(timeline: Timeline, model: ModelConfig, full_length: int) -> dict[str, float]:
@@ -105,9 +107,10 @@ def describe(summary: dict[str, Any]) -> str:
     if summary["milestones"][0]["rows"] != summary["milestones"][-1]["rows"]:
         lines.append(_rows_line(summary))
     if "read_tokens" in summary:
-        share = summary["dropped_tokens"] / summary["read_tokens"]
+        fate = next(fate for fate in ("dropped", "recycled") if f"{fate}_tokens" in summary)
+        left = summary[f"{fate}_tokens"]
         lines.append(
-            f"tokens of samples {summary['read_tokens']:,}, dropped {summary['dropped_tokens']:,} ({share:.1%})"
+            f"tokens of samples {summary['read_tokens']:,}, {fate} {left:,} ({left / summary['read_tokens']:.1%})"
         )
     if "flops" in summary:
         ratio = summary["flops"] / summary["flops_of_full_length"]

@@ -19,7 +19,8 @@ class CurriculumScheduler:
 
     ``config`` is the ``curriculum_learning`` block (a mapping, as in DeepSpeed) or a parsed one. ``rows`` (the global
     batch, or its warmup) and ``train_tokens`` are needed only when the ramp is given in tokens or as a fraction. With
-    ``bucket`` every length is rounded down to a multiple of it. Raises ConfigError.
+    ``bucket`` every length is rounded down to a multiple of it. ``seq_length`` is the data's, by default the longest length.
+    Raises ConfigError.
     """
 
     def __init__(
@@ -28,11 +29,12 @@ class CurriculumScheduler:
         rows: int | RisingRows | None = None,
         train_tokens: int | None = None,
         bucket: int | None = None,
+        seq_length: int | None = None,
     ) -> None:
         self.config = config if isinstance(config, Section) else parse_curriculum(config)
         self._bucket = bucket
         waits = isinstance(self.config, CustomCurriculum) and self.config.schedule_config.function is None
-        self._pacing: Pacing | None = None if waits else self.config.pacing(rows, train_tokens, bucket)
+        self._pacing: Pacing | None = None if waits else self.config.pacing(rows, train_tokens, bucket, seq_length)
         self.current_difficulty: int = self.config.min_difficulty if waits else self.get_difficulty(1)
 
     @property
@@ -67,7 +69,8 @@ class CurriculumScheduler:
 
     def get_state(self) -> dict[str, Any]:
         """DeepSpeed's state: the block's settings and ``current_difficulty``."""
-        settings = self.config.model_dump(exclude_none=True, exclude={"enabled", "curriculum_type"})
+        ours = {"enabled", "curriculum_type", "method", "restart_positions"}
+        settings = self.config.model_dump(exclude_none=True, exclude=ours)
         return {**settings, "current_difficulty": self.current_difficulty}
 
     def set_state(self, state: Mapping[str, Any]) -> None:

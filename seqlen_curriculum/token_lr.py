@@ -91,9 +91,10 @@ class TokenCosine:
         if params.warmup_steps is not None:
             return timeline.consumed_tokens(min(params.warmup_steps, after_the_run))
         if params.warmup_samples:
-            samples = min(params.warmup_samples, timeline.consumed_rows(after_the_run))
-            step = timeline.steps_to_rows(samples)
-            return timeline.consumed_tokens(step) - (timeline.consumed_rows(step) - samples) * timeline.seqlen(step)
+            samples = min(params.warmup_samples, timeline.consumed_samples(after_the_run))
+            step = timeline.steps_to_samples(samples)
+            sample_tokens = timeline.cut.used(timeline.seqlen(step))
+            return timeline.consumed_tokens(step) - (timeline.consumed_samples(step) - samples) * sample_tokens
         return params.warmup_tokens or 0
 
     def _warmup_progress(self, steps: Steps) -> npt.NDArray[np.float64]:
@@ -101,7 +102,7 @@ class TokenCosine:
         params, timeline = self.params, self.timeline
         for length, done in (
             (params.warmup_steps, steps),
-            (params.warmup_samples, timeline.consumed_rows(steps)),
+            (params.warmup_samples, timeline.consumed_samples(steps)),
             (params.warmup_tokens, timeline.consumed_tokens(steps)),
         ):
             if length:

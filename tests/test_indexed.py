@@ -44,7 +44,7 @@ def test_gather_at_first_last_and_past_last(prefix: str) -> None:
     corpus = IndexedCorpus(prefix)
     rows = corpus.gather([0, 3, 8], 3)
     assert rows.tolist() == [[5, 6, 7], [0, 8, 0], [11, 12, 0]]
-    assert rows.dtype == np.int64
+    assert rows.dtype == np.uint16  # as stored
     assert corpus.gather([0], 11).tolist() == [STREAM]
     assert corpus.gather([10], 1).tolist() == [[0]]
     assert corpus.gather([], 5).shape == (0, 5)

@@ -14,8 +14,8 @@ PACKAGE = Path(seqlen_curriculum.__file__).parent
 # Each layer may import from the layers before it, and from its own.
 LAYERS = [
     {"errors", "piecewise"},
-    {"cli", "fields", "jsonfile", "microbatch", "pacing", "runlog"},
-    {"rows"},
+    {"cli", "cutting", "fields", "jsonfile", "microbatch", "pacing", "runlog"},
+    {"data_section", "rows", "schedules"},
     {"timeline"},
     {"architecture", "curriculum", "deepspeed_keys", "token_lr"},
     {"parallel", "scheduler"},

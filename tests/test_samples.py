@@ -1,4 +1,3 @@
-from collections import Counter
 from itertools import pairwise
 from pathlib import Path
 
@@ -86,7 +85,7 @@ def test_samples_by_hand(tmp_path: Path) -> None:
 @pytest.mark.parametrize("seqlen", [1, 5, 8])
 def test_a_short_read_is_the_prefix_of_the_full_one(tmp_path: Path, seqlen: int) -> None:
     samples = Samples([(corpus(tmp_path / "c", [100]), 10, 100)], 8, seed=1)
-    ids = samples.order(0, 20)
+    ids = np.array([10, 0, 3, 3])
     assert np.array_equal(samples.read(ids, seqlen), samples.read(ids, 8)[:, : seqlen + 1])
 
 
@@ -109,34 +108,6 @@ def test_several_corpora_lie_end_to_end(tmp_path: Path) -> None:
     for outside in (-1, 5):
         with pytest.raises(IndexError, match=r"outside 0\.\.4"):
             samples.locate([outside])
-
-
-def test_each_epoch_reads_every_sample_once(tmp_path: Path) -> None:
-    samples = Samples([(corpus(tmp_path / "c", [401]), 0, 401)], 8, seed=5)
-    epochs = samples.order(0, 150).reshape(3, 50)
-    for epoch in epochs:
-        assert sorted(epoch.tolist()) == list(range(50))
-    assert not np.array_equal(epochs[0], epochs[1])
-    assert Counter(samples.read(samples.order(0, 50), 8)[:, :-1].ravel().tolist()) == Counter(range(400))
-
-
-@settings(deadline=None, max_examples=50)
-@given(st.integers(0, 10**12), st.integers(1, 60), st.integers(0, 60))
-def test_order_is_a_function_of_the_position(
-    tmp_path_factory: pytest.TempPathFactory, first: int, count: int, cut: int
-) -> None:
-    path = tmp_path_factory.getbasetemp() / "order"
-    one = IndexedCorpus(path) if path.with_suffix(".idx").exists() else corpus(path, [100])
-    samples = Samples([(one, 0, 100)], 8, seed=5)
-    ids = samples.order(first, count)
-    assert ids.dtype == np.int64
-    cut = min(cut, count)
-    assert ids.tolist() == [*samples.order(first, cut), *samples.order(first + cut, count - cut)]
-    assert 0 <= ids.min() <= ids.max() < samples.num_samples
-
-
-def test_one_sample_is_read_again_and_again(tmp_path: Path) -> None:
-    assert Samples([(corpus(tmp_path / "c", [9]), 0, 9)], 8, seed=5).order(7, 3).tolist() == [0, 0, 0]
 
 
 def test_no_sample_at_all(tmp_path: Path) -> None:

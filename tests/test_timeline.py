@@ -38,7 +38,7 @@ def test_tokens_by_hand():
     assert timeline.steps == 7
     assert timeline.first_step_at(32) == 5
     assert timeline.shapes() == [(4, 8), (4, 16), (4, 32)]
-    assert timeline.consumed_rows(7) == 28
+    assert timeline.consumed_samples(7) == 28
     lengths, tokens = timeline.tokens_by_length()
     assert (lengths.tolist(), tokens.tolist()) == ([8, 16, 32], [64, 128, 384])
 
@@ -105,16 +105,16 @@ def test_arithmetic_equals_counting(pacing, rows, budget):
         consumed.append(consumed[-1] + shapes[-1][0] * shapes[-1][1])
     steps = np.arange(1, len(shapes) + 1)
     assert timeline.steps == len(shapes)
-    for ask, answers in ((timeline.consumed_tokens, consumed[1:]), (timeline.consumed_rows, read[1:])):
+    for ask, answers in ((timeline.consumed_tokens, consumed[1:]), (timeline.consumed_samples, read[1:])):
         assert [ask(step) for step in steps.tolist()] == ask(steps).tolist() == answers
     assert list(zip(timeline.rows(steps).tolist(), timeline.seqlen(steps).tolist(), strict=True)) == shapes
     assert [timeline.rows(step) for step in steps.tolist()] == [step_rows for step_rows, _ in shapes]
     assert timeline.shapes() == sorted(set(shapes), key=lambda shape: shape[::-1])
     for step in {1, len(shapes) // 2 + 1, len(shapes)}:
         assert timeline.steps_to(consumed[step]) == timeline.steps_to(consumed[step - 1] + 1) == step
-        assert timeline.steps_to_rows(read[step]) == timeline.steps_to_rows(read[step - 1] + 1) == step
+        assert timeline.steps_to_samples(read[step]) == timeline.steps_to_samples(read[step - 1] + 1) == step
     for step_rows, seqlen in timeline.shapes():
-        assert timeline.first_step_of_rows(step_rows) == 1 + [r for r, _ in shapes].index(step_rows)
+        assert timeline.first_step_of_samples(step_rows) == 1 + [r for r, _ in shapes].index(step_rows)
         assert timeline.first_step_at(seqlen) == 1 + [s for _, s in shapes].index(seqlen)
     lengths, tokens = timeline.tokens_by_length()
     assert tokens.sum() == consumed[-1]
@@ -127,17 +127,17 @@ def test_a_batch_size_warmup_by_hand():
     timeline = Timeline(Discrete((8, 16), (2,)), RisingRows(2, 2, 40, 4), train_tokens=180)
     assert timeline.rows(np.arange(1, 6)).tolist() == [2, 2, 2, 4, 4]
     assert timeline.consumed_tokens(np.arange(6)).tolist() == [0, 16, 32, 64, 128, 192]
-    assert timeline.consumed_rows(np.arange(6)).tolist() == [0, 2, 4, 6, 10, 14]
-    assert (timeline.steps, timeline.global_batch, timeline.first_step_of_rows(4)) == (5, 4, 4)
+    assert timeline.consumed_samples(np.arange(6)).tolist() == [0, 2, 4, 6, 10, 14]
+    assert (timeline.steps, timeline.global_batch, timeline.first_step_of_samples(4)) == (5, 4, 4)
     assert timeline.shapes() == [(2, 8), (2, 16), (4, 16)]
-    assert [timeline.steps_to_rows(rows) for rows in (1, 6, 7, 10, 11)] == [1, 3, 4, 4, 5]
+    assert [timeline.steps_to_samples(rows) for rows in (1, 6, 7, 10, 11)] == [1, 3, 4, 4, 5]
     lengths, tokens = timeline.tokens_by_length()
     assert (lengths.tolist(), tokens.tolist()) == ([8, 16], [32, 160])
 
 
 def test_a_batch_that_a_short_run_never_reaches():
     timeline = Timeline(Discrete((8,), ()), RisingRows(2, 2, 10_000, 4), train_tokens=160)
-    assert (timeline.steps, timeline.first_step_of_rows(4), timeline.shapes()) == (10, None, [(2, 8)])
+    assert (timeline.steps, timeline.first_step_of_samples(4), timeline.shapes()) == (10, None, [(2, 8)])
 
 
 def test_a_long_run_of_many_shapes_costs_little():

@@ -33,11 +33,11 @@ def records(save):
 
 
 def samples_by_step(save):
-    """Ids read at each step, in row order over the ranks."""
+    """(source, epoch, number) of each sample read at each step, in their order over the ranks."""
     read = [record for path in save.glob("samples.rank*.jsonl") for record in read_runlog(path)]
     steps = {}
-    for record in sorted(read, key=lambda record: (record["step"], record["first_row"])):
-        steps.setdefault(record["step"], []).extend(record["samples"])
+    for record in sorted(read, key=lambda record: (record["step"], record["first_sample"])):
+        steps.setdefault(record["step"], []).extend(map(tuple, record["samples"]))
     return steps
 
 
@@ -122,9 +122,13 @@ def test_it_learns(reference):
 def test_reads_the_samples_that_the_arithmetic_names(reference, tiny_run):
     config = RunConfig.from_dict(tiny_run)
     train, _ = open_run_data(config)
-    assert samples_by_step(reference) == {
-        step: train.order(8 * (step - 1), 8).tolist() for step in range(1, config.timeline().steps + 1)
-    }
+    assert samples_by_step(reference) == planned_samples(train)
+
+
+def planned_samples(feed):
+    """What ``samples_by_step`` ought to give."""
+    steps = range(1, feed.timeline.steps + 1)
+    return {step: list(zip(*np.stack(feed.places(step)).tolist(), strict=True)) for step in steps}
 
 
 def hugging_face_loss(folder, config):
@@ -134,7 +138,7 @@ def hugging_face_loss(folder, config):
 
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     _, valid = open_run_data(config)
-    tokens = torch.from_numpy(valid.read(np.arange(5) * valid.num_samples // 5, 32))
+    tokens = torch.from_numpy(valid.read(np.arange(5) * valid.num_samples // 5, 32)).long()
     with torch.no_grad():
         logits = model(tokens[:, :-1]).logits
     return float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()))

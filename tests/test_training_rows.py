@@ -4,7 +4,7 @@ import json
 
 import pytest
 from conftest import launch
-from test_training import TRAIN, records, samples_by_step
+from test_training import TRAIN, planned_samples, records, samples_by_step
 
 from seqlen_curriculum import RunConfig
 from seqlen_curriculum.data.run_data import open_run_data
@@ -39,9 +39,7 @@ def test_every_step_has_the_planned_rows_and_samples(trained, warmup_run):
     ]
     assert [tuple(r[name] for name in ("step", "seqlen", "rows", "consumed_tokens", "lr")) for r in steps] == planned
     assert {record["rows"] for record in steps} == {2, 4, 6, 8}
-    assert samples_by_step(save) == {
-        step: train.order(timeline.consumed_rows(step - 1), rows).tolist() for step, _, rows, _, _ in planned
-    }
+    assert samples_by_step(save) == planned_samples(train)
     assert output.count("warning: batch_size_warmup and curriculum_learning are both on") == 1  # on rank 0
 
 

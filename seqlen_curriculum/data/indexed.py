@@ -86,8 +86,8 @@ class IndexedCorpus:
             digest.update(self.tokens[start : start + _FINGERPRINT_BLOCK].tobytes())
         return digest.hexdigest()
 
-    def gather(self, starts: ArrayLike, length: int) -> NDArray[np.int64]:
-        """Tokens ``[start, start + length)`` of each of ``starts`` (B,), as (B, length) int64; ``IndexError`` outside.
+    def gather(self, starts: ArrayLike, length: int) -> NDArray[Any]:
+        """Tokens ``[start, start + length)`` of each of ``starts`` (B,), as (B, length) as stored; ``IndexError`` outside.
 
         One gather of rows out of overlapping windows of the memory map: only the pages asked for are touched.
         """
@@ -96,10 +96,11 @@ class IndexedCorpus:
         if length < 1 or (rows.size and not 0 <= rows.min() <= rows.max() < windows):
             raise IndexError(f"{self.prefix}: rows of {length} tokens outside its {self.num_tokens} tokens")
         if not rows.size:
-            return np.empty((0, length), dtype=np.int64)
+            return np.empty((0, length), dtype=self.dtype)
         step = self.dtype.itemsize
         table = as_strided(self.tokens, (windows, length), (step, step), writeable=False)
-        return table[rows].astype(np.int64, copy=False)
+        rows_of_tokens: NDArray[Any] = table[rows]
+        return rows_of_tokens
 
 
 def corpus_prefix(path: str | os.PathLike[str]) -> str:

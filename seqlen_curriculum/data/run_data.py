@@ -1,36 +1,48 @@
-"""The training and validation samples of a run's configuration, checked before any work."""
+"""The data of a run's configuration, checked before any work."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from seqlen_curriculum.config import RunConfig
+from seqlen_curriculum.data.feed import Feed
 from seqlen_curriculum.data.indexed import IndexedCorpus
-from seqlen_curriculum.data.samples import Samples, check_token_ids, open_split
+from seqlen_curriculum.data.samples import SPLITS, Samples, check_token_ids, open_split
 from seqlen_curriculum.errors import DataError
 
-__all__ = ["open_run_data"]
+__all__ = ["open_run_data", "open_samples"]
 
 
-def open_run_data(config: RunConfig) -> tuple[Samples, Samples | None]:
-    """(training, validation) samples of a file with model, data and training sections; None if it never evaluates.
+def open_run_data(config: RunConfig) -> tuple[Feed, Samples | None]:
+    """(training data, validation samples) of a file with model, data and training sections; None if it never evaluates.
 
     Raises ConfigError, DataError.
     """
     assert config.model is not None
     assert config.data is not None
     assert config.training is not None
-    data, vocab_size = config.data, config.model.vocab_size
-    for prefix in data.train:
-        _check_vocabulary(IndexedCorpus(prefix), vocab_size)
-    train = _open(config, "train")
-    return train, _open(config, "valid") if config.training.eval_interval else None
-
-
-def _open(config: RunConfig, which: str) -> Samples:
-    assert config.model is not None
-    assert config.data is not None
-    assert config.training is not None
     data = config.data
-    return open_split(data.train, data.split, which, data.seq_length, config.training.seed, config.model.vocab_size)
+    for prefix in [*data.prefixes, *(data.valid or [])]:
+        _check_vocabulary(IndexedCorpus(prefix), config.model.vocab_size)
+    sources = [data.prefixes] if data.weights is None else [[prefix] for prefix in data.prefixes]
+    feed = Feed(
+        [open_samples(config, "train", source) for source in sources],
+        config.timeline(),
+        data.leftovers == "recycle",
+        data.weights,
+    )
+    return feed, open_samples(config, "valid") if config.training.eval_interval else None
+
+
+def open_samples(config: RunConfig, which: str, prefixes: Sequence[str] | None = None) -> Samples:
+    """The samples of ``which`` (train, valid or test) split, or of the corpora named for it; ``prefixes``: of these."""
+    assert config.data is not None
+    data, seed = config.data, config.training.seed if config.training else 0
+    own = {"train": None, "valid": data.valid, "test": data.test}[which]
+    whole = own is not None or (which == "train" and data.valid is not None)
+    split = ",".join(str(int(name == which)) for name in SPLITS) if whole else data.split
+    vocab_size = config.model.vocab_size if config.model else None
+    return open_split(prefixes or own or data.prefixes, split, which, data.seq_length, seed, vocab_size)
 
 
 def _check_vocabulary(corpus: IndexedCorpus, vocab_size: int) -> None:

@@ -1,7 +1,7 @@
-"""The samples of one split of a list of corpora, and the endless order in which a run reads them.
+"""The samples of one split of a list of corpora.
 
 Sample k of a range is its tokens ``[k * L, k * L + L]``: L inputs and the token after them. Nothing is stored: where a
-sample lies, and which one is read at a position, follow by arithmetic.
+sample lies follows by arithmetic.
 
 Shapes: B rows, L ``seq_length``.
 """
@@ -11,12 +11,12 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from seqlen_curriculum.data.indexed import IndexedCorpus
-from seqlen_curriculum.data.permutation import permute
 from seqlen_curriculum.errors import ConfigError, DataError
 
 __all__ = ["SPLITS", "Samples", "check_token_ids", "open_split", "split_bounds"]
@@ -29,8 +29,9 @@ _CHECK_BLOCK = 2**16
 class Samples:
     """Samples of ``seq_length`` tokens from ranges ``(corpus, first_token, end_token)``, laid end to end.
 
-    ``seed`` keys the order. With ``vocab_size``, ``read`` raises ``DataError`` on a token id the model doesn't have.
-    A range too short for one sample gives none; raises ``DataError`` when no range gives any.
+    ``num_tokens`` can be trained on: all but the first of each range, which nothing precedes. With ``vocab_size``, reading
+    raises ``DataError`` on a token id the model doesn't have. ``seed`` keys the order of those who read in one. A range too
+    short for one sample gives none; raises ``DataError`` when no range gives any.
     """
 
     def __init__(
@@ -45,18 +46,14 @@ class Samples:
         self.seed = seed
         self.vocab_size = vocab_size
         self._check_ranges()
-        counts = [max(end - first - 1, 0) // seq_length for _, first, end in self.ranges]
-        self._bounds = np.cumsum([0, *counts], dtype=np.int64)  # (corpora + 1,) sample ids
+        tokens = np.array([max(end - first - 1, 0) for _, first, end in self.ranges], dtype=np.int64)
+        self._bounds = np.cumsum([0, *(tokens // seq_length)], dtype=np.int64)  # (corpora + 1,) sample ids
+        self._rest_bounds = np.cumsum([0, *(tokens % seq_length)], dtype=np.int64)  # (corpora + 1,) places in the rest
         self._firsts = np.array([first for _, first, _ in self.ranges], dtype=np.int64)
-        self.num_samples = int(self._bounds[-1])
+        self.num_samples, self.num_tokens = int(self._bounds[-1]), int(tokens.sum())
+        self.dtype = np.result_type(*(corpus.dtype for corpus, _, _ in self.ranges))
         if not self.num_samples:
             raise DataError(self._too_short())
-
-    def order(self, first: int, count: int) -> NDArray[np.int64]:
-        """Ids (count,) read at positions ``first``, ... of the endless order; each epoch is its own permutation."""
-        positions = np.arange(first, first + count, dtype=np.int64)
-        epoch, within = np.divmod(positions, self.num_samples)
-        return permute(within, self.num_samples, self.seed, epoch)
 
     def locate(self, ids: ArrayLike) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Index of the corpus and token position in it of each sample; two arrays (B,). ``IndexError`` outside."""
@@ -66,27 +63,42 @@ class Samples:
         corpus = np.searchsorted(self._bounds, wanted, side="right") - 1
         return corpus, self._firsts[corpus] + (wanted - self._bounds[corpus]) * self.seq_length
 
-    def read(self, ids: ArrayLike, seqlen: int) -> NDArray[np.int64]:
-        """The first ``seqlen + 1`` tokens of each sample, (B, seqlen + 1) int64; the rest of it isn't touched."""
+    def locate_rest(self, places: ArrayLike) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+        """Range, token position in its corpus, and tokens from there to that range's end, of places in the rest (B,).
+
+        The rest is what no sample holds: fewer than ``seq_length`` tokens at the end of each range, laid end to end.
+        """
+        wanted = np.asarray(places, dtype=np.int64)
+        number = np.searchsorted(self._rest_bounds, wanted, side="right") - 1
+        counts = np.diff(self._bounds)[number]
+        start = self._firsts[number] + counts * self.seq_length + wanted - self._rest_bounds[number]
+        return number, start, self._rest_bounds[number + 1] - wanted
+
+    def read(self, ids: ArrayLike, seqlen: int) -> NDArray[Any]:
+        """The first ``seqlen + 1`` tokens of each sample, (B, seqlen + 1) as stored; the rest of it isn't touched."""
         if not 1 <= seqlen <= self.seq_length:
             raise ConfigError(f"seqlen: {seqlen} is outside 1..{self.seq_length}, the seq_length of the data")
-        corpus, starts = self.locate(ids)
-        tokens = self._gather(corpus, starts, seqlen + 1)
-        # Seen as unsigned a negative id is huge: one pass finds both kinds of wrong id.
-        if self.vocab_size is not None and tokens.size and int(tokens.view(np.uint64).max()) >= self.vocab_size:
-            row, column = np.argwhere(tokens.view(np.uint64) >= self.vocab_size)[0]
-            name = self.ranges[int(corpus[row])][0].prefix
-            raise _foreign_id(name, int(starts[row] + column), int(tokens[row, column]), self.vocab_size)
+        return self.gather(*self.locate(ids), seqlen + 1)
+
+    def gather(self, number: NDArray[np.int64], starts: NDArray[np.int64], length: int) -> NDArray[Any]:
+        """``length`` tokens from ``starts`` (B,) of the corpora of ranges ``number`` (B,), as (B, length), checked."""
+        if len(self.ranges) == 1:
+            tokens = self.ranges[0][0].gather(starts, length)
+        else:
+            tokens = np.empty((len(starts), length), dtype=self.dtype)
+            for one in np.unique(number).tolist():
+                rows = np.flatnonzero(number == one)
+                tokens[rows] = self.ranges[one][0].gather(starts[rows], length)
+        self._check_ids(tokens, number, starts)
         return tokens
 
-    def _gather(self, corpus: NDArray[np.int64], starts: NDArray[np.int64], length: int) -> NDArray[np.int64]:
-        if len(self.ranges) == 1:
-            return self.ranges[0][0].gather(starts, length)
-        tokens = np.empty((len(starts), length), dtype=np.int64)
-        for number in np.unique(corpus).tolist():
-            rows = np.flatnonzero(corpus == number)
-            tokens[rows] = self.ranges[number][0].gather(starts[rows], length)
-        return tokens
+    def _check_ids(self, tokens: NDArray[Any], number: NDArray[np.int64], starts: NDArray[np.int64]) -> None:
+        # Seen as unsigned a negative id is huge: one pass finds both kinds of wrong id.
+        unsigned = tokens.view(f"u{tokens.itemsize}")
+        if self.vocab_size is not None and tokens.size and int(unsigned.max()) >= self.vocab_size:
+            row, column = np.argwhere(unsigned >= self.vocab_size)[0]
+            name = self.ranges[int(number[row])][0].prefix
+            raise _foreign_id(name, int(starts[row] + column), int(tokens[row, column]), self.vocab_size)
 
     def _check_ranges(self) -> None:
         if self.seq_length < 1:

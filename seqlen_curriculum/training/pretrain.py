@@ -12,6 +12,7 @@ import torch
 from deepspeed import comm as dist
 
 from seqlen_curriculum.config import RunConfig
+from seqlen_curriculum.data.feed import Feed
 from seqlen_curriculum.data.samples import Samples
 from seqlen_curriculum.deepspeed_keys import batch_shape
 from seqlen_curriculum.errors import CheckpointError
@@ -28,7 +29,7 @@ __all__ = ["lock_folder", "pretrain", "refuse_other_run"]
 _RUNLOG = "runlog.jsonl"
 
 
-def pretrain(config: RunConfig, train: Samples, valid: Samples | None, save: Path, resume: str = "auto") -> bool:
+def pretrain(config: RunConfig, train: Feed, valid: Samples | None, save: Path, resume: str = "auto") -> bool:
     """Train the file's model on ``train`` until its token budget; False if a signal stopped it earlier (and it saved).
 
     ``save`` is the run's folder: checkpoints and ``runlog.jsonl``. ``resume``: ``auto`` continues from the newest complete
@@ -62,7 +63,7 @@ def pretrain(config: RunConfig, train: Samples, valid: Samples | None, save: Pat
     trainer = Trainer(
         executor=executor,
         timeline=timeline,
-        train_samples=train,
+        train_data=train,
         valid_samples=valid,
         micro_batch=micro_batch,
         settings=training,
@@ -78,10 +79,11 @@ def pretrain(config: RunConfig, train: Samples, valid: Samples | None, save: Pat
             trainer.sample_log.close()
 
 
-def _data_settings(train: Samples) -> dict[str, Any]:
+def _data_settings(train: Feed) -> dict[str, Any]:
     """What of the data makes the run the run it is; not where it lies."""
-    corpora = {f"data.train.{number}": corpus.fingerprint() for number, (corpus, _, _) in enumerate(train.ranges)}
-    return {**corpora, "data.train_samples": train.num_samples}
+    corpora = [corpus for source in train.sources for corpus, _, _ in source.ranges]
+    fingerprints = {f"data.train.{number}": corpus.fingerprint() for number, corpus in enumerate(corpora)}
+    return {**fingerprints, "data.train_samples": [source.num_samples for source in train.sources]}
 
 
 def lock_folder(save: Path) -> None:

@@ -19,6 +19,7 @@ import torch
 from deepspeed import comm as dist
 
 from seqlen_curriculum.config import TrainingConfig
+from seqlen_curriculum.data.feed import Feed
 from seqlen_curriculum.data.samples import Samples
 from seqlen_curriculum.errors import DivergenceError
 from seqlen_curriculum.microbatch import balanced_rows
@@ -50,7 +51,7 @@ class Trainer:
 
     executor: Executor
     timeline: Timeline
-    train_samples: Samples
+    train_data: Feed
     valid_samples: Samples | None
     micro_batch: int
     settings: TrainingConfig
@@ -86,7 +87,7 @@ class Trainer:
         started = time.perf_counter()
         begin_step(self.engine)
         seqlen, rate = self.engine.curriculum_scheduler.get_current_difficulty(), self.engine.get_lr()[0]
-        micro_batches, seeds = self._micro_batches(step, seqlen)
+        micro_batches, seeds = self._micro_batches(step)
         result = self.executor.train(micro_batches, seeds)
         loss, stop = self._agree(result.loss, stop)
         if not math.isfinite(loss):
@@ -104,29 +105,30 @@ class Trainer:
         self.telemetry.step(record)
         return stop
 
-    def _micro_batches(self, step: int, seqlen: int) -> tuple[list[tuple[torch.Tensor, torch.Tensor]], list[int]]:
+    def _micro_batches(self, step: int) -> tuple[list[tuple[torch.Tensor, torch.Tensor]], list[int]]:
         """This rank's (inputs, targets), both (micro rows, S), of ``step``, and the seed of each."""
-        rows = self.timeline.rows(step) // self.executor.data_ranks
-        first_row, micro_rows = self.executor.data_rank * rows, self._micro_rows(rows, seqlen)
-        ids = self.train_samples.order(self.timeline.consumed_rows(step - 1) + first_row, rows)
+        count = self.timeline.samples(step) // self.executor.data_ranks
+        first = self.executor.data_rank * count
         if self.sample_log is not None:
-            self.sample_log.write({"step": step, "first_row": first_row, "samples": ids.tolist()})
-        tokens = self._on_device(self.train_samples.read(ids, seqlen))  # (B, S + 1)
-        starts = range(first_row, first_row + rows, micro_rows)
-        seeds = [row_seed(self.settings.seed, step, row) for row in starts]
-        return [(part[:, :-1], part[:, 1:]) for part in torch.split(tokens, micro_rows)], seeds
+            places = np.stack(self.train_data.places(step, first, count), 1).tolist()
+            self.sample_log.write({"step": step, "first_sample": first, "samples": places})
+        inputs, targets = (self._on_device(tokens) for tokens in self.train_data.read(step, first, count))  # (B, S)
+        rows, row_tokens = inputs.shape
+        first_row, micro_rows = self.executor.data_rank * rows, self._micro_rows(rows, row_tokens)
+        seeds = [row_seed(self.settings.seed, step, row) for row in range(first_row, first_row + rows, micro_rows)]
+        return list(zip(torch.split(inputs, micro_rows), torch.split(targets, micro_rows), strict=True)), seeds
 
-    def _micro_rows(self, rows: int, seqlen: int) -> int:
-        """Rows of a micro-batch of today's length, where this rank's step has ``rows``."""
+    def _micro_rows(self, rows: int, row_tokens: int) -> int:
+        """Rows of a micro-batch of rows of so many tokens, where this rank's step has ``rows``."""
         if self.settings.micro_batch == "fixed":
             return self.micro_batch
-        full, least = self.train_samples.seq_length, self.executor.least_micro_batches
-        return balanced_rows(rows, self.micro_batch, full, seqlen, least)
+        full, least = self.timeline.cut.seq_length, self.executor.least_micro_batches
+        return balanced_rows(rows, self.micro_batch, full, row_tokens, least)
 
     def _largest_micro_batch(self) -> tuple[int, int]:
-        """(rows, seqlen) of the run's micro-batch of most tokens, evaluation's included; of several the longest rows."""
+        """(rows, tokens of a row) of the run's micro-batch of most tokens, evaluation's too; of several the longest rows."""
         ranks = self.executor.data_ranks
-        shapes = [(self._micro_rows(rows // ranks, seqlen), seqlen) for rows, seqlen in self.timeline.shapes()]
+        shapes = [(self._micro_rows(rows // ranks, tokens), tokens) for rows, tokens in self.timeline.shapes()]
         if self.valid_samples is not None:
             shapes.append((self.micro_batch, self.valid_samples.seq_length))
         return max(shapes, key=lambda shape: (shape[0] * shape[1], shape[1]))
@@ -169,8 +171,9 @@ class Trainer:
             }
         )
 
-    def _on_device(self, tokens: np.ndarray[Any, np.dtype[np.int64]]) -> torch.Tensor:
-        return torch.from_numpy(tokens).to(self.engine.device, non_blocking=True)
+    def _on_device(self, tokens: npt.NDArray[Any]) -> torch.Tensor:
+        """As int64; what crosses to the device is as small as it is stored."""
+        return torch.from_numpy(tokens).to(self.engine.device, non_blocking=True).long()
 
 
 class _StopSignals:

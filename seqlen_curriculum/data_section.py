@@ -1,0 +1,70 @@
+"""The ``data`` section of a run's file: which corpora, in which proportions, cut how."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from seqlen_curriculum.fields import Section, Seqlen
+
+__all__ = ["DataConfig"]
+
+
+def _corpora(value: object) -> list[str] | list[tuple[float, str]]:
+    """``["wiki", ...]`` as it is, ``[[0.7, "wiki"], ...]`` with tuples for pairs; ValueError for anything else."""
+    if not isinstance(value, list) or not value or not all(isinstance(item, (str, list)) for item in value):
+        raise ValueError(f"{value!r} is not valid: give a list of corpus prefixes, or of [weight, prefix] pairs")
+    if all(isinstance(item, str) for item in value):
+        return value
+    for item in value:
+        pair = isinstance(item, list) and len(item) == 2 and isinstance(item[1], str)
+        number = pair and isinstance(item[0], (int, float)) and not isinstance(item[0], bool)
+        if not number or not 0 < item[0] < 1e15:
+            raise ValueError(
+                f"{item!r} is no [weight, prefix] with a weight above 0; give every corpus one, as in "
+                '[[0.7, "wiki"], [0.3, "books"]], or none'
+            )
+    return [(float(weight), prefix) for weight, prefix in value]
+
+
+class DataConfig(Section):
+    """The ``data`` section."""
+
+    train: Annotated[list[str] | list[tuple[float, str]], BeforeValidator(_corpora)]
+    """Prefixes of Megatron ``.bin/.idx`` pairs; several are read as one corpus, each weighing by its size. Or
+    ``[[weight, prefix], ...]``: samples are taken in proportion to the weights, whatever the sizes."""
+    seq_length: Seqlen
+    """Full length of a sample in tokens."""
+    split: str = Field(default="949,50,1", pattern=r"^\s*(\d+\.?\d*|\.\d+)(\s*[,/]\s*(\d+\.?\d*|\.\d+)){0,2}\s*$")
+    """Shares of the documents for training, validation and test, as in Megatron."""
+    valid: list[str] | None = Field(default=None, min_length=1)
+    """Prefixes of corpora for validation alone; those of ``train`` are then read whole and ``split`` isn't used."""
+    test: list[str] | None = Field(default=None, min_length=1)
+    """Prefixes of corpora for testing alone, instead of the last share of ``split``."""
+    leftovers: Literal["drop", "recycle"] = "drop"
+    """What becomes of the tokens that a cut leaves over: ``drop``, as in the paper; ``recycle``: read as further samples
+    before the next epoch begins, so that fewer than ``seq_length`` tokens an epoch are lost."""
+
+    @model_validator(mode="after")
+    def _each_corpus_once(self) -> DataConfig:
+        for name, prefixes in (("train", self.prefixes), ("valid", self.valid or []), ("test", self.test or [])):
+            twice = sorted({prefix for prefix in prefixes if prefixes.count(prefix) > 1})
+            if twice:
+                raise ValueError(f"{name} names {twice[0]!r} twice; each corpus is read once an epoch, so keep one")
+        if self.valid is not None and "split" in self.model_fields_set:
+            raise ValueError(
+                f'split: "{self.split}" isn\'t used where valid names corpora of its own; leave one of them out'
+            )
+        return self
+
+    @property
+    def prefixes(self) -> list[str]:
+        """The training corpora."""
+        return [item if isinstance(item, str) else item[1] for item in self.train]
+
+    @property
+    def weights(self) -> list[float] | None:
+        """Their weights as written; None where sizes decide."""
+        pairs = [item[0] for item in self.train if not isinstance(item, str)]
+        return pairs or None
