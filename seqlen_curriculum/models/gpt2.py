@@ -1,12 +1,13 @@
 """GPT-2 as Hugging Face has it, trained without ever holding the logits of a batch or an S x S mask.
 
-Shapes: ``B`` rows, ``S`` seqlen, ``H`` hidden size, ``V`` padded vocabulary, ``nh`` heads of size ``hs``.
+Shapes: ``B`` rows, ``S`` seqlen, ``H`` hidden size, ``V`` padded vocabulary, ``nh`` heads of size ``hs``, windows of ``s``.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from seqlen_curriculum.architecture import ModelConfig
 from seqlen_curriculum.errors import ConfigError
 from seqlen_curriculum.models.cross_entropy import mean_cross_entropy
 
-__all__ = ["CausalLM", "LossHead", "build_gpt2", "causal_attention", "save_config", "save_hf"]
+__all__ = ["CausalLM", "LossHead", "build_gpt2", "causal_attention", "save_config", "save_hf", "set_window"]
 
 
 def build_gpt2(config: ModelConfig, bos_token_id: int | None = None, eos_token_id: int | None = None) -> CausalLM:
@@ -67,7 +68,9 @@ class CausalLM(nn.Module):
         super().__init__()
         lm.lm_head = LossHead(lm.transformer.wte.weight)
         lm.register_forward_pre_hook(_refuse_padding, with_kwargs=True)
+        lm.transformer.wpe.register_forward_pre_hook(_restart_positions)
         self.lm = lm
+        set_window(self, None)
 
     def forward(self, inputs: Tensor, targets: Tensor, first_position: int = 0) -> Tensor:
         """Mean cross entropy in nats, an fp32 scalar, of ``targets`` (B, S) given ``inputs`` (B, S), both int64.
@@ -86,6 +89,24 @@ class CausalLM(nn.Module):
         hidden = self.lm.transformer(inputs, position_ids=position_ids).last_hidden_state  # (B, S, H)
         loss: Tensor = self.lm.lm_head(hidden, targets)
         return loss
+
+
+def set_window(model: CausalLM, window: int | None, restart_positions: bool = False) -> None:
+    """From now on each token attends within its aligned window alone: tokens ``[k * window, (k + 1) * window)`` of its row.
+
+    None for whole rows. Positions run on through the row, or with ``restart_positions`` begin at 0 in each window, which
+    then is as good as a row of its own. Set it between steps, on every rank: backward may compute the forward again.
+    Source: SkyLadder (Zhu et al. 2025), which masks short windows in full rows. ConfigError if ``window`` is below 1.
+    """
+    if window is not None and window < 1:
+        raise ConfigError(f"window: {window} has no tokens; give 1 or more, or None for whole rows")
+    for block in model.lm.transformer.h:
+        block.attn.window = window
+    model.lm.transformer.wpe.window = window if restart_positions else None
+
+
+def _restart_positions(wpe: Any, inputs: tuple[Tensor]) -> tuple[Tensor]:
+    return inputs if wpe.window is None else (inputs[0] % wpe.window,)
 
 
 class LossHead(nn.Module):
@@ -113,7 +134,7 @@ def _refuse_padding(_lm: nn.Module, inputs: tuple[Any, ...], keywords: dict[str,
 
 
 def causal_attention(
-    _module: nn.Module | None,
+    module: Any,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -122,11 +143,28 @@ def causal_attention(
     scaling: float | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Causal attention of whole, unpadded rows; query, key and value (B, nh, S, hs), result (B, S, nh, hs)."""
+    """Causal attention of whole, unpadded rows, or in each ``module.window`` tokens of them (``set_window``).
+
+    Query, key and value (B, nh, S, hs), result (B, S, nh, hs).
+    """
     if attention_mask is not None or query.shape[2] != key.shape[2]:
         raise NotImplementedError("masks and key-value caches: save_hf() the model and load the folder instead")
-    out = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, is_causal=True, scale=scaling)
-    return out.transpose(1, 2), None
+    attend = partial(F.scaled_dot_product_attention, dropout_p=dropout, is_causal=True, scale=scaling)
+    return _attend(attend, module.window, query, key, value), None
+
+
+def _attend(attend: Callable[..., Tensor], window: int | None, *qkv: Tensor) -> Tensor:
+    """Windows as rows of their own, at the cost of short rows. Each of ``qkv`` (B, nh, S, hs), result (B, S, nh, hs)."""
+    rows, heads, seqlen, head_size = qkv[0].shape
+    if window is None or window >= seqlen:
+        return attend(*qkv).transpose(1, 2)
+    rest = seqlen % window
+    if rest:
+        parts = zip(*(torch.split(tensor, [seqlen - rest, rest], dim=2) for tensor in qkv), strict=True)
+        return torch.cat([_attend(attend, window, *part) for part in parts], dim=1)
+    windows = (torch.unflatten(tensor, 2, (-1, window)).transpose(1, 2).flatten(0, 1) for tensor in qkv)
+    out = attend(*windows).transpose(1, 2)  # (B * S / s, s, nh, hs)
+    return out.reshape(rows, seqlen, heads, head_size)
 
 
 # transformers' own "sdpa" waits for the device on every forward, to see from the position ids whether rows are packed,

@@ -27,7 +27,7 @@ def split_attention(model: CausalLM, degree: int) -> Any:
     attend = DistributedAttention(_whole_rows, group, scatter_idx=2, gather_idx=1)
 
     def attention(
-        _module: nn.Module,
+        module: nn.Module,
         query: Tensor,
         key: Tensor,
         value: Tensor,
@@ -38,14 +38,16 @@ def split_attention(model: CausalLM, degree: int) -> Any:
     ) -> tuple[Tensor, None]:
         """Query, key and value (B, nh, S / P, hs), result (B, S / P, nh, hs)."""
         part = (tensor.transpose(1, 2) for tensor in (query, key, value))
-        return attend(*part, 0, None, dropout, scaling), None  # rows are axis 0; no rotary embedding
+        return attend(*part, 0, None, module, dropout, scaling), None  # rows are axis 0; no rotary embedding
 
     AttentionInterface.register("ulysses_causal", attention)
     model.lm.config._attn_implementation = "ulysses_causal"
     return group
 
 
-def _whole_rows(query: Tensor, key: Tensor, value: Tensor, dropout: float, scaling: float | None) -> Tensor:
+def _whole_rows(
+    query: Tensor, key: Tensor, value: Tensor, module: nn.Module, dropout: float, scaling: float | None
+) -> Tensor:
     """Causal attention of some of the heads, all (B, S, nh / P, hs)."""
     q, k, v = (tensor.transpose(1, 2) for tensor in (query, key, value))
-    return causal_attention(None, q, k, v, None, dropout, scaling)[0]
+    return causal_attention(module, q, k, v, None, dropout, scaling)[0]
