@@ -208,7 +208,7 @@ class RunConfig:
         """Problems between sections; with ``complete`` (no section has a problem) also what building the schedule finds."""
         checks = (self._seq_length_fits(), self._budget_is_tokens(), self._batch_warmup_fits())
         found = [problem for problem in checks if problem]
-        found += engine_problems(self.keys, self.model, bool(self.training and self.training.compile))
+        found += engine_problems(self.keys, self.model, bool(self.training and self.training.compile), self.cut.method)
         if found or not complete or not self.training or not (self.data or self.curriculum):
             return found
         try:

@@ -5,19 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from seqlen_curriculum.architecture import ModelConfig
+from seqlen_curriculum.cutting import Method
 from seqlen_curriculum.deepspeed_keys import DeepSpeedKeys
 
 __all__ = ["engine_problems", "length_problems"]
 
 
-def engine_problems(keys: DeepSpeedKeys, model: ModelConfig | None, compiled: bool) -> list[str]:
-    """One line for each reason why DeepSpeed could not train this model so; ``compiled`` is ``training.compile``."""
+def engine_problems(keys: DeepSpeedKeys, model: ModelConfig | None, compiled: bool, method: Method) -> list[str]:
+    """One line for each reason why this model could not be trained so; ``compiled`` is ``training.compile``."""
     return [
         *_precision(keys),
         *_pipeline(keys, model),
         *_tensor(keys, model),
         *_heads(keys, model),
-        *_compiled(keys, compiled),
+        *(_compiled(keys, method) if compiled else ()),
     ]
 
 
@@ -82,8 +83,13 @@ def _heads(keys: DeepSpeedKeys, model: ModelConfig | None) -> Iterator[str]:
             yield f"{name}: {degree} doesn't divide the {heads} heads of model.num_attention_heads; give a divisor"
 
 
-def _compiled(keys: DeepSpeedKeys, compiled: bool) -> Iterator[str]:
-    if compiled and keys.zero_stage == 3:
+def _compiled(keys: DeepSpeedKeys, method: Method) -> Iterator[str]:
+    if method == "window":
+        yield (
+            'training.compile: each length of curriculum_learning.method "window" would be a graph of its own; set compile '
+            'to false, or method to "segment"'
+        )
+    if keys.zero_stage == 3:
         yield (
             "training.compile: ZeRO-3 gathers weights inside every block, which breaks it into dozens of graphs; set "
             "zero_optimization.stage to 2 or compile to false"

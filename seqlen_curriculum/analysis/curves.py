@@ -27,14 +27,16 @@ def load_run(save: Path) -> tuple[Records, Records]:
 def summarise(steps: Records, evaluations: Records) -> str:
     """The run in a few lines for a terminal."""
     seconds = sum(record["seconds"] for record in steps)
-    first_tokens = steps[0]["consumed_tokens"] - steps[0]["rows"] * steps[0]["seqlen"]
-    tokens = steps[-1]["consumed_tokens"] - first_tokens
+    from_the_start = steps[0]["step"] == 1
+    timed = sum(record["seconds"] for record in (steps if from_the_start else steps[1:]))
+    tokens = steps[-1]["consumed_tokens"] - (0 if from_the_start else steps[0]["consumed_tokens"])
+    speed = f", {tokens / timed:,.0f} tokens/s" if timed else ""
     lines = [
         f"steps            {steps[-1]['step']:,}",
         f"consumed tokens  {steps[-1]['consumed_tokens']:,}",
         f"seqlen           {steps[0]['seqlen']} to {steps[-1]['seqlen']}",
         f"training loss    {steps[0]['loss']:.3f} to {steps[-1]['loss']:.3f}",
-        f"training time    {seconds:,.0f} s, {tokens / seconds:,.0f} tokens/s",
+        f"training time    {seconds:,.0f} s{speed}",
     ]
     if evaluations:
         first, last = evaluations[0], evaluations[-1]

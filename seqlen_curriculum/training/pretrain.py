@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from seqlen_curriculum.data.feed import Feed
 from seqlen_curriculum.data.samples import Samples
 from seqlen_curriculum.deepspeed_keys import batch_shape
 from seqlen_curriculum.errors import CheckpointError
-from seqlen_curriculum.models.gpt2 import build_gpt2
+from seqlen_curriculum.models.gpt2 import build_gpt2, set_window
 from seqlen_curriculum.runlog import RunLog, read_runlog
 from seqlen_curriculum.training.assemble import assemble
 from seqlen_curriculum.training.checkpoint import Checkpoint, Checkpoints, on_rank_0
@@ -71,6 +72,8 @@ def pretrain(config: RunConfig, train: Feed, valid: Samples | None, save: Path, 
         save=lambda step: checkpoints.save(engine, step, write),
         sample_log=RunLog(save / f"samples.rank{rank}.jsonl") if logs_samples else None,
     )
+    if config.curriculum is not None and config.curriculum.method == "window":
+        trainer.set_window = partial(set_window, model, restart_positions=config.curriculum.restart_positions)
     try:
         return trainer.train(done_steps + 1)
     finally:

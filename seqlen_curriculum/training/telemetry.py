@@ -42,6 +42,7 @@ class Telemetry:
             bar_format="{percentage:3.0f}% {n_fmt}/{total_fmt} [{elapsed}]{postfix}",
         )
         self._seconds = self._tokens = 0.0
+        self._consumed = timeline.consumed_tokens(done_steps)
 
     def step(self, record: dict[str, Any]) -> None:
         """A training record."""
@@ -54,7 +55,8 @@ class Telemetry:
 
     def _progress(self, record: dict[str, Any]) -> str:
         """What stands beside the bar. Steps grow longer with their length, so the time left follows from tokens."""
-        self._tokens = 0.9 * self._tokens + record["rows"] * record["seqlen"]  # recent steps count most
+        self._tokens = 0.9 * self._tokens + record["consumed_tokens"] - self._consumed  # recent steps count most
+        self._consumed = record["consumed_tokens"]
         self._seconds = 0.9 * self._seconds + record["seconds"]
         speed = self._tokens / self._seconds
         left = max(self._train_tokens - record["consumed_tokens"], 0) / speed

@@ -58,6 +58,7 @@ class Trainer:
     telemetry: Telemetry
     save: Callable[[int], None]  # checkpoint of a step, called on all ranks
     sample_log: RunLog | None = None
+    set_window: Callable[[int | None], None] = lambda _: None  # today's window of attention; None for whole rows
 
     @property
     def engine(self) -> Any:
@@ -88,6 +89,7 @@ class Trainer:
         begin_step(self.engine)
         seqlen, rate = self.engine.curriculum_scheduler.get_current_difficulty(), self.engine.get_lr()[0]
         micro_batches, seeds = self._micro_batches(step)
+        self.set_window(seqlen)
         result = self.executor.train(micro_batches, seeds)
         loss, stop = self._agree(result.loss, stop)
         if not math.isfinite(loss):
@@ -155,6 +157,7 @@ class Trainer:
         rows = min(self.settings.eval_rows, samples.num_samples)
         ids = np.arange(rows, dtype=np.int64) * samples.num_samples // rows  # evenly over the split
         total = torch.zeros((), device=self.engine.device, dtype=torch.float64)
+        self.set_window(None)
         for chunk, weight in _eval_chunks(ids, self.executor.data_rank, self.executor.data_ranks, self.micro_batch):
             tokens = self._on_device(samples.read(chunk, samples.seq_length))
             total += self.executor.evaluate((tokens[:, :-1], tokens[:, 1:])) * weight
