@@ -1,37 +1,56 @@
-"""Measure tokens/s at every length, fixed against balanced micro-batches, and draw it. Random tokens; needs no corpus.
+"""Measure what this machine does: tokens/s at every length, or how fast samples are found and read. Random tokens.
 
-Example:
+Examples:
   deepspeed --num_accelerators 1 scripts/benchmark.py throughput --config configs/throughput_cpu.json --rounds 5
+  python scripts/benchmark.py data --config configs/gpt2_117m_bsz512_seqlen1k_slw60k.json --set data.leftovers=recycle
 """
 
 import argparse
 import json
 import os
+import tempfile
 from pathlib import Path
 
-from seqlen_curriculum.cli import picture_path, run
+from seqlen_curriculum.cli import picture_path, run, writable_folder
 from seqlen_curriculum.config import RunConfig
 from seqlen_curriculum.errors import ConfigError
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["throughput"], help="what to measure")
-    parser.add_argument("--config", required=True, metavar="FILE", help="the run's JSON file")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override, as training.seed=7")
-    parser.add_argument("--lengths", nargs="+", type=int, metavar="S", help="default: 8 and its doubles up to full")
-    parser.add_argument("--rounds", type=int, default=5, help="counted rounds; medians are reported (default: 5)")
-    parser.add_argument("--device", default="auto", help="auto (default) or a DeepSpeed accelerator's name, as cpu")
-    parser.add_argument("--json", type=Path, metavar="PATH", help="write the records")
-    parser.add_argument("--png", type=Path, metavar="PATH", help="draw them (PNG, PDF or SVG)")
-    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # given by the launcher
+    kinds = parser.add_subparsers(title="what to measure", required=True, metavar="throughput|data")
+    throughput = kinds.add_parser("throughput", help="tokens/s at every length, fixed against balanced micro-batches")
+    throughput.set_defaults(measure=measure_throughput)
+    throughput.add_argument("--lengths", nargs="+", type=int, metavar="S", help="default: 8 and its doubles up to full")
+    throughput.add_argument("--device", default="auto", help="auto (default) or a DeepSpeed accelerator's name, as cpu")
+    throughput.add_argument("--png", type=Path, metavar="PATH", help="draw them (PNG, PDF or SVG)")
+    throughput.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # given by the launcher
+    data = kinds.add_parser("data", help="finding samples at any corpus size, and reading them against numpy alone")
+    data.set_defaults(measure=measure_data)
+    data.add_argument("--find-tokens", type=float, default=157e9, metavar="N", help="a sparse file (default: 157e9)")
+    data.add_argument(
+        "--read-tokens", type=float, default=500e6, metavar="N", help="a real file (default: 500e6, 1 GB)"
+    )
+    data.add_argument(
+        "--folder", type=Path, metavar="PATH", help="where both are made, and removed (default: temporary)"
+    )
+    for one, rounds in ((throughput, 5), (data, 20)):
+        one.add_argument("--config", required=True, metavar="FILE", help="the run's JSON file")
+        one.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override, as training.seed=7")
+        one.add_argument("--rounds", type=int, default=rounds, help=f"counted rounds, of which medians ({rounds})")
+        one.add_argument("--json", type=Path, metavar="PATH", help="write the records")
     args = parser.parse_args()
+    if args.rounds < 1:
+        raise ConfigError(f"--rounds: {args.rounds} is not valid: it must be 1 or more")
+    args.measure(args)
 
+
+def measure_throughput(args: argparse.Namespace) -> None:
     config = RunConfig.load(args.config, args.set, require=("optimizer", "model", "data"))
     full = config.data.seq_length
     lengths = args.lengths or [8 << doubling for doubling in range(24) if 8 << doubling <= full]
-    if args.rounds < 1 or not all(1 <= seqlen <= full for seqlen in lengths):
-        raise ConfigError(f"--lengths {lengths}, --rounds {args.rounds}: lengths are 1 to {full}, rounds 1 or more")
+    if not all(1 <= seqlen <= full for seqlen in lengths):
+        raise ConfigError(f"--lengths {lengths}: lengths are 1 to {full}, data.seq_length")
     png = picture_path("--png", args.png) if args.png else None
     if args.device != "auto":
         os.environ["DS_ACCELERATOR"] = args.device
@@ -48,6 +67,25 @@ def main() -> None:
         args.json.write_text(json.dumps(records, indent=2))
     if png:
         draw_throughput(records, png)
+
+
+def measure_data(args: argparse.Namespace) -> None:
+    config = RunConfig.load(args.config, args.set, require=("data", "training"))
+    rows, full = config.global_batch, config.data.seq_length
+    if min(args.find_tokens, args.read_tokens) < 100 * full:
+        raise ConfigError(f"--find-tokens, --read-tokens: give at least 100 times data.seq_length, {100 * full}")
+    if args.folder:
+        writable_folder("--folder", args.folder)
+
+    from seqlen_curriculum.data import throughput
+
+    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+        finding = throughput.measure_finding(config, Path(folder), int(args.find_tokens), 50 * args.rounds)
+        print(throughput.tell_finding(finding), flush=True)
+        reading = throughput.measure_reading(Path(folder), int(args.read_tokens), rows, full, args.rounds)
+    print(throughput.tell_reading(reading))
+    if args.json:
+        args.json.write_text(json.dumps({"finding": finding, "reading": reading}, indent=2))
 
 
 if __name__ == "__main__":

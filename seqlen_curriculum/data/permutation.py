@@ -9,6 +9,7 @@ Reference: Black and Rogaway, "Ciphers with Arbitrary Finite Domains", CT-RSA 20
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -18,6 +19,7 @@ __all__ = ["permute"]
 _ROUNDS = 6  # each mixes both halves; all 120 orders of 5 items come out equally often from 6 on, not with 4
 _GOLDEN = 0x9E3779B97F4A7C15  # splitmix64's increment
 _MASK = 2**64 - 1
+_WORTH_A_TABLE = 64  # entries for each index asked for: batches come again and again, a few indices don't pay
 
 
 def permute(index: ArrayLike, size: int, seed: int, epoch: ArrayLike = 0) -> NDArray[np.int64]:
@@ -28,14 +30,16 @@ def permute(index: ArrayLike, size: int, seed: int, epoch: ArrayLike = 0) -> NDA
     """
     wanted, epochs = np.broadcast_arrays(np.asarray(index, dtype=np.int64), np.asarray(epoch, dtype=np.int64))
     _check(wanted, size, epochs)
-    flat = wanted.astype(np.uint64).reshape(-1)
     keys = _mix((epochs.astype(np.uint64).reshape(-1) + np.uint64(1)) * np.uint64(_GOLDEN) + np.uint64(seed & _MASK))
+    if (keys == keys[:1]).all():
+        keys = keys[:1]  # one epoch, as in nearly every batch
+    flat = wanted.reshape(-1)
     place = _feistel(flat, size, keys)
     outside = np.flatnonzero(place >= size)
     while outside.size:
-        place[outside] = _feistel(place[outside], size, keys[outside])
+        place[outside] = _feistel(place[outside], size, keys if len(keys) == 1 else keys[outside])
         outside = outside[place[outside] >= size]
-    return place.astype(np.int64).reshape(wanted.shape)
+    return place.reshape(wanted.shape)
 
 
 def _check(index: NDArray[np.int64], size: int, epochs: NDArray[np.int64]) -> None:
@@ -47,20 +51,39 @@ def _check(index: NDArray[np.int64], size: int, epochs: NDArray[np.int64]) -> No
         raise IndexError(f"epoch must be 0 or more, not {epochs.min()}")
 
 
-def _feistel(index: NDArray[np.uint64], size: int, keys: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """One pass over Z_a x Z_b; (n,) -> (n,)."""
-    a = np.uint64(math.isqrt(size - 1) + 1)
-    b = np.uint64(-(-size // int(a)))
-    left, right = index // b, index % b
-    for number in range(_ROUNDS):
-        left = (left + _hash(right, keys, 2 * number) % a) % a
-        right = (right + _hash(left, keys, 2 * number + 1) % b) % b
-    return left * b + right
+def _feistel(index: NDArray[np.int64], size: int, keys: NDArray[np.uint64]) -> NDArray[np.int64]:
+    """One pass over Z_a x Z_b; (n,) -> (n,), ``keys`` (n,) or (1,)."""
+    a = math.isqrt(size - 1) + 1
+    b = -(-size // a)
+    left, right = np.divmod(index, b)
+    for number in range(0, 2 * _ROUNDS, 2):
+        left += _round(right, b, a, keys, number)
+        np.subtract(left, a, out=left, where=left >= a)
+        right += _round(left, a, b, keys, number + 1)
+        np.subtract(right, b, out=right, where=right >= b)
+    left *= b
+    left += right
+    return left
 
 
-def _hash(half: NDArray[np.uint64], keys: NDArray[np.uint64], number: int) -> NDArray[np.uint64]:
-    """64 bits keyed by row and round. The round's key is hashed first: no round is another's shifted by one."""
-    return _mix(half + _mix(keys + np.uint64((number + 1) * _GOLDEN & _MASK)))
+def _round(
+    half: NDArray[np.int64], values: int, modulus: int, keys: NDArray[np.uint64], number: int
+) -> NDArray[np.int64]:
+    """What a round adds for each ``half``, below ``values``; looked up where a table of all halves is small."""
+    if len(keys) == 1 and values <= _WORTH_A_TABLE * len(half):
+        return np.take(_table(values, modulus, int(keys[0]), number), half)
+    return _hash(half, modulus, keys, number)
+
+
+@lru_cache(maxsize=8 * _ROUNDS)  # four epochs, say of four corpora
+def _table(values: int, modulus: int, key: int, number: int) -> NDArray[np.int64]:
+    return _hash(np.arange(values, dtype=np.int64), modulus, np.array([key], dtype=np.uint64), number)
+
+
+def _hash(half: NDArray[np.int64], modulus: int, keys: NDArray[np.uint64], number: int) -> NDArray[np.int64]:
+    """64 bits keyed by epoch and round, modulo. The round's key is hashed first: no round is another's shifted by one."""
+    keyed = half.astype(np.uint64) + _mix(keys + np.uint64((number + 1) * _GOLDEN & _MASK))
+    return (_mix(keyed) % np.uint64(modulus)).astype(np.int64)
 
 
 def _mix(state: NDArray[np.uint64]) -> NDArray[np.uint64]:

@@ -5,6 +5,7 @@ Shapes: n rows; ``tokens`` of each are trained on.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,6 +19,7 @@ from seqlen_curriculum.piecewise import Piecewise
 __all__ = ["Stream", "Stretches"]
 
 Numbers = NDArray[np.int64]
+_BLOCK = 2**13  # rows, located in a millisecond
 
 
 class Stretches(NamedTuple):
@@ -46,6 +48,7 @@ class Stream:
         rest = samples.num_tokens - samples.num_samples * samples.seq_length
         self._epochs = Epochs(samples.num_samples, samples.num_tokens, samples.seq_length, used)
         self._leftovers = Leftovers(samples.num_samples, rest, samples.seq_length, used) if used is not None else None
+        self._block = lru_cache(maxsize=4)(self._locate_block)
 
     def place(self, rows: Numbers) -> tuple[Numbers, Numbers]:
         """The epoch of each of ``rows`` (n,), ascending, and its number in it: below ``num_samples`` it is fresh."""
@@ -57,12 +60,13 @@ class Stream:
         return permute(number, self.samples.num_samples, self.samples.seed, epoch)
 
     def read(self, rows: Numbers, tokens: int) -> tuple[NDArray[Any], NDArray[Any]]:
-        """Inputs and their targets, both (n, tokens) as stored, of ``rows`` (n,), ascending."""
+        """Inputs and their targets, both (n, tokens) as stored, of ``rows`` (n,), neighbours."""
         epoch, number = self.place(rows)
         fresh = number < self.samples.num_samples
-        block = self.samples.read(self.sample(epoch[fresh], number[fresh]), tokens)  # (fresh, tokens + 1)
-        if fresh.all():
+        if fresh[-1] and number[0] <= number[-1]:  # of one epoch
+            block = self.samples.gather(*self._fresh(int(epoch[0]), int(number[0]), len(rows)), tokens + 1)
             return block[:, :-1], block[:, 1:]
+        block = self.samples.read(self.sample(epoch[fresh], number[fresh]), tokens)  # (fresh, tokens + 1)
         inputs, targets = np.empty((2, len(rows), tokens), dtype=self.samples.dtype)
         inputs[fresh], targets[fresh] = block[:, :-1], block[:, 1:]
         parts = self.stretches(rows, tokens, ~fresh)
@@ -72,6 +76,19 @@ class Stream:
         where = parts.row[stretch], parts.column[stretch] + along
         inputs[where], targets[where] = pairs[:, 0], pairs[:, 1]
         return inputs, targets
+
+    def _fresh(self, epoch: int, first: int, count: int) -> tuple[Numbers, Numbers]:
+        """Range and start of the fresh rows from ``first`` on, (count,) each: out of blocks, which cost less a row."""
+        blocks = range(first // _BLOCK, (first + count - 1) // _BLOCK + 1)
+        number, start = (
+            np.concatenate(parts) for parts in zip(*(self._block(epoch, one) for one in blocks), strict=True)
+        )
+        begin = first - blocks[0] * _BLOCK
+        return number[begin : begin + count], start[begin : begin + count]
+
+    def _locate_block(self, epoch: int, block: int) -> tuple[Numbers, Numbers]:
+        rows = np.arange(block * _BLOCK, min((block + 1) * _BLOCK, self.samples.num_samples))
+        return self.samples.locate(self.sample(np.full_like(rows, epoch), rows))
 
     def stretches(self, rows: Numbers, tokens: int, some: NDArray[np.bool_] | None = None) -> Stretches:
         """Where the first ``tokens`` of ``rows`` (n,), ascending, come from; only of ``some`` (n,) of them if given."""
