@@ -63,10 +63,13 @@ class Stream:
         """Inputs and their targets, both (n, tokens) as stored, of ``rows`` (n,), neighbours."""
         epoch, number = self.place(rows)
         fresh = number < self.samples.num_samples
-        if fresh[-1] and number[0] <= number[-1]:  # of one epoch
-            block = self.samples.gather(*self._fresh(int(epoch[0]), int(number[0]), len(rows)), tokens + 1)
+        if fresh[-1] and epoch[0] == epoch[-1]:
+            located = self._fresh(int(epoch[0]), int(number[0]), len(rows))
+        else:
+            located = self.samples.locate(self.sample(epoch[fresh], number[fresh]))
+        block = self.samples.gather(*located, tokens + 1)  # (fresh, tokens + 1)
+        if fresh.all():
             return block[:, :-1], block[:, 1:]
-        block = self.samples.read(self.sample(epoch[fresh], number[fresh]), tokens)  # (fresh, tokens + 1)
         inputs, targets = np.empty((2, len(rows), tokens), dtype=self.samples.dtype)
         inputs[fresh], targets[fresh] = block[:, :-1], block[:, 1:]
         parts = self.stretches(rows, tokens, ~fresh)
