@@ -128,8 +128,8 @@ def describe(summary: dict[str, Any]) -> str:
 def _rows_line(summary: dict[str, Any]) -> str:
     first, last = (summary["milestones"][index]["rows"] for index in (0, -1))
     full = summary["full_batch_step"]
-    reached = "the full batch is never reached" if full is None else f"from step {full:,}"
-    return f"rows of a step    {first:,} to {last:,} ({reached}), {summary['shapes']} shapes of rows and seqlen"
+    reached = {None: " (the full batch is never reached)", 1: ""}.get(full, f" (from step {full or 0:,})")
+    return f"rows of a step    {first:,} to {last:,}{reached}, {summary['shapes']} shapes of rows and their tokens"
 
 
 def _table(milestones: Sequence[dict[str, Any]]) -> list[str]:

@@ -46,6 +46,30 @@ def test_table_2_from_the_shipped_files(name, steps, at, tokens, full):
     assert summary["read_tokens"] == summary["consumed_tokens"] + summary["dropped_tokens"]
 
 
+def test_segments_and_recycling():
+    base = {
+        "train_batch_size": 2,
+        "curriculum_learning": {
+            "enabled": True,
+            "method": "segment",
+            "min_difficulty": 3,
+            "max_difficulty": 10,
+            "schedule_type": "fixed_discrete",
+            "schedule_config": {"difficulty": [3, 6, 10], "max_step": [2, 3]},
+        },
+        "data": {"train": ["a"], "seq_length": 10, "leftovers": "recycle"},
+        "training": {"train_tokens": 75},
+    }
+    summary = plan(RunConfig.from_dict(base))
+    # 2 samples a step: 18, 18, 12, 20, 20 tokens of 20
+    assert (summary["steps"], summary["consumed_tokens"], summary["full_length_step"]) == (5, 88, 4)
+    assert (summary["read_tokens"], summary["recycled_tokens"], summary["shapes"]) == (100, 12, 3)
+    assert "dropped_tokens" not in summary
+    told = describe(summary)
+    assert "tokens of samples 100, recycled 12 (12.0%)" in told
+    assert "rows of a step    6 to 2, 3 shapes" in told
+
+
 def test_json_on_the_command_line():
     started = time.perf_counter()
     result = run_plan("configs/gpt2_117m_bsz512_seqlen1k_slw60k.json", "--json", "--at", 200_000, 5)
