@@ -1,6 +1,6 @@
 """Measure what this machine does: tokens/s at every length, or how fast samples are found and read. Random tokens.
 
-Examples:
+Example:
   deepspeed --num_accelerators 1 scripts/benchmark.py throughput --config configs/throughput_cpu.json --rounds 5
   python scripts/benchmark.py data --config configs/gpt2_117m_bsz512_seqlen1k_slw60k.json --set data.leftovers=recycle
 """
@@ -18,13 +18,13 @@ from seqlen_curriculum.errors import ConfigError
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # given by the launcher
     kinds = parser.add_subparsers(title="what to measure", required=True, metavar="throughput|data")
     throughput = kinds.add_parser("throughput", help="tokens/s at every length, fixed against balanced micro-batches")
     throughput.set_defaults(measure=measure_throughput)
     throughput.add_argument("--lengths", nargs="+", type=int, metavar="S", help="default: 8 and its doubles up to full")
     throughput.add_argument("--device", default="auto", help="auto (default) or a DeepSpeed accelerator's name, as cpu")
     throughput.add_argument("--png", type=Path, metavar="PATH", help="draw them (PNG, PDF or SVG)")
-    throughput.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # given by the launcher
     data = kinds.add_parser("data", help="finding samples at any corpus size, and reading them against numpy alone")
     data.set_defaults(measure=measure_data)
     data.add_argument("--find-tokens", type=float, default=157e9, metavar="N", help="a sparse file (default: 157e9)")

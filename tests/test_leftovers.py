@@ -42,6 +42,16 @@ def test_epochs_are_the_same_in_whatever_order_they_are_asked_for():
     assert asked.of(np.arange(7))[1].tolist() == whole[1][:7].tolist()
 
 
+def test_epochs_take_no_memory_each():
+    # 100 tokens, samples of 8; with a token a row an epoch has 93 rows, as 93 > 100 - 8. 10**12 = 93 * whole + 4.
+    whole, much = 10**12 // 93, 10**12
+    asked = Epochs(12, 100, 8, pieces((1, 1), (much + 1, 8)))
+    epoch, start = asked.of(much + np.array([-5, -4, 11, 12, 24]))
+    # The epoch at the change has 4 rows of a token and 12 of 8, those after it 12 rows.
+    assert epoch.tolist() == [whole - 1, whole, whole, whole + 1, whole + 2]
+    assert (start - much).tolist() == [-97, -4, -4, 12, 24]
+
+
 @pytest.fixture(scope="module")
 def positions(tmp_path_factory):
     """A corpus whose token at position p is p."""

@@ -33,6 +33,26 @@ def test_the_example_loop_trains(tmp_path):
     assert re.search(r"(\d+) steps, 15\d\d\d tokens, last length 64, loss \d", output)
 
 
+def test_the_benchmark_of_data_finds_and_reads(tmp_path):
+    sizes = ["--find-tokens", "1e9", "--read-tokens", "1e6", "--rounds", "1", "--folder", str(tmp_path)]
+    config = [
+        "--config",
+        "configs/tiny_cpu.json",
+        "--set",
+        "data.leftovers=recycle",
+        "--json",
+        str(tmp_path / "records.json"),
+    ]
+    command = [sys.executable, "scripts/benchmark.py", "data", *config, *sizes]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 0, result.stderr
+    assert "1,000,000,000 tokens" in result.stdout
+    records = json.loads((tmp_path / "records.json").read_text())
+    assert [record["seqlen"] for record in records["reading"]] == [8, 16, 32, 64, 128, 256]
+    assert all(record[state]["speed"] > 0 for record in records["reading"] for state in ("warm", "cold"))
+    assert [path.name for path in tmp_path.iterdir()] == ["records.json"]  # its files are gone
+
+
 def test_the_benchmark_measures_every_length_and_draws_it(tmp_path):
     # In a pipeline, where rows that stay while their length changes would go wrong unless the stages are told.
     sizes = [

@@ -28,38 +28,50 @@ from seqlen_curriculum.piecewise import Piecewise
 __all__ = ["Epochs", "Leftovers", "Runs"]
 
 Numbers = NDArray[np.int64]
+_NEVER = 2**62
 
 
 class Epochs:
     """Where the epochs of a stream begin.
 
     With ``used`` (tokens that each row uses; its first row is 1) leftovers are recycled, else an epoch has ``fresh`` rows.
+    While the length stays, all epochs have as many rows: two entries for each change of length hold them all.
     """
 
     def __init__(self, fresh: int, tokens: int, seq_length: int, used: Piecewise | None) -> None:
         self._used, self._all_but_a_sample = used, tokens - seq_length
-        self._starts = [0]
-        self._settled, self._rows = 0, fresh  # from the first epoch that starts here or later on, all have as many rows
+        # From each row on, the number of the epoch that begins there, and the rows of it and those after it.
+        self._starts, self._epochs, self._rows = [0], [0], [fresh]
+        self._next = _NEVER, 0  # where the next entry begins, and its epoch
         if used is not None:
-            self._settled = int(used.first_steps[-1]) - 1
-            self._rows = self._all_but_a_sample // int(used.values[-1]) + 1
+            self._starts, self._epochs, self._rows = [], [], []
+            self._next = 0, 0
 
     def of(self, rows: Numbers) -> tuple[Numbers, Numbers]:
         """The epoch of each of ``rows`` (n,), ascending, and the row where that epoch began."""
-        first = self._epoch(int(rows[0]))
-        starts = np.asarray(self._starts[first : self._epoch(int(rows[-1])) + 1])
-        index = np.searchsorted(starts, rows, side="right") - 1
-        start = starts[index]
-        further = np.where(start >= self._settled, (rows - start) // self._rows, 0)
-        return first + index + further, start + further * self._rows
+        while self._next[0] <= rows[-1]:
+            self._grow()
+        entries = slice(bisect_right(self._starts, rows[0]) - 1, bisect_right(self._starts, rows[-1]))
+        starts, epochs, length = (np.asarray(part[entries]) for part in (self._starts, self._epochs, self._rows))
+        entry = np.searchsorted(starts, rows, side="right") - 1
+        further = (rows - starts[entry]) // length[entry]
+        return epochs[entry] + further, starts[entry] + further * length[entry]
 
-    def _epoch(self, row: int) -> int:
-        """Index in ``_starts`` of the last one at or before ``row``; the list grows as far as it is asked for."""
-        while self._starts[-1] < min(row, self._settled):
-            assert self._used is not None
-            done = self._used.total(self._starts[-1])
-            self._starts.append(self._used.steps_to(done + self._all_but_a_sample + 1))
-        return bisect_right(self._starts, row) - 1
+    def _grow(self) -> None:
+        """One more entry: the epochs within a piece of one length, or the one that reaches out of it."""
+        assert self._used is not None
+        start, epoch = self._next
+        piece = int(np.searchsorted(self._used.first_steps, start + 1, side="right")) - 1
+        rows = self._all_but_a_sample // int(self._used.values[piece]) + 1
+        last = piece + 1 == len(self._used.values)
+        count = _NEVER if last else (int(self._used.first_steps[piece + 1]) - 1 - start) // rows
+        if not count:
+            done = self._used.total(start)
+            rows, count = self._used.steps_to(done + self._all_but_a_sample + 1) - start, 1
+        self._starts.append(start)
+        self._epochs.append(epoch)
+        self._rows.append(rows)
+        self._next = start + count * rows, epoch + count
 
 
 class Runs(NamedTuple):
