@@ -20,9 +20,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # given by the launcher
     kinds = parser.add_subparsers(title="what to measure", required=True, metavar="throughput|data")
-    throughput = kinds.add_parser("throughput", help="tokens/s at every length, fixed against balanced micro-batches")
+    throughput = kinds.add_parser("throughput", help="tokens/s at every length")
     throughput.set_defaults(measure=measure_throughput)
     throughput.add_argument("--lengths", nargs="+", type=int, metavar="S", help="default: 8 and its doubles up to full")
+    throughput.add_argument(
+        "--kinds",
+        nargs="+",
+        default=["fixed", "balanced"],
+        choices=["fixed", "balanced", "segment", "window"],
+        help="truncated rows in fixed or balanced micro-batches, segments, windows (default: fixed balanced)",
+    )
     throughput.add_argument("--device", default="auto", help="auto (default) or a DeepSpeed accelerator's name, as cpu")
     throughput.add_argument("--png", type=Path, metavar="PATH", help="draw them (PNG, PDF or SVG)")
     data = kinds.add_parser("data", help="finding samples at any corpus size, and reading them against numpy alone")
@@ -57,7 +64,7 @@ def measure_throughput(args: argparse.Namespace) -> None:
 
     from seqlen_curriculum.training.throughput import measure_throughput
 
-    records = measure_throughput(config, lengths, args.rounds)
+    records = measure_throughput(config, lengths, args.rounds, args.kinds)
     if os.environ.get("RANK", "0") != "0":
         return
     from seqlen_curriculum.analysis.throughput import draw_throughput, throughput_table

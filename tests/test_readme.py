@@ -64,15 +64,18 @@ def test_the_benchmark_measures_every_length_and_draws_it(tmp_path):
     ]
     sets = [part for size in sizes for part in ("--set", size)]
     outputs = ["--json", tmp_path / "records.json", "--png", tmp_path / "picture.png"]
-    arguments = ["--config", "configs/throughput_cpu.json", "--lengths", 8, 200, "--rounds", 1, *sets, *outputs]
+    kinds = ["--kinds", "fixed", "balanced", "segment", "window"]
+    arguments = ["--config", "configs/throughput_cpu.json", "--lengths", 8, 200, "--rounds", 1, *kinds, *sets, *outputs]
     status, output = launch(tmp_path / "log", "scripts/benchmark.py", "throughput", *arguments, ranks=2)
     assert status == 0, output
     records = json.loads((tmp_path / "records.json").read_text())
     rows = [(record["seqlen"], record["kind"], record["micro_batch_rows"]) for record in records]
     # 16 rows, 1024 tokens a micro-batch, 2 micro-batches at least: 5 rows of 200 would fit, 4 divide
-    expected = [(8, "fixed", 2), (8, "balanced", 8), (200, "fixed", 2), (200, "balanced", 4)]
-    assert rows == [*expected, (512, "fixed", 2), (512, "balanced", 2)]
-    assert records[4]["of_full_length"] == 1.0
+    # 64 segments of 8 are 1024 rows in micro-batches of 128; of 200 there are 2 a sample, 32 in all
+    assert rows[:4] == [(8, "fixed", 2), (8, "balanced", 8), (8, "segment", 128), (8, "window", 2)]
+    assert rows[4:8] == [(200, "fixed", 2), (200, "balanced", 4), (200, "segment", 4), (200, "window", 2)]
+    assert rows[8:] == [(512, kind, 2) for kind in ("fixed", "balanced", "segment", "window")]
+    assert records[8]["of_full_length"] == 1.0
     assert all(record["tokens_per_second"] > 0 for record in records)
     assert "| 200 | 2 |" in output
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")

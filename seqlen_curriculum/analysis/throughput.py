@@ -10,12 +10,20 @@ __all__ = ["draw_throughput", "throughput_table"]
 
 
 def throughput_table(records: Sequence[dict[str, Any]]) -> str:
-    """One Markdown row a length; tokens/s, and in brackets their ratio to full length with fixed micro-batches."""
-    rows = ["| seqlen | rows, fixed | tokens/s, fixed | rows, balanced | tokens/s, balanced |", "| --- " * 5 + "|"]
-    for fixed, balanced in zip(records[::2], records[1::2], strict=True):
-        cells = [f"{one['micro_batch_rows']} | {_speed(one)}" for one in (fixed, balanced)]
-        rows.append(f"| {fixed['seqlen']} | {cells[0]} | {cells[1]} |")
+    """One Markdown row a length; tokens/s, and in brackets their ratio to the first kind at full length."""
+    kinds = _kinds(records)
+    rows = [
+        "| seqlen |" + "".join(f" rows, {kind} | tokens/s, {kind} |" for kind in kinds),
+        "| --- " * (1 + 2 * len(kinds)) + "|",
+    ]
+    for start in range(0, len(records), len(kinds)):
+        cells = "".join(f" {one['micro_batch_rows']} | {_speed(one)} |" for one in records[start : start + len(kinds)])
+        rows.append(f"| {records[start]['seqlen']} |{cells}")
     return "\n".join(rows)
+
+
+def _kinds(records: Sequence[dict[str, Any]]) -> list[str]:
+    return list(dict.fromkeys(record["kind"] for record in records))
 
 
 def _speed(record: dict[str, Any]) -> str:
@@ -30,7 +38,7 @@ def draw_throughput(records: Sequence[dict[str, Any]], path: Path) -> None:
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     axis = figure.subplots()
-    for kind in ("fixed", "balanced"):
+    for kind in _kinds(records):
         ours = [record for record in records if record["kind"] == kind]
         axis.plot([one["seqlen"] for one in ours], [one["of_full_length"] for one in ours], marker="o", label=kind)
     axis.axhline(1, color="grey", lw=0.8)
@@ -38,5 +46,5 @@ def draw_throughput(records: Sequence[dict[str, Any]], path: Path) -> None:
     axis.set_ylim(bottom=0)
     axis.set(xlabel="seqlen (tokens)", ylabel="tokens/s of full length")
     axis.grid(alpha=0.3)
-    axis.legend(title="micro-batches")
+    axis.legend()
     figure.savefig(path, dpi=120)

@@ -1,6 +1,6 @@
-"""Tokens per second of a run's model at every length: fixed against balanced micro-batches, on random tokens.
+"""Tokens per second of a run's model at every length, on random tokens: micro-batches and methods compared.
 
-Shapes: ``B`` rows of a rank in a step, ``S`` seqlen.
+Shapes: ``B`` rows of a rank in a step, ``S`` tokens of a row.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import deepspeed
 import torch
@@ -17,22 +17,38 @@ from deepspeed.accelerator import get_accelerator
 from tqdm import tqdm
 
 from seqlen_curriculum.config import RunConfig
+from seqlen_curriculum.cutting import Cut, Method
 from seqlen_curriculum.deepspeed_keys import batch_shape
 from seqlen_curriculum.microbatch import balanced_rows
-from seqlen_curriculum.models.gpt2 import build_gpt2
+from seqlen_curriculum.models.gpt2 import build_gpt2, set_window
 from seqlen_curriculum.training.assemble import assemble
 from seqlen_curriculum.training.executor import Executor
 
-__all__ = ["measure_throughput"]
+__all__ = ["KINDS", "measure_throughput"]
+
+KINDS: dict[str, Method] = {"fixed": "truncate", "balanced": "truncate", "segment": "segment", "window": "window"}
+"""What can be measured, and its method: ``truncate`` in fixed and in balanced micro-batches, the others in balanced ones."""
 
 
-def measure_throughput(config: RunConfig, lengths: Sequence[int], rounds: int) -> list[dict[str, Any]]:
-    """A record for each length and kind of micro-batch, in the order of ``lengths``; ``fixed``, then ``balanced``.
+class _Case(NamedTuple):
+    """``rows`` rows of a rank of ``row_tokens`` tokens each, in micro-batches of ``micro_rows``."""
+
+    seqlen: int
+    kind: str
+    rows: int
+    row_tokens: int
+    micro_rows: int
+
+
+def measure_throughput(
+    config: RunConfig, lengths: Sequence[int], rounds: int, kinds: Sequence[str] = ("fixed", "balanced")
+) -> list[dict[str, Any]]:
+    """A record for each length and each of ``kinds``, in the order of ``lengths``.
 
     ``seqlen, kind, micro_batch_rows, tokens_per_second`` (median over ``rounds`` of a whole optimizer step of all ranks),
-    ``of_full_length`` (that over fixed at full length) and ``peak_memory_bytes`` of the device (None on a CPU). All cases
-    take turns in each round, so that a machine's drift meets them alike; a first round is not counted. Needs the model and
-    data sections; call it on every rank.
+    ``of_full_length`` (that over the first kind at full length) and ``peak_memory_bytes`` of the device (None on a CPU). All
+    cases take turns in each round, so that a machine's drift meets them alike; a first round is not counted. Needs the
+    model and data sections; call it on every rank.
     """
     assert config.model is not None
     assert config.data is not None
@@ -41,31 +57,40 @@ def measure_throughput(config: RunConfig, lengths: Sequence[int], rounds: int) -
     config = config.for_ranks(dist.get_world_size())
     rows, micro_batch, _ = batch_shape(config.keys, dist.get_world_size())
     torch.manual_seed(0)  # the same weights on every rank
-    executor, _ = assemble(config, build_gpt2(model_config))
-    least = executor.least_micro_batches
+    model = build_gpt2(model_config)
+    executor, _ = assemble(config, model)
     draw = torch.Generator().manual_seed(executor.data_rank)  # ranks that share rows draw the same
-    cases = []
-    for seqlen in sorted({*lengths, full}):
-        cases.append((seqlen, "fixed", micro_batch))
-        cases.append((seqlen, "balanced", balanced_rows(rows, micro_batch, full, seqlen, least)))
+    cases = [
+        _case(seqlen, kind, full, rows, micro_batch, executor.least_micro_batches)
+        for seqlen in sorted({*lengths, full})
+        for kind in kinds
+    ]
     seen: list[list[tuple[float, int | None]]] = [[] for _ in cases]
     for turn in tqdm(range(rounds + 1), unit="round", disable=dist.get_rank() != 0):
-        for (seqlen, _, micro_rows), measured in zip(cases, seen, strict=True):
-            tokens = torch.randint(0, model_config.vocab_size, (rows, seqlen + 1), generator=draw)
-            one = _one_step(executor, tokens, micro_rows)
+        for case, measured in zip(cases, seen, strict=True):
+            tokens = torch.randint(0, model_config.vocab_size, (case.rows, case.row_tokens + 1), generator=draw)
+            set_window(model, case.seqlen if KINDS[case.kind] == "window" else None)
+            one = _one_step(executor, tokens, case.micro_rows)
             measured += [one] if turn else []
-    full_speed = _median_speed(seen[cases.index((full, "fixed", micro_batch))])
+    full_speed = _median_speed(seen[-len(kinds)])
     return [
         {
-            "seqlen": seqlen,
-            "kind": kind,
-            "micro_batch_rows": micro_rows,
+            "seqlen": case.seqlen,
+            "kind": case.kind,
+            "micro_batch_rows": case.micro_rows,
             "tokens_per_second": _median_speed(measured),
             "of_full_length": _median_speed(measured) / full_speed,
             "peak_memory_bytes": max((peak for _, peak in measured if peak is not None), default=None),
         }
-        for (seqlen, kind, micro_rows), measured in zip(cases, seen, strict=True)
+        for case, measured in zip(cases, seen, strict=True)
     ]
+
+
+def _case(seqlen: int, kind: str, full: int, samples: int, micro_batch: int, least: int) -> _Case:
+    cut = Cut(KINDS[kind], full)
+    rows, row_tokens = samples * cut.rows(seqlen), cut.row_tokens(seqlen)
+    balanced = balanced_rows(rows, micro_batch, full, row_tokens, least)
+    return _Case(seqlen, kind, rows, row_tokens, micro_batch if kind == "fixed" else balanced)
 
 
 def _median_speed(measured: list[tuple[float, int | None]]) -> float:
