@@ -175,8 +175,8 @@ class Trainer:
         )
 
     def _on_device(self, tokens: npt.NDArray[Any]) -> torch.Tensor:
-        """As int64; what crosses to the device is as small as it is stored."""
-        return torch.from_numpy(tokens).to(self.engine.device, non_blocking=True).long()
+        # Not every device knows the 16 bits without sign that tokens are stored in.
+        return torch.from_numpy(tokens.astype(np.int64)).to(self.engine.device, non_blocking=True)
 
 
 class _StopSignals:
