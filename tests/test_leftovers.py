@@ -8,6 +8,7 @@ from seqlen_curriculum.data.leftovers import Epochs
 from seqlen_curriculum.data.samples import Samples
 from seqlen_curriculum.data.stream import Stream
 from seqlen_curriculum.data.writer import CorpusWriter
+from seqlen_curriculum.errors import DataError
 from seqlen_curriculum.piecewise import Piecewise
 
 
@@ -107,3 +108,11 @@ def test_only_the_rows_asked_for_are_resolved(positions):
         rows = np.arange(first, min(first + 9, 100))
         for part, all_rows in zip(stream.read(rows, 5), whole, strict=True):
             assert np.array_equal(part, all_rows[rows, :5])
+
+
+def test_an_id_that_the_model_does_not_have_is_found_among_leftovers(positions):
+    stream = Stream(Samples([(positions, 0, 17)], 4, seed=1, vocab_size=14), Piecewise.constant(1))
+    targets = stream.read(np.arange(4), 1)[1]
+    assert targets.max() == 13
+    with pytest.raises(DataError, match=r"corpus: token 14 has id 14, outside the vocabulary of 14"):
+        stream.read(np.array([4]), 1)  # row 4 is made of what the first rows left

@@ -89,16 +89,19 @@ class Samples:
             for one in np.unique(number).tolist():
                 rows = np.flatnonzero(number == one)
                 tokens[rows] = self.ranges[one][0].gather(starts[rows], length)
-        self._check_ids(tokens, number, starts)
+        for row, column in self.foreign(tokens)[:1]:
+            name = self.ranges[int(number[row])][0].prefix
+            assert self.vocab_size is not None
+            raise _foreign_id(name, int(starts[row] + column), int(tokens[row, column]), self.vocab_size)
         return tokens
 
-    def _check_ids(self, tokens: NDArray[Any], number: NDArray[np.int64], starts: NDArray[np.int64]) -> None:
+    def foreign(self, tokens: NDArray[Any]) -> NDArray[np.int64]:
+        """Indices (count, axes) of the ids in ``tokens`` that the model doesn't have."""
         # Seen as unsigned a negative id is huge: one pass finds both kinds of wrong id.
         unsigned = tokens.view(f"u{tokens.itemsize}")
-        if self.vocab_size is not None and tokens.size and int(unsigned.max()) >= self.vocab_size:
-            row, column = np.argwhere(unsigned >= self.vocab_size)[0]
-            name = self.ranges[int(number[row])][0].prefix
-            raise _foreign_id(name, int(starts[row] + column), int(tokens[row, column]), self.vocab_size)
+        if self.vocab_size is None or not tokens.size or int(unsigned.max()) < self.vocab_size:
+            return np.empty((0, tokens.ndim), dtype=np.int64)
+        return np.argwhere(unsigned >= self.vocab_size)
 
     def _check_ranges(self) -> None:
         if self.seq_length < 1:

@@ -72,13 +72,19 @@ class Stream:
             return block[:, :-1], block[:, 1:]
         inputs, targets = np.empty((2, len(rows), tokens), dtype=self.samples.dtype)
         inputs[fresh], targets[fresh] = block[:, :-1], block[:, 1:]
-        parts = self.stretches(rows, tokens, ~fresh)
-        stretch = np.repeat(np.arange(len(parts.length)), parts.length)  # one entry a token from here on
-        along = np.arange(len(stretch)) - np.repeat(np.cumsum(parts.length) - parts.length, parts.length)
-        pairs = self.samples.gather(parts.number[stretch], parts.start[stretch] + along, 2)
-        where = parts.row[stretch], parts.column[stretch] + along
-        inputs[where], targets[where] = pairs[:, 0], pairs[:, 1]
+        self._fill(inputs, targets, self.stretches(rows, tokens, ~fresh))
         return inputs, targets
+
+    def _fill(self, inputs: NDArray[Any], targets: NDArray[Any], stretches: Stretches) -> None:
+        corpora = [corpus.tokens for corpus, _, _ in self.samples.ranges]
+        for row, column, length, number, start in zip(*(part.tolist() for part in stretches), strict=True):
+            found = corpora[number][start : start + length + 1]
+            inputs[row, column : column + length], targets[row, column : column + length] = found[:-1], found[1:]
+        rows = np.unique(stretches.row)
+        for tokens in (inputs[rows], targets[rows]):
+            if self.samples.foreign(tokens).size:  # gathering it again tells where it lies
+                for number, start, length in zip(*stretches[3:], stretches.length, strict=True):
+                    self.samples.gather(number[None], start[None], int(length) + 1)
 
     def _fresh(self, epoch: int, first: int, count: int) -> tuple[Numbers, Numbers]:
         """Range and start of the fresh rows from ``first`` on, (count,) each: out of blocks, which cost less a row."""
