@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import struct
+from bisect import bisect_right
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -68,16 +69,28 @@ class IndexedCorpus:
 
     def document_start(self, document: int) -> int:
         """Token position where ``document`` starts; ``num_documents`` gives ``num_tokens``. ``IndexError`` outside."""
-        if not 0 <= document <= self.num_documents:
-            raise IndexError(f"{self.prefix}: no document {document}, it has {self.num_documents}")
-        sequence = int(self._index.documents[document])
-        if sequence == len(self._index.offsets):
-            return self.num_tokens
-        in_range = 0 <= sequence < len(self._index.offsets)
-        start, rest = divmod(int(self._index.offsets[sequence]), self.dtype.itemsize) if in_range else (-1, 0)
-        if rest or not 0 <= start <= self.num_tokens:
-            raise DataError(f"{self.prefix}.idx: document {document} starts outside the tokens; prepare the pair again")
-        return start
+        return int(self.document_starts(document, document)[0])
+
+    def document_starts(self, first: int, last: int) -> NDArray[np.int64]:
+        """Where documents ``first`` to ``last`` start, as ``document_start`` tells of one: (last - first + 1,)."""
+        for document in (first, last):
+            if not 0 <= document <= self.num_documents:
+                raise IndexError(f"{self.prefix}: no document {document}, it has {self.num_documents}")
+        sequences, offsets = np.asarray(self._index.documents[first : last + 1]), self._index.offsets
+        starts = np.where(sequences == len(offsets), self.num_tokens, -1)
+        inside = (sequences >= 0) & (sequences < len(offsets))
+        positions, rest = np.divmod(offsets[sequences[inside]], self.dtype.itemsize)
+        starts[inside] = np.where(rest == 0, positions, -1)
+        wrong = np.flatnonzero((starts < 0) | (starts > self.num_tokens))
+        if wrong.size:
+            raise DataError(
+                f"{self.prefix}.idx: document {first + wrong[0]} starts outside the tokens; prepare the pair again"
+            )
+        return starts
+
+    def document_at(self, position: int) -> int:
+        """The document that has the token at ``position``, by bisection."""
+        return bisect_right(range(self.num_documents + 1), position, key=self.document_start) - 1
 
     def fingerprint(self) -> str:
         """A digest of the corpus, whatever its path: its counts and tokens of 64 evenly spaced blocks; constant time."""

@@ -8,9 +8,10 @@ from seqlen_curriculum.config import RunConfig
 from seqlen_curriculum.data.feed import Feed
 from seqlen_curriculum.data.indexed import IndexedCorpus
 from seqlen_curriculum.data.samples import SPLITS, Samples, check_token_ids, open_split
+from seqlen_curriculum.data_section import DataConfig
 from seqlen_curriculum.errors import DataError
 
-__all__ = ["open_run_data", "open_samples"]
+__all__ = ["corpora_of", "open_feed", "open_run_data", "open_samples"]
 
 
 def open_run_data(config: RunConfig) -> tuple[Feed, Samples | None]:
@@ -24,25 +25,32 @@ def open_run_data(config: RunConfig) -> tuple[Feed, Samples | None]:
     data = config.data
     for prefix in [*data.prefixes, *(data.valid or [])]:
         _check_vocabulary(IndexedCorpus(prefix), config.model.vocab_size)
+    return open_feed(config), open_samples(config, "valid") if config.training.eval_interval else None
+
+
+def open_feed(config: RunConfig) -> Feed:
+    """The training data of a file with data and training sections; no token is looked at before it is read."""
+    assert config.data is not None
+    data, timeline = config.data, config.timeline()
     sources = [data.prefixes] if data.weights is None else [[prefix] for prefix in data.prefixes]
-    feed = Feed(
-        [open_samples(config, "train", source) for source in sources],
-        config.timeline(),
-        data.leftovers == "recycle",
-        data.weights,
-    )
-    return feed, open_samples(config, "valid") if config.training.eval_interval else None
+    samples = [open_samples(config, "train", source) for source in sources]
+    return Feed(samples, timeline, data.leftovers == "recycle", data.weights)
 
 
 def open_samples(config: RunConfig, which: str, prefixes: Sequence[str] | None = None) -> Samples:
     """The samples of ``which`` (train, valid or test) split, or of the corpora named for it; ``prefixes``: of these."""
     assert config.data is not None
-    data, seed = config.data, config.training.seed if config.training else 0
+    seed = config.training.seed if config.training else 0
+    corpora, split = corpora_of(config.data, which)
+    vocab_size = config.model.vocab_size if config.model else None
+    return open_split(prefixes or corpora, split, which, config.data.seq_length, seed, vocab_size)
+
+
+def corpora_of(data: DataConfig, which: str) -> tuple[list[str], str]:
+    """The corpora that ``which`` (train, valid or test) is taken from, and how each of them is split."""
     own = {"train": None, "valid": data.valid, "test": data.test}[which]
     whole = own is not None or (which == "train" and data.valid is not None)
-    split = ",".join(str(int(name == which)) for name in SPLITS) if whole else data.split
-    vocab_size = config.model.vocab_size if config.model else None
-    return open_split(prefixes or own or data.prefixes, split, which, data.seq_length, seed, vocab_size)
+    return own or data.prefixes, ",".join(str(int(name == which)) for name in SPLITS) if whole else data.split
 
 
 def _check_vocabulary(corpus: IndexedCorpus, vocab_size: int) -> None:

@@ -19,7 +19,7 @@ from numpy.typing import ArrayLike, NDArray
 from seqlen_curriculum.data.indexed import IndexedCorpus
 from seqlen_curriculum.errors import ConfigError, DataError
 
-__all__ = ["SPLITS", "Samples", "check_token_ids", "open_split", "split_bounds"]
+__all__ = ["SPLITS", "Samples", "check_token_ids", "open_split", "split_bounds", "split_ranges"]
 
 SPLITS = ("train", "valid", "test")
 _CHECK_TOKENS = 2**24  # at most this many are looked at before a run: 32 MiB of uint16, well under a second
@@ -148,6 +148,21 @@ def _weights(split: str) -> list[float]:
     return weights + [0.0] * (3 - len(weights))
 
 
+def split_ranges(
+    prefixes: Sequence[str | os.PathLike[str]], split: str, which: str
+) -> list[tuple[IndexedCorpus, int, int]]:
+    """(corpus, first token, end token) of ``which`` (train, valid or test) split of each corpus, split by itself."""
+    if which not in SPLITS:
+        raise ConfigError(f"split: there is no {which!r}; valid names: {', '.join(SPLITS)}")
+    number = SPLITS.index(which)
+    ranges = []
+    for prefix in prefixes:
+        corpus = IndexedCorpus(prefix)
+        first, end = split_bounds(corpus.num_documents, split)[number : number + 2]
+        ranges.append((corpus, corpus.document_start(first), corpus.document_start(end)))
+    return ranges
+
+
 def open_split(
     prefixes: Sequence[str | os.PathLike[str]],
     split: str,
@@ -157,14 +172,7 @@ def open_split(
     vocab_size: int | None = None,
 ) -> Samples:
     """The ``Samples`` of ``which`` (train, valid or test) split of the corpora at ``prefixes``, each split by itself."""
-    if which not in SPLITS:
-        raise ConfigError(f"split: there is no {which!r}; valid names: {', '.join(SPLITS)}")
-    number = SPLITS.index(which)
-    ranges = []
-    for prefix in prefixes:
-        corpus = IndexedCorpus(prefix)
-        first, end = split_bounds(corpus.num_documents, split)[number : number + 2]
-        ranges.append((corpus, corpus.document_start(first), corpus.document_start(end)))
+    ranges = split_ranges(prefixes, split, which)
     try:
         return Samples(ranges, seq_length, seed, vocab_size)
     except DataError as error:

@@ -1,0 +1,107 @@
+"""Show what is in a corpus, what a run makes of its corpora, or exactly what its ranks read at a step.
+
+Example:
+  python scripts/inspect_data.py corpus/stdlib --seq-length 256
+  python scripts/inspect_data.py --config configs/tiny_cpu.json --set data.leftovers=recycle --png data.png
+  python scripts/inspect_data.py --config configs/tiny_cpu.json --step 100 --ranks 2 --rows 1
+
+Needs neither torch nor a GPU. Epochs, samples and tokens of --step count from 0, as in samples.rank*.jsonl.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from seqlen_curriculum.cli import picture_path, run, warn
+from seqlen_curriculum.errors import ConfigError
+
+_GOES_WITH = {
+    "seq_length": ["PREFIX"],
+    "set": ["--config", "--step"],
+    "step": ["--step"],
+    "ranks": ["--step"],
+    "rows": ["--step"],
+    "full": ["--step"],
+    "png": ["--config"],
+}
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("prefix", nargs="*", metavar="PREFIX", help="a corpus: its path without .bin or .idx")
+    parser.add_argument("--seq-length", type=int, metavar="N", help="also count samples of N tokens")
+    parser.add_argument("--config", metavar="FILE", help="a run's JSON file, instead of PREFIX")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override, as training.seed=7")
+    parser.add_argument("--png", type=Path, metavar="PATH", help="draw what the run makes of its corpora")
+    parser.add_argument("--step", type=int, metavar="STEP", help="show what is read at this step of the run instead")
+    parser.add_argument("--ranks", type=int, metavar="R", help="data-parallel ranks that share the step (default: 1)")
+    parser.add_argument("--rows", type=int, metavar="M", help="samples of a rank to show (default: 4)")
+    parser.add_argument("--full", action="store_true", help="leave nothing out of them")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    return parser.parse_args()
+
+
+def mode(args: argparse.Namespace) -> str:
+    """What is asked for. Raises ConfigError for flags that don't go together."""
+    if bool(args.prefix) == (args.config is not None):
+        given = f"{args.prefix[0]} and --config {args.config} are both given" if args.prefix else "neither is given"
+        raise ConfigError(f"PREFIX, --config: {given}; name corpora to look into, or the file of a run")
+    chosen = "PREFIX" if args.prefix else "--config" if args.step is None else "--step"
+    for name, goes_with in _GOES_WITH.items():
+        value = getattr(args, name)
+        if not (value is None or value is False or value == []) and chosen not in goes_with:
+            flag = "--" + name.replace("_", "-")
+            raise ConfigError(f"{flag} {value}: goes with {' and '.join(goes_with)} alone; leave it out here")
+    return chosen
+
+
+def corpora(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    """What is in the corpora, as numbers and as text."""
+    from seqlen_curriculum.data.inspection import corpus_warnings, describe_corpora, inspect_corpora
+
+    facts = inspect_corpora(args.prefix, args.seq_length)
+    warn(corpus_warnings(facts))
+    return {"corpora": facts}, describe_corpora(facts)
+
+
+def whole_run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    """What is in the run's corpora and what it makes of them."""
+    from seqlen_curriculum.config import RunConfig
+    from seqlen_curriculum.data.accounting import account, describe_account
+    from seqlen_curriculum.data.inspection import corpus_warnings, describe_corpora, inspect_corpora
+
+    png = picture_path("--png", args.png) if args.png else None
+    config = RunConfig.load(args.config, args.set, require=("data",))
+    summary = account(config)
+    if png and "ways" not in summary:
+        raise ConfigError(f"--png {png}: there are no steps to draw; give the file training and train_batch_size")
+    if png:
+        from seqlen_curriculum.analysis.data_use import draw_data_use
+
+        draw_data_use(summary, png)
+    facts = inspect_corpora(dict.fromkeys(one["prefix"] for split in summary["splits"].values() for one in split))
+    warn(corpus_warnings(facts, config.model.vocab_size if config.model else None))
+    return {"corpora": facts, **summary}, f"{describe_corpora(facts)}\n\n{describe_account(summary)}"
+
+
+def one_step(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    """What the ranks read at a step."""
+    from seqlen_curriculum.config import RunConfig
+    from seqlen_curriculum.data.reading import describe_step, read_step
+    from seqlen_curriculum.data.run_data import open_feed
+
+    config = RunConfig.load(args.config, args.set, require=("data", "training"))
+    given = {name: getattr(args, name) for name in ("ranks", "rows") if getattr(args, name) is not None}
+    found = read_step(open_feed(config), args.step, **given)
+    return found, describe_step(found, args.full)
+
+
+def main() -> None:
+    args = parse()
+    found, text = {"PREFIX": corpora, "--config": whole_run, "--step": one_step}[mode(args)](args)
+    print(json.dumps(found, indent=2) if args.json else text)
+
+
+if __name__ == "__main__":
+    run(main)
