@@ -17,13 +17,15 @@ from seqlen_curriculum.token_lr import TokenCosine
 
 __all__ = ["data_use", "describe", "draw", "plan"]
 
+_FATES = {"dropped_tokens": "dropped", "leftover_tokens": "read later"}
+
 
 def plan(config: RunConfig, at: Iterable[int] = ()) -> dict[str, Any]:
     """The run as one JSON-able object; ``at`` adds steps to ``milestones``. Tokens are target tokens of all ranks.
 
     ``steps, consumed_tokens, full_length_step, full_batch_step, lengths`` (how many), ``shapes`` (how many pairs of rows
     and their tokens), ``milestones [{step, seqlen, rows, consumed_tokens, lr}]``, and where the file says enough:
-    ``read_tokens`` and ``dropped_tokens`` or ``recycled_tokens`` of them (data section), ``parameters, flops,
+    ``read_tokens`` and ``dropped_tokens`` or ``leftover_tokens`` of them (data section), ``parameters, flops,
     flops_of_full_length`` (model section; the latter is the same budget at constant full length), ``without_seqlen_bucket
     {steps, lengths, flops}``. Raises ConfigError.
     """
@@ -81,10 +83,10 @@ def _milestone(timeline: Timeline, rate: TokenCosine | None, step: int) -> dict[
 
 
 def data_use(timeline: Timeline, seq_length: int, recycle: bool) -> dict[str, int]:
-    """Each sample stands for ``seq_length`` tokens; what a cut leaves over is dropped, or read again as further samples."""
+    """Each sample stands for ``seq_length`` tokens; what a cut leaves over is dropped, or read later."""
     read = timeline.consumed_samples(timeline.steps) * seq_length
     left = read - timeline.consumed_tokens(timeline.steps)
-    return {"read_tokens": read, "recycled_tokens" if recycle else "dropped_tokens": left}
+    return {"read_tokens": read, "leftover_tokens" if recycle else "dropped_tokens": left}
 
 
 def _compute(timeline: Timeline, model: ModelConfig, full_length: int) -> dict[str, float]:
@@ -107,8 +109,7 @@ def describe(summary: dict[str, Any]) -> str:
     if summary["milestones"][0]["rows"] != summary["milestones"][-1]["rows"]:
         lines.append(_rows_line(summary))
     if "read_tokens" in summary:
-        fate = next(fate for fate in ("dropped", "recycled") if f"{fate}_tokens" in summary)
-        left = summary[f"{fate}_tokens"]
+        fate, left = next((fate, summary[key]) for key, fate in _FATES.items() if key in summary)
         lines.append(
             f"tokens of samples {summary['read_tokens']:,}, {fate} {left:,} ({left / summary['read_tokens']:.1%})"
         )

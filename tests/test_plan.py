@@ -63,10 +63,10 @@ def test_segments_and_recycling():
     summary = plan(RunConfig.from_dict(base))
     # 2 samples a step: 18, 18, 12, 20, 20 tokens of 20
     assert (summary["steps"], summary["consumed_tokens"], summary["full_length_step"]) == (5, 88, 4)
-    assert (summary["read_tokens"], summary["recycled_tokens"], summary["shapes"]) == (100, 12, 3)
+    assert (summary["read_tokens"], summary["leftover_tokens"], summary["shapes"]) == (100, 12, 3)
     assert "dropped_tokens" not in summary
     told = describe(summary)
-    assert "tokens of samples 100, recycled 12 (12.0%)" in told
+    assert "tokens of samples 100, read later 12 (12.0%)" in told
     assert "rows of a step    6 to 2, 3 shapes" in told
 
 

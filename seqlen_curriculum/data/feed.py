@@ -51,11 +51,11 @@ class Feed:
             )
         used = timeline.tokens_by_sample()
         self._streams = [
-            Stream(source, self._of_source(number, used) if recycle else None)
+            Stream(source, self.of_source(number, used) if recycle else None)
             for number, source in enumerate(self.sources)
         ]
 
-    def _of_source(self, number: int, used: Piecewise) -> Piecewise:
+    def of_source(self, number: int, used: Piecewise) -> Piecewise:
         """``used`` by the samples of one source."""
         first = self.blend.count(number, used.first_steps - 1) + 1
         some = np.append(first[1:] > first[:-1], True)  # pieces too short for a sample of this source fall away

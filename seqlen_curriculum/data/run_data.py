@@ -9,7 +9,7 @@ from seqlen_curriculum.data.feed import Feed
 from seqlen_curriculum.data.indexed import IndexedCorpus
 from seqlen_curriculum.data.samples import SPLITS, Samples, check_token_ids, open_split
 from seqlen_curriculum.data_section import DataConfig
-from seqlen_curriculum.errors import DataError
+from seqlen_curriculum.errors import ConfigError, DataError
 
 __all__ = ["corpora_of", "open_feed", "open_run_data", "open_samples"]
 
@@ -49,6 +49,10 @@ def open_samples(config: RunConfig, which: str, prefixes: Sequence[str] | None =
 def corpora_of(data: DataConfig, which: str) -> tuple[list[str], str]:
     """The corpora that ``which`` (train, valid or test) is taken from, and how each of them is split."""
     own = {"train": None, "valid": data.valid, "test": data.test}[which]
+    if which == "test" and own is None and data.valid is not None:
+        raise ConfigError(
+            "data.test: not given; where valid names corpora of its own, train is read whole: name some for test"
+        )
     whole = own is not None or (which == "train" and data.valid is not None)
     return own or data.prefixes, ",".join(str(int(name == which)) for name in SPLITS) if whole else data.split
 
