@@ -23,9 +23,12 @@ setup(
         "torch>=2.6",
         "tqdm>=4.66",
         "transformers>=5.0",
+        "zstandard>=0.22",
     ],
     extras_require={
+        "datasets": ["datasets>=3.0"],
         "dev": [
+            "datasets>=3.0",
             "hypothesis>=6.100",
             "megatron-core>=0.12",
             "mypy>=1.10",

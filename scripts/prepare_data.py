@@ -1,17 +1,21 @@
 """Prepare a training corpus from text: tokenize it into Megatron's .bin/.idx pair.
 
+An interrupted command continues where it was when it is given again. scripts/merge_corpora.py puts several together.
+
 example:
   python scripts/prepare_data.py --stdlib --train-vocab 4096 --output-prefix corpus/stdlib
-  python scripts/prepare_data.py --input texts/ wiki.jsonl.gz --vocab-file encoder.json --merge-file vocab.bpe \\
+  python scripts/prepare_data.py --input texts/ wiki.jsonl.zst --vocab-file encoder.json --merge-file vocab.bpe \\
       --output-prefix corpus/wiki
 """
 
 from __future__ import annotations
 
 import argparse
+import signal
 from pathlib import Path
 
 from seqlen_curriculum.cli import run
+from seqlen_curriculum.data.documents import Rules
 from seqlen_curriculum.data.prepare import Request, prepare
 from seqlen_curriculum.data.tokenizer import TokenizerChoice
 
@@ -26,31 +30,78 @@ def parser() -> argparse.ArgumentParser:
         default=[],
         metavar="PATH",
         help="text files (.txt .text .md .py: a document each), JSON lines (.jsonl .json .ndjson: a document a line), "
-        "either as .gz, and folders of them",
+        "either as .gz or .zst, tables (.parquet .arrow: a document a row), and folders of them, "
+        "Hugging Face's save_to_disk included",
     )
     text.add_argument("--stdlib", action="store_true", help="this Python's own .py files, a document each")
-    text.add_argument("--json-keys", nargs="+", default=["text"], metavar="KEY", help="text in a line (default: text)")
     tokens = flags.add_argument_group("tokenizer, exactly one")
     tokens.add_argument("--vocab-file", type=Path, metavar="encoder.json", help="GPT-2's vocabulary, with --merge-file")
     tokens.add_argument("--merge-file", type=Path, metavar="vocab.bpe", help="GPT-2's merges, with --vocab-file")
     tokens.add_argument("--tokenizer-file", type=Path, metavar="tokenizer.json", help="one that has <|endoftext|>")
     tokens.add_argument("--train-vocab", type=int, metavar="N", help="train byte-level BPE of N tokens on this text")
+    _add_rules(flags.add_argument_group("documents"))
     flags.add_argument("--output-prefix", required=True, metavar="P", help="writes P.bin .idx .tokenizer.json .json")
     flags.add_argument("--workers", type=int, metavar="N", help="processes that encode (default: all cores)")
     flags.add_argument("--overwrite", action="store_true", help="replace outputs of other inputs or settings")
     return flags
 
 
+def _add_rules(flags: argparse._ArgumentGroup) -> None:
+    default = Rules()
+    flags.add_argument(
+        "--json-keys",
+        "--keys",
+        nargs="+",
+        default=list(default.json_keys),
+        metavar="KEY",
+        help="keys (columns) whose texts, joined by newlines, are the document (default: text)",
+    )
+    flags.add_argument(
+        "--append-eod",
+        action=argparse.BooleanOptionalAction,
+        default=default.append_eod,
+        help="close each document with <|endoftext|> (default: yes)",
+    )
+    flags.add_argument(
+        "--on-bad-input",
+        choices=["stop", "skip"],
+        default=default.on_bad_input,
+        help="what isn't UTF-8 or JSON, lacks its key, is no string, too long, or behind a break of a packed file: "
+        "stop there, or leave out the line and count it (default: stop)",
+    )
+    flags.add_argument(
+        "--on-empty",
+        choices=["stop", "skip"],
+        default=default.on_empty,
+        help="documents of white space only: stop there, or leave out and count (default: skip)",
+    )
+    flags.add_argument(
+        "--max-line-bytes",
+        type=int,
+        default=default.max_line_bytes,
+        metavar="N",
+        help="longest line of JSON or row, which bounds memory (default: 16777216)",
+    )
+
+
 def main() -> None:
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what is done is kept, as with Ctrl-C
     args = parser().parse_args()
     choice = TokenizerChoice(args.vocab_file, args.merge_file, args.tokenizer_file, args.train_vocab)
+    rules = Rules(
+        json_keys=args.json_keys,
+        max_line_bytes=args.max_line_bytes,
+        append_eod=args.append_eod,
+        on_bad_input=args.on_bad_input,
+        on_empty=args.on_empty,
+    )
     workers = {} if args.workers is None else {"workers": args.workers}
     request = Request(
         output_prefix=args.output_prefix,
         tokenizer=choice,
         inputs=args.input,
         stdlib=args.stdlib,
-        json_keys=args.json_keys,
+        rules=rules,
         overwrite=args.overwrite,
         **workers,
     )

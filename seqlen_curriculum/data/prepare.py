@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import tokenizers
+from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from seqlen_curriculum.data.documents import PIECE_BYTES, batches, find_files, parts, stdlib_files
-from seqlen_curriculum.data.encode import encode
-from seqlen_curriculum.data.indexed import IndexedCorpus, corpus_prefix
+from seqlen_curriculum.data.documents import PIECE_BYTES, Piece, Rules, batches
+from seqlen_curriculum.data.encode import Encoded, encode
+from seqlen_curriculum.data.indexed import corpus_prefix
+from seqlen_curriculum.data.inputs import find_files, stdlib_files
+from seqlen_curriculum.data.partial import Partial, publish_finished
+from seqlen_curriculum.data.record import OUTPUTS, Prepared, check_folder, existing
+from seqlen_curriculum.data.texts import TOLD, Tally, parts
 from seqlen_curriculum.data.tokenizer import (
     END_OF_TEXT,
     TokenizerChoice,
@@ -25,12 +34,9 @@ from seqlen_curriculum.data.tokenizer import (
     splits_at_spaces,
     vocab_size,
 )
-from seqlen_curriculum.data.writer import CorpusWriter
 from seqlen_curriculum.errors import ConfigError, DataError
 
 __all__ = ["Prepared", "Request", "prepare"]
-
-_OUTPUTS = (".bin", ".idx", ".tokenizer.json", ".json")
 
 
 @dataclass(frozen=True)
@@ -41,55 +47,51 @@ class Request:
     """Path of the outputs without suffix."""
     tokenizer: TokenizerChoice
     inputs: Sequence[Path] = ()
-    """Text or JSON lines files, ``.gz`` of either, and folders of them."""
+    """Text, JSON lines and tables, and folders of them."""
     stdlib: bool = False
     """Read the running Python's own ``.py`` files, a document each."""
-    json_keys: Sequence[str] = ("text",)
-    """Keys of a JSON line whose texts, joined by newlines, are the document."""
+    rules: Rules = field(default_factory=Rules)
+    """How inputs become documents; ``cut_text`` is the tokenizer's to tell."""
     workers: int = field(default_factory=lambda: _all_cores())
     """Processes that encode; the result is the same for any number."""
     overwrite: bool = False
     """Replace outputs of other inputs or settings."""
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """What ``PREFIX.json`` records, and whether it was there before."""
-
-    prefix: str
-    already: bool
-    record: dict[str, Any]
-
-    def __str__(self) -> str:
-        state = "already prepared" if self.already else "prepared"
-        numbers = {key: self.record[key] for key in ("documents", "tokens", "text_bytes", "vocab_size")}
-        told = "{documents:,} documents, {tokens:,} tokens of {text_bytes:,} bytes, vocabulary {vocab_size:,}"
-        return f"{state}: {self.prefix} ({told.format(**numbers)})"
-
-
 def prepare(request: Request) -> Prepared:
     """Tokenize the inputs into a corpus, or find it done already with the same inputs and settings.
 
-    Outputs appear together at the end, or not at all. Raises ``ConfigError`` for options and tokenizer files,
-    ``DataError`` for inputs, and for outputs of something else without ``overwrite``.
+    Outputs appear together at the end, or not at all. What an interrupted call finished, the next one with the same
+    inputs and settings continues. Raises ``ConfigError`` for options and tokenizer files, ``DataError`` for inputs,
+    for outputs of something else without ``overwrite``, and while another process prepares the same.
     """
     _check(request)
     prefix = corpus_prefix(request.output_prefix)
     files = _files(request, prefix)
     facts = _facts(request, files)
-    if (record := _existing(prefix, facts, request.overwrite)) is not None:
-        return Prepared(prefix, True, record)
-    _check_folder(prefix)
-    tokenizer = build_tokenizer(request.tokenizer, _texts(files, request.json_keys))
-    return Prepared(prefix, False, _write(request, prefix, files, tokenizer, facts))
+    if publish_finished(prefix) or not request.overwrite:
+        record = existing(prefix, facts, request.overwrite, request.rules.stops_at)
+        if record is not None:
+            return Prepared(prefix, True, record)
+    check_folder(prefix)
+    makers = {"piece_bytes": PIECE_BYTES, "tokenizers": tokenizers.__version__}  # a partial of others can't go on
+    with Partial(prefix, {**facts, **makers}, request.rules.stops_at) as partial:
+        tokenizer = _tokenizer(request, files, partial)
+        speed = _encode_into(partial, files, tokenizer, request)
+        record = {**_totals(partial, tokenizer), **facts}
+        partial.finish(tokenizer.to_str(pretty=True), record)
+    return Prepared(prefix, False, record, speed)
 
 
 def _check(request: Request) -> None:
     request.tokenizer.check()
+    rules = request.rules
     if request.workers < 1:
         raise ConfigError(f"--workers: {request.workers} is not valid: it must be 1 or more")
-    if not request.json_keys:
+    if not rules.json_keys:
         raise ConfigError("--json-keys: no key given; name at least one, such as text")
+    if rules.max_line_bytes < 1024:
+        raise ConfigError(f"--max-line-bytes: {rules.max_line_bytes} is not valid: it must be 1024 or more")
     if not request.output_prefix or request.output_prefix.endswith(("/", os.sep)):
         raise ConfigError(f"--output-prefix: {request.output_prefix!r} names no file; add one, as in corpus/text")
     if not request.inputs and not request.stdlib:
@@ -103,7 +105,7 @@ def _all_cores() -> int:
 
 def _files(request: Request, prefix: str) -> list[Path]:
     # A folder of inputs may hold the outputs of an earlier run.
-    found = find_files(request.inputs, [Path(prefix + suffix) for suffix in _OUTPUTS])
+    found = find_files(request.inputs, [Path(prefix + suffix) for suffix in OUTPUTS])
     return found + (stdlib_files() if request.stdlib else [])
 
 
@@ -111,52 +113,30 @@ def _facts(request: Request, files: Iterable[Path]) -> dict[str, Any]:
     """What decides the outputs: equal facts mean that nothing is left to do."""
     settings = {
         "end_of_text": END_OF_TEXT,
-        "json_keys": list(request.json_keys),
+        "append_eod": request.rules.append_eod,
+        "json_keys": list(request.rules.json_keys),
+        "max_line_bytes": request.rules.max_line_bytes,
         "tokenizer": request.tokenizer.facts(),
     }
     return {"settings": settings, "inputs": [file_facts(path, DataError) for path in files]}
 
 
-def _existing(prefix: str, facts: dict[str, Any], overwrite: bool) -> dict[str, Any] | None:
-    """The record of a complete corpus made from the same facts; ``None`` if there is none or it is to be replaced."""
-    found = [prefix + suffix for suffix in _OUTPUTS if os.path.lexists(prefix + suffix)]
-    if overwrite or not found:
-        return None
-    record = _read_record(prefix)
-    if len(found) == len(_OUTPUTS) and all(record.get(key) == value for key, value in facts.items()):
-        IndexedCorpus(prefix)  # raises if the pair was damaged since
-        return record
-    raise DataError(
-        f"{found[0]}: exists and was not made from these inputs and settings; give --overwrite to replace it, "
-        "or another --output-prefix"
-    )
+def _tokenizer(request: Request, files: Sequence[Path], partial: Partial) -> Tokenizer:
+    if (trained := partial.trained()) is not None:
+        return Tokenizer.from_str(trained)
+    tokenizer = build_tokenizer(request.tokenizer, _texts(files, request.rules))
+    if request.tokenizer.train_vocab is not None:
+        partial.keep_trained(tokenizer.to_str())
+    return tokenizer
 
 
-def _read_record(prefix: str) -> dict[str, Any]:
-    try:
-        record = json.loads(Path(prefix + ".json").read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return record if isinstance(record, dict) else {}
-
-
-def _check_folder(prefix: str) -> None:
-    """Tell of a folder that can't be written before the minutes of training a tokenizer."""
-    folder = Path(prefix).parent
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DataError(f"{folder}: can't be made ({error.strerror}); choose another --output-prefix") from None
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise DataError(f"{folder}: this folder can't be written; choose another --output-prefix")
-
-
-def _texts(files: Sequence[Path], json_keys: Sequence[str]) -> Iterator[str]:
+def _texts(files: Sequence[Path], rules: Rules) -> Iterator[str]:
     """Every document's text, long ones in parts, for a tokenizer to train on."""
     with _bar("training the tokenizer", files) as bar:
-        for batch in batches(files, cut_text=True):
-            yield from (part.text for piece in batch for part in parts(piece, json_keys))
-            bar.update(sum(piece.input_bytes for piece in batch))
+        for batch in batches(files, rules):
+            tally = Tally(rules)  # what is left out is told when it is encoded
+            yield from (part.text for piece in batch for part in parts(piece, rules, tally))
+            bar.update(_read_bytes(batch))
 
 
 def _bar(what: str, files: Iterable[Path]) -> Any:
@@ -167,30 +147,55 @@ def _input_bytes(files: Iterable[Path]) -> int:
     return sum(path.stat().st_size for path in files)
 
 
-def _write(
-    request: Request, prefix: str, files: Sequence[Path], tokenizer: Tokenizer, facts: dict[str, Any]
-) -> dict[str, Any]:
-    with CorpusWriter(prefix, vocab_size(tokenizer)) as writer:
-        counts = _encode_into(writer, files, tokenizer, request)
-        if not writer.num_documents:
-            raise DataError(f"{files[0]}: no text in this input ({counts['skipped_documents']} empty documents)")
-        totals = {"documents": writer.num_documents, "tokens": writer.num_tokens, **counts}
-        vocabulary = {"vocab_size": writer.vocab_size, "end_of_text_id": end_of_text_id(tokenizer)}
-        record = {**vocabulary, **totals, **facts}
-        writer.add_file(".tokenizer.json", tokenizer.to_str(pretty=True).encode())
-        writer.add_file(".json", json.dumps(record, indent=2).encode() + b"\n")
-    return record
+def _read_bytes(batch: Iterable[Piece]) -> int:
+    return sum(piece.input_bytes for piece in batch)
 
 
-def _encode_into(writer: CorpusWriter, files: Sequence[Path], tokenizer: Tokenizer, request: Request) -> dict[str, int]:
-    """Append all documents; returns the counts that only the text tells."""
+def _encode_into(partial: Partial, files: Sequence[Path], tokenizer: Tokenizer, request: Request) -> float:
+    """Append all documents behind those that are done; returns the bytes of text encoded a second."""
+    rules = replace(request.rules, cut_text=splits_at_spaces(tokenizer))
     workers = min(request.workers, -(-_input_bytes(files) // PIECE_BYTES) or 1)  # none without a batch to encode
-    stream = batches(files, cut_text=splits_at_spaces(tokenizer))
-    text_bytes = skipped = 0
+    stream = batches(files, rules)
+    progress = partial.progress
+    began, start = progress.text_bytes, time.monotonic()
+    tokens = partial.open(vocab_size(tokenizer))
     with _bar("encoding", files) as bar:
-        for encoded in encode(stream, tokenizer.to_str(), request.json_keys, workers):
-            writer.add_tokens(encoded.tokens, encoded.ends)
-            text_bytes += encoded.text_bytes
-            skipped += encoded.skipped
+        for batch in islice(stream, progress.batches):
+            bar.update(_read_bytes(batch))
+        for encoded in encode(stream, tokenizer.to_str(), rules, workers):
+            _tell(encoded, progress.left_out)
+            kept = _without_bare(encoded, tokens.open_tokens, rules.append_eod)
+            partial.add(*kept, encoded.text_bytes, encoded.left_out)
             bar.update(encoded.input_bytes)
-    return {"text_bytes": text_bytes, "skipped_documents": skipped}
+    return (progress.text_bytes - began) / (time.monotonic() - start)
+
+
+def _tell(encoded: Encoded, before: Mapping[str, int]) -> None:
+    """Print the first problems of each kind; the others are counted only."""
+    counts = Counter(before)
+    for kind, told in encoded.told:
+        counts[kind] += 1
+        if counts[kind] <= TOLD:
+            tqdm.write(f"warning: {told}; left out", file=sys.stderr)
+
+
+def _without_bare(encoded: Encoded, open_tokens: int, append_eod: bool) -> tuple[NDArray[Any], NDArray[np.int64]]:
+    """Tokens and ends without documents of which nothing was left; over several batches only their end tells."""
+    bare = np.diff(encoded.ends, prepend=-open_tokens) == append_eod
+    closings = encoded.ends[bare] - 1 if append_eod else []
+    return np.delete(encoded.tokens, closings), (encoded.ends - append_eod * np.cumsum(bare))[~bare]
+
+
+def _totals(partial: Partial, tokenizer: Tokenizer) -> dict[str, Any]:
+    found = partial.progress
+    if not found.num_documents:
+        left_out = ", ".join(f"{count} {kind}" for kind, count in found.left_out.items())
+        raise DataError(f"--input: no text in it (left out: {left_out}); give another")
+    return {
+        "vocab_size": vocab_size(tokenizer),
+        "end_of_text_id": end_of_text_id(tokenizer),
+        "documents": found.num_documents,
+        "tokens": found.num_tokens,
+        "text_bytes": found.text_bytes,
+        "left_out": found.left_out,
+    }

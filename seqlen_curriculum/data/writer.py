@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from array import array
-from collections.abc import Sequence
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
@@ -12,13 +13,15 @@ from typing import BinaryIO
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from seqlen_curriculum.data.indexed import HEADER, MAGIC, VERSION, corpus_prefix
+from seqlen_curriculum.data.indexed import HEADER, MAGIC, VERSION, IndexedCorpus, corpus_prefix
 from seqlen_curriculum.errors import DataError
 
-__all__ = ["CorpusWriter", "token_dtype"]
+__all__ = ["CorpusWriter", "TokenFiles", "publish", "store", "token_dtype"]
 
 _CODES = {np.dtype("<u2"): 8, np.dtype("<i4"): 4}
 _MAX_DOCUMENT_TOKENS = 2**31 - 1  # lengths are i32 in the format
+_BLOCK = 2**16  # documents whose lengths are held at once
+_COPY = 2**20  # bytes
 
 
 def token_dtype(vocab_size: int) -> np.dtype[np.uint16] | np.dtype[np.int32]:
@@ -26,8 +29,110 @@ def token_dtype(vocab_size: int) -> np.dtype[np.uint16] | np.dtype[np.int32]:
     return np.dtype("<u2") if vocab_size < 65500 else np.dtype("<i4")
 
 
+class TokenFiles:
+    """A growing .bin and, in a file beside it, the lengths of its documents: memory holds neither.
+
+    Opened over the first ``num_tokens`` and ``num_documents`` of earlier files, of which the rest is cut off;
+    ``open_tokens`` at the end belong to a document that goes on. Raises ``DataError`` for a token outside
+    ``0..vocab_size - 1``.
+    """
+
+    def __init__(
+        self,
+        bin_path: str,
+        lengths_path: str,
+        vocab_size: int,
+        num_tokens: int = 0,
+        num_documents: int = 0,
+        open_tokens: int = 0,
+    ) -> None:
+        self.vocab_size = vocab_size
+        self.dtype = token_dtype(vocab_size)
+        self.num_tokens = num_tokens
+        self.num_documents = num_documents
+        self.open_tokens = open_tokens
+        self._bin = _open_at(bin_path, num_tokens * self.dtype.itemsize)
+        self._lengths = _open_at(lengths_path, num_documents * 4)
+
+    def add_tokens(self, tokens: ArrayLike, ends: Sequence[int] | NDArray[np.int64]) -> None:
+        """Append ``tokens`` (n,); a document ends before each position of ``ends``, ascending, in 0..n.
+
+        Tokens after the last end belong to a document that a later call continues.
+        """
+        ids = np.asarray(tokens)
+        self._check_ids(ids)
+        lengths = np.diff(np.asarray(ends, dtype=np.int64), prepend=-self.open_tokens)
+        if lengths.size and (int(lengths.min()) < 0 or int(ends[-1]) > len(ids)):
+            raise ValueError("ends must ascend within the tokens")
+        if lengths.size and int(lengths.max()) > _MAX_DOCUMENT_TOKENS:
+            raise DataError(f"a document has {lengths.max()} tokens, the format holds 2**31 - 1; split it")
+        self._bin.write(ids.astype(self.dtype, copy=False).tobytes())
+        self._lengths.write(lengths.astype("<i4").tobytes())
+        self.num_tokens += len(ids)
+        self.num_documents += len(lengths)
+        self.open_tokens = len(ids) - int(ends[-1]) if lengths.size else self.open_tokens + len(ids)
+
+    def add_corpus(self, prefix: str) -> None:
+        """Append a finished corpus of the same dtype, whose documents are of one sequence each."""
+        corpus = IndexedCorpus(prefix)
+        with open(prefix + ".idx", "rb") as index:
+            sequences = HEADER.unpack(index.read(HEADER.size))[3]
+            if corpus.dtype != self.dtype or sequences != corpus.num_documents:
+                raise DataError(f"{prefix}: not of {self.dtype.name} with one sequence a document; prepare it again")
+            for left in range(4 * sequences, 0, -_COPY):
+                self._lengths.write(index.read(min(left, _COPY)))
+        with open(prefix + ".bin", "rb") as tokens:
+            shutil.copyfileobj(tokens, self._bin, _COPY)
+        self.num_tokens += corpus.num_tokens
+        self.num_documents += corpus.num_documents
+
+    def sync(self) -> None:
+        """Make all that was added durable."""
+        for stream in (self._bin, self._lengths):
+            stream.flush()
+            os.fsync(stream.fileno())
+
+    def write_index(self, path: str) -> None:
+        """Write the .idx of what was added, which is durable afterwards."""
+        if self.open_tokens:
+            raise ValueError(f"{self.open_tokens} tokens at the end belong to a document that never ended")
+        self.sync()
+        count = self.num_documents
+        with open(path, "wb") as index:
+            index.write(HEADER.pack(MAGIC, VERSION, _CODES[self.dtype], count, count + 1))
+            for lengths in self._blocks():
+                index.write(lengths.tobytes())
+            start = 0
+            for lengths in self._blocks():
+                stops = start + np.cumsum(lengths, dtype="<i8")  # (block,) tokens
+                index.write(((stops - lengths) * self.dtype.itemsize).tobytes())
+                start = int(stops[-1])
+            for first in range(0, count + 1, _BLOCK):  # one sequence a document
+                index.write(np.arange(first, min(first + _BLOCK, count + 1), dtype="<i8").tobytes())
+            _sync_and_close(index)
+
+    def close(self) -> None:
+        """Close both files, whatever state they are in."""
+        for stream in (self._bin, self._lengths):
+            with suppress(OSError):  # a full disk was told of before
+                stream.close()
+
+    def _blocks(self) -> Iterator[NDArray[np.int32]]:
+        with open(self._lengths.name, "rb") as stream:
+            while data := stream.read(4 * _BLOCK):
+                yield np.frombuffer(data, dtype="<i4")
+
+    def _check_ids(self, ids: NDArray[np.generic]) -> None:
+        if ids.ndim != 1 or (ids.size and not np.issubdtype(ids.dtype, np.integer)):
+            raise ValueError(f"tokens must be one row of integers, not {ids.ndim}-d {ids.dtype}")
+        low, high = (int(ids.min()), int(ids.max())) if ids.size else (0, 0)
+        if low < 0 or high >= self.vocab_size:
+            worst = low if low < 0 else high
+            raise DataError(f"{self._bin.name}: token id {worst} is outside the vocabulary of {self.vocab_size}")
+
+
 class CorpusWriter:
-    """Context manager that writes ``PREFIX.bin`` and ``PREFIX.idx``; only the documents' lengths are held in memory.
+    """Context manager that writes ``PREFIX.bin`` and ``PREFIX.idx``; memory holds what one call adds.
 
     Files get temporary names in the same folder and move into place when the block ends without an exception, the
     .idx last: a pair with an .idx is complete. An exception removes them and leaves older files of that prefix as they
@@ -38,21 +143,23 @@ class CorpusWriter:
         self.prefix = corpus_prefix(prefix)
         self.vocab_size = vocab_size
         self.dtype = token_dtype(vocab_size)
-        self.num_tokens = 0
-        self._lengths = array("i")
-        self._open_tokens = 0
         self._beside: list[str] = []
-        self._bin: BinaryIO | None = None
+        self._files: TokenFiles | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens added so far."""
+        return self._files.num_tokens if self._files else 0
 
     @property
     def num_documents(self) -> int:
         """Documents ended so far."""
-        return len(self._lengths)
+        return self._files.num_documents if self._files else 0
 
     def __enter__(self) -> CorpusWriter:
         try:
             Path(self.prefix).parent.mkdir(parents=True, exist_ok=True)
-            self._bin = open(self._temporary(".bin"), "wb")
+            self._files = TokenFiles(self._temporary(".bin"), self._temporary(".lengths"), self.vocab_size)
         except OSError as error:
             raise DataError(f"{self.prefix}: can't write here ({error.strerror}); choose another prefix") from error
         return self
@@ -67,25 +174,24 @@ class CorpusWriter:
 
         Tokens after the last end belong to a document that a later call continues.
         """
-        ids = np.asarray(tokens)
-        self._check_ids(ids)
-        lengths = np.diff(np.asarray(ends, dtype=np.int64), prepend=-self._open_tokens)
-        if lengths.size and (int(lengths.min()) < 0 or int(ends[-1]) > len(ids)):
-            raise ValueError("ends must ascend within the tokens")
-        if lengths.size and int(lengths.max()) > _MAX_DOCUMENT_TOKENS:
-            raise DataError(
-                f"{self.prefix}: a document has {lengths.max()} tokens, the format holds 2**31 - 1; split it"
-            )
-        self._write(ids.astype(self.dtype, copy=False).tobytes())
-        self._lengths.extend(lengths.tolist())
-        self.num_tokens += len(ids)
-        self._open_tokens = len(ids) - int(ends[-1]) if lengths.size else self._open_tokens + len(ids)
+        if self._files is None:
+            raise ValueError("CorpusWriter is used inside its `with` block only")
+        try:
+            self._files.add_tokens(tokens, ends)
+        except OSError as error:
+            raise DataError(f"{self.prefix}.bin: can't be written ({error.strerror}); free space or move it") from error
+
+    def add_corpus(self, prefix: str | os.PathLike[str]) -> None:
+        """Append all documents of a finished corpus of the same dtype."""
+        if self._files is None:
+            raise ValueError("CorpusWriter is used inside its `with` block only")
+        self._files.add_corpus(corpus_prefix(prefix))
 
     def add_file(self, suffix: str, content: bytes) -> None:
         """A file ``PREFIX + suffix`` that moves into place with the pair, before the .idx."""
         if suffix not in self._beside:
             self._beside.append(suffix)
-        self._store(suffix, content)
+        store(self._temporary(suffix), content)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -98,57 +204,48 @@ class CorpusWriter:
         finally:
             self._discard()
 
-    def _check_ids(self, ids: NDArray[np.generic]) -> None:
-        if ids.ndim != 1 or (ids.size and not np.issubdtype(ids.dtype, np.integer)):
-            raise ValueError(f"tokens must be one row of integers, not {ids.ndim}-d {ids.dtype}")
-        low, high = (int(ids.min()), int(ids.max())) if ids.size else (0, 0)
-        if low < 0 or high >= self.vocab_size:
-            worst = low if low < 0 else high
-            raise DataError(f"{self.prefix}: token id {worst} is outside the vocabulary of {self.vocab_size}")
-
-    def _write(self, data: bytes) -> None:
-        if self._bin is None:
-            raise ValueError("CorpusWriter is used inside its `with` block only")
-        try:
-            self._bin.write(data)
-        except OSError as error:
-            raise DataError(f"{self.prefix}.bin: can't be written ({error.strerror}); free space or move it") from error
-
     def _finish(self) -> None:
-        if self._open_tokens:
-            raise ValueError(f"{self._open_tokens} tokens at the end belong to a document that never ended")
-        assert self._bin is not None
-        _sync_and_close(self._bin)
-        self._store(".idx", self._index())
-        # An older .idx must not stand beside the new .bin, not even for a moment.
-        Path(self.prefix + ".idx").unlink(missing_ok=True)
-        for suffix in (".bin", *self._beside, ".idx"):
-            os.replace(self._temporary(suffix), self.prefix + suffix)
-        _sync_folder(Path(self.prefix).parent)
-
-    def _index(self) -> bytes:
-        lengths = np.asarray(self._lengths, dtype="<i4")  # (N,)
-        offsets = np.zeros(len(lengths), dtype="<i8")
-        np.cumsum(lengths[:-1], dtype=np.int64, out=offsets[1:])
-        offsets *= self.dtype.itemsize
-        documents = np.arange(len(lengths) + 1, dtype="<i8")  # one sequence a document
-        header = HEADER.pack(MAGIC, VERSION, _CODES[self.dtype], len(lengths), len(documents))
-        return header + lengths.tobytes() + offsets.tobytes() + documents.tobytes()
-
-    def _store(self, suffix: str, content: bytes) -> None:
-        with open(self._temporary(suffix), "wb") as stream:
-            stream.write(content)
-            _sync_and_close(stream)
+        assert self._files is not None
+        self._files.write_index(self._temporary(".idx"))
+        publish({suffix: self._temporary(suffix) for suffix in (".bin", *self._beside, ".idx")}, self.prefix)
 
     def _discard(self) -> None:
-        if self._bin is not None:
-            self._bin.close()
-        for suffix in (".bin", *self._beside, ".idx"):
+        if self._files is not None:
+            self._files.close()
+        for suffix in (".bin", ".lengths", *self._beside, ".idx"):
             Path(self._temporary(suffix)).unlink(missing_ok=True)
 
     def _temporary(self, suffix: str) -> str:
         # The process id keeps two runs that were given one prefix from writing into each other's files.
         return f"{self.prefix}{suffix}.{os.getpid()}.tmp"
+
+
+def store(path: str, content: bytes) -> None:
+    """Write a file that is durable afterwards."""
+    with open(path, "wb") as stream:
+        stream.write(content)
+        _sync_and_close(stream)
+
+
+def publish(files: Mapping[str, str], prefix: str) -> None:
+    """Move each file to ``prefix`` and its suffix, in order; those that are gone were moved before."""
+    # An older .idx must not stand beside the new .bin, not even for a moment.
+    if os.path.exists(files[".bin"]):
+        Path(prefix + ".idx").unlink(missing_ok=True)
+    for suffix, path in files.items():
+        if os.path.exists(path):
+            os.replace(path, prefix + suffix)
+    _sync_folder(Path(prefix).parent)
+
+
+def _open_at(path: str, size: int) -> BinaryIO:
+    """A file of ``size`` bytes to append to; what stood there behind them is cut off."""
+    if size and (not os.path.exists(path) or os.path.getsize(path) < size):
+        raise DataError(f"{path}: has lost some of its {size} bytes; remove its folder and begin again")
+    stream = open(path, "r+b" if size else "wb")  # noqa: SIM115 - the caller closes it
+    stream.truncate(size)
+    stream.seek(size)
+    return stream
 
 
 def _sync_and_close(stream: BinaryIO) -> None:
