@@ -1,6 +1,7 @@
 import gzip
 import json
 import os
+import re
 import subprocess
 import sys
 import sysconfig
@@ -440,6 +441,23 @@ def test_the_command_tells_errors_in_one_line(texts: Path, tmp_path: Path) -> No
     assert failed.returncode == 1
     assert failed.stderr.startswith("error: tokenizer: give exactly one of --vocab-file")
     assert failed.stderr.count("\n") == 1
+
+
+def test_the_flags_of_the_command(tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl"
+    path.write_text('{"body": "one"}\n{"body": " "}\n{"body": "%s"}\n' % ("long " * 300))
+    flags = ["--input", path, "--keys", "body", "--no-append-eod", "--max-line-bytes", 1024, "--train-vocab", 300]
+    refused = script(*flags, "--output-prefix", tmp_path / "c")
+    assert refused.returncode == 1
+    assert "x.jsonl, line 3: over 1,024 bytes long; give a larger --max-line-bytes" in refused.stderr
+    done = script(*flags, "--on-bad-input", "skip", "--workers", 1, "--output-prefix", tmp_path / "c")
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"\(1 documents, \d tokens of 3 bytes, .* MB/s\); left out: 1 empty, 1 too_long\n", done.stdout)
+    record = json.loads((tmp_path / "c.json").read_bytes())
+    assert record["settings"]["append_eod"] is False
+    assert record["end_of_text_id"] not in IndexedCorpus(tmp_path / "c").tokens
+    refused = script(*flags, "--on-empty", "stop", "--output-prefix", tmp_path / "d")
+    assert "x.jsonl, line 2: an empty document; --on-empty skip" in refused.stderr
 
 
 def test_the_command_has_an_example() -> None:

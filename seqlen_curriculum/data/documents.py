@@ -67,8 +67,8 @@ class Piece:
     """Whether the file ends here."""
     input_bytes: int
     """Bytes of the file, compressed if it is, read for this piece."""
-    problem: Problem | None = None
-    """What was left out behind ``data``."""
+    problems: tuple[Problem, ...] = ()
+    """What was left out before ``data``, or behind it at the end."""
 
 
 class _Cut(NamedTuple):
@@ -126,13 +126,15 @@ class _File:
         self.source = source
         self.line = 1
         self.starts = True
+        self.problems: list[Problem] = []
         self._told = 0
 
-    def piece(self, data: bytes, ends: bool = False, problem: Problem | None = None) -> Piece:
+    def piece(self, data: bytes, ends: bool = False) -> Piece:
         """The next piece, which holds ``data``."""
         read, self._told = self.source.position - self._told, self.source.position
-        piece = Piece(self.path, self.line, data, self.starts, ends, read, problem)
+        piece = Piece(self.path, self.line, data, self.starts, ends, read, tuple(self.problems))
         self.starts = False
+        self.problems.clear()
         self.line += data.count(b"\n")
         return piece
 
@@ -144,7 +146,8 @@ class _File:
         told = (
             f"{self.path}, line {line}: truncated or damaged {self.path.suffix} ({self.source.damage}); copy it again"
         )
-        return self.piece(held[: _line_cut(held)], True, Problem("damaged", told))
+        self.problems.append(Problem("damaged", told))
+        return self.piece(held[: _line_cut(held)], True)
 
 
 def pieces(path: Path, rules: Rules) -> Iterator[Piece]:
@@ -165,8 +168,9 @@ def pieces(path: Path, rules: Rules) -> Iterator[Piece]:
                 yield file.piece(held[:place])
                 held = held[place:]
             elif len(held) > cut.longest:
-                yield file.piece(b"", problem=Problem("too_long", f"{path}, line {file.line}: {cut.problem}"))
+                file.problems.append(Problem("too_long", f"{path}, line {file.line}: {cut.problem}"))
                 if rules.stops_at("too_long"):
+                    yield file.piece(b"", True)
                     return
                 held = _behind(file, held, cut)
         yield file.last(held)
@@ -176,10 +180,10 @@ def _behind(file: _File, lost: bytes, cut: _Cut) -> bytes:
     """Read on to the next place to cut, hold nothing on the way; what was read behind it."""
     while lost:
         file.line += lost.count(b"\n")
-        lost = file.source.read(min(PIECE_BYTES, cut.longest))
-        if found := cut.next.search(lost):
-            file.line += lost.count(b"\n", 0, found.end())
-            return lost[found.end() :]
+        before, lost = lost[-1:], file.source.read(min(PIECE_BYTES, cut.longest))
+        if found := cut.next.search(before + lost):
+            file.line += lost.count(b"\n", 0, found.end() - 1)
+            return lost[found.end() - 1 :]
     return b""
 
 

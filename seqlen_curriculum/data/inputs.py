@@ -148,6 +148,7 @@ def _bytes(raw: BinaryIO, suffix: str) -> Iterator[tuple[bytes, int]]:
     else:
         while chunk := raw.read(_READ_BYTES):
             yield chunk, raw.tell()
+    yield b"", raw.tell()
 
 
 def _unpacked(raw: BinaryIO, unpacker: Callable[[], Any]) -> Iterator[tuple[bytes, int]]:

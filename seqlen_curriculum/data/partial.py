@@ -68,7 +68,8 @@ class Partial:
         if self._continues(journal):
             os.truncate(self.folder / "journal", sum(len(json.dumps(line)) + 1 for line in journal))
             self.progress = Progress(**journal[-1]) if len(journal) > 1 else self.progress
-            _say(f"continuing {self.folder}: {self.progress.num_documents:,} documents are done")
+            done = self.progress
+            _say(f"continuing {self.folder}: {done.num_documents:,} documents, {done.num_tokens:,} tokens are done")
         else:
             if journal:
                 _say(f"discarding {self.folder}: it is of other inputs or settings")
@@ -107,13 +108,12 @@ class Partial:
         store(self._part(".tmp"), tokenizer_json.encode())
         os.replace(self._part(".tmp"), self._part(".trained"))
 
-    def open(self, vocab_size: int) -> TokenFiles:
+    def open(self, vocab_size: int) -> None:
         """The tokens up to ``progress``, to go on with by ``add``."""
         now = self.progress
         counts = (now.num_tokens, now.num_documents, now.open_tokens)
         self._files = TokenFiles(self._part(".bin"), self._part(".lengths"), vocab_size, *counts)
         self._saved_bytes = now.text_bytes
-        return self._files
 
     def add(self, tokens: ArrayLike, ends: NDArray[np.int64], text_bytes: int, left_out: Mapping[str, int]) -> None:
         """Append what one batch gave, see ``TokenFiles.add_tokens``; after a shard it is there for the next try."""

@@ -12,9 +12,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import tokenizers
-from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
@@ -158,14 +156,13 @@ def _encode_into(partial: Partial, files: Sequence[Path], tokenizer: Tokenizer, 
     stream = batches(files, rules)
     progress = partial.progress
     began, start = progress.text_bytes, time.monotonic()
-    tokens = partial.open(vocab_size(tokenizer))
+    partial.open(vocab_size(tokenizer))
     with _bar("encoding", files) as bar:
         for batch in islice(stream, progress.batches):
             bar.update(_read_bytes(batch))
         for encoded in encode(stream, tokenizer.to_str(), rules, workers):
             _tell(encoded, progress.left_out)
-            kept = _without_bare(encoded, tokens.open_tokens, rules.append_eod)
-            partial.add(*kept, encoded.text_bytes, encoded.left_out)
+            partial.add(encoded.tokens, encoded.ends, encoded.text_bytes, encoded.left_out)
             bar.update(encoded.input_bytes)
     return (progress.text_bytes - began) / (time.monotonic() - start)
 
@@ -177,13 +174,6 @@ def _tell(encoded: Encoded, before: Mapping[str, int]) -> None:
         counts[kind] += 1
         if counts[kind] <= TOLD:
             tqdm.write(f"warning: {told}; left out", file=sys.stderr)
-
-
-def _without_bare(encoded: Encoded, open_tokens: int, append_eod: bool) -> tuple[NDArray[Any], NDArray[np.int64]]:
-    """Tokens and ends without documents of which nothing was left; over several batches only their end tells."""
-    bare = np.diff(encoded.ends, prepend=-open_tokens) == append_eod
-    closings = encoded.ends[bare] - 1 if append_eod else []
-    return np.delete(encoded.tokens, closings), (encoded.ends - append_eod * np.cumsum(bare))[~bare]
 
 
 def _totals(partial: Partial, tokenizer: Tokenizer) -> dict[str, Any]:

@@ -47,16 +47,16 @@ class Part(NamedTuple):
 
 def parts(piece: Piece, rules: Rules, tally: Tally) -> Iterator[Part]:
     """The texts in a piece, without empty documents; what is empty or can't be used is reported to ``tally``."""
+    for problem in piece.problems:
+        tally.report(problem)
     yield from (_text_parts if is_text(piece.path) else _json_parts)(piece, rules, tally)
-    if piece.problem is not None:
-        tally.report(piece.problem)
 
 
 def _text_parts(piece: Piece, rules: Rules, tally: Tally) -> Iterator[Part]:  # noqa: ARG001 - one of two
     text = _decoded(piece, tally)
     if not (piece.starts and piece.ends and _is_blank(text)):
         yield Part(text, piece.ends)
-    elif _is_blank(piece.data) and piece.problem is None:
+    elif _is_blank(piece.data) and not piece.problems:
         tally.report(Problem("empty", f"{piece.path}, line 1: an empty document"))
 
 
