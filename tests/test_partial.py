@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -228,6 +229,26 @@ def test_tokens_that_got_lost_are_noticed(tmp_path: Path, lines: Path, small_sha
     (tmp_path / "out" / "corpus.partial" / "corpus.bin.part").write_bytes(b"short")
     with pytest.raises(DataError, match=r"corpus\.bin\.part: has lost some of its \d+ bytes; remove its folder"):
         run_prepare(tmp_path / "out", lines)
+
+
+def test_a_full_disk(tmp_path: Path, lines: Path) -> None:
+    lines.write_text("some words\n" * 20_000)
+    command = [sys.executable, str(ROOT / "scripts/prepare_data.py"), "--input", lines.rename(tmp_path / "x.txt")]
+    command += ["--train-vocab", 260, "--workers", 1, "--output-prefix", tmp_path / "out" / "corpus"]
+
+    def run(limit: int) -> subprocess.CompletedProcess[str]:
+        def limited() -> None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+
+        return subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=60, preexec_fn=limited)
+
+    full = run(100_000)
+    assert full.returncode == 1
+    assert "error: " + str(tmp_path / "out/corpus.partial: can't be written (File too large); free") in full.stderr
+    assert "Traceback" not in full.stderr
+    done = run(-1)
+    assert done.returncode == 0, done.stderr
+    assert sorted(contents(tmp_path / "out")) == sorted(f"corpus{suffix}" for suffix in SUFFIXES)
 
 
 def test_an_input_folder_may_hold_a_partial(tmp_path: Path, lines: Path, small_shards: None, monkeypatch: Any) -> None:

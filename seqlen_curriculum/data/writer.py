@@ -65,7 +65,9 @@ class TokenFiles:
         if lengths.size and (int(lengths.min()) < 0 or int(ends[-1]) > len(ids)):
             raise ValueError("ends must ascend within the tokens")
         if lengths.size and int(lengths.max()) > _MAX_DOCUMENT_TOKENS:
-            raise DataError(f"a document has {lengths.max()} tokens, the format holds 2**31 - 1; split it")
+            raise DataError(
+                f"{self._bin.name}: a document has {lengths.max()} tokens, the format holds 2**31 - 1; split it"
+            )
         self._bin.write(ids.astype(self.dtype, copy=False).tobytes())
         self._lengths.write(lengths.astype("<i4").tobytes())
         self.num_tokens += len(ids)
@@ -176,10 +178,7 @@ class CorpusWriter:
         """
         if self._files is None:
             raise ValueError("CorpusWriter is used inside its `with` block only")
-        try:
-            self._files.add_tokens(tokens, ends)
-        except OSError as error:
-            raise DataError(f"{self.prefix}.bin: can't be written ({error.strerror}); free space or move it") from error
+        self._files.add_tokens(tokens, ends)
 
     def add_corpus(self, prefix: str | os.PathLike[str]) -> None:
         """Append all documents of a finished corpus of the same dtype."""
@@ -196,13 +195,16 @@ class CorpusWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        failure = error if isinstance(error, OSError) else None
         try:
             if kind is None:
                 self._finish()
-        except OSError as failure:
-            raise DataError(f"{self.prefix}: can't be written ({failure.strerror}); free space or move it") from failure
+        except OSError as late:
+            failure = late
         finally:
             self._discard()
+        if failure is not None:
+            raise DataError(f"{self.prefix}: can't be written ({failure.strerror}); free space or move it") from failure
 
     def _finish(self) -> None:
         assert self._files is not None
