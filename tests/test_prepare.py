@@ -336,6 +336,7 @@ def test_a_tokenizer_without_end_of_text(texts: Path, tmp_path: Path, tokenizer_
     [
         ("x.csv", b"a,b", r"x\.csv: unknown suffix '\.csv'; rename it to one of \.txt"),
         ("x.csv.gz", b"a,b", r"x\.csv\.gz: unknown suffix"),
+        ("x.parquet.zst", b"a,b", r"x\.parquet\.zst: unknown suffix '\.zst'"),
         ("x.txt", b"good\nba\xffd", r"x\.txt, line 2: not UTF-8 \(byte 0xff\)"),
         ("x.jsonl", b'{"text": "a"}\n{"text": "\xc3("}', r"x\.jsonl, line 2: not UTF-8 \(byte 0xc3\)"),
         ("x.jsonl", b'{"text": "a"}\n\n{"text": ', r"x\.jsonl, line 3: not valid JSON \(Expecting value at column 10"),

@@ -156,12 +156,13 @@ def pieces(path: Path, rules: Rules) -> Iterator[Piece]:
     Raises ``DataError`` for a file that can't be read at all; other problems come with a piece.
     """
     with Source.open(path, rules.json_keys) as source:
-        file, held = _File(path, source), b""
+        file, held, first = _File(path, source), b"", True
         cut = _cut_of(path, rules)
         while True:
             wanted = min(max(PIECE_BYTES, len(held)), cut.longest + 1 - len(held))  # doubles without a place to cut
             block = source.read(wanted)
-            held += block.removeprefix(codecs.BOM_UTF8) if file.starts and not held else block
+            held += block.removeprefix(codecs.BOM_UTF8) if first else block
+            first = False
             if len(block) < wanted:
                 break
             if place := cut.last(held):

@@ -86,9 +86,10 @@ def _is_utf8(data: bytes) -> bool:
 
 
 def plain_suffix(path: Path) -> str:
-    """The suffix in lower case, that of the content where the file is packed."""
+    """The suffix in lower case, that of the content where text or JSON is packed."""
     stem, suffix = os.path.splitext(path.name.lower())
-    return os.path.splitext(stem)[1] if suffix in _UNPACKERS else suffix
+    inner = os.path.splitext(stem)[1]
+    return inner if suffix in _UNPACKERS and inner not in TABLE_SUFFIXES else suffix
 
 
 class Source:
