@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import statistics
 import time
@@ -69,25 +70,45 @@ def measure_reading(folder: Path, tokens: int, rows: int, seq_length: int, round
     _write_corpus(folder / "real", tokens, fill)
     lengths = [length for length in (seq_length >> shift for shift in range(24)) if length >= 8][::-1]
     records: list[dict[str, Any]] = [{"seqlen": length} for length in lengths]
-    for state, count in (("warm", rounds), ("cold", -(-rounds // 4))):  # a cold batch takes a thousand times as long
-        corpus = IndexedCorpus(folder / "real")
-        corpus.tokens.max()  # all of it is in memory and mapped now
-        seen: dict[tuple[int, bool], list[float]] = {(length, bare): [] for length in lengths for bare in (True, False)}
+    for state, count in (("warm", rounds), ("cold", -(-rounds // 4))):  # a cold batch may take a thousand times as long
+        readers = {length: _Readers(folder / "real", rows, seq_length, length, state == "cold") for length in lengths}
+        seen: dict[tuple[int, str], list[float]] = {(length, of): [] for length in lengths for of in ("read", "gather")}
         for turn in tqdm(range(count + 1), desc=f"reading, {state}", unit="round"):
-            for (length, bare), milliseconds in seen.items():
-                if state == "cold":
-                    _drop_from_memory(folder / "real.bin")
-                    corpus = IndexedCorpus(folder / "real")
-                starts = draw.integers(0, tokens - seq_length, rows)
-                read = _feed(_constant(rows, seq_length, length), corpus).read
-                work: Callable[[], object] = (
-                    partial(_gather, corpus, starts, length + 1) if bare else partial(read, turn + 1)
-                )
-                milliseconds += [1e3 * _seconds(work)] if turn else []
+            for (length, of), milliseconds in seen.items():
+                seconds = getattr(readers[length], of)(turn + 1)
+                milliseconds += [1e3 * seconds] if turn else []
         for record in records:
-            gather, ours = (statistics.median(seen[record["seqlen"], bare]) for bare in (True, False))
+            ours, gather = (statistics.median(seen[record["seqlen"], of]) for of in ("read", "gather"))
             record[state] = {"milliseconds": ours, "gather_milliseconds": gather, "speed": gather / ours}
     return records
+
+
+class _Readers:
+    """Reads a batch as a run does, and as numpy alone: seconds of either. ``cold`` drops the file from memory before."""
+
+    def __init__(self, prefix: Path, rows: int, seq_length: int, seqlen: int, cold: bool) -> None:
+        self._prefix, self._rows, self._seqlen, self._cold = prefix, rows, seqlen, cold
+        self._config = _constant(rows, seq_length, seqlen)
+        self._draw = np.random.default_rng(seqlen)
+        if not cold:
+            self._feed = _feed(self._config, IndexedCorpus(prefix))
+            self._feed.sources[0].ranges[0][0].tokens.max()  # all of it is in memory and mapped now
+
+    def read(self, step: int) -> float:
+        feed = self._opened()
+        return _seconds(partial(feed.read, step))
+
+    def gather(self, _step: int) -> float:
+        corpus = self._opened().sources[0].ranges[0][0]
+        starts = self._draw.integers(0, corpus.num_tokens - self._seqlen, self._rows)
+        return _seconds(partial(_gather, corpus, starts, self._seqlen + 1))
+
+    def _opened(self) -> Feed:
+        if not self._cold:
+            return self._feed
+        gc.collect()  # a page that is still mapped stays
+        _drop_from_memory(self._prefix.with_suffix(".bin"))
+        return _feed(self._config, IndexedCorpus(self._prefix))
 
 
 def _gather(corpus: IndexedCorpus, starts: NDArray[np.int64], length: int) -> NDArray[Any]:
