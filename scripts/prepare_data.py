@@ -54,7 +54,7 @@ def _add_rules(flags: argparse._ArgumentGroup) -> None:
         nargs="+",
         default=list(default.json_keys),
         metavar="KEY",
-        help="keys (columns) whose texts, joined by newlines, are the document (default: text)",
+        help="top-level keys (columns) whose texts, joined by newlines, are the document (default: text)",
     )
     flags.add_argument(
         "--append-eod",

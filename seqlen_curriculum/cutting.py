@@ -27,11 +27,13 @@ class Cut:
 
     def rows(self, seqlen: Seqlens) -> Seqlens:
         """Rows that a sample gives."""
-        return self.seq_length // seqlen if self.method == "segment" else seqlen // seqlen
+        one = seqlen // seqlen  # or an array of ones
+        return self.seq_length // seqlen if self.method == "segment" else one
 
     def row_tokens(self, seqlen: Seqlens) -> Seqlens:
         """Target tokens of a row."""
-        return seqlen - seqlen + self.seq_length if self.method == "window" else seqlen
+        one = seqlen // seqlen
+        return one * self.seq_length if self.method == "window" else seqlen
 
     def used(self, seqlen: Seqlens) -> Seqlens:
         """Target tokens of a sample that are trained on, its first ones; what is over is its leftover."""

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from seqlen_curriculum.fields import Section, Seqlen
 
-__all__ = ["DataConfig"]
+__all__ = ["DataConfig", "corpus_prefix"]
+
+
+def corpus_prefix(path: str | os.PathLike[str]) -> str:
+    """``path`` without a ``.bin`` or ``.idx`` at its end."""
+    name = os.fspath(path)
+    return name[:-4] if name.endswith((".bin", ".idx")) else name
 
 
 def _corpora(value: object) -> list[str] | list[tuple[float, str]]:
@@ -28,6 +35,12 @@ def _corpora(value: object) -> list[str] | list[tuple[float, str]]:
     return [(float(weight), prefix) for weight, prefix in value]
 
 
+def _some(prefixes: list[str]) -> list[str]:
+    if not prefixes:
+        raise ValueError("[] names no corpus; name one, or leave the key out")
+    return prefixes
+
+
 class DataConfig(Section):
     """The ``data`` section."""
 
@@ -38,9 +51,9 @@ class DataConfig(Section):
     """Full length of a sample in tokens."""
     split: str = Field(default="949,50,1", pattern=r"^\s*(\d+\.?\d*|\.\d+)(\s*[,/]\s*(\d+\.?\d*|\.\d+)){0,2}\s*$")
     """Shares of the documents for training, validation and test, as in Megatron."""
-    valid: list[str] | None = Field(default=None, min_length=1)
+    valid: Annotated[list[str], AfterValidator(_some)] | None = None
     """Prefixes of corpora for validation alone; those of ``train`` are then read whole and ``split`` isn't used."""
-    test: list[str] | None = Field(default=None, min_length=1)
+    test: Annotated[list[str], AfterValidator(_some)] | None = None
     """Prefixes of corpora for testing alone, instead of the last share of ``split``."""
     leftovers: Literal["drop", "recycle"] = "drop"
     """What becomes of the tokens that a cut leaves over: ``drop``, as in the paper; ``recycle``: read as further samples
@@ -48,10 +61,15 @@ class DataConfig(Section):
 
     @model_validator(mode="after")
     def _each_corpus_once(self) -> DataConfig:
+        seen: dict[str, str] = {}
         for name, prefixes in (("train", self.prefixes), ("valid", self.valid or []), ("test", self.test or [])):
-            twice = sorted({prefix for prefix in prefixes if prefixes.count(prefix) > 1})
-            if twice:
-                raise ValueError(f"{name} names {twice[0]!r} twice; each corpus is read once an epoch, so keep one")
+            for prefix in prefixes:
+                place = os.path.realpath(corpus_prefix(prefix))
+                if seen.get(place) == name:
+                    raise ValueError(f"{name} names {prefix!r} twice; each corpus is read once an epoch, so keep one")
+                if place in seen:
+                    raise ValueError(f"{name} names {prefix!r}, which {seen[place]} names too; keep it in one of them")
+                seen[place] = name
         if self.valid is not None and "split" in self.model_fields_set:
             raise ValueError(
                 f'split: "{self.split}" isn\'t used where valid names corpora of its own; leave one of them out'

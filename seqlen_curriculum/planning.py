@@ -25,7 +25,7 @@ def plan(config: RunConfig, at: Iterable[int] = ()) -> dict[str, Any]:
 
     ``steps, consumed_tokens, full_length_step, full_batch_step, lengths`` (how many), ``shapes`` (how many pairs of rows
     and their tokens), ``milestones [{step, seqlen, rows, consumed_tokens, lr}]``, and where the file says enough:
-    ``read_tokens`` and ``dropped_tokens`` or ``leftover_tokens`` of them (data section), ``parameters, flops,
+    ``sample_tokens`` and ``dropped_tokens`` or ``leftover_tokens`` of them (data section), ``parameters, flops,
     flops_of_full_length`` (model section; the latter is the same budget at constant full length), ``without_seqlen_bucket
     {steps, lengths, flops}``. Raises ConfigError.
     """
@@ -86,7 +86,7 @@ def data_use(timeline: Timeline, seq_length: int, recycle: bool) -> dict[str, in
     """Each sample stands for ``seq_length`` tokens; what a cut leaves over is dropped, or read later."""
     read = timeline.consumed_samples(timeline.steps) * seq_length
     left = read - timeline.consumed_tokens(timeline.steps)
-    return {"read_tokens": read, "leftover_tokens" if recycle else "dropped_tokens": left}
+    return {"sample_tokens": read, "leftover_tokens" if recycle else "dropped_tokens": left}
 
 
 def _compute(timeline: Timeline, model: ModelConfig, full_length: int) -> dict[str, float]:
@@ -108,10 +108,10 @@ def describe(summary: dict[str, Any]) -> str:
     ]
     if summary["milestones"][0]["rows"] != summary["milestones"][-1]["rows"]:
         lines.append(_rows_line(summary))
-    if "read_tokens" in summary:
+    if "sample_tokens" in summary:
         fate, left = next((fate, summary[key]) for key, fate in _FATES.items() if key in summary)
         lines.append(
-            f"tokens of samples {summary['read_tokens']:,}, {fate} {left:,} ({left / summary['read_tokens']:.1%})"
+            f"tokens of samples {summary['sample_tokens']:,}, {fate} {left:,} ({left / summary['sample_tokens']:.1%})"
         )
     if "flops" in summary:
         ratio = summary["flops"] / summary["flops_of_full_length"]

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from seqlen_curriculum.data.blend import Blend
+from seqlen_curriculum.errors import ConfigError
 
 
 def test_by_hand():
@@ -26,10 +27,11 @@ def test_ratios_are_cancelled(weights, shares):
     assert Blend(weights).shares == shares
 
 
-def test_ratios_of_many_digits_are_rounded_and_none_to_nothing():
-    blend = Blend([0.123456789, 1e-9, 0.5])
-    assert min(blend.shares) == 1
-    assert blend.shares[0] / blend.period == pytest.approx(0.123456789 / 0.623456790, abs=2**-16)
+def test_ratios_of_many_digits_are_rounded_but_not_to_nothing():
+    blend = Blend([0.123456789, 0.5])
+    assert blend.shares[0] / blend.period == pytest.approx(0.123456789 / 0.623456789, abs=2**-16)
+    with pytest.raises(ConfigError, match=r"data.train: weight 1e-09 is less than one of 65536 samples; raise it"):
+        Blend([1.0, 1e-9])
 
 
 @given(st.lists(st.integers(1, 60), min_size=1, max_size=9), st.integers(0, 10**12))

@@ -131,8 +131,8 @@ def test_every_token_is_read_once_an_epoch(positions, case):
                 assert len(trainable) - len(tokens) < case.seq_length
     if not case.recycle:
         planned = data_use(timeline, case.seq_length, recycle=False)
-        assert planned["dropped_tokens"] == planned["read_tokens"] - trained
-        assert planned["read_tokens"] == case.seq_length * sum(
+        assert planned["dropped_tokens"] == planned["sample_tokens"] - trained
+        assert planned["sample_tokens"] == case.seq_length * sum(
             len(feed.places(step).source) for step in range(1, timeline.steps + 1)
         )
 

@@ -149,8 +149,8 @@ def test_tables(tmp_path: Path, dataset: Any, kind: str) -> None:
     assert done.record["left_out"] == {"empty": 20}
     with pytest.raises(DataError, match="no column 'body', it has 'id', 'text', 'none'; name the column with --json-k"):
         run_prepare(tmp_path / "2", path, rules=Rules(json_keys=["body"]))
-    for key, kind_of in (("id", "int"), ("none", "NoneType")):
-        with pytest.raises(DataError, match=rf", row 1: '{key}' is a {kind_of}, not a string"):
+    for key, kind_of in (("id", "a number"), ("none", "null")):
+        with pytest.raises(DataError, match=rf", row 1: '{key}' is {kind_of}, not a string"):
             run_prepare(tmp_path / "2", path, rules=Rules(json_keys=[key]))
 
 
@@ -323,3 +323,14 @@ def test_the_limit_has_a_floor(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--max-line-bytes: 1000 is not valid: it must be 1024 or more"):
         run_prepare(tmp_path, tmp_path, rules=Rules(max_line_bytes=1000))
     assert os.listdir(tmp_path) == []
+
+
+def test_what_is_no_file_and_no_dataset(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.txt")
+    with pytest.raises(DataError, match=r"pipe.txt: neither a file nor a folder; check the path"):
+        find_files([tmp_path / "pipe.txt"])
+    (tmp_path / "data.arrow").write_bytes(b"")
+    (tmp_path / "dataset_info.json").write_text("{}")
+    (tmp_path / "state.json").write_text("{bad")
+    with pytest.raises(DataError, match=r"state.json: not as save_to_disk writes it"):
+        find_files([tmp_path])

@@ -175,7 +175,7 @@ def brute_force(feed):
         stream, rows = feed._streams[number], np.arange(counts[number][0])
         epochs, _ = stream.place(rows)
         parts = stream.stretches(rows, source.seq_length)
-        stretches = zip(epochs[parts.row], parts.number, parts.start, parts.length, strict=True)
+        stretches = zip(epochs[parts.row], parts.of_range, parts.start, parts.length, strict=True)
         positions = [(epoch, of, start + at) for epoch, of, start, length in stretches for at in range(length)]
         counts[number][2] = len(set(positions))
     return counts

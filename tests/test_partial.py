@@ -259,3 +259,40 @@ def test_an_input_folder_may_hold_a_partial(tmp_path: Path, lines: Path, small_s
     with pytest.raises(KeyboardInterrupt):
         run_prepare(texts, texts)
     assert run_prepare(texts, texts).record["documents"] == 20
+
+
+# What may lie in the way
+
+
+def _prepared(tmp_path, *arguments):
+    if not (tmp_path / "good.txt").exists():
+        (tmp_path / "good.txt").write_text("some words to train on " * 30)
+    command = [sys.executable, str(ROOT / "scripts" / "prepare_data.py"), "--input", str(tmp_path / "good.txt")]
+    options = ["--train-vocab", "270", "--workers", "1", "--output-prefix", str(tmp_path / "out"), *arguments]
+    return subprocess.run([*command, *options], capture_output=True, text=True)
+
+
+def test_a_journal_with_a_broken_line_is_good_up_to_it(tmp_path):
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "journal").write_bytes(b'{"a": 1}\n\0\0\0\n')
+    result = _prepared(tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert not (tmp_path / "out.partial").exists()
+    # A folder whose removal was cut short goes with the next command, which finds the corpus done.
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "corpus.lengths.part").write_text("x")
+    result = _prepared(tmp_path)
+    assert result.stdout.startswith("already prepared")
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_what_is_not_ours_is_left_alone_and_told(tmp_path):
+    (tmp_path / "out.partial").write_text("a file")
+    result = _prepared(tmp_path)
+    assert (result.returncode, result.stderr.count("\n")) == (1, 1), result.stderr
+    assert "out.partial: can't be written (Not a directory)" in result.stderr
+    (tmp_path / "out.partial").unlink()
+    (tmp_path / "out.partial" / "mine").mkdir(parents=True)
+    result = _prepared(tmp_path)
+    assert "out.partial: is for unfinished corpora, but holds 'mine'; move that" in result.stderr
+    assert (tmp_path / "out.partial" / "mine").is_dir()

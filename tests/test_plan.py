@@ -43,7 +43,7 @@ def test_table_2_from_the_shipped_files(name, steps, at, tokens, full):
     (milestone,) = (m for m in summary["milestones"] if m["step"] == at)
     assert round(milestone["consumed_tokens"], -9) == tokens
     assert summary["milestones"][-1]["lr"] == 1e-5
-    assert summary["read_tokens"] == summary["consumed_tokens"] + summary["dropped_tokens"]
+    assert summary["sample_tokens"] == summary["consumed_tokens"] + summary["dropped_tokens"]
 
 
 def test_segments_and_recycling():
@@ -63,7 +63,7 @@ def test_segments_and_recycling():
     summary = plan(RunConfig.from_dict(base))
     # 2 samples a step: 18, 18, 12, 20, 20 tokens of 20
     assert (summary["steps"], summary["consumed_tokens"], summary["full_length_step"]) == (5, 88, 4)
-    assert (summary["read_tokens"], summary["leftover_tokens"], summary["shapes"]) == (100, 12, 3)
+    assert (summary["sample_tokens"], summary["leftover_tokens"], summary["shapes"]) == (100, 12, 3)
     assert "dropped_tokens" not in summary
     told = describe(summary)
     assert "tokens of samples 100, read later 12 (12.0%)" in told

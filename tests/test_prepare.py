@@ -342,7 +342,7 @@ def test_a_tokenizer_without_end_of_text(texts: Path, tmp_path: Path, tokenizer_
         ("x.jsonl", b'{"text": "a"}\n\n{"text": ', r"x\.jsonl, line 3: not valid JSON \(Expecting value at column 10"),
         ("x.jsonl", b"[1]", r"x\.jsonl, line 1: a list, not a JSON object"),
         ("x.jsonl", b'{"body": "a"}', r"x\.jsonl, line 1: no key 'text', it has 'body'; name the key with --json-keys"),
-        ("x.jsonl", b'{"text": 5}', r"x\.jsonl, line 1: 'text' is a int, not a string"),
+        ("x.jsonl", b'{"text": 5}', r"x\.jsonl, line 1: 'text' is a number, not a string"),
         ("x.jsonl", b'{"text": "\\ud800"}', r"x\.jsonl, line 1: 'text' has half of a surrogate pair"),
         (
             "x.jsonl",
@@ -397,7 +397,7 @@ def test_missing_and_repeated_inputs(texts: Path, tmp_path: Path) -> None:
 
 def test_output_folder_that_can_not_be_made(texts: Path, tmp_path: Path) -> None:
     (tmp_path / "out").write_text("a file")
-    with pytest.raises(DataError, match="out: can't be made"):
+    with pytest.raises(ConfigError, match=r"--output-prefix .*out: can't be written to"):
         run_prepare(tmp_path, texts)
 
 

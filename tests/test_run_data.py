@@ -79,3 +79,13 @@ def test_where_it_lies_does_not_make_a_run_another(folder):
     assert ours != run(folder, valid=["c"], leftovers="recycle").settings()
     with pytest.raises(ConfigError, match="valid"):
         run(folder, valid=[])
+
+
+def test_a_corpus_by_any_of_its_names_is_one(folder):
+    again = [str(folder / "a"), str(folder / "x" / ".." / "a.bin")]
+    with pytest.raises(ConfigError, match=r"data: train names .*a.bin' twice; .* keep one"):
+        run(folder, train=again)
+    with pytest.raises(ConfigError, match=r"data: valid names .*b.idx', which train names too; keep it in one of them"):
+        run(folder, valid=[str(folder / "b.idx")])
+    with pytest.raises(ConfigError, match=r"data: test names .*c', which valid names too"):
+        run(folder, valid=[str(folder / "c")], test=[str(folder / "c")])

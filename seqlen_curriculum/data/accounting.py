@@ -146,7 +146,7 @@ def _recycled(source: Samples, used: Piecewise, rows: int) -> SourceUse:
 
 
 def _epoch_begins(source: Samples, used: Piecewise, rows: int) -> NDArray[np.int64]:
-    """The rows that epochs begin with. No epoch has fewer than its fresh rows: every so manieth row finds them all."""
+    """The rows that epochs begin with. No epoch has fewer than its fresh rows, so rows as far apart find them all."""
     some = np.append(np.arange(0, rows, source.num_samples), rows - 1)
     return np.unique(Epochs(source.num_samples, source.num_tokens, source.seq_length, used).of(some)[1])
 

@@ -15,6 +15,8 @@ from fractions import Fraction
 import numpy as np
 from numpy.typing import NDArray
 
+from seqlen_curriculum.errors import ConfigError
+
 __all__ = ["Blend"]
 
 Numbers = NDArray[np.int64]
@@ -25,7 +27,8 @@ class Blend:
     """The order of samples for ``weights``, any positive numbers: asked for arrays of sample numbers, the first being 0.
 
     Ratios that need a period of at most 65,536 samples are exact, as all of four decimals that add up to 1 do; others
-    are rounded to 65,536ths, and never to 0. ``shares`` (corpora,) are the parts of a period of ``period`` samples.
+    are rounded to 65,536ths, and ConfigError is raised where that gives 0. ``shares`` (corpora,) are the parts of a period
+    of ``period`` samples.
     """
 
     def __init__(self, weights: Sequence[float]) -> None:
@@ -57,7 +60,13 @@ def _shares(weights: Sequence[float]) -> list[int]:
     common = math.gcd(*whole)
     if sum(whole) // common <= _LONGEST_PERIOD:
         return [share // common for share in whole]
-    return [max(round(Fraction(share * _LONGEST_PERIOD, sum(whole))), 1) for share in whole]
+    rounded = [round(Fraction(share * _LONGEST_PERIOD, sum(whole))) for share in whole]
+    if 0 in rounded:
+        least = weights[rounded.index(0)]
+        raise ConfigError(
+            f"data.train: weight {least} is less than one of {_LONGEST_PERIOD} samples; raise it, or leave its corpus out"
+        )
+    return rounded
 
 
 def _earliest_deadlines(shares: Sequence[int]) -> list[int]:

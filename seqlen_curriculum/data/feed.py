@@ -24,7 +24,7 @@ Numbers = NDArray[np.int64]
 
 
 class Places(NamedTuple):
-    """Which samples were asked for, (n,) each: of which source, in which of its epochs, the how manieth there.
+    """Which samples were asked for, (n,) each: of which source, in which of its epochs, its place there.
 
     Numbers below ``sources[source].num_samples`` are fresh samples, those above are made of leftovers.
     """

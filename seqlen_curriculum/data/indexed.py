@@ -20,9 +20,10 @@ import numpy as np
 from numpy.lib.stride_tricks import as_strided
 from numpy.typing import ArrayLike, NDArray
 
+from seqlen_curriculum.data_section import corpus_prefix
 from seqlen_curriculum.errors import DataError
 
-__all__ = ["DTYPES", "HEADER", "MAGIC", "VERSION", "IndexedCorpus", "corpus_prefix"]
+__all__ = ["DTYPES", "HEADER", "MAGIC", "VERSION", "IndexedCorpus"]
 
 MAGIC = b"MMIDIDX\0\0"
 VERSION = 1
@@ -114,12 +115,6 @@ class IndexedCorpus:
         table = as_strided(self.tokens, (windows, length), (step, step), writeable=False)
         rows_of_tokens: NDArray[Any] = table[rows]
         return rows_of_tokens
-
-
-def corpus_prefix(path: str | os.PathLike[str]) -> str:
-    """``path`` without a ``.bin`` or ``.idx`` at its end."""
-    name = os.fspath(path)
-    return name[:-4] if name.endswith((".bin", ".idx")) else name
 
 
 def _require_pair(prefix: str) -> None:

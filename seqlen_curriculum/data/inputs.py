@@ -50,8 +50,9 @@ def _files_of(given: Path, own: set[str]) -> list[Path]:
         if not files:
             raise DataError(f"{given}: this folder has no file with a suffix of {_KNOWN}")
         return files
-    if not given.exists():
-        raise DataError(f"{given}: no such file or folder; check the path")
+    if not given.is_file():
+        problem = "neither a file nor a folder" if given.exists() else "no such file or folder"
+        raise DataError(f"{given}: {problem}; check the path")
     if plain_suffix(given) not in SUFFIXES:
         raise DataError(f"{given}: unknown suffix {given.suffix!r}; rename it to one of {_KNOWN}")
     return [given]
@@ -66,7 +67,10 @@ def _is_content(path: Path) -> bool:
     state = path.with_name("state.json")
     if not path.with_name("dataset_info.json").exists() or not state.exists():
         return True
-    return path.name in {data["filename"] for data in json.loads(state.read_bytes())["_data_files"]}
+    try:
+        return path.name in {data["filename"] for data in json.loads(state.read_bytes())["_data_files"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        raise DataError(f"{state}: not as save_to_disk writes it; save the dataset again, or name its files") from None
 
 
 def stdlib_files() -> list[Path]:

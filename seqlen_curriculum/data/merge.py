@@ -13,9 +13,10 @@ from typing import Any
 
 from tqdm import tqdm
 
-from seqlen_curriculum.data.indexed import IndexedCorpus, corpus_prefix
+from seqlen_curriculum.data.indexed import IndexedCorpus
 from seqlen_curriculum.data.record import Prepared, check_folder, existing, read_record
 from seqlen_curriculum.data.writer import CorpusWriter
+from seqlen_curriculum.data_section import corpus_prefix
 from seqlen_curriculum.errors import DataError
 
 __all__ = ["merge"]

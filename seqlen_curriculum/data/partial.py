@@ -9,7 +9,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import shutil
+import re
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -28,6 +28,7 @@ __all__ = ["Partial", "Progress", "publish_finished"]
 SHARD_BYTES = 2**25  # 32 MiB of text, some seconds of work: what a kill costs at most
 _MOVED = (".bin", ".tokenizer.json", ".json", ".idx")  # the .idx last: a pair with an .idx is complete
 _FINISHED = {"finished": True}
+_OURS = re.compile(r"lock|journal|corpus\..*\.part")
 
 
 @dataclass
@@ -62,22 +63,26 @@ class Partial:
         self._saved_bytes = 0
 
     def __enter__(self) -> Partial:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = _locked(self.folder)
-        journal = _journal(self.folder)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock = _locked(self.folder)
+            self._begin()
+        except OSError as error:
+            raise _unwritable(self.folder, error) from error
+        return self
+
+    def _begin(self) -> None:
+        journal, good_bytes = _journal(self.folder)
         if self._continues(journal):
-            os.truncate(self.folder / "journal", sum(len(json.dumps(line)) + 1 for line in journal))
+            os.truncate(self.folder / "journal", good_bytes)
             self.progress = Progress(**journal[-1]) if len(journal) > 1 else self.progress
             done = self.progress
             _say(f"continuing {self.folder}: {done.num_documents:,} documents, {done.num_tokens:,} tokens are done")
         else:
             if journal:
                 _say(f"discarding {self.folder}: it is of other inputs or settings")
-            for path in self.folder.iterdir():
-                if path.name != "lock":
-                    path.unlink()
+            _clear(self.folder)
             self._log(self._header)
-        return self
 
     def _continues(self, journal: list[dict[str, Any]]) -> bool:
         if not journal or journal[0] != self._header:
@@ -90,13 +95,13 @@ class Partial:
         if self._files is not None:
             self._files.close()
         # What was trained is kept too, but not for inputs that hold no text.
-        if kind is None or (len(_journal(self.folder)) < 2 and (self.trained() is None or kind is DataError)):
-            shutil.rmtree(self.folder)
+        if kind is None or (len(_journal(self.folder)[0]) < 2 and (self.trained() is None or kind is DataError)):
+            _remove(self.folder)
         else:
             _say(f"{self.folder} keeps what is done: the same command continues")
         self._lock.close()
         if isinstance(error, OSError):
-            raise DataError(f"{self.folder}: can't be written ({error.strerror}); free space or move it") from error
+            raise _unwritable(self.folder, error) from error
 
     def trained(self) -> str | None:
         """The tokenizer that was trained for this corpus, if that is done."""
@@ -154,12 +159,19 @@ def publish_finished(prefix: str) -> bool:
     folder = Path(prefix + ".partial")
     if not folder.exists():
         return False
-    with _locked(folder):
-        finished = _journal(folder)[-1:] == [_FINISHED]
-        if finished:
-            _publish(prefix)
-            shutil.rmtree(folder)
-        return finished
+    try:
+        with _locked(folder):
+            journal, _ = _journal(folder)
+            finished = journal[-1:] == [_FINISHED]
+            if finished:
+                _publish(prefix)
+            if (
+                finished or not journal
+            ):  # without one nothing in it is of use, as after a kill in the middle of removing it
+                _remove(folder)
+            return finished
+    except OSError as error:
+        raise _unwritable(folder, error) from error
 
 
 def _publish(prefix: str) -> None:
@@ -171,18 +183,51 @@ def _part(prefix: str, suffix: str) -> str:
     return os.path.join(prefix + ".partial", f"corpus{suffix}.part")
 
 
-def _journal(folder: Path) -> list[dict[str, Any]]:
-    """The whole lines of the journal; one that was being written when its process was killed is not."""
+def _journal(folder: Path) -> tuple[list[dict[str, Any]], int]:
+    """The good lines of the journal and their bytes: up to one that was being written when its process or machine died."""
     try:
-        text = (folder / "journal").read_text()
+        content = (folder / "journal").read_bytes()
     except OSError:
-        return []
-    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+        return [], 0
+    lines: list[dict[str, Any]] = []
+    good_bytes = 0
+    for line in content.splitlines(keepends=True):
+        try:
+            record = json.loads(line) if line.endswith(b"\n") else None
+        except ValueError:
+            record = None
+        if not isinstance(record, dict):
+            break
+        lines.append(record)
+        good_bytes += len(line)
+    return lines, good_bytes
+
+
+def _clear(folder: Path) -> None:
+    """Delete what a partial is made of, the lock excepted. Raises ``DataError`` for anything else in its folder."""
+    foreign = [path.name for path in folder.iterdir() if not _OURS.fullmatch(path.name)]
+    if foreign:
+        raise DataError(
+            f"{folder}: is for unfinished corpora, but holds {foreign[0]!r}; move that, or choose another prefix"
+        )
+    for path in folder.iterdir():
+        if path.name != "lock":
+            path.unlink()
+
+
+def _remove(folder: Path) -> None:
+    _clear(folder)
+    (folder / "lock").unlink()
+    folder.rmdir()
+
+
+def _unwritable(folder: Path, error: OSError) -> DataError:
+    return DataError(f"{folder}: can't be written ({error.strerror}); free space, move it, or choose another prefix")
 
 
 def _locked(folder: Path) -> TextIO:
+    lock = open(folder / "lock", "a+")  # noqa: SIM115 - the caller closes it
     try:
-        lock = open(folder / "lock", "a+")  # noqa: SIM115 - the caller closes it
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         mine = os.path.samestat(os.fstat(lock.fileno()), os.stat(lock.name))  # not one removed meanwhile
     except OSError:

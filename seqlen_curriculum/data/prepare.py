@@ -18,7 +18,6 @@ from tqdm import tqdm
 
 from seqlen_curriculum.data.documents import PIECE_BYTES, Piece, Rules, batches
 from seqlen_curriculum.data.encode import Encoded, encode
-from seqlen_curriculum.data.indexed import corpus_prefix
 from seqlen_curriculum.data.inputs import find_files, stdlib_files
 from seqlen_curriculum.data.partial import Partial, publish_finished
 from seqlen_curriculum.data.record import OUTPUTS, Prepared, check_folder, existing
@@ -32,6 +31,7 @@ from seqlen_curriculum.data.tokenizer import (
     splits_at_spaces,
     vocab_size,
 )
+from seqlen_curriculum.data_section import corpus_prefix
 from seqlen_curriculum.errors import ConfigError, DataError
 
 __all__ = ["Prepared", "Request", "prepare"]
@@ -179,7 +179,7 @@ def _tell(encoded: Encoded, before: Mapping[str, int]) -> None:
 def _totals(partial: Partial, tokenizer: Tokenizer) -> dict[str, Any]:
     found = partial.progress
     if not found.num_documents:
-        left_out = ", ".join(f"{count} {kind}" for kind, count in found.left_out.items())
+        left_out = ", ".join(f"{count} {kind}" for kind, count in found.left_out.items()) or "nothing"
         raise DataError(f"--input: no text in it (left out: {left_out}); give another")
     return {
         "vocab_size": vocab_size(tokenizer),

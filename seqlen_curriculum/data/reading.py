@@ -92,8 +92,8 @@ def _stretches(feed: Feed, step: int, first: int, count: int) -> list[list[dict[
     """The stretches of each sample from its first column on."""
     by_sample: list[list[tuple[int, dict[str, Any]]]] = [[] for _ in range(count)]
     for source, parts in feed.stretches(step, first, count):
-        for row, column, length, number, start in zip(*map(np.ndarray.tolist, parts), strict=True):
-            by_sample[row].append((column, _stretch(feed.sources[source].ranges[number][0], start, start + length)))
+        for row, column, length, of_range, start in zip(*map(np.ndarray.tolist, parts), strict=True):
+            by_sample[row].append((column, _stretch(feed.sources[source].ranges[of_range][0], start, start + length)))
     return [[part for _, part in sorted(parts, key=lambda part: part[0])] for parts in by_sample]
 
 

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from seqlen_curriculum.cli import writable_folder
 from seqlen_curriculum.data.indexed import IndexedCorpus
-from seqlen_curriculum.errors import DataError
+from seqlen_curriculum.errors import ConfigError, DataError
 
 __all__ = ["OUTPUTS", "Prepared", "check_folder", "existing", "read_record"]
 
@@ -71,10 +72,6 @@ def read_record(prefix: str) -> dict[str, Any]:
 
 def check_folder(prefix: str) -> None:
     """Tell of a folder that can't be written before minutes of work; it is made if it isn't there."""
-    folder = Path(prefix).parent
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DataError(f"{folder}: can't be made ({error.strerror}); choose another --output-prefix") from None
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise DataError(f"{folder}: this folder can't be written; choose another --output-prefix")
+    if not prefix or prefix.endswith(("/", os.sep)):
+        raise ConfigError(f"--output-prefix: {prefix!r} names no file; add one, as in corpus/text")
+    writable_folder("--output-prefix", Path(prefix).resolve().parent)

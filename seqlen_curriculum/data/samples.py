@@ -69,10 +69,10 @@ class Samples:
         The rest is what no sample holds: fewer than ``seq_length`` tokens at the end of each range, laid end to end.
         """
         wanted = np.asarray(places, dtype=np.int64)
-        number = np.searchsorted(self._rest_bounds, wanted, side="right") - 1
-        counts = np.diff(self._bounds)[number]
-        start = self._firsts[number] + counts * self.seq_length + wanted - self._rest_bounds[number]
-        return number, start, self._rest_bounds[number + 1] - wanted
+        of_range = np.searchsorted(self._rest_bounds, wanted, side="right") - 1
+        counts = np.diff(self._bounds)[of_range]
+        start = self._firsts[of_range] + counts * self.seq_length + wanted - self._rest_bounds[of_range]
+        return of_range, start, self._rest_bounds[of_range + 1] - wanted
 
     def read(self, ids: ArrayLike, seqlen: int) -> NDArray[Any]:
         """The first ``seqlen + 1`` tokens of each sample, (B, seqlen + 1) as stored; the rest of it isn't touched."""
@@ -80,17 +80,17 @@ class Samples:
             raise ConfigError(f"seqlen: {seqlen} is outside 1..{self.seq_length}, the seq_length of the data")
         return self.gather(*self.locate(ids), seqlen + 1)
 
-    def gather(self, number: NDArray[np.int64], starts: NDArray[np.int64], length: int) -> NDArray[Any]:
-        """``length`` tokens from ``starts`` (B,) of the corpora of ranges ``number`` (B,), as (B, length), checked."""
+    def gather(self, of_range: NDArray[np.int64], starts: NDArray[np.int64], length: int) -> NDArray[Any]:
+        """``length`` tokens from ``starts`` (B,) of the corpora of ranges ``of_range`` (B,), as (B, length), checked."""
         if len(self.ranges) == 1:
             tokens = self.ranges[0][0].gather(starts, length)
         else:
             tokens = np.empty((len(starts), length), dtype=self.dtype)
-            for one in np.unique(number).tolist():
-                rows = np.flatnonzero(number == one)
+            for one in np.unique(of_range).tolist():
+                rows = np.flatnonzero(of_range == one)
                 tokens[rows] = self.ranges[one][0].gather(starts[rows], length)
         for row, column in self.foreign(tokens)[:1]:
-            name = self.ranges[int(number[row])][0].prefix
+            name = self.ranges[int(of_range[row])][0].prefix
             assert self.vocab_size is not None
             raise _foreign_id(name, int(starts[row] + column), int(tokens[row, column]), self.vocab_size)
         return tokens

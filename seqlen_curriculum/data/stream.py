@@ -25,14 +25,14 @@ _BLOCK = 2**13  # rows, located in a millisecond
 class Stretches(NamedTuple):
     """Neighbouring tokens of a corpus that lie side by side in a row, in no particular order.
 
-    Columns ``[column, column + length)`` of row ``row`` have the inputs ``[start, start + length)`` of range ``number``;
+    Columns ``[column, column + length)`` of row ``row`` have the inputs ``[start, start + length)`` of range ``of_range``;
     each one's target is the token after it.
     """
 
     row: Numbers
     column: Numbers
     length: Numbers
-    number: Numbers
+    of_range: Numbers
     start: Numbers
 
 
@@ -77,23 +77,23 @@ class Stream:
 
     def _fill(self, inputs: NDArray[Any], targets: NDArray[Any], stretches: Stretches) -> None:
         corpora = [corpus.tokens for corpus, _, _ in self.samples.ranges]
-        for row, column, length, number, start in zip(*(part.tolist() for part in stretches), strict=True):
-            found = corpora[number][start : start + length + 1]
+        for row, column, length, of_range, start in zip(*(part.tolist() for part in stretches), strict=True):
+            found = corpora[of_range][start : start + length + 1]
             inputs[row, column : column + length], targets[row, column : column + length] = found[:-1], found[1:]
         rows = np.unique(stretches.row)
         for tokens in (inputs[rows], targets[rows]):
             if self.samples.foreign(tokens).size:  # gathering it again tells where it lies
-                for number, start, length in zip(*stretches[3:], stretches.length, strict=True):
-                    self.samples.gather(number[None], start[None], int(length) + 1)
+                for of_range, start, length in zip(*stretches[3:], stretches.length, strict=True):
+                    self.samples.gather(of_range[None], start[None], int(length) + 1)
 
     def _fresh(self, epoch: int, first: int, count: int) -> tuple[Numbers, Numbers]:
         """Range and start of the fresh rows from ``first`` on, (count,) each: out of blocks, which cost less a row."""
         blocks = range(first // _BLOCK, (first + count - 1) // _BLOCK + 1)
-        number, start = (
+        of_range, start = (
             np.concatenate(parts) for parts in zip(*(self._block(epoch, one) for one in blocks), strict=True)
         )
         begin = first - blocks[0] * _BLOCK
-        return number[begin : begin + count], start[begin : begin + count]
+        return of_range[begin : begin + count], start[begin : begin + count]
 
     def _locate_block(self, epoch: int, block: int) -> tuple[Numbers, Numbers]:
         rows = np.arange(block * _BLOCK, min((block + 1) * _BLOCK, self.samples.num_samples))

@@ -141,9 +141,16 @@ def _text_of(line: str, keys: Sequence[str]) -> str:
         problem = "a number or a nesting too large for JSON; remove the line"
         raise _UnusableError("bad_json", problem) from None
     if not isinstance(record, dict):
-        problem = f"a {type(record).__name__}, not a JSON object; each line is one JSON object"
+        hint = "; write each of its objects on a line of its own (jq -c .[])" if isinstance(record, list) else ""
+        problem = f"{_kind_of(record)}, not a JSON object; each line is one JSON object{hint}"
         raise _UnusableError("bad_json", problem)
     return "\n".join(_value(record, key) for key in keys)
+
+
+def _kind_of(value: object) -> str:
+    """In JSON's words."""
+    kinds = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
+    return kinds.get(type(value), "a number")
 
 
 def _value(record: dict[str, object], key: str) -> str:
@@ -152,7 +159,7 @@ def _value(record: dict[str, object], key: str) -> str:
         raise _UnusableError("no_text", problem)
     text = record[key]
     if not isinstance(text, str):
-        problem = f"{key!r} is a {type(text).__name__}, not a string; name another key with --json-keys"
+        problem = f"{key!r} is {_kind_of(text)}, not a string; name another key with --json-keys"
         raise _UnusableError("no_text", problem)
     try:
         text.encode()
