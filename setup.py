@@ -19,6 +19,7 @@ setup(
         "matplotlib>=3.8",
         "numpy>=1.26",
         "pydantic>=2.6",
+        "scipy>=1.11",
         "tokenizers>=0.20",
         "torch>=2.6",
         "tqdm>=4.66",

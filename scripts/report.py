@@ -8,6 +8,7 @@ import argparse
 from pathlib import Path
 
 from seqlen_curriculum.analysis.curves import draw_run, load_run, summarise
+from seqlen_curriculum.analysis.stability import describe_stability, stability
 from seqlen_curriculum.cli import picture_path, run
 
 
@@ -19,6 +20,7 @@ def main() -> None:
 
     steps, evaluations = load_run(args.run)
     print(summarise(steps, evaluations))
+    print(describe_stability(stability(steps, evaluations)))
     if args.png:
         draw_run(steps, evaluations, picture_path("--png", args.png))
         print(f"curves           {args.png}")
