@@ -2,6 +2,7 @@
 
 Example:
   python scripts/plan.py configs/gpt2_117m_bsz512_seqlen1k_slw60k.json --at 200000 --png plan.png
+  python scripts/plan.py --compare configs/gpt2_1.5b_bsz4k_seqlen1k*.json --png plans.png
 
 Needs neither torch nor a GPU nor the corpus.
 """
@@ -11,26 +12,45 @@ import json
 from pathlib import Path
 
 from seqlen_curriculum.cli import picture_path, run, warn
+from seqlen_curriculum.errors import ConfigError
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config", metavar="FILE", help="the run's JSON file")
+    parser.add_argument("config", nargs="?", metavar="FILE", help="the run's JSON file")
+    parser.add_argument("--compare", nargs="+", default=[], metavar="FILE", help="several files instead, side by side")
     parser.add_argument("--at", nargs="+", type=int, default=[], metavar="STEP", help="steps to add to the milestones")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override, as training.seed=7")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     parser.add_argument("--png", type=Path, metavar="PATH", help="draw seqlen, LR and rows against steps and tokens")
     args = parser.parse_args()
+    if bool(args.config) == bool(args.compare):
+        raise ConfigError("FILE, --compare: give one of them, the file of a run or those of several")
+    names = _names(args.compare or [args.config])
+    png = picture_path("--png", args.png) if args.png else None
 
     from seqlen_curriculum import planning  # after --help: numpy and pydantic take a moment
     from seqlen_curriculum.config import RunConfig
 
-    config = RunConfig.load(args.config, args.set, require=("training",))
-    warn(config.warnings())
-    summary = planning.plan(config, args.at)
-    print(json.dumps(summary, indent=2) if args.json else planning.describe(summary))
-    if args.png:
-        planning.draw(config, picture_path("--png", args.png))
+    configs = {name: RunConfig.load(path, args.set, require=("training",)) for name, path in names.items()}
+    for config in configs.values():
+        warn(config.warnings())
+    plans = {name: planning.plan(config, args.at) for name, config in configs.items()}
+    (first, *_) = plans.values()
+    if args.json:
+        print(json.dumps(plans if args.compare else first, indent=2))
+    else:
+        print(planning.compare(plans) if args.compare else planning.describe(first))
+    if png:
+        planning.draw(configs, png)
+
+
+def _names(paths: list[str]) -> dict[str, str]:
+    """Files by their names, or by their whole paths where two have the same name."""
+    stems = [Path(path).stem for path in paths]
+    if len(set(paths)) < len(paths):
+        raise ConfigError(f"--compare: {max(paths, key=paths.count)} is given twice; name each file once")
+    return dict(zip(stems if len(set(stems)) == len(stems) else paths, paths, strict=True))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,9 @@ from seqlen_curriculum.errors import ConfigError
 from seqlen_curriculum.timeline import Timeline
 from seqlen_curriculum.token_lr import TokenCosine
 
-__all__ = ["data_use", "describe", "draw", "plan"]
+__all__ = ["compare", "data_use", "describe", "draw", "plan"]
 
+_AGAINST = ("step", "consumed tokens")
 _FATES = {"dropped_tokens": "dropped", "leftover_tokens": "read later"}
 
 
@@ -141,25 +142,68 @@ def _table(milestones: Sequence[dict[str, Any]]) -> list[str]:
     return rows
 
 
-def draw(config: RunConfig, path: Path) -> None:
-    """Seqlen, learning rate and changing rows against steps and consumed tokens, as a picture (PNG, PDF, SVG by suffix)."""
+def compare(plans: Mapping[str, dict[str, Any]]) -> str:
+    """Plans by name, a line each, as text for a terminal."""
+    width = max(map(len, plans))
+    return "\n".join([f"{'':{width}}" + _COMPARED, *(f"{name:{width}}{_compared(one)}" for name, one in plans.items())])
+
+
+_COMPARED = f" {'steps':>9} {'tokens':>17} {'full length at':>14} {'lengths':>7} {'left over':>9} {'FLOPs':>9}"
+
+
+def _compared(summary: dict[str, Any]) -> str:
+    full = summary["full_length_step"]
+    at = "never" if full is None else f"{full:,}"
+    left = next((summary[key] / summary["sample_tokens"] for key in _FATES if key in summary), None)
+    share = "" if left is None else f"{left:.1%}"
+    flops = f"{summary['flops']:.3g}" if "flops" in summary else ""
+    counts = f" {summary['steps']:>9,} {summary['consumed_tokens']:>17,} {at:>14} {summary['lengths']:>7}"
+    return f"{counts} {share:>9} {flops:>9}"
+
+
+def draw(configs: Mapping[str, RunConfig], path: Path) -> None:
+    """Seqlen, learning rate and changing rows against steps and consumed tokens, over each other; a picture by suffix."""
     from matplotlib.figure import Figure  # slow to import, and only needed here
 
+    runs = {name: _curves(config) for name, config in configs.items()}
+    rising = any(rows[0] != rows[-1] for rows in (run["rows of a step"][0] for run in runs.values()))
+    drawn = {label: style for run in runs.values() for label, (_, style) in run.items() if style}
+    labels = {label: style for label, style in drawn.items() if rising or label != "rows of a step"}
+    figure = Figure(figsize=(10, 3 * len(labels)), layout="constrained")
+    axes = figure.subplots(len(labels), 2, sharex="col", squeeze=False)
+    for row, (label, style) in zip(axes, labels.items(), strict=True):
+        for axis, against in zip(row, _AGAINST, strict=True):
+            for name, run in runs.items():
+                if label in run:
+                    axis.plot(run[against][0], run[label][0], drawstyle=style, label=name, lw=1.2, alpha=0.8)
+            axis.set_ylim(bottom=0)
+            axis.grid(alpha=0.3)
+            axis.set(ylabel=label, xlabel=against)
+    if len(runs) > 1:
+        figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
+    else:
+        figure.suptitle(_title(next(iter(configs.values()))))
+    figure.savefig(path)
+
+
+def _curves(config: RunConfig) -> dict[str, tuple[Any, str]]:
+    """Values by name, at up to 2,000 steps of a run, and how they are drawn."""
     timeline = config.timeline()
     rate = config.learning_rate(timeline)
     steps = np.unique(np.linspace(1, timeline.steps, 2000).astype(np.int64))
-    tokens, rows = timeline.consumed_tokens(steps), timeline.rows(steps)
-    curves: list[tuple[str, Any, str]] = [("seqlen (tokens)", timeline.seqlen(steps), "steps-pre")]
-    curves += [("learning rate", rate(steps), "default")] if rate else []
-    curves += [("rows of a step", rows, "steps-pre")] if rows[0] != rows[-1] else []
-    figure = Figure(figsize=(10, 3 * len(curves)), layout="constrained")
-    axes = figure.subplots(len(curves), 2, sharex="col", squeeze=False)
-    for row, (label, values, style) in enumerate(curves):
-        for axis, (x_label, x) in zip(axes[row], (("step", steps), ("consumed tokens", tokens)), strict=True):
-            axis.plot(x, values, drawstyle=style)
-            axis.set_ylim(bottom=0)
-            axis.grid(alpha=0.3)
-            axis.set(ylabel=label, xlabel=x_label)
-    rising = f"{rows[0]:,} to " if rows[0] != rows[-1] else ""
-    figure.suptitle(f"{timeline.steps:,} steps, {tokens[-1]:,} tokens, {rising}{rows[-1]:,} rows a step")
-    figure.savefig(path)
+    rows = timeline.rows(steps)
+    curves: dict[str, tuple[Any, str]] = {"step": (steps, ""), "consumed tokens": (timeline.consumed_tokens(steps), "")}
+    curves["seqlen (tokens)"] = (timeline.seqlen(steps), "steps-pre")
+    if rate:
+        curves["learning rate"] = (rate(steps), "default")
+    curves["rows of a step"] = (rows, "steps-pre")
+    return curves
+
+
+def _title(config: RunConfig) -> str:
+    timeline = config.timeline()
+    first, last = timeline.rows(1), timeline.rows(timeline.steps)
+    rising = f"{first:,} to " if first != last else ""
+    return (
+        f"{timeline.steps:,} steps, {timeline.consumed_tokens(timeline.steps):,} tokens, {rising}{last:,} rows a step"
+    )

@@ -90,6 +90,32 @@ def test_text_and_picture(tmp_path):
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+def test_plans_side_by_side(tmp_path):
+    files = [f"configs/gpt2_117m_bsz512_seqlen1k{name}.json" for name in ("", "_slw60k")]
+    result = run_plan("--compare", *files, "--png", tmp_path / "plans.png")
+    assert result.returncode == 0, result.stderr
+    _, constant, warmup = result.stdout.splitlines()
+    assert constant.split()[:5] == ["gpt2_117m_bsz512_seqlen1k", "300,000", "157,286,400,000", "1", "1"]
+    assert warmup.split()[:6] == [
+        "gpt2_117m_bsz512_seqlen1k_slw60k",
+        "330,000",
+        "157,286,662,144",
+        "60,000",
+        "128",
+        "9.1%",
+    ]
+    assert (tmp_path / "plans.png").read_bytes().startswith(b"\x89PNG")
+    result = run_plan("--compare", *files, "--json", "--at", 5)
+    assert [plan_["steps"] for plan_ in json.loads(result.stdout).values()] == [300_000, 330_000]
+    for arguments, problem in (
+        ([], "FILE, --compare: give one of them"),
+        ([files[0], "--compare", *files], "FILE, --compare: give one of them"),
+        (["--compare", *files, files[0]], "is given twice; name each file once"),
+    ):
+        result = run_plan(*arguments)
+        assert (result.returncode, problem in result.stderr) == (1, True), result.stderr
+
+
 def test_compute_by_hand():
     config = RunConfig.load(
         ROOT / "configs" / "gpt2_117m_bsz512_seqlen1k.json",
