@@ -24,6 +24,7 @@ from seqlen_curriculum.training.accumulate import accumulate
 from seqlen_curriculum.training.assemble import write_model
 from seqlen_curriculum.training.checkpoint import Checkpoints
 from seqlen_curriculum.training.executor import DataParallel
+from seqlen_curriculum.training.moments import adam_moments
 from seqlen_curriculum.training.preflight import preflight
 
 BLOCK = {
@@ -119,6 +120,51 @@ def balanced():
                 losses.append(float(loss) / dist.get_world_size())
                 shapes.append(len(batches))
             seen[f"{kind} {stage}"] = {"losses": losses, "micro_batches": shapes, "steps": engine.global_steps}
+    return seen
+
+
+# A higher rate amplifies rounding from step to step.
+CALM = {
+    "gradient_clipping": 0,
+    "optimizer": {"type": "Adam", "params": {"lr": 1e-5, "torch_adam": True}},
+    "scheduler": {"type": "TokenCosineLR", "params": {"warmup_steps": 2}},
+}
+
+
+def moments():
+    """Adam's state as measured under every ZeRO stage and offload, and summed up in an unsharded run of plain torch."""
+    offload = {"stage": 2, "offload_optimizer": {"device": "cpu"}}
+    stages = {**{f"zero {stage}": {"stage": stage} for stage in range(4)}, "offload": offload}
+    seen = {}
+    for name, zero in stages.items():
+        engine, _ = engine_for(model(), run(**CALM, zero_optimization=zero, zero_force_ds_cpu_optimizer=False))
+        seen[name] = [adam_moments(DataParallel(engine))]  # no step taken yet
+        for _ in range(3):
+            train(engine, 1, rows=2)
+            seen[name].append(adam_moments(DataParallel(engine)))
+    sgd, _ = engine_for(model(), run(optimizer={"type": "SGD", "params": {"lr": 1e-2}}))
+    train(sgd, 1, rows=2)
+    return {**seen, "sgd": adam_moments(DataParallel(sgd)), "torch": plain_torch(steps=3)}
+
+
+def plain_torch(steps):
+    """The run of ``train`` with both ranks' rows in one batch and neither DeepSpeed nor our code around torch's Adam."""
+    config = RunConfig.from_dict(run(**CALM))
+    network, timeline = model(), config.timeline()
+    rate, optimizer, seen = config.learning_rate(timeline), torch.optim.AdamW(network.parameters(), weight_decay=0), []
+    for step in range(1, steps + 1):
+        generator = torch.Generator().manual_seed(1000 + step)
+        tokens = torch.randint(0, 128, (2, 2, timeline.seqlen(step) + 1), generator=generator).flatten(0, 1)
+        network(tokens[:, :-1], tokens[:, 1:]).backward()
+        optimizer.param_groups[0]["lr"] = rate(step)
+        optimizer.step()
+        optimizer.zero_grad()
+        state = optimizer.state.values()
+        root = torch.cat([one["exp_avg_sq"].flatten() for one in state]).double().sqrt()
+        momentum = torch.cat([one["exp_avg"].flatten() for one in state]).double().abs()
+        sizes = (root.sum(), root.max(), momentum.sum(), momentum.max())
+        names = ("variance_norm", "variance_max", "momentum_norm", "momentum_max")
+        seen.append({name: float(size) for name, size in zip(names, sizes, strict=True)})
     return seen
 
 
@@ -258,6 +304,7 @@ def main():
     seen = {
         "zero_stages": zero_stages(),
         "balanced": balanced(),
+        "moments": moments(),
         "skipped_steps": skipped_steps(),
         "zero_3_checkpoint": zero_3_checkpoint(out.parent / "zero3"),
         "preflight_traces": preflight_traces(),

@@ -185,3 +185,13 @@ def test_a_length_that_no_section_gives_is_told_before_deepspeed_starts():
         ConfigError, match="'curriculum_seqlen' asks for the step's length, but no section gives it; add"
     ):
         initialize(model=Truncating(4, 4), config=config, curriculum_kwarg="curriculum_seqlen")
+
+
+@pytest.mark.parametrize("sharding", ["zero 0", "zero 1", "zero 2", "zero 3", "offload"])
+def test_adams_moments_are_those_of_an_unsharded_run(seen, sharding):
+    before, *measured = seen["moments"][sharding]
+    assert before == {}
+    for ours, theirs in zip(measured, seen["moments"]["torch"], strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5)
+    assert len(measured) == 3
+    assert seen["moments"]["sgd"] == {}

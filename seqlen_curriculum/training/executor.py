@@ -12,6 +12,7 @@ import torch
 from deepspeed import comm as dist
 from deepspeed.runtime.pipe.schedule import OptimizerStep, ReduceGrads, ReduceTiedGrads, TrainSchedule
 from deepspeed.utils import groups
+from torch.nn import Parameter
 
 from seqlen_curriculum.training.accumulate import accumulate, set_accumulation
 from seqlen_curriculum.training.tensor_parallel import is_cut
@@ -36,6 +37,11 @@ class DataParallel:
 
     def __init__(self, engine: Any) -> None:
         self.engine, self.data_rank, self.data_ranks = engine, dist.get_rank(), engine.dp_world_size
+        self.replica = self.data_rank  # which copy of the weights this rank has, where ZeRO doesn't shard them
+
+    def counted(self, parameters: Sequence[Parameter]) -> list[Parameter]:
+        """Those of this rank's ``parameters`` that it counts, so that the ranks of a replica count each element once."""
+        return list(parameters)
 
     def train(self, micro_batches: Sequence[MicroBatch], seeds: Sequence[int]) -> StepResult:
         """One optimizer step on equal ``micro_batches`` of (inputs, targets), both (B, S); dropout draws from ``seeds``."""
@@ -64,7 +70,7 @@ class DataParallel:
         """The gradient norm where DeepSpeed keeps none. Gradients are averaged by now."""
         return None if _keeps_norm(self.engine) else self._norm(list(self.engine.module.parameters()))
 
-    def _norm(self, parameters: Sequence[torch.nn.Parameter]) -> torch.Tensor:
+    def _norm(self, parameters: Sequence[Parameter]) -> torch.Tensor:
         return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
 
 
@@ -74,14 +80,17 @@ class TensorParallel(DataParallel):
     def __init__(self, engine: Any) -> None:
         super().__init__(engine)
         self.data_rank, self.leads = groups.get_data_parallel_rank(), groups.get_tensor_model_parallel_rank() == 0
+        self.replica = self.data_rank
 
-    def _norm(self, parameters: Sequence[torch.nn.Parameter]) -> torch.Tensor:
-        """Of all ranks' parts of the blocks, and once of what each rank has."""
-        cut = [p for p in parameters if is_cut(p)]
-        square = super()._norm(cut).square()
+    def counted(self, parameters: Sequence[Parameter]) -> list[Parameter]:
+        """This rank's parts of the blocks; the first rank also what every rank has."""
+        return [p for p in parameters if self.leads or is_cut(p)]
+
+    def _norm(self, parameters: Sequence[Parameter]) -> torch.Tensor:
+        """Of all ranks' parts."""
+        square = super()._norm(self.counted(parameters)).square()
         dist.all_reduce(square, group=groups.get_tensor_model_parallel_group())
-        uncut = [p for p in parameters if not is_cut(p)]
-        return (square + super()._norm(uncut).square()).sqrt()
+        return square.sqrt()
 
 
 class SequenceParallel(DataParallel):
@@ -119,6 +128,7 @@ class Pipeline:
     def __init__(self, engine: Any) -> None:
         self.engine, self.stage = engine, engine.stage_id
         self.data_rank, self.data_ranks = engine.grid.get_data_parallel_id(), engine.grid.data_parallel_size
+        self.replica = self.data_rank
         self.leads = engine.is_first_stage()  # of the ranks that read the same rows, the one to log them
         # Fewer would leave stages idle all the time; more were slower at short lengths, by the benchmark.
         self.least_micro_batches = engine.num_stages
@@ -139,12 +149,16 @@ class Pipeline:
         loss: torch.Tensor = self.engine.eval_batch(iter([micro_batch]), num_micro_batches=1)
         return loss.squeeze()
 
+    def counted(self, parameters: Sequence[Parameter]) -> list[Parameter]:
+        """Those of this stage's ``parameters`` that no earlier stage has too."""
+        return [p for p in parameters if not p.ds_pipe_replicated]  # type: ignore[attr-defined]
+
     def _measured(self, take_step: Callable[..., None]) -> Callable[..., None]:
         """``take_step`` that first notes the gradient norm of all stages."""
 
         def step(*args: Any, **kwargs: Any) -> None:
-            own = [p.grad for p in self.engine.module.parameters() if p.grad is not None and not p.ds_pipe_replicated]
-            square = torch.nn.utils.get_total_norm(own).square()
+            own = self.counted(list(self.engine.module.parameters()))
+            square = torch.nn.utils.get_total_norm([p.grad for p in own if p.grad is not None]).square()
             dist.all_reduce(square, group=self.engine.grid.get_pipe_parallel_group())
             self._unsharded_norm = square.sqrt()
             take_step(*args, **kwargs)

@@ -15,6 +15,7 @@ from seqlen_curriculum.timeline import Timeline
 __all__ = ["Telemetry", "say"]
 
 _TRAIN_VALUES = ("loss", "lr", "seqlen", "grad_norm", "seconds")
+_MOMENTS = ("variance_norm", "variance_max", "momentum_norm", "momentum_max")
 _VALID_VALUES = ("valid_loss", "valid_ppl")
 
 
@@ -49,7 +50,7 @@ class Telemetry:
         if self._log is None:
             return
         self._log.write(record)
-        self._to_monitor("Train", record, _TRAIN_VALUES)
+        self._to_monitor("Train", record, (*_TRAIN_VALUES, *_MOMENTS))
         self._bar.set_postfix_str(self._progress(record), refresh=False)
         self._bar.update()
 

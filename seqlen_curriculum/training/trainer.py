@@ -27,6 +27,7 @@ from seqlen_curriculum.runlog import RunLog
 from seqlen_curriculum.timeline import Timeline
 from seqlen_curriculum.training.engine import begin_step
 from seqlen_curriculum.training.executor import Executor
+from seqlen_curriculum.training.moments import adam_moments
 from seqlen_curriculum.training.preflight import preflight
 from seqlen_curriculum.training.telemetry import Telemetry, say
 
@@ -91,6 +92,8 @@ class Trainer:
         micro_batches, seeds = self._micro_batches(step)
         self.set_window(seqlen)
         result = self.executor.train(micro_batches, seeds)
+        due = _due(step, self.settings.variance_interval, self.timeline.steps)
+        moments = adam_moments(self.executor) if due else {}
         loss, stop = self._agree(result.loss, stop)
         if not math.isfinite(loss):
             raise _diverged(step, f"the loss is {loss} at seqlen {seqlen}")
@@ -102,6 +105,7 @@ class Trainer:
             "loss": loss,
             "lr": rate,
             "grad_norm": self._checked(result.grad_norm, step),
+            **moments,
             "seconds": time.perf_counter() - started,
         }
         self.telemetry.step(record)

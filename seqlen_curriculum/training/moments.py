@@ -1,0 +1,79 @@
+"""Size of Adam's state over the whole model: the measures of the paper's Figures 1, 4 and 6, under any sharding."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from deepspeed import comm as dist
+from deepspeed.utils import safe_get_local_optimizer_state
+from torch import Tensor
+
+from seqlen_curriculum.training.executor import Executor
+
+__all__ = ["adam_moments"]
+
+_VARIANCE, _MOMENTUM = "exp_avg_sq", "exp_avg"
+_CHUNK = 1 << 22  # elements looked at together: bounds the memory, and sums of fp32 this long are exact enough
+_NAMES = ("variance_norm", "variance_max", "momentum_norm", "momentum_max")
+
+
+@torch.no_grad()
+def adam_moments(executor: Executor) -> dict[str, float]:
+    """``variance_norm`` and ``variance_max``, the l1 norm and the largest element of Adam's sqrt(v); the same of momentum.
+
+    Over all elements of the model, each counted once however it is sharded, cut or repeated; call it on all ranks, after a
+    step. Costs one pass over a rank's share of the state and one gather of four numbers. Empty where there is no such
+    state: other optimizers, offload to NVMe, half precision at ZeRO stage 0 on a cut model, no step taken yet.
+    """
+    parts = [
+        torch.stack([root.sum(), root.max(), size.sum(), size.max()]).double()
+        for variance, momentum in _own_state(executor)
+        for root, size in zip(_chunks(variance, torch.sqrt), _chunks(momentum, torch.abs), strict=True)
+    ]
+    device = executor.engine.device
+    own = _total(torch.stack(parts)) if parts else torch.zeros(4, dtype=torch.float64)
+    gathered = [torch.empty(4, dtype=torch.float64, device=device) for _ in range(dist.get_world_size())]
+    dist.all_gather(gathered, own.to(device))
+    values = _total(torch.stack(gathered)).tolist()
+    return dict(zip(_NAMES, values, strict=True)) if any(values) else {}
+
+
+def _chunks(state: Tensor, function: Callable[[Tensor], Tensor]) -> Iterator[Tensor]:
+    return (function(chunk) for chunk in torch.split(state.reshape(-1), _CHUNK))
+
+
+def _total(parts: Tensor) -> Tensor:
+    """(n, 4) norms and maxima of parts as those of the whole, (4,)."""
+    norms, maxima = parts.sum(0), parts.amax(0)
+    return torch.stack([norms[0], maxima[1], norms[2], maxima[3]])
+
+
+def _own_state(executor: Executor) -> Iterator[tuple[Tensor, Tensor]]:
+    """(v, momentum) of the elements that this rank counts; padding, which is zero, may be among them."""
+    engine = executor.engine
+    base = engine.optimizer
+    while hasattr(base, "optimizer"):
+        base = base.optimizer  # of DeepSpeed's wrappers
+    if executor.replica > 0 and not engine.zero_optimization():
+        return
+    parameters = list(engine.module.parameters())
+    own = executor.counted(parameters)
+    all_own = len(own) == len(parameters)  # then the flat tensors that hold them are taken whole
+    for state in base.state.values() if all_own else (_fragment(base, parameter) for parameter in own):
+        if _VARIANCE in state and state[_VARIANCE].numel():
+            yield state[_VARIANCE], state[_MOMENTUM]
+
+
+def _fragment(base: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Tensor]:
+    """The state of a rank's elements of one parameter; empty if it has none, or nothing tells which they are."""
+    if hasattr(parameter, "ds_id"):  # ZeRO-3
+        return {key: safe_get_local_optimizer_state(parameter, key) for key in (_VARIANCE, _MOMENTUM)}
+    mapping = getattr(parameter, "_hp_mapping", None)  # of ZeRO-1 and 2: where in its group's flat tensor
+    if mapping is None:
+        state: dict[str, Tensor] = base.state.get(parameter, {})
+        return state
+    (flat,) = base.param_groups[mapping.param_group_index]["params"]
+    address = mapping.get_hp_fragment_address()
+    cut = slice(address.start, address.start + address.numel)
+    return {key: value.view(-1)[cut] for key, value in base.state[flat].items() if key in (_VARIANCE, _MOMENTUM)}
