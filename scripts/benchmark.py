@@ -2,7 +2,7 @@
 
 Example:
   deepspeed --num_accelerators 1 scripts/benchmark.py throughput --config configs/throughput_cpu.json --rounds 5
-  python scripts/benchmark.py data --config configs/gpt2_117m_bsz512_seqlen1k_slw60k.json --set data.leftovers=recycle
+  python scripts/benchmark.py data --config configs/paper/gpt2_117m_bsz512_seqlen1k_slw60k.json --set data.leftovers=recycle
 """
 
 import argparse

@@ -1,8 +1,8 @@
 """Show a run before it starts: steps to the budget, tokens, lengths, learning rate, data and compute; and draw it.
 
 Example:
-  python scripts/plan.py configs/gpt2_117m_bsz512_seqlen1k_slw60k.json --at 200000 --png plan.png
-  python scripts/plan.py --compare configs/gpt2_1.5b_bsz4k_seqlen1k*.json --png plans.png
+  python scripts/plan.py configs/paper/gpt2_117m_bsz512_seqlen1k_slw60k.json --at 200000 --png plan.png
+  python scripts/plan.py --compare configs/paper/gpt2_1.5b_bsz4k_seqlen1k*.json --png plans.png
 
 Needs neither torch nor a GPU nor the corpus.
 """

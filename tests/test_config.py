@@ -9,7 +9,7 @@ import pytest
 from seqlen_curriculum import ConfigError, RunConfig
 from seqlen_curriculum.deepspeed_keys import batch_shape
 
-CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.json"))
+CONFIGS = sorted((Path(__file__).parent.parent / "configs").rglob("*.json"))
 GOOD = {
     "train_batch_size": 8,
     "train_micro_batch_size_per_gpu": 2,
@@ -406,3 +406,4 @@ def test_every_shipped_config_loads_and_plans(path):
     timeline = config.timeline()
     assert timeline.first_step_at(config.data.seq_length) is not None
     assert config.learning_rate(timeline)(timeline.steps) == config.scheduler.params.min_lr
+    assert path.parent.name == "configs" or "_source" in config.deepspeed  # where a study's numbers come from

@@ -240,7 +240,7 @@ def test_a_file_without_steps_or_splits_of_its_own(one, two):
 
 def test_a_run_of_427_617_steps_is_accounted_for_at_once(folder):
     prefix = write(folder / "long", *[50_000] * 40, vocab_size=2_000_001)  # 1,953 samples of 1,024
-    file = ROOT / "configs" / "gpt2_1.5b_bsz512_seqlen1k_slw270k.json"
+    file = ROOT / "configs" / "paper" / "gpt2_1.5b_bsz512_seqlen1k_slw270k.json"
     config = RunConfig.load(file, [f'data.train=["{prefix}"]', 'data.split="1"', "model.vocab_size=2000001"])
     started = time.perf_counter()
     summary = account(config)

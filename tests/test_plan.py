@@ -27,6 +27,7 @@ def run_plan(*arguments):
         ("gpt2_117m_bsz512_seqlen2k_slw110k", 205_000, 122_500, 71e9, 110_000),
         ("gpt2_1.5b_bsz512_seqlen1k_slw270k", 428_000, 360_000, 122e9, 270_000),
         ("gpt2_1.5b_bsz4k_seqlen1k_slw45k", 58_800, 50_000, 121e9, 45_000),
+        ("gpt2_1.5b_bsz4k_seqlen1k_shortformer20k", 55_000, 55_000, 157e9, 20_001),
         ("gpt2_1.5b_bsz4k_seqlen1k_bszwarmup", 58_800, 58_800, 157e9, 1),
         ("gpt2_117m_bsz512_seqlen1k", 300_000, 300_000, 157e9, 1),
         ("gpt2_117m_bsz4k_seqlen1k", 37_500, 37_500, 157e9, 1),
@@ -36,7 +37,7 @@ def run_plan(*arguments):
     ],
 )
 def test_table_2_from_the_shipped_files(name, steps, at, tokens, full):
-    summary = plan(RunConfig.load(ROOT / "configs" / f"{name}.json"), at=[at])
+    summary = plan(RunConfig.load(ROOT / "configs" / "paper" / f"{name}.json"), at=[at])
     digits = -3 if steps > 400_000 else -2  # 428K is printed without decimals
     assert round(summary["steps"], digits) == steps
     assert summary["full_length_step"] == full
@@ -44,6 +45,31 @@ def test_table_2_from_the_shipped_files(name, steps, at, tokens, full):
     assert round(milestone["consumed_tokens"], -9) == tokens
     assert summary["milestones"][-1]["lr"] == 1e-5
     assert summary["sample_tokens"] == summary["consumed_tokens"] + summary["dropped_tokens"]
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "rate", "least_rate", "decay_tokens", "tokens", "lengths"),
+    [
+        ("gpt3_125m_bsz256_300b", (16, 256), 6e-4, 6e-5, 260e9, 300e9, (2048, 2048)),
+        ("gpt3_125m_bsz2k_30b_lr30x", (16, 2048), 1.8e-2, 0, 30e9, 30e9, (2048, 2048)),
+        ("gpt3_125m_bsz2k_30b_lr40x_slw11.5k", (2048, 2048), 2.4e-2, 0, 30e9, 30e9, (72, 2048)),
+    ],
+)
+def test_the_recipes_of_table_4_from_the_shipped_files(name, rows, rate, least_rate, decay_tokens, tokens, lengths):
+    config = RunConfig.load(ROOT / "configs" / "paper" / f"{name}.json")
+    timeline = config.timeline()
+    lr = config.learning_rate(timeline)
+    assert (timeline.rows(1), timeline.rows(timeline.steps)) == rows
+    assert (timeline.seqlen(1), timeline.seqlen(timeline.steps)) == lengths
+    assert timeline.consumed_tokens(timeline.steps - 1) < tokens <= timeline.consumed_tokens(timeline.steps)
+    warm = timeline.steps_to(375_000_000)
+    assert lr(warm - 1) < lr(warm) == pytest.approx(rate, rel=1e-3)
+    assert lr(timeline.steps_to(int(decay_tokens))) == pytest.approx(least_rate)
+    if rows[0] < rows[1]:
+        full = timeline.first_step_of_samples(rows[1])
+        assert timeline.consumed_tokens(full - 1) >= 4e9 > timeline.consumed_tokens(full - 2)
+    else:
+        assert timeline.first_step_at(2048) == 11_500
 
 
 def test_segments_and_recycling():
@@ -72,7 +98,7 @@ def test_segments_and_recycling():
 
 def test_json_on_the_command_line():
     started = time.perf_counter()
-    result = run_plan("configs/gpt2_117m_bsz512_seqlen1k_slw60k.json", "--json", "--at", 200_000, 5)
+    result = run_plan("configs/paper/gpt2_117m_bsz512_seqlen1k_slw60k.json", "--json", "--at", 200_000, 5)
     assert result.returncode == 0, result.stderr
     assert time.perf_counter() - started < 5  # it takes half a second; a loaded machine may take more
     summary = json.loads(result.stdout)
@@ -91,7 +117,7 @@ def test_text_and_picture(tmp_path):
 
 
 def test_plans_side_by_side(tmp_path):
-    files = [f"configs/gpt2_117m_bsz512_seqlen1k{name}.json" for name in ("", "_slw60k")]
+    files = [f"configs/paper/gpt2_117m_bsz512_seqlen1k{name}.json" for name in ("", "_slw60k")]
     result = run_plan("--compare", *files, "--png", tmp_path / "plans.png")
     assert result.returncode == 0, result.stderr
     _, constant, warmup = result.stdout.splitlines()
@@ -118,7 +144,7 @@ def test_plans_side_by_side(tmp_path):
 
 def test_compute_by_hand():
     config = RunConfig.load(
-        ROOT / "configs" / "gpt2_117m_bsz512_seqlen1k.json",
+        ROOT / "configs" / "paper" / "gpt2_117m_bsz512_seqlen1k.json",
         ["training.train_tokens=1048576", "scheduler.params.warmup_steps=1"],
     )
     summary = plan(config)
@@ -129,7 +155,9 @@ def test_compute_by_hand():
 
 
 def test_the_mixed_run_of_figure_2():
-    summary = plan(RunConfig.load(ROOT / "configs" / "gpt2_1.5b_bsz4k_seqlen1k_mixed.json"), at=[900, 1000, 1900, 1901])
+    summary = plan(
+        RunConfig.load(ROOT / "configs" / "paper" / "gpt2_1.5b_bsz4k_seqlen1k_mixed.json"), at=[900, 1000, 1900, 1901]
+    )
     asked = [m for m in summary["milestones"] if m["step"] in (900, 901, 1000, 1900, 1901)]
     assert [m["seqlen"] for m in asked] == [128, 1024, 1024, 128, 1024]
     assert asked[2]["consumed_tokens"] == 4096 * (900 * 128 + 100 * 1024)

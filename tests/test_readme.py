@@ -21,7 +21,7 @@ def test_the_explained_file_is_the_shipped_one(tmp_path):
     path = tmp_path / "run.json"
     path.write_text(re.sub(r"//.*", "", text))
     explained = RunConfig.load(path, require=("model", "data", "training"))
-    shipped = RunConfig.load(ROOT / "configs" / "gpt2_117m_bsz512_seqlen1k_slw60k.json")
+    shipped = RunConfig.load(ROOT / "configs" / "paper" / "gpt2_117m_bsz512_seqlen1k_slw60k.json")
     assert explained.settings() == shipped.settings()
     assert read_json(path)["train_micro_batch_size_per_gpu"] == 4
 
@@ -83,7 +83,7 @@ def test_the_benchmark_measures_every_length_and_draws_it(tmp_path):
 
 def test_every_file_that_is_named_exists():
     names = set(re.findall(r"(?:scripts|configs|examples|docs)/[\w./]+\.\w+", README))
-    names |= {f"configs/{name}.json" for name in re.findall(r"`(gpt2_[\w.]+)`", README)}
+    names |= {f"configs/paper/{name}.json" for name in re.findall(r"`(gpt[23]_[\w.]+)`", README)}
     assert len(names) > 12
     assert [name for name in sorted(names) if not (ROOT / name).exists()] == []
 
