@@ -77,7 +77,9 @@ def test_the_benchmark_measures_every_length_and_draws_it(tmp_path):
     assert rows[8:] == [(512, kind, 2) for kind in ("fixed", "balanced", "segment", "window")]
     assert records[8]["of_full_length"] == 1.0
     assert all(record["tokens_per_second"] > 0 for record in records)
+    assert all(record["moments_of_step"] > 0 for record in records)
     assert "| 200 | 2 |" in output
+    assert "measuring Adam's variance and momentum once: " in output
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -23,6 +23,7 @@ from seqlen_curriculum.microbatch import balanced_rows
 from seqlen_curriculum.models.gpt2 import build_gpt2, set_window
 from seqlen_curriculum.training.assemble import assemble
 from seqlen_curriculum.training.executor import Executor
+from seqlen_curriculum.training.moments import adam_moments
 
 __all__ = ["KINDS", "measure_throughput"]
 
@@ -46,9 +47,10 @@ def measure_throughput(
     """A record for each length and each of ``kinds``, in the order of ``lengths``.
 
     ``seqlen, kind, micro_batch_rows, tokens_per_second`` (median over ``rounds`` of a whole optimizer step of all ranks),
-    ``of_full_length`` (that over the first kind at full length) and ``peak_memory_bytes`` of the device (None on a CPU). All
-    cases take turns in each round, so that a machine's drift meets them alike; a first round is not counted. Needs the
-    model and data sections; call it on every rank.
+    ``of_full_length`` (that over the first kind at full length), ``peak_memory_bytes`` of the device (None on a CPU) and
+    ``moments_of_step`` (what measuring Adam's moments once takes, of a step's time; medians). All cases take turns in each
+    round, so that a machine's drift meets them alike; a first round is not counted. Needs the model and data sections; call
+    it on every rank.
     """
     assert config.model is not None
     assert config.data is not None
@@ -66,13 +68,17 @@ def measure_throughput(
         for kind in kinds
     ]
     seen: list[list[tuple[float, int | None]]] = [[] for _ in cases]
+    moments_seconds: list[float] = []
     for turn in tqdm(range(rounds + 1), unit="round", disable=dist.get_rank() != 0):
         for case, measured in zip(cases, seen, strict=True):
             tokens = torch.randint(0, model_config.vocab_size, (case.rows, case.row_tokens + 1), generator=draw)
             set_window(model, case.seqlen if KINDS[case.kind] == "window" else None)
             one = _one_step(executor, tokens, case.micro_rows)
             measured += [one] if turn else []
-    full_speed = _median_speed(seen[-len(kinds)])
+        started = time.perf_counter()
+        adam_moments(executor)  # ends with numbers on the host, so nothing of it is still on its way
+        moments_seconds += [time.perf_counter() - started] if turn else []
+    full_speed, moments = _median_speed(seen[-len(kinds)]), statistics.median(moments_seconds)
     return [
         {
             "seqlen": case.seqlen,
@@ -80,6 +86,7 @@ def measure_throughput(
             "micro_batch_rows": case.micro_rows,
             "tokens_per_second": _median_speed(measured),
             "of_full_length": _median_speed(measured) / full_speed,
+            "moments_of_step": moments * _median_speed(measured) / (case.rows * case.row_tokens * executor.data_ranks),
             "peak_memory_bytes": max((peak for _, peak in measured if peak is not None), default=None),
         }
         for case, measured in zip(cases, seen, strict=True)
