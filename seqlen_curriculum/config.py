@@ -194,6 +194,14 @@ class RunConfig:
             chosen["scheduler"] = self.scheduler.model_dump()
         return {**dict(flat(chosen)), **self.keys.model_cuts}  # a model that is cut over ranks is saved in parts
 
+    def as_file(self) -> dict[str, Any]:
+        """All of it as a file would have it, defaults and overrides written out; read again it is the same run."""
+        sections = {"curriculum_learning": self.curriculum, "scheduler": self.scheduler}
+        sections |= {name: getattr(self, name) for name in OURS}
+        given = {name: section for name, section in sections.items() if section is not None}
+        ours = {name: section.model_dump(mode="json", exclude_none=True) for name, section in given.items()}
+        return {**self.deepspeed, "curriculum_learning": {"enabled": False}, **ours}
+
     def warnings(self) -> list[str]:
         """What is allowed but ill-advised, one line each."""
         curriculum = self.curriculum

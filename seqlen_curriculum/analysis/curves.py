@@ -1,27 +1,171 @@
-"""The curves of a run, from its log alone."""
+"""A run's folder as curves: what was logged, against steps, consumed tokens and hours."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
+from seqlen_curriculum.analysis.stability import ratios_to_best
 from seqlen_curriculum.errors import DataError
 from seqlen_curriculum.runlog import read_runlog
 
-__all__ = ["draw_run", "load_run", "summarise"]
+__all__ = ["LOGS", "Run", "Series", "load_run", "summarise"]
 
 Records = list[dict[str, Any]]
+Column = NDArray[np.float64]
+
+LOGS = ("runlog.jsonl", "run.json", "rollbacks.json")
+"""The files of a run folder that a report is made of."""
+_SPEED_POINTS = 200
 
 
-def load_run(save: Path) -> tuple[Records, Records]:
-    """(training records, evaluation records) of the run in the folder ``save``. Raises DataError without a step."""
+@dataclass(frozen=True)
+class Series:
+    """Logged values (n,) and where they stand, each (n,) too; ``hours`` are those of training and evaluation alone."""
+
+    values: Column
+    step: Column
+    tokens: Column
+    hours: Column
+
+    def thinned(self, most: int = 2000) -> Series:
+        """At most ``most`` points and the two ends: of each of ``most / 2`` buckets the least and the largest value.
+
+        So the shortest spike of the longest run stays as high as it was.
+        """
+        if len(self.values) <= most:
+            return self
+        edges = np.linspace(0, len(self.values), most // 2 + 1).astype(int)
+        kept = {0, len(self.values) - 1}
+        for start, end in pairwise(edges):
+            bucket = self.values[start:end]
+            kept |= {start + int(bucket.argmin()), start + int(bucket.argmax())}
+        return self[np.array(sorted(kept))]
+
+    def __getitem__(self, chosen: NDArray[Any]) -> Series:
+        return Series(self.values[chosen], self.step[chosen], self.tokens[chosen], self.hours[chosen])
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run folder holds. ``info`` is ``run.json`` ({} in a folder without), ``rollbacks`` None where none is told."""
+
+    name: str
+    records: Records
+    info: dict[str, Any] = field(default_factory=dict)
+    rollbacks: Records | None = None
+
+    @cached_property
+    def steps(self) -> Records:
+        """Training records; steps that were skipped have no loss and are not among them."""
+        return [record for record in self.records if "loss" in record]
+
+    @cached_property
+    def evaluations(self) -> Records:
+        """Evaluation records."""
+        return [record for record in self.records if "valid_loss" in record]
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """As trained, all defaults and overrides in it; {} where the folder doesn't tell."""
+        config = self.info.get("config")
+        return config if isinstance(config, dict) else {}
+
+    @cached_property
+    def budget(self) -> int | None:
+        """``training.train_tokens``, None where the folder doesn't tell."""
+        training = self.config.get("training")
+        tokens = training.get("train_tokens") if isinstance(training, dict) else None
+        return tokens if isinstance(tokens, int) else None
+
+    @property
+    def finished(self) -> bool:
+        """Whether the budget is reached."""
+        return bool(self.budget and self.steps and self.steps[-1]["consumed_tokens"] >= self.budget)
+
+    @cached_property
+    def _places(self) -> tuple[Column, Column, Column]:
+        """Step, consumed tokens and hours at the end of every record, (records,) each."""
+        columns = [_column(self.records, name) for name in ("step", "consumed_tokens", "seconds")]
+        return columns[0], columns[1], np.cumsum(columns[2]) / 3600
+
+    @cached_property
+    def _known(self) -> dict[str, Series]:
+        return {}
+
+    def series(self, name: str) -> Series:
+        """The records' values of a key, where they have one; ``loss_ratio`` and ``tokens_per_second`` follow from them."""
+        if name not in self._known:
+            self._known[name] = self._series(name)
+        return self._known[name]
+
+    def _series(self, name: str) -> Series:
+        if name == "tokens_per_second":
+            return self._speed()
+        if name == "loss_ratio":
+            losses = self.series("loss")
+            ratios = Series(ratios_to_best(losses.values), losses.step, losses.tokens, losses.hours)
+            return ratios[np.arange(1, max(1, len(losses.values)))]  # the first step has none
+        chosen = np.array([n for n, record in enumerate(self.records) if record.get(name) is not None], dtype=int)
+        values = np.array([self.records[n][name] for n in chosen], dtype=np.float64)
+        return Series(values, *(place[chosen] for place in self._places))
+
+    def _speed(self) -> Series:
+        """Means over equally many steps each, at most 200 of them, of training alone."""
+        step, tokens, hours = self._places
+        trained = np.array([n for n, record in enumerate(self.records) if "valid_loss" not in record], dtype=int)
+        before = np.concatenate([[0.0], tokens[trained][:-1]])
+        timed = np.array(["loss" in self.records[n] for n in trained], dtype=bool)
+        timed &= (step[trained] == 1) | (before > 0)  # where a log begins later, its first step's tokens are not known
+        chosen, step_tokens = trained[timed], (tokens[trained] - before)[timed]
+        if not len(chosen):
+            return Series(*[np.zeros(0)] * 4)
+        starts = np.unique(np.linspace(0, len(chosen), _SPEED_POINTS, endpoint=False).astype(int))
+        seconds = np.add.reduceat(_column([self.records[n] for n in chosen], "seconds"), starts)
+        ends = chosen[np.append(starts[1:], len(chosen)) - 1]
+        speeds = np.add.reduceat(step_tokens, starts) / np.maximum(seconds, 1e-9)
+        return Series(speeds, step[ends], tokens[ends], hours[ends])
+
+
+def _column(records: Sequence[dict[str, Any]], name: str) -> Column:
+    return np.array([record.get(name) or 0 for record in records], dtype=np.float64)
+
+
+def load_run(save: Path, name: str = "") -> Run:
+    """The run in the folder ``save``. Raises DataError where there is no run, or none that has made a step."""
     path = save / "runlog.jsonl"
-    records = list(read_runlog(path)) if path.exists() else []
-    steps = [record for record in records if "loss" in record]
-    if not steps:
+    if not save.is_dir():
+        raise DataError(f"{save}: there is no such folder; give the --save folder of a run")
+    run = Run(
+        name or save.resolve().name,
+        list(read_runlog(path)) if path.exists() else [],
+        _object(save / "run.json", dict) or {},
+        _object(save / "rollbacks.json", list),
+    )
+    if not run.steps:
         raise DataError(f"{path}: no training step here yet; give the --save folder of a run that has started")
-    return steps, [record for record in records if "valid_loss" in record]
+    return run
+
+
+def _object(path: Path, kind: type[Any]) -> Any:
+    """What a JSON file holds, None where there is no file. Raises DataError."""
+    if not path.exists():
+        return None
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: can't be read ({error}); move it away to do without") from error
+    if not isinstance(value, kind):
+        raise DataError(f"{path}: holds {type(value).__name__}, not {kind.__name__}; move it away to do without")
+    return value
 
 
 def summarise(steps: Records, evaluations: Records) -> str:
@@ -45,31 +189,3 @@ def summarise(steps: Records, evaluations: Records) -> str:
             f"{last['step']:,} (perplexity {last['valid_ppl']:.1f}), always at full length"
         )
     return "\n".join(lines)
-
-
-def draw_run(steps: Records, evaluations: Records, path: Path) -> None:
-    """Losses, seqlen and learning rate against consumed tokens, and the losses against steps; a picture by suffix."""
-    from matplotlib.figure import Figure  # slow to import, and only needed here
-
-    figure = Figure(figsize=(11, 6.5), layout="constrained")
-    axes = figure.subplots(2, 2)
-    for axis, x_name in ((axes[0, 0], "consumed_tokens"), (axes[0, 1], "step")):
-        axis.plot(
-            _column(steps, x_name), _column(steps, "loss"), lw=0.8, alpha=0.6, label="training, at today's length"
-        )
-        axis.plot(
-            _column(evaluations, x_name), _column(evaluations, "valid_loss"), lw=2, label="validation, full length"
-        )
-        axis.set(xlabel=x_name.replace("_", " "), ylabel="loss (nats a token)")
-        axis.legend()
-    for axis, name, label in ((axes[1, 0], "seqlen", "seqlen (tokens)"), (axes[1, 1], "lr", "learning rate")):
-        axis.plot(_column(steps, "consumed_tokens"), _column(steps, name), drawstyle="steps-pre")
-        axis.set(xlabel="consumed tokens", ylabel=label)
-        axis.set_ylim(bottom=0)
-    for axis in axes.flat:
-        axis.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
-
-
-def _column(records: Sequence[dict[str, Any]], name: str) -> list[float]:
-    return [record[name] for record in records]

@@ -22,6 +22,7 @@ from seqlen_curriculum.runlog import RunLog, read_runlog
 from seqlen_curriculum.training.assemble import assemble
 from seqlen_curriculum.training.checkpoint import Checkpoint, Checkpoints, on_rank_0
 from seqlen_curriculum.training.compile import compile_blocks
+from seqlen_curriculum.training.run_info import record_launch
 from seqlen_curriculum.training.telemetry import Telemetry, say
 from seqlen_curriculum.training.trainer import Trainer
 
@@ -33,10 +34,11 @@ _RUNLOG = "runlog.jsonl"
 def pretrain(config: RunConfig, train: Feed, valid: Samples | None, save: Path, resume: str = "auto") -> bool:
     """Train the file's model on ``train`` until its token budget; False if a signal stopped it earlier (and it saved).
 
-    ``save`` is the run's folder: checkpoints and ``runlog.jsonl``. ``resume``: ``auto`` continues from the newest complete
-    checkpoint in ``save`` if there is one, ``none`` wants a folder without a run, a path names a checkpoint folder of the
-    same run, which a folder without one of its own starts from. Call it on every rank, under the ``deepspeed`` launcher,
-    with the model, data and training sections given. Raises ConfigError, DataError, CheckpointError, DivergenceError.
+    ``save`` is the run's folder: checkpoints, ``runlog.jsonl`` and ``run.json``, what it was trained with. ``resume``:
+    ``auto`` continues from the newest complete checkpoint in ``save`` if there is one, ``none`` wants a folder without a
+    run, a path names a checkpoint folder of the same run, which a folder without one of its own starts from. Call it on
+    every rank, under the ``deepspeed`` launcher, with the model, data and training sections given. Raises ConfigError,
+    DataError, CheckpointError, DivergenceError.
     """
     model_config, training = config.model, config.training
     assert model_config is not None
@@ -58,6 +60,7 @@ def pretrain(config: RunConfig, train: Feed, valid: Samples | None, save: Path, 
         checkpoints.load(engine, checkpoint)
     done_steps = checkpoint.step if checkpoint else 0
     _rewind_logs(save, done_steps)
+    on_rank_0(lambda: record_launch(save, config.as_file(), dist.get_world_size(), done_steps + 1))
     _, micro_batch, _ = batch_shape(config.keys, dist.get_world_size())
     logs_samples = training.log_sample_ids and executor.leads
     telemetry = Telemetry(save / _RUNLOG if rank == 0 else None, engine.monitor, done_steps, timeline)

@@ -1,0 +1,94 @@
+"""What came out of the runs, in sentences made from the report's numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from seqlen_curriculum.analysis import formats
+from seqlen_curriculum.analysis.stability import SPIKE
+
+__all__ = ["describe_comparison", "outcome"]
+
+_TOLD = 3
+"""Of more runs than this, the comparison sentence is about the one that was quickest by tokens."""
+
+One = Mapping[str, Any]
+
+
+def outcome(report: Mapping[str, Any]) -> list[str]:
+    """The sentences at the head of a page: quality and its cost, then stability."""
+    first, *others = report["runs"]
+    if not others:
+        return [_alone(first), _spikes([first])]
+    if report["reference"] is None:
+        return [f"{first['name']} has no evaluation, so nothing can be compared with it.", _spikes(report["runs"])]
+    if len(others) > _TOLD:
+        reached = [one for one in others if one["reached"]]
+        others = sorted(reached, key=lambda one: float(one["reached"]["consumed_tokens"]))[:1] or others[:1]
+    return [*(_against(one, first) for one in others), _spikes(report["runs"])]
+
+
+def _alone(one: One) -> str:
+    end = f"{formats.compact(one['end']['consumed_tokens'])} tokens and {formats.duration(one['end']['hours'])}"
+    if one["best"] is None:
+        return f"{one['name']} came to a training loss of {formats.plain(one['loss'])} in {end}; it has no evaluation."
+    best, at = formats.significant(one["best"]["valid_ppl"]), formats.count(one["best"]["step"])
+    return f"{one['name']} came to a validation perplexity of {best}, at step {at}, in {end}."
+
+
+def _against(one: One, first: One) -> str:
+    aim = f"{first['name']}'s best validation perplexity of {formats.significant(first['best']['valid_ppl'])}"
+    if one["best"] is None:
+        return f"{one['name']} has no evaluation."
+    if one["reached"] is None:
+        return f"{one['name']} has not reached {aim}; its own best is {formats.significant(one['best']['valid_ppl'])}."
+    ratios = one["reached_ratio"]
+    tokens, time = _times(ratios["consumed_tokens"], "fewer", "more"), _times(ratios["hours"], "less", "more")
+    return f"{one['name']} reached {aim} with {tokens} tokens and in {time} time."
+
+
+def _times(ratio: float | None, less: str, more: str) -> str:
+    """``1.8x fewer``, ``1.2x more`` or ``as much``-like words for how a run compares."""
+    if ratio is None or formats.ratio(ratio) == formats.ratio(1):
+        return "about as many" if less == "fewer" else "about as much"
+    return f"{formats.ratio(ratio)} {less}" if ratio > 1 else f"{formats.ratio(1 / ratio)} {more}"
+
+
+def _spikes(runs: Sequence[One]) -> str:
+    what = f"a loss over {SPIKE} times the least before it"
+    if not any(one["stability"]["spikes"] for one in runs):
+        return f"No run had a loss spike ({what})." if len(runs) > 1 else f"It had no loss spike ({what})."
+    told = ", ".join(_spike_count(one) for one in sorted(runs, key=lambda one: -one["stability"]["spikes"])[:_TOLD])
+    rest = f"; the {len(runs) - _TOLD} others had no more" if len(runs) > _TOLD else ""
+    return f"Loss spikes ({what}): {told}{rest}."
+
+
+def _spike_count(one: One) -> str:
+    spikes, most = one["stability"]["spikes"], one["stability"]["max_loss_ratio"]
+    steps = formats.count(one["stability"]["steps"])
+    return f"{one['name']} {formats.count(spikes)} in {steps} steps" + (f", up to {most:.2f}x" if spikes else "")
+
+
+def describe_comparison(report: Mapping[str, Any]) -> str:
+    """Table 2's comparison as lines for a terminal; the runs' names stand before it."""
+    if report["reference"] is None:
+        return f"no comparison: {report['runs'][0]['name']} has no evaluation"
+    head = f"to reach {report['reference']['run']}'s best validation perplexity"
+    lines = [f"{head} of {formats.significant(report['reference']['valid_ppl'])}"]
+    width = max(len(one["name"]) for one in report["runs"])
+    return "\n".join([*lines, *(f"{one['name']:<{width}}  {_cost(one)}" for one in report["runs"])])
+
+
+def _cost(one: One) -> str:
+    point, ratios = one["reached"], one["reached_ratio"]
+    if point is None:
+        return "never"
+    texts = {
+        "step": f"{formats.count(point['step'])} steps",
+        "consumed_tokens": f"{formats.compact(point['consumed_tokens'])} tokens",
+        "hours": formats.duration(point["hours"]),
+    }
+    return ", ".join(
+        f"{texts[name]} ({formats.ratio(ratios[name])})" if ratios[name] else texts[name] for name in texts
+    )
