@@ -1,29 +1,107 @@
-"""Show a run from its log: a summary, and its curves as a picture. Works while the run trains.
+"""Show runs from their folders: what each came to, how they compare with the first, and all of it as a page with plots.
 
-Example:
+Examples:
   python scripts/report.py runs/quickstart --png runs/quickstart/curves.png
+  python scripts/report.py runs/baseline runs/slw60k --out reports/slw60k
+  python scripts/report.py runs/slw60k --out reports/slw60k --watch 30
+
+Works while a run trains. Without --out and --png nothing is written.
 """
 
 import argparse
+import json
+import time
 from pathlib import Path
 
-from seqlen_curriculum.analysis.curves import draw_run, load_run, summarise
-from seqlen_curriculum.analysis.stability import describe_stability, stability
-from seqlen_curriculum.cli import picture_path, run
+from seqlen_curriculum.cli import picture_path, run, writable_folder
+from seqlen_curriculum.errors import ConfigError
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, metavar="RUN", help="the --save folder of a run")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="the --save folder of a run; the first is compared with")
+    parser.add_argument(
+        "--out", type=Path, metavar="FOLDER", help="write report.html, report.json and a PNG a plot here"
+    )
     parser.add_argument("--png", type=Path, metavar="PATH", help="draw losses, seqlen and LR (PNG, PDF or SVG)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    parser.add_argument(
+        "--watch", type=float, metavar="SECONDS", help="keep --out up to date until the runs have ended"
+    )
     args = parser.parse_args()
+    names = _names(args.runs)
+    _check(args)
 
-    steps, evaluations = load_run(args.run)
-    print(summarise(steps, evaluations))
-    print(describe_stability(stability(steps, evaluations)))
+    from seqlen_curriculum.analysis.curves import load_run  # after --help: numpy and pydantic take a moment
+
+    if args.watch:
+        _watch(names, args.out, args.watch)
+    runs = [load_run(Path(path), name) for name, path in names.items()]
+    _tell(runs, args.json)
+    written = {}
     if args.png:
-        draw_run(steps, evaluations, picture_path("--png", args.png))
-        print(f"curves           {args.png}")
+        from seqlen_curriculum.analysis.drawing import draw_run
+
+        draw_run(runs, args.png)
+        written["curves"] = args.png
+    if args.out:
+        from seqlen_curriculum.analysis.folder import write_report
+
+        written["report"] = write_report(runs, args.out)
+    for what, path in written.items() if not args.json else ():
+        print(f"{what:<17}{path}")
+
+
+def _names(paths: list[str]) -> dict[str, str]:
+    """Runs by the names of their folders, or by their paths where two have the same name."""
+    folders = [Path(path).resolve() for path in paths]
+    if len(set(folders)) < len(folders):
+        raise ConfigError(f"RUN: {max(folders, key=folders.count)} is given twice; name each run once")
+    names = [folder.name for folder in folders]
+    return dict(zip(names if len(set(names)) == len(names) else paths, paths, strict=True))
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Refuse what can't be written before anything is read."""
+    if args.watch is not None and (not args.watch > 0 or args.out is None or args.json):
+        raise ConfigError("--watch: give seconds above 0, and with it --out FOLDER, without --json")
+    if args.png:
+        picture_path("--png", args.png)
+    if args.out:
+        from seqlen_curriculum.analysis.folder import check_folder
+
+        check_folder(args.out)
+        writable_folder("--out", args.out)
+
+
+def _tell(runs: list, as_json: bool) -> None:
+    from seqlen_curriculum.analysis.curves import summarise
+    from seqlen_curriculum.analysis.outcome import describe_comparison
+    from seqlen_curriculum.analysis.report import report
+    from seqlen_curriculum.analysis.stability import describe_stability
+
+    if as_json:
+        print(json.dumps(report(runs), indent=2))
+        return
+    for one in runs:
+        if len(runs) > 1:
+            print(one.name)
+        print(summarise(one.steps, one.evaluations))
+        print(describe_stability(one.stability) + "\n" * (len(runs) > 1))
+    if len(runs) > 1:
+        print(describe_comparison(report(runs)))
+
+
+def _watch(names: dict[str, str], out: Path, seconds: float) -> None:
+    """Rewrite the page whenever a log grows, until every run has reached its budget or Ctrl-C; then one last time, whole."""
+    from seqlen_curriculum.analysis.folder import follow
+
+    print(f"watching; the page is {out / 'report.html'}; Ctrl-C ends", flush=True)
+    try:
+        for _ in follow({name: Path(path) for name, path in names.items()}, out, seconds):
+            time.sleep(seconds)
+    except KeyboardInterrupt:
+        print()
 
 
 if __name__ == "__main__":

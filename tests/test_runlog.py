@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from seqlen_curriculum.analysis.curves import draw_run, load_run, summarise
+from seqlen_curriculum.analysis.curves import load_run, summarise
+from seqlen_curriculum.analysis.drawing import draw_run
 from seqlen_curriculum.errors import DataError
 from seqlen_curriculum.runlog import RunLog, read_runlog
 
@@ -89,7 +90,8 @@ def test_a_full_disk_is_told_in_words():
 
 def test_summary_by_hand(tmp_path):
     written(tmp_path / "runlog.jsonl", 4)
-    text = summarise(*load_run(tmp_path))
+    run = load_run(tmp_path)
+    text = summarise(run.steps, run.evaluations)
     # lengths 8 to 32 of 4 rows: 32 + 64 + 96 + 128 = 320 tokens in 4 x 0.5 s
     assert "2 s, 160 tokens/s" in text
     assert "consumed tokens  320" in text
@@ -99,7 +101,7 @@ def test_summary_by_hand(tmp_path):
 
 def test_picture_of_a_run_without_evaluations(tmp_path):
     written(tmp_path / "runlog.jsonl", 1)
-    draw_run(*load_run(tmp_path), tmp_path / "curves.png")
+    draw_run([load_run(tmp_path)], tmp_path / "curves.png")
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -110,6 +112,5 @@ def test_report_on_the_command_line(tmp_path):
     result = subprocess.run([*command, *arguments], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "curves.png").exists()
-    result = subprocess.run([*command, str(tmp_path / "nothing")], capture_output=True, text=True)
-    assert (result.returncode, "no training step here yet" in result.stderr) == (1, True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["curves.png", "runlog.jsonl"]
     assert json.loads((tmp_path / "runlog.jsonl").read_text().splitlines()[0])["step"] == 1

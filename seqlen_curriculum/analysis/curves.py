@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from seqlen_curriculum.analysis.stability import ratios_to_best
+from seqlen_curriculum.analysis.stability import ratios_to_best, stability
 from seqlen_curriculum.errors import DataError
 from seqlen_curriculum.runlog import read_runlog
 
-__all__ = ["LOGS", "Run", "Series", "load_run", "summarise"]
+__all__ = ["LOGS", "Run", "Series", "load_run", "read_run", "summarise"]
 
 Records = list[dict[str, Any]]
 Column = NDArray[np.float64]
@@ -86,6 +86,11 @@ class Run:
         tokens = training.get("train_tokens") if isinstance(training, dict) else None
         return tokens if isinstance(tokens, int) else None
 
+    @cached_property
+    def stability(self) -> dict[str, Any]:
+        """The paper's measures, of ``stability.stability``."""
+        return stability(self.steps, self.evaluations)
+
     @property
     def finished(self) -> bool:
         """Whether the budget is reached."""
@@ -141,18 +146,24 @@ def _column(records: Sequence[dict[str, Any]], name: str) -> Column:
 
 def load_run(save: Path, name: str = "") -> Run:
     """The run in the folder ``save``. Raises DataError where there is no run, or none that has made a step."""
+    run = read_run(save, name)
+    if not run.steps:
+        path = save / "runlog.jsonl"
+        raise DataError(f"{path}: no training step here yet; give the --save folder of a run that has started")
+    return run
+
+
+def read_run(save: Path, name: str = "") -> Run:
+    """``load_run`` of a run that may still be about to make its first step."""
     path = save / "runlog.jsonl"
     if not save.is_dir():
         raise DataError(f"{save}: there is no such folder; give the --save folder of a run")
-    run = Run(
+    return Run(
         name or save.resolve().name,
         list(read_runlog(path)) if path.exists() else [],
         _object(save / "run.json", dict) or {},
         _object(save / "rollbacks.json", list),
     )
-    if not run.steps:
-        raise DataError(f"{path}: no training step here yet; give the --save folder of a run that has started")
-    return run
 
 
 def _object(path: Path, kind: type[Any]) -> Any:

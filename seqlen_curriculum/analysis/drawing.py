@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from seqlen_curriculum.analysis.curves import Run, Series
-from seqlen_curriculum.analysis.formats import compact
+from seqlen_curriculum.analysis.formats import tick
 from seqlen_curriculum.analysis.plots import SUMMARY, Plot
 
 __all__ = ["COLOURS", "draw_run", "save_png", "style_of", "svg"]
@@ -33,7 +33,7 @@ def style_of(number: int) -> tuple[str, str]:
 
 def svg(plot: Plot, runs: Sequence[Run]) -> str:
     """The plot as an ``<svg>`` for a page: text and axes in currentColor, ids that no other plot has."""
-    with _figure(_READERS_INK, (5.4, 3.1)) as figure:
+    with _figure(_READERS_INK, (4.7, 3.0)) as figure:
         _draw(figure.subplots(), plot, runs)
         if plot.beside:
             _legend(figure)
@@ -106,7 +106,7 @@ def _draw(axis: Any, plot: Plot, runs: Sequence[Run]) -> None:
         axis.axhline(plot.line, color=axis.xaxis.label.get_color(), lw=0.9, ls="--")
     unit = _X_LABELS.get(plot.against) or f"{_hours(runs)[1]} of training and evaluation"
     axis.set(xlabel=unit, ylabel=plot.label)
-    _scale(axis, plot)
+    _scale(axis, plot, plot.top(runs))
 
 
 def _draw_one(axis: Any, plot: Plot, run: Run, runs: Sequence[Run], style: tuple[str, str]) -> None:
@@ -114,7 +114,7 @@ def _draw_one(axis: Any, plot: Plot, run: Run, runs: Sequence[Run], style: tuple
     ink = axis.xaxis.label.get_color()
     for name in filter(None, (plot.of, plot.beside)):
         x, y = _points(run.series(name).thinned(), plot, runs)
-        options = {"color": colour, "ls": dashes} if name == plot.of else {"color": ink, "alpha": 0.7}
+        options = {"color": colour, "ls": dashes, "alpha": 0.88} if name == plot.of else {"color": ink, "alpha": 0.7}
         label = run.name
         if plot.beside:
             y, label = y / y.max(), name.replace("_", " ")
@@ -138,24 +138,22 @@ def _hours(runs: Sequence[Run]) -> tuple[float, str]:
     return next((unit for unit in _HOURS if longest >= 1.5 * unit[0]), _HOURS[-1])
 
 
-def _scale(axis: Any, plot: Plot) -> None:
+def _scale(axis: Any, plot: Plot, top: float | None) -> None:
     """Few ticks, of round numbers without powers of ten beside the axis; a schedule begins at zero."""
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
+    round_steps = {"steps": (1, 2, 2.5, 5, 10), "min_n_ticks": 3}
     if plot.log:
         axis.set_yscale("log")
+        axis.set_ylim(top=top or axis.get_ylim()[1])
         low, high = axis.get_ylim()
         wide = LogLocator(subs=(1,) if high / low > 1e3 else (1, 2, 5))
-        axis.yaxis.set_major_locator(MaxNLocator(5) if high / low < 8 else wide)
+        axis.yaxis.set_major_locator(MaxNLocator(5, **round_steps) if high / low < 8 else wide)
         axis.yaxis.set_minor_locator(NullLocator())
     else:
-        axis.yaxis.set_major_locator(MaxNLocator(6))
+        axis.yaxis.set_major_locator(MaxNLocator(6, **round_steps))
     if plot.group == "schedule" or plot.stays or plot.of == "lr" or plot.beside:
         axis.set_ylim(bottom=0)
-    axis.xaxis.set_major_locator(MaxNLocator(6))
-    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _tick(value)))
-    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _tick(value)))
-
-
-def _tick(value: float) -> str:
-    return compact(value) if abs(value) >= 1000 else f"{value:g}"
+    axis.xaxis.set_major_locator(MaxNLocator(6, **round_steps))
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: tick(value)))
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: tick(value)))

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from seqlen_curriculum.analysis.curves import Run
+from seqlen_curriculum.analysis.curves import LOGS, Run, read_run
 from seqlen_curriculum.analysis.drawing import save_png
 from seqlen_curriculum.analysis.page import page
 from seqlen_curriculum.analysis.plots import PLOTS
 from seqlen_curriculum.analysis.report import MADE_BY, report
 from seqlen_curriculum.errors import ConfigError
 
-__all__ = ["check_folder", "write_report"]
+__all__ = ["check_folder", "follow", "write_report"]
 
 _PAGE, _NUMBERS = "report.html", "report.json"
 
@@ -43,6 +43,34 @@ def write_report(runs: Sequence[Run], folder: Path, refresh_seconds: float | Non
     _replace(folder / _NUMBERS, lambda path: path.write_text(numbers, encoding="utf-8"))
     _replace(folder / _PAGE, lambda path: path.write_text(text, encoding="utf-8"))
     return folder / _PAGE
+
+
+def follow(folders: Mapping[str, Path], out: Path, seconds: float) -> Iterator[None]:
+    """Rewrite the report of runs (name to folder) where a log has changed since the last time, at every ``next``.
+
+    Ends when all of them have reached their budgets. Runs that have made no step yet are waited for; where there is no
+    such folder, raises DataError.
+    """
+    before: list[tuple[int, int]] | None = None
+    while True:
+        now = [_stamp(folder / log) for folder in folders.values() for log in LOGS]
+        known = [read_run(folder, name) for name, folder in folders.items()] if now != before else []
+        runs = [run for run in known if run.steps]
+        if runs:
+            write_report(runs, out, refresh_seconds=seconds)
+            if len(runs) == len(folders) and all(run.finished for run in runs):
+                return
+        before = now
+        yield
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    """Changes whenever the file does; (0, 0) where there is none."""
+    try:
+        stat = path.stat()
+    except FileNotFoundError:
+        return 0, 0
+    return stat.st_mtime_ns, stat.st_size
 
 
 def _replace(path: Path, write: Callable[[Path], object]) -> None:

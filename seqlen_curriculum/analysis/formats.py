@@ -5,7 +5,19 @@ from __future__ import annotations
 import json
 from typing import Any
 
-__all__ = ["compact", "count", "duration", "gibibytes", "p_value", "plain", "ratio", "setting", "share", "significant"]
+__all__ = [
+    "compact",
+    "count",
+    "duration",
+    "gibibytes",
+    "p_value",
+    "plain",
+    "ratio",
+    "setting",
+    "share",
+    "significant",
+    "tick",
+]
 
 
 def count(value: float) -> str:
@@ -14,11 +26,19 @@ def count(value: float) -> str:
 
 
 def compact(value: float) -> str:
-    """``157B``, ``4.19M``, ``330K``, ``512``: three digits."""
+    """``157B``, ``4.00M``, ``330K``, ``512``: three digits."""
     for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
         if abs(value) >= 0.9995 * size:
-            return f"{value / size:.3g}{unit}" if abs(value) < 999.5 * size else f"{value / size:.0f}{unit}"
+            return f"{value / size:#.3g}".removesuffix(".") + unit
     return f"{value:.3g}"
+
+
+def tick(value: float) -> str:
+    """A number at an axis: ``0.002``, ``400``, ``2.5K``, ``4M``."""
+    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if abs(value) >= size:
+            return f"{value / size:g}{unit}"
+    return f"{value:g}"
 
 
 def duration(hours: float) -> str:

@@ -31,11 +31,12 @@ def joined(parts: Iterable[str]) -> Markup:
     return Markup("".join(part if isinstance(part, Markup) else escape(part) for part in parts))
 
 
-def table(caption: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> Markup:
+def table(caption: str, head: Sequence[str], rows: Sequence[Sequence[str]], class_: str | None = None) -> Markup:
     """A table in a box that scrolls by itself; the first cell of a row names it. Nothing for no rows."""
     if not rows:
         return Markup()
     body = [tag("tr", tag("th", first, scope="row"), *(tag("td", cell) for cell in rest)) for first, *rest in rows]
     heads = tag("thead", tag("tr", *(tag("th", cell, scope="col") for cell in head)))
-    whole = tag("table", tag("caption", caption), heads, tag("tbody", *body))
+    title = tag("caption", tag("span", caption))
+    whole = tag("table", title, heads, tag("tbody", *body), class_=class_)
     return tag("div", whole, class_="scrolls", tabindex="0", role="region", aria_label=caption)

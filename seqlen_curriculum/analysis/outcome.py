@@ -10,8 +10,8 @@ from seqlen_curriculum.analysis.stability import SPIKE
 
 __all__ = ["describe_comparison", "outcome"]
 
-_TOLD = 3
-"""Of more runs than this, the comparison sentence is about the one that was quickest by tokens."""
+_TOLD = 4
+"""So many runs' spikes are told one by one."""
 
 One = Mapping[str, Any]
 
@@ -23,10 +23,7 @@ def outcome(report: Mapping[str, Any]) -> list[str]:
         return [_alone(first), _spikes([first])]
     if report["reference"] is None:
         return [f"{first['name']} has no evaluation, so nothing can be compared with it.", _spikes(report["runs"])]
-    if len(others) > _TOLD:
-        reached = [one for one in others if one["reached"]]
-        others = sorted(reached, key=lambda one: float(one["reached"]["consumed_tokens"]))[:1] or others[:1]
-    return [*(_against(one, first) for one in others), _spikes(report["runs"])]
+    return [_comparison(others, first), _spikes(report["runs"])]
 
 
 def _alone(one: One) -> str:
@@ -35,6 +32,17 @@ def _alone(one: One) -> str:
         return f"{one['name']} came to a training loss of {formats.plain(one['loss'])} in {end}; it has no evaluation."
     best, at = formats.significant(one["best"]["valid_ppl"]), formats.count(one["best"]["step"])
     return f"{one['name']} came to a validation perplexity of {best}, at step {at}, in {end}."
+
+
+def _comparison(others: Sequence[One], first: One) -> str:
+    """The one that got there with the fewest tokens, or closest; and how many of several got there."""
+    reached = sorted(
+        (one for one in others if one["reached"]), key=lambda one: float(one["reached"]["consumed_tokens"])
+    )
+    closest = sorted((one for one in others if one["best"]), key=lambda one: float(one["best"]["valid_loss"]))
+    told = _against([*reached, *closest, *others][0], first)
+    several = f" Of {len(others)} runs compared with {first['name']}, {len(reached) or 'none'} reached it."
+    return told + several * (len(others) > 1)
 
 
 def _against(one: One, first: One) -> str:
@@ -59,8 +67,8 @@ def _spikes(runs: Sequence[One]) -> str:
     what = f"a loss over {SPIKE} times the least before it"
     if not any(one["stability"]["spikes"] for one in runs):
         return f"No run had a loss spike ({what})." if len(runs) > 1 else f"It had no loss spike ({what})."
-    told = ", ".join(_spike_count(one) for one in sorted(runs, key=lambda one: -one["stability"]["spikes"])[:_TOLD])
-    rest = f"; the {len(runs) - _TOLD} others had no more" if len(runs) > _TOLD else ""
+    told = "; ".join(_spike_count(one) for one in sorted(runs, key=lambda one: -one["stability"]["spikes"])[:_TOLD])
+    rest = f"; {len(runs) - _TOLD} others had no more" if len(runs) > _TOLD else ""
     return f"Loss spikes ({what}): {told}{rest}."
 
 

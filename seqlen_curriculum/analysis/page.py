@@ -81,7 +81,7 @@ def _sections(report: Report, runs: Sequence[Run]) -> list[Markup]:
         tag("summary", "Settings that all runs share" if len(runs) > 1 else "Settings"),
         tables.settings(report),
     )
-    listed = [one for one in tables.spikes(report) if one]
+    listed = tables.spikes(report)
     found = sum(one["stability"]["spikes"] for one in report["runs"])
     folded = (
         [tag("details", tag("summary", f"Spikes listed, of {formats.count(found)} in all"), *listed)] if listed else []
@@ -110,8 +110,10 @@ def _figures(runs: Sequence[Run], group: str) -> list[Markup]:
         shown = plot.runs(runs) if plot.group == group else []
         if shown:
             without = [run.name for run in runs if run not in shown] if not plot.beside else []
-            notes = [plot.note, f"Not logged by {', '.join(without)}." if without else ""]
-            caption = tag("figcaption", tag("strong", plot.title), " ", " ".join(filter(None, notes)))
+            back = "Dotted: a rollback." if plot.of.startswith("loss") and any(run.rollbacks for run in shown) else ""
+            cut = "The first descent begins above." if plot.top(runs) else ""
+            notes = [plot.note, cut, back, f"Not logged by {', '.join(without)}." if without else ""]
+            caption = tag("figcaption", tag("strong", plot.title), tag("span", " ".join(filter(None, notes))))
             figures.append(tag("figure", caption, Markup(svg(plot, runs))))
         elif plot.group == group and not plot.changing and not plot.beside:
             absent.append(plot.title)

@@ -42,14 +42,30 @@ class Plot:
         changing = any(len(set(run.series(self.of).values.tolist())) > 1 for run in having) if self.changing else True
         return having if changing else []
 
+    def top(self, runs: Sequence[Run]) -> float | None:
+        """Where the axis of a validation perplexity ends; None where nothing is cut off.
+
+        What follows a run's first descent to thrice its best is all in view: there the curves differ.
+        """
+        if self.of != "valid_ppl":
+            return None
+        columns = [run.series(self.of).values for run in self.runs(runs)]
+        top = 1.05 * max(float(values[int((values <= 3 * values.min()).argmax()) :].max()) for values in columns)
+        return top if top < max(float(values.max()) for values in columns) else None
+
 
 def _perplexity(against: str, word: str) -> Plot:
-    options: dict[str, Any] = {"label": "perplexity", "group": "cost", "log": True, "note": "Always at full length."}
+    options: dict[str, Any] = {
+        "label": "perplexity",
+        "group": "cost",
+        "log": True,
+        "note": "At full length.",
+    }
     return Plot(f"perplexity_{against}", f"Validation perplexity against {word}", "valid_ppl", against, **options)
 
 
 def _loss(against: str, word: str) -> Plot:
-    note = "At each step's own length, so it is no guide to quality while lengths grow."
+    note = "At each step's own length: no guide to quality while lengths grow."
     return Plot(f"loss_{against}", f"Training loss against {word}", "loss", against, "nats a token", "stability", note)
 
 

@@ -8,7 +8,6 @@ from typing import Any
 from seqlen_curriculum import fields
 from seqlen_curriculum.analysis.curves import Run
 from seqlen_curriculum.analysis.outcome import outcome
-from seqlen_curriculum.analysis.stability import stability
 
 __all__ = ["MADE_BY", "report"]
 
@@ -106,7 +105,7 @@ def _ratios(reference: Point | None, point: Point | None) -> dict[str, float | N
 
 def _stability(run: Run) -> dict[str, Any]:
     """``stability``'s summary, its spikes and fluctuations counted; of more than 20 spikes the first and largest 10."""
-    found = stability(run.steps, run.evaluations)
+    found = run.stability
     spikes, fluctuations = found["spikes"], found["fluctuations"]
     listed = spikes
     if len(spikes) > 2 * _LISTED:

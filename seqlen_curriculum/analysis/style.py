@@ -23,18 +23,24 @@ h2 { margin: 2.4rem 0 0.8rem; padding-bottom: 0.3rem; font-size: 1.25rem; border
 .scrolls { overflow-x: auto; margin: 0 0 1.2rem; border: 1px solid var(--line); border-radius: 6px;
   background: var(--panel) }
 table { width: 100%; border-collapse: collapse; font-variant-numeric: tabular-nums; overflow-wrap: normal }
-caption { padding: 0.6rem 0.8rem; text-align: left; font-weight: 600; position: sticky; left: 0 }
+caption { text-align: left; font-weight: 600 }
+caption span { position: sticky; left: 0; display: inline-block; max-width: min(100%, 100vw - 2rem); padding: 0.6rem 0.8rem }
 th, td { padding: 0.35rem 0.8rem; text-align: right; white-space: nowrap; border-top: 1px solid var(--line) }
 thead th { color: var(--quiet); font-size: 0.85rem; font-weight: 500; vertical-align: bottom;
   white-space: normal; min-width: 5.5rem }
+.words :is(td, th) { text-align: left }
 th:first-child { text-align: left }
-tbody th { font-weight: 500 }
+tbody th { min-width: 8rem; max-width: 45vw; font-weight: 500; white-space: normal; overflow-wrap: anywhere }
 .ratio { color: var(--quiet) }
 .figures { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 23rem), 1fr)); gap: 1.2rem }
 .figures > .note { grid-column: 1 / -1 }
-figure { min-width: 0; margin: 0; padding: 0.6rem 0.6rem 0.4rem; border: 1px solid var(--line); border-radius: 6px }
-figcaption { min-height: 2.6em; padding: 0 0.3rem 0.3rem; font-size: 0.9rem; line-height: 1.3; color: var(--quiet) }
+figure { display: flex; flex-direction: column; justify-content: space-between; min-width: 0; margin: 0;
+  padding: 0.6rem 0.6rem 0.4rem; border: 1px solid var(--line); border-radius: 6px }
+figcaption { padding: 0 0.3rem 0.3rem; font-size: 0.9rem; line-height: 1.3;
+  color: var(--quiet) }
+figcaption :is(strong, span) { display: block }
 figcaption strong { color: var(--ink) }
+figcaption span { font-size: 0.82rem }
 .plot { display: block; width: 100%; height: auto; stroke-linejoin: round }
 details { margin: 0 0 1.2rem }
 summary { cursor: pointer; padding: 0.3rem 0; color: var(--quiet) }

@@ -81,11 +81,14 @@ def _ends(report: Report) -> Markup:
         "best": ("best/valid_ppl", formats.significant),
         "at": ("best/step", formats.count),
     }
-    rows = []
+    several, rows = len(report["runs"]) > 1, []
     for n, (name, *rest) in enumerate(_rows(report, columns)):
         place = [_with_ratio(report, f"runs/{n}/end/{key}", text, f"runs/{n}/end_ratio/{key}") for key, text in _PLACE]
-        rows.append([name, *(place if len(report["runs"]) > 1 else _bare(report, n)), *rest])
-    return table("At the end", [*head, "Best perplexity", "At step"], rows)
+        rows.append([name, *(place if several else _bare(report, n)), *rest])
+    caption = "At the end" + (
+        f" (in brackets: how many times fewer than {report['runs'][0]['name']})" if several else ""
+    )
+    return table(caption, [*head, "Best perplexity", "At step"], rows)
 
 
 def _bare(report: Report, n: int) -> list[str]:
@@ -120,29 +123,27 @@ def _correlations(report: Report) -> Markup:
     return table("Correlation of the loss ratio with Adam's variance", head, rows)
 
 
+_SPIKE: Mapping[str, Format] = {
+    "step": formats.count,
+    "seqlen": formats.count,
+    "lr": formats.significant,
+    "loss": formats.plain,
+    "ratio": formats.plain,
+}
+
+
 def spikes(report: Report) -> list[Markup]:
     """The spikes of each run that has some; of many the first and the largest."""
-    columns = {
-        "step": formats.count,
-        "seqlen": formats.count,
-        "lr": formats.significant,
-        "loss": formats.plain,
-        "ratio": formats.plain,
-    }
     tables = []
     for n, one in enumerate(report["runs"]):
         listed, count = one["stability"]["spikes_listed"], one["stability"]["spikes"]
-        paths = [f"runs/{n}/stability/spikes_listed/{k}" for k in range(len(listed))]
-        rows = [[_number(report, f"{path}/{key}", text) for key, text in columns.items()] for path in paths]
+        places = [f"runs/{n}/stability/spikes_listed/{k}" for k in range(len(listed))]
+        rows = [[_number(report, f"{place}/{key}", text) for key, text in _SPIKE.items()] for place in places]
         half = len(listed) // 2
-        which = f"all {count}" if count == len(listed) else f"the first {half} and the largest {half} others"
-        caption = (
-            f"Spikes of {one['name']}: {which} of {formats.count(count)}"
-            if count > len(listed)
-            else f"Spikes of {one['name']}"
-        )
-        tables.append(table(caption, ["Step", "Seqlen", "Learning rate", "Loss", "Loss ratio"], rows))
-    return tables
+        some = f", the first {half} and the {half} largest others of {count:,}" if count > len(listed) else ""
+        head = ["Step", "Seqlen", "Learning rate", "Loss", "Loss ratio"]
+        tables.append(table(f"Spikes of {one['name']}{some}", head, rows))
+    return [one for one in tables if one]
 
 
 def rollbacks(report: Report) -> Markup:
@@ -170,16 +171,15 @@ def differences(report: Report) -> Markup:
         [entry["key"], *(_setting(report, f"config/differing/{k}/values/{n}") for n in range(len(report["runs"])))]
         for k, entry in enumerate(report["config"]["differing"])
     ]
-    return table("Settings that differ", ["Setting", *_names(report)], rows)
+    return table("Settings that differ", ["Setting", *_names(report)], rows, "words")
 
 
 def settings(report: Report) -> Markup:
     """The settings that all the runs share."""
-    rows = [
-        [entry["key"], _setting(report, f"config/shared/{k}/value")]
-        for k, entry in enumerate(report["config"]["shared"])
-    ]
-    return table("Settings that all runs share" if len(report["runs"]) > 1 else "Settings", ["Setting", "Value"], rows)
+    shared = report["config"]["shared"]
+    rows = [[entry["key"], _setting(report, f"config/shared/{k}/value")] for k, entry in enumerate(shared)]
+    caption = "Settings that all runs share" if len(report["runs"]) > 1 else "Settings"
+    return table(caption, ["Setting", "Value"], rows, "words")
 
 
 def _setting(report: Report, path: str) -> Markup:
@@ -210,7 +210,8 @@ def conditions(report: Report) -> Markup:
     lines += [(title, f"device/{key}", text) for key, (title, text) in _DEVICE.items()]
     places = [f"runs/{n}/launches/{max(0, len(one['launches'] or ()) - 1)}" for n, one in enumerate(report["runs"])]
     rows = [[title, *(_number(report, f"{place}/{path}", text) for place in places)] for title, path, text in lines]
-    return table("Versions and hardware of the newest launch (the node of rank 0)", ["", *_names(report)], _told(rows))
+    caption = "Versions and hardware of the newest launch (the node of rank 0)"
+    return table(caption, ["", *_names(report)], _told(rows), "words")
 
 
 def _told(rows: Sequence[Sequence[str]]) -> list[Sequence[str]]:
@@ -231,4 +232,4 @@ def launches(report: Report) -> Markup:
         for n, one in enumerate(report["runs"])
         for k, launch in enumerate(one["launches"] or ())
     ]
-    return table("Launches", ["Run", "Started", "First step", "Ranks"], rows)
+    return table("Launches", ["Run", "Started", "First step", "Ranks"], rows, "words")
