@@ -17,5 +17,5 @@ echo "3/4  training on $ranks ranks with DeepSpeed (the first run compiles DeepS
 deepspeed --num_accelerators "$ranks" scripts/train_gpt2.py --config configs/tiny_cpu.json --save runs/quickstart
 
 echo "4/4  result"
-python scripts/report.py runs/quickstart --png runs/quickstart/curves.png
+python scripts/report.py runs/quickstart --png runs/quickstart/curves.png --out runs/quickstart/report
 echo "checkpoint       $(ls -d runs/quickstart/global_step* | sort -V | tail -n 1) (loads with transformers too)"

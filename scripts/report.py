@@ -1,6 +1,6 @@
 """Show runs from their folders: what each came to, how they compare with the first, and all of it as a page with plots.
 
-Examples:
+Example:
   python scripts/report.py runs/quickstart --png runs/quickstart/curves.png
   python scripts/report.py runs/baseline runs/slw60k --out reports/slw60k
   python scripts/report.py runs/slw60k --out reports/slw60k --watch 30
@@ -86,7 +86,7 @@ def _tell(runs: list, as_json: bool) -> None:
     for one in runs:
         if len(runs) > 1:
             print(one.name)
-        print(summarise(one.steps, one.evaluations))
+        print(summarise(one))
         print(describe_stability(one.stability) + "\n" * (len(runs) > 1))
     if len(runs) > 1:
         print(describe_comparison(report(runs)))

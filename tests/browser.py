@@ -52,7 +52,6 @@ addEventListener('load', () => {
     least_contrast: Math.min(...texts.map(contrast)),
     ids: [...document.querySelectorAll('[id]')].map(one => one.id),
     outcome: document.querySelector('.outcome').textContent,
-    injected: document.querySelectorAll('b').length,
   }, '*')
 })
 </script>

@@ -19,11 +19,13 @@ from test_matrix import launch_runs
 from seqlen_curriculum import CheckpointError, ConfigError, DataError, RunConfig
 from seqlen_curriculum.analysis import formats
 from seqlen_curriculum.analysis.curves import Run, Series, load_run
+from seqlen_curriculum.analysis.drawing import COLOURS, style_of
 from seqlen_curriculum.analysis.folder import check_folder, follow, write_report
 from seqlen_curriculum.analysis.outcome import describe_comparison
 from seqlen_curriculum.analysis.page import page
 from seqlen_curriculum.analysis.plots import PLOTS
 from seqlen_curriculum.analysis.report import report
+from seqlen_curriculum.analysis.style import STYLE
 from seqlen_curriculum.runlog import RunLog
 
 REPORT = [sys.executable, str(ROOT / "scripts" / "report.py")]
@@ -183,6 +185,36 @@ def test_variance_rollbacks_and_many_spikes_have_their_places():
     )
     assert "<b>" not in text
     assert "&lt;b&gt;&amp;run&lt;/b&gt;" in text
+
+
+def test_speed_by_hand():
+    # 5 steps of 100 tokens in 36 s each; the third was passed over: its tokens and its time don't count
+    run = synthetic("run", [4.0] * 5, {4: 2.0})
+    passed_over = {"step": 3, "consumed_tokens": 300, "skipped": True}
+    records = [passed_over if record["step"] == 3 else record for record in run.records]
+    run = Run("run", records)
+    assert run.tokens_per_second == pytest.approx(100 / 36)
+    assert run.series("tokens_per_second").values == pytest.approx([100 / 36] * 4)
+    assert run.series("tokens_per_second").step.tolist() == [1, 2, 4, 5]
+    # where a log begins later, the tokens of its first step are not known
+    assert Run("later", records[3:]).series("tokens_per_second").step.tolist() == [5]
+    # of 1000 steps every point is the mean of five
+    long = synthetic("long", [4.0] * 1000, {}).series("tokens_per_second")
+    assert (len(long.values), long.step[0], long.step[-1]) == (200, 5, 1000)
+
+
+def luminance(colour):
+    channels = [int(colour[at : at + 2], 16) / 255 for at in (1, 3, 5)]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def test_curves_stand_out_from_light_and_dark_pages():
+    light, dark = map(luminance, re.findall(r"--page: (#\w{6})", STYLE))
+    for colour in map(luminance, COLOURS):
+        assert (light + 0.05) / (colour + 0.05) >= 3
+        assert (colour + 0.05) / (dark + 0.05) >= 3
+    assert len({style_of(number) for number in range(18)}) == 18
 
 
 @pytest.mark.parametrize(

@@ -90,8 +90,7 @@ def test_a_full_disk_is_told_in_words():
 
 def test_summary_by_hand(tmp_path):
     written(tmp_path / "runlog.jsonl", 4)
-    run = load_run(tmp_path)
-    text = summarise(run.steps, run.evaluations)
+    text = summarise(load_run(tmp_path))
     # lengths 8 to 32 of 4 rows: 32 + 64 + 96 + 128 = 320 tokens in 4 x 0.5 s
     assert "2 s, 160 tokens/s" in text
     assert "consumed tokens  320" in text

@@ -123,18 +123,31 @@ class Run:
         values = np.array([self.records[n][name] for n in chosen], dtype=np.float64)
         return Series(values, *(place[chosen] for place in self._places))
 
-    def _speed(self) -> Series:
-        """Means over equally many steps each, at most 200 of them, of training alone."""
-        step, tokens, hours = self._places
+    @cached_property
+    def _timed(self) -> tuple[NDArray[Any], Column, Column]:
+        """(records, tokens, seconds) of the steps that were trained and whose tokens are known."""
+        step, tokens, _ = self._places
         trained = np.array([n for n, record in enumerate(self.records) if "valid_loss" not in record], dtype=int)
         before = np.concatenate([[0.0], tokens[trained][:-1]])
         timed = np.array(["loss" in self.records[n] for n in trained], dtype=bool)
         timed &= (step[trained] == 1) | (before > 0)  # where a log begins later, its first step's tokens are not known
-        chosen, step_tokens = trained[timed], (tokens[trained] - before)[timed]
+        chosen = trained[timed]
+        return chosen, (tokens[trained] - before)[timed], _column([self.records[n] for n in chosen], "seconds")
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Of training alone; None where no step has a time."""
+        _, tokens, seconds = self._timed
+        return float(tokens.sum() / seconds.sum()) if seconds.sum() else None
+
+    def _speed(self) -> Series:
+        """Means over equally many steps each, at most 200 of them, of training alone."""
+        step, tokens, hours = self._places
+        chosen, step_tokens, step_seconds = self._timed
         if not len(chosen):
             return Series(*[np.zeros(0)] * 4)
         starts = np.unique(np.linspace(0, len(chosen), _SPEED_POINTS, endpoint=False).astype(int))
-        seconds = np.add.reduceat(_column([self.records[n] for n in chosen], "seconds"), starts)
+        seconds = np.add.reduceat(step_seconds, starts)
         ends = chosen[np.append(starts[1:], len(chosen)) - 1]
         speeds = np.add.reduceat(step_tokens, starts) / np.maximum(seconds, 1e-9)
         return Series(speeds, step[ends], tokens[ends], hours[ends])
@@ -179,13 +192,11 @@ def _object(path: Path, kind: type[Any]) -> Any:
     return value
 
 
-def summarise(steps: Records, evaluations: Records) -> str:
+def summarise(run: Run) -> str:
     """The run in a few lines for a terminal."""
+    steps, evaluations = run.steps, run.evaluations
     seconds = sum(record["seconds"] for record in steps)
-    from_the_start = steps[0]["step"] == 1
-    timed = sum(record["seconds"] for record in (steps if from_the_start else steps[1:]))
-    tokens = steps[-1]["consumed_tokens"] - (0 if from_the_start else steps[0]["consumed_tokens"])
-    speed = f", {tokens / timed:,.0f} tokens/s" if timed else ""
+    speed = f", {run.tokens_per_second:,.0f} tokens/s" if run.tokens_per_second else ""
     lines = [
         f"steps            {steps[-1]['step']:,}",
         f"consumed tokens  {steps[-1]['consumed_tokens']:,}",

@@ -69,7 +69,11 @@ def draw_run(runs: Sequence[Run], path: Path) -> None:
         for axis, plot in zip(figure.subplots(2, 2).flat, SUMMARY, strict=True):
             _draw(axis, plot, runs)
             axis.set_title(plot.title)
-            for number, run in enumerate(runs if plot.of == "loss" else ()):
+            if plot.of != "loss":
+                continue
+            for line in axis.lines:
+                line.set(linewidth=0.7, alpha=0.6)
+            for number, run in enumerate(runs):
                 halo, (colour, dashes) = withStroke(linewidth=4.5, foreground="white"), style_of(number)
                 x, y = _points(run.series("valid_loss"), plot, runs)
                 axis.plot(x, y, color=colour, ls=dashes, lw=2.4, path_effects=[halo])
@@ -95,7 +99,7 @@ def _legend(figure: Any, title: str | None = None) -> None:
     handles, labels = figure.axes[0].get_legend_handles_labels()
     legend = figure.legend(handles, labels, loc="outside upper center", ncols=3, title=title)
     for line in legend.get_lines():
-        line.set(linewidth=2.4)
+        line.set(linewidth=2.4, alpha=1)
 
 
 def _draw(axis: Any, plot: Plot, runs: Sequence[Run]) -> None:

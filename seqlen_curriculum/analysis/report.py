@@ -45,7 +45,6 @@ def _one(run: Run) -> dict[str, Any]:
     """A run by itself: its ``end``, ``final`` and ``best`` evaluation as points (step, tokens, hours), and the rest."""
     points = _evaluation_points(run)
     seconds = sum(record["seconds"] for record in run.steps)
-    speed = run.series("tokens_per_second")
     first, last = run.steps[0], run.steps[-1]
     hours = run.series("loss").hours
     return {
@@ -55,7 +54,7 @@ def _one(run: Run) -> dict[str, Any]:
         "train_tokens": run.budget,
         "finished": run.finished,
         "training_hours": seconds / 3600,
-        "tokens_per_second": _mean_speed(run) if len(speed.values) else None,
+        "tokens_per_second": run.tokens_per_second,
         "seqlen": [first["seqlen"], last["seqlen"]],
         "loss": last["loss"],
         "final": points[-1] if points else None,
@@ -65,14 +64,6 @@ def _one(run: Run) -> dict[str, Any]:
         "rollbacks": run.rollbacks,
         "launches": run.info.get("launches"),
     }
-
-
-def _mean_speed(run: Run) -> float | None:
-    """Tokens of the timed steps over their seconds; where a log begins later, its first step's tokens are not known."""
-    whole = run.steps[0]["step"] == 1
-    seconds = sum(record["seconds"] for record in (run.steps if whole else run.steps[1:]))
-    tokens = run.steps[-1]["consumed_tokens"] - (0 if whole else run.steps[0]["consumed_tokens"])
-    return tokens / seconds if seconds else None
 
 
 def _point(record: dict[str, Any], hours: float) -> Point:

@@ -17,8 +17,9 @@ h1 { margin: 0; font-size: 1rem; font-weight: 600; color: var(--quiet); letter-s
 h2 { margin: 2.4rem 0 0.8rem; padding-bottom: 0.3rem; font-size: 1.25rem; border-bottom: 1px solid var(--line) }
 .outcome { margin: 0.3rem 0 0.8rem; max-width: 62rem; font-size: clamp(1.1rem, 0.95rem + 0.7vw, 1.5rem); line-height: 1.35 }
 .note, footer { margin: 0.2rem 0; color: var(--quiet); font-size: 0.9rem }
-.legend { position: sticky; top: 0; z-index: 1; display: flex; flex-wrap: wrap; gap: 0.2rem 1.4rem; margin: 1rem 0 0;
-  padding: 0.5rem 0; list-style: none; background: var(--page); border-bottom: 1px solid var(--line) }
+.legend { position: sticky; top: 0; max-height: 30vh; overflow: auto; z-index: 1; display: flex;
+  flex-wrap: wrap; gap: 0.2rem 1.4rem; margin: 1rem 0 0; padding: 0.5rem 0;
+  list-style: none; background: var(--page); border-bottom: 1px solid var(--line) }
 .legend .line { display: inline-block; width: 1.6rem; margin-right: 0.5rem; vertical-align: middle }
 .scrolls { overflow-x: auto; margin: 0 0 1.2rem; border: 1px solid var(--line); border-radius: 6px;
   background: var(--panel) }

@@ -67,14 +67,16 @@ def _versions() -> dict[str, str]:
 
 def _device() -> dict[str, Any]:
     """Of the node of rank 0. ``accelerator`` is None on a CPU; memory is in bytes."""
-    name = get_accelerator()._name
-    found: dict[str, Any] = {"accelerator": None}
-    if name != "cpu":
-        device = torch.get_device_module(name)
-        memory = int(get_accelerator().total_memory())
-        found = {"accelerator": device.get_device_name(), "accelerator_memory_bytes": memory}
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return {**found, "cpu": _cpu(), "cores": len(os.sched_getaffinity(0)), "memory_bytes": memory}
+    return {**_accelerator(), "cpu": _cpu(), "cores": len(os.sched_getaffinity(0)), "memory_bytes": memory}
+
+
+def _accelerator() -> dict[str, Any]:
+    name = str(get_accelerator().device_name())
+    if name == "cpu":
+        return {"accelerator": None}
+    model = getattr(getattr(torch, name, None), "get_device_name", lambda: name)  # not every kind tells its model
+    return {"accelerator": model(), "accelerator_memory_bytes": int(get_accelerator().total_memory())}
 
 
 def _cpu() -> str:
