@@ -27,7 +27,7 @@ LOGS = ("runlog.jsonl", "run.json", "rollbacks.json")
 _SPEED_POINTS = 200
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Series:
     """Logged values (n,) and where they stand, each (n,) too; ``hours`` are those of training and evaluation alone."""
 
@@ -54,7 +54,7 @@ class Series:
         return Series(self.values[chosen], self.step[chosen], self.tokens[chosen], self.hours[chosen])
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Run:
     """What a run folder holds. ``info`` is ``run.json`` ({} in a folder without), ``rollbacks`` None where none is told."""
 
@@ -128,9 +128,9 @@ class Run:
         """(records, tokens, seconds) of the steps that were trained and whose tokens are known."""
         step, tokens, _ = self._places
         trained = np.array([n for n, record in enumerate(self.records) if "valid_loss" not in record], dtype=int)
-        before = np.concatenate([[0.0], tokens[trained][:-1]])
+        last_step, before = (np.concatenate([[0.0], place[trained][:-1]]) for place in (step, tokens))
         timed = np.array(["loss" in self.records[n] for n in trained], dtype=bool)
-        timed &= (step[trained] == 1) | (before > 0)  # where a log begins later, its first step's tokens are not known
+        timed &= step[trained] == last_step + 1  # of a step after others that are not in the log it tells no tokens
         chosen = trained[timed]
         return chosen, (tokens[trained] - before)[timed], _column([self.records[n] for n in chosen], "seconds")
 
@@ -197,8 +197,9 @@ def summarise(run: Run) -> str:
     steps, evaluations = run.steps, run.evaluations
     seconds = sum(record["seconds"] for record in steps)
     speed = f", {run.tokens_per_second:,.0f} tokens/s" if run.tokens_per_second else ""
+    skipped = steps[-1]["step"] - steps[0]["step"] + 1 - len(steps)
     lines = [
-        f"steps            {steps[-1]['step']:,}",
+        f"steps            {steps[-1]['step']:,}" + (f", {skipped:,} of them skipped by rollbacks" if skipped else ""),
         f"consumed tokens  {steps[-1]['consumed_tokens']:,}",
         f"seqlen           {steps[0]['seqlen']} to {steps[-1]['seqlen']}",
         f"training loss    {steps[0]['loss']:.3f} to {steps[-1]['loss']:.3f}",

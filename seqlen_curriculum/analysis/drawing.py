@@ -95,9 +95,10 @@ def _figure(ink: str, size: tuple[float, float]) -> Iterator[Any]:
 
 
 def _legend(figure: Any, title: str | None = None) -> None:
-    """Above the axes, where it covers no curve."""
+    """Above the axes, where it covers no curve; in as many columns as the longest name leaves room for."""
     handles, labels = figure.axes[0].get_legend_handles_labels()
-    legend = figure.legend(handles, labels, loc="outside upper center", ncols=3, title=title)
+    columns = max(1, min(3, int(10 * figure.get_figwidth()) // (max(map(len, labels)) + 6)))
+    legend = figure.legend(handles, labels, loc="outside upper center", ncols=columns, title=title)
     for line in legend.get_lines():
         line.set(linewidth=2.4, alpha=1)
 

@@ -49,7 +49,7 @@ def _one(run: Run) -> dict[str, Any]:
     hours = run.series("loss").hours
     return {
         "name": run.name,
-        "first_step": first["step"],
+        "first_step": run.records[0]["step"],
         "end": _point(last, max(float(hours[-1]), points[-1]["hours"] if points else 0.0)),
         "train_tokens": run.budget,
         "finished": run.finished,

@@ -50,6 +50,8 @@ def pretrain(config: RunConfig, train: Feed, valid: Samples | None, save: Path, 
     on_rank_0(lambda: lock_folder(save))
     checkpoint = checkpoints.find(resume)
     on_rank_0(lambda: refuse_other_run(save, resume, checkpoint))
+    first_step = checkpoint.step + 1 if checkpoint else 1
+    on_rank_0(lambda: record_launch(save, config.as_file(), dist.get_world_size(), first_step))
     torch.manual_seed(training.seed)  # the same weights on every rank
     model = build_gpt2(model_config)
     executor, write = assemble(config, model)
@@ -60,7 +62,6 @@ def pretrain(config: RunConfig, train: Feed, valid: Samples | None, save: Path, 
         checkpoints.load(engine, checkpoint)
     done_steps = checkpoint.step if checkpoint else 0
     _rewind_logs(save, done_steps)
-    on_rank_0(lambda: record_launch(save, config.as_file(), dist.get_world_size(), done_steps + 1))
     _, micro_batch, _ = batch_shape(config.keys, dist.get_world_size())
     logs_samples = training.log_sample_ids and executor.leads
     telemetry = Telemetry(save / _RUNLOG if rank == 0 else None, engine.monitor, done_steps, timeline)
