@@ -110,6 +110,17 @@ def test_only_what_differs_is_told_as_differing():
     assert "No run.json in a, b, base" in page(found, [ours, theirs, BASE])
 
 
+def test_a_run_has_finished_with_its_last_evaluation():
+    def finished(records, **training):
+        return Run("run", records, {"config": {"training": training}}).finished
+
+    assert finished(BASE.records, train_tokens=400, eval_interval=2)
+    assert not finished(BASE.records[:-1], train_tokens=400, eval_interval=2)
+    assert finished(BASE.records[:-1], train_tokens=400, eval_interval=0)
+    assert not finished(BASE.records, train_tokens=401)
+    assert not finished(BASE.records)
+
+
 def test_a_spike_of_one_step_in_400_000_is_drawn():
     values = np.full(400_000, 2.0)
     values[123_456] = 9.0

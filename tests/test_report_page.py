@@ -16,7 +16,7 @@ from test_report import BASE, synthetic
 
 from seqlen_curriculum import CheckpointError, ConfigError, DataError, RunConfig
 from seqlen_curriculum.analysis.curves import Run, load_run
-from seqlen_curriculum.analysis.drawing import COLOURS, style_of
+from seqlen_curriculum.analysis.drawing import COLOURS, draw_run, save_png, style_of, svg
 from seqlen_curriculum.analysis.folder import check_folder, follow, write_report
 from seqlen_curriculum.analysis.page import page
 from seqlen_curriculum.analysis.plots import PLOTS
@@ -102,6 +102,21 @@ def test_sparse_logs_make_sensible_pages(run, tmp_path):
     notes = page(report([run]), [run])
     assert ("has no evaluation" in notes) == (not run.evaluations)
     assert ("begins with step 4" in notes) == (run.name == "later")
+
+
+@pytest.mark.parametrize("name", ["_hidden", "a $x^{ $name", "long " * 40])
+def test_a_run_of_any_name_has_its_place_in_the_legend(tmp_path, name):
+    from matplotlib.image import imread
+
+    run = synthetic(name, [4.0, 3.0], {2: 3.0})
+    for draw in (lambda path: save_png(PLOTS[0], [run], path, "us"), lambda path: draw_run([run], path)):
+        draw(tmp_path / "run.png")
+        picture = imread(tmp_path / "run.png")[..., :3]
+        height, width, _ = picture.shape
+        legend = picture[: height // 12]
+        assert (legend < 0.5).all(axis=2).sum() > 100  # letters
+        assert (legend[:, : width // 100] == 1).all()  # none of them cut off
+    assert "<svg" in svg(PLOTS[0], [run])
 
 
 def test_rows_are_drawn_only_where_they_change():

@@ -79,12 +79,15 @@ class Run:
         config = self.info.get("config")
         return config if isinstance(config, dict) else {}
 
-    @cached_property
+    def _training(self, key: str) -> int | None:
+        section = self.config.get("training")
+        value = section.get(key) if isinstance(section, dict) else None
+        return value if isinstance(value, int) else None
+
+    @property
     def budget(self) -> int | None:
         """``training.train_tokens``, None where the folder doesn't tell."""
-        training = self.config.get("training")
-        tokens = training.get("train_tokens") if isinstance(training, dict) else None
-        return tokens if isinstance(tokens, int) else None
+        return self._training("train_tokens")
 
     @cached_property
     def stability(self) -> dict[str, Any]:
@@ -93,8 +96,10 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        """Whether the budget is reached."""
-        return bool(self.budget and self.steps and self.steps[-1]["consumed_tokens"] >= self.budget)
+        """Whether the budget is reached, and the evaluation that comes at the end is there."""
+        if not self.budget or not self.records or self.records[-1]["consumed_tokens"] < self.budget:
+            return False
+        return not self._training("eval_interval") or "valid_loss" in self.records[-1]
 
     @cached_property
     def _places(self) -> tuple[Column, Column, Column]:

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from html import escape
 from pathlib import Path
+from textwrap import wrap
 from typing import Any
 
 from seqlen_curriculum.analysis.curves import Run, Series
@@ -90,6 +91,7 @@ def _figure(ink: str, size: tuple[float, float]) -> Iterator[Any]:
     style |= dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "grid.color"), ink)
     style |= {"svg.fonttype": "none", "svg.hashsalt": "report", "axes.spines.top": False, "axes.spines.right": False}
     style |= {"axes.grid": True, "grid.alpha": 0.18, "axes.titlesize": "medium", "legend.frameon": False}
+    style["text.parse_math"] = False  # a name may hold a $
     with mpl.rc_context(style):
         yield Figure(figsize=size, layout="constrained")
 
@@ -97,7 +99,10 @@ def _figure(ink: str, size: tuple[float, float]) -> Iterator[Any]:
 def _legend(figure: Any, title: str | None = None) -> None:
     """Above the axes, where it covers no curve; in as many columns as the longest name leaves room for."""
     handles, labels = figure.axes[0].get_legend_handles_labels()
-    columns = max(1, min(3, int(10 * figure.get_figwidth()) // (max(map(len, labels)) + 6)))
+    # The blank before a label: matplotlib leaves labels out that begin with an underscore, as a run's name may.
+    room = int(10 * figure.get_figwidth())  # ten letters an inch, and a line is as long as six
+    columns = max(1, min(3, room // (max(map(len, labels)) + 6)))
+    labels = [" " + "\n ".join(wrap(label, room - 6)) for label in labels]
     legend = figure.legend(handles, labels, loc="outside upper center", ncols=columns, title=title)
     for line in legend.get_lines():
         line.set(linewidth=2.4, alpha=1)
@@ -125,7 +130,7 @@ def _draw_one(axis: Any, plot: Plot, run: Run, runs: Sequence[Run], style: tuple
             y, label = y / y.max(), name.replace("_", " ")
         options |= {"marker": "o"} if len(x) == 1 else {}  # a line of one point shows nothing
         drawn = "steps-pre" if plot.stays else "default"
-        axis.plot(x, y, label=label, lw=1.2, drawstyle=drawn, markersize=4, **options)
+        axis.plot(x, y, label=f" {label}", lw=1.2, drawstyle=drawn, markersize=4, **options)
     if plot.of in ("loss", "loss_ratio") and plot.against == "step":
         for rollback in run.rollbacks or ():
             axis.axvline(rollback["step"], color=colour, lw=0.9, ls=":")

@@ -62,7 +62,7 @@ def _missing(report: Report) -> list[str]:
         if one["final"] is None:
             words.append(f"{one['name']} has no evaluation yet.")
         if one["skipped_steps"]:
-            words.append(f"{one['name']} passed over {one['skipped_steps']:,} steps.")
+            words.append(f"Steps that rollbacks of {one['name']} passed over: {one['skipped_steps']:,}.")
     return words
 
 
