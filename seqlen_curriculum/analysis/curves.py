@@ -124,20 +124,22 @@ class Run:
             losses = self.series("loss")
             ratios = Series(ratios_to_best(losses.values), losses.step, losses.tokens, losses.hours)
             return ratios[np.arange(1, max(1, len(losses.values)))]  # the first step has none
-        chosen = np.array([n for n, record in enumerate(self.records) if record.get(name) is not None], dtype=int)
-        values = np.array([self.records[n][name] for n in chosen], dtype=np.float64)
+        found = [(n, record[name]) for n, record in enumerate(self.records) if record.get(name) is not None]
+        chosen = np.array([n for n, _ in found], dtype=int)
+        values = np.array([value for _, value in found], dtype=np.float64)
         return Series(values, *(place[chosen] for place in self._places))
 
     @cached_property
     def _timed(self) -> tuple[NDArray[Any], Column, Column]:
         """(records, tokens, seconds) of the steps that were trained and whose tokens are known."""
         step, tokens, _ = self._places
-        trained = np.array([n for n, record in enumerate(self.records) if "valid_loss" not in record], dtype=int)
+        others = [(n, "loss" in record) for n, record in enumerate(self.records) if "valid_loss" not in record]
+        trained = np.array([n for n, _ in others], dtype=int)
+        timed = np.array([has_loss for _, has_loss in others], dtype=bool)
         last_step, before = (np.concatenate([[0.0], place[trained][:-1]]) for place in (step, tokens))
-        timed = np.array(["loss" in self.records[n] for n in trained], dtype=bool)
         timed &= step[trained] == last_step + 1  # of a step after others that are not in the log it tells no tokens
         chosen = trained[timed]
-        return chosen, (tokens[trained] - before)[timed], _column([self.records[n] for n in chosen], "seconds")
+        return chosen, (tokens[trained] - before)[timed], _column([self.records[n] for n in chosen.tolist()], "seconds")
 
     @property
     def tokens_per_second(self) -> float | None:

@@ -131,7 +131,7 @@ def _draw_one(axis: Any, plot: Plot, run: Run, runs: Sequence[Run], style: tuple
         options |= {"marker": "o"} if len(x) == 1 else {}  # a line of one point shows nothing
         drawn = "steps-pre" if plot.stays else "default"
         axis.plot(x, y, label=f" {label}", lw=1.2, drawstyle=drawn, markersize=4, **options)
-    if plot.of in ("loss", "loss_ratio") and plot.against == "step":
+    if plot.marks_rollbacks:
         for rollback in run.rollbacks or ():
             axis.axvline(rollback["step"], color=colour, lw=0.9, ls=":")
 
@@ -155,7 +155,8 @@ def _scale(axis: Any, plot: Plot, top: float | None) -> None:
     round_steps = {"steps": (1, 2, 2.5, 5, 10), "min_n_ticks": 3}
     if plot.log:
         axis.set_yscale("log")
-        axis.set_ylim(top=top or axis.get_ylim()[1])
+        if top:
+            axis.set_ylim(axis.dataLim.y0 / 1.08, top)
         low, high = axis.get_ylim()
         wide = LogLocator(subs=(1,) if high / low > 1e3 else (1, 2, 5))
         axis.yaxis.set_major_locator(MaxNLocator(5, **round_steps) if high / low < 8 else wide)

@@ -110,7 +110,7 @@ def _figures(runs: Sequence[Run], group: str) -> list[Markup]:
         shown = plot.runs(runs) if plot.group == group else []
         if shown:
             without = [run.name for run in runs if run not in shown] if not plot.beside else []
-            back = "Dotted: a rollback." if plot.of.startswith("loss") and any(run.rollbacks for run in shown) else ""
+            back = "Dotted: a rollback." if plot.marks_rollbacks and any(run.rollbacks for run in shown) else ""
             cut = "The first descent begins above." if plot.top(runs) else ""
             notes = [plot.note, cut, back, f"Not logged by {', '.join(without)}." if without else ""]
             caption = tag("figcaption", tag("strong", plot.title), tag("span", " ".join(filter(None, notes))))

@@ -34,6 +34,11 @@ class Plot:
     changing: bool = False
     """Whether the plot is only worth its place where a run's values change."""
 
+    @property
+    def marks_rollbacks(self) -> bool:
+        """Whether the steps at which runs went back are shown."""
+        return self.of in ("loss", "loss_ratio") and self.against == "step" and not self.beside
+
     def runs(self, runs: Sequence[Run]) -> list[Run]:
         """Those of ``runs`` that have the values; for ``beside`` the most unstable of them."""
         having = [run for run in runs if all(len(run.series(name).values) for name in (self.of, self.beside) if name)]

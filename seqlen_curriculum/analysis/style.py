@@ -31,7 +31,7 @@ thead th { color: var(--quiet); font-size: 0.85rem; font-weight: 500; vertical-a
   white-space: normal; min-width: 5.5rem }
 .words :is(td, th) { text-align: left }
 th:first-child { text-align: left }
-tbody th { min-width: 8rem; max-width: 45vw; font-weight: 500; white-space: normal; overflow-wrap: anywhere }
+tbody th { min-width: min(11rem, 33vw); max-width: 45vw; font-weight: 500; white-space: normal; overflow-wrap: anywhere }
 .ratio { color: var(--quiet) }
 .figures { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 23rem), 1fr)); gap: 1.2rem }
 .figures > .note { grid-column: 1 / -1 }
