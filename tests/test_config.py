@@ -401,6 +401,15 @@ def test_max_grad_norm_of_old_files_becomes_gradient_clipping():
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_what_a_run_records_of_its_file_is_the_same_run(path):
+    weights = json.dumps([[0.7, "wiki"], [0.3, "books"]])
+    config = RunConfig.load(path, ["training.seed=7", f"data.train={weights}"])
+    written = json.loads(json.dumps(config.as_file(), allow_nan=False))
+    assert RunConfig.from_dict(written) == config
+    assert (written["training"]["seed"], written["data"]["leftovers"]) == (7, config.data.leftovers)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_shipped_config_loads_and_plans(path):
     config = RunConfig.load(path, require=("model", "data", "training"))
     timeline = config.timeline()
