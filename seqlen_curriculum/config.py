@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 from seqlen_curriculum.architecture import ModelConfig
 from seqlen_curriculum.curriculum import CurriculumConfig, constant_curriculum, curriculum_problems
@@ -17,48 +17,18 @@ from seqlen_curriculum.cutting import Cut
 from seqlen_curriculum.data_section import DataConfig
 from seqlen_curriculum.deepspeed_keys import DeepSpeedKeys, batch_shape, with_bf16, without_max_grad_norm
 from seqlen_curriculum.errors import ConfigError
-from seqlen_curriculum.fields import Count, CountOrZero, Section, Seqlen, flat, misspelt_sections, parse_section
+from seqlen_curriculum.fields import Section, flat, misspelt_sections, parse_section
 from seqlen_curriculum.jsonfile import apply_override, read_json
 from seqlen_curriculum.parallel import engine_problems, length_problems
 from seqlen_curriculum.rows import BatchSizeWarmup, RisingRows
 from seqlen_curriculum.scheduler import CurriculumScheduler
 from seqlen_curriculum.timeline import Timeline
 from seqlen_curriculum.token_lr import TokenCosine, TokenCosineConfig, is_token_cosine
+from seqlen_curriculum.training_section import TrainingConfig
 
 __all__ = ["DataConfig", "RunConfig", "TrainingConfig"]
 
 S = TypeVar("S", bound=Section)
-
-
-class TrainingConfig(Section):
-    """The ``training`` section: when to stop, evaluate and save."""
-
-    train_tokens: Count
-    """Stop at the first step whose end has consumed this many target tokens (Megatron-DeepSpeed's ``--train-tokens``)."""
-    seed: CountOrZero = 1234
-    """Keys weights, sample order and dropout."""
-    eval_interval: CountOrZero = 100
-    """Steps between evaluations at full length; one more comes at the end. 0: never."""
-    eval_rows: Count = 64
-    """Full-length rows of the validation split per evaluation, the same ones each time."""
-    save_interval: CountOrZero = 1000
-    """Steps between checkpoints; one more comes at the end. 0: only then."""
-    keep_last: Count = 3
-    """Newest checkpoints to keep; older ones are deleted once a newer one is complete."""
-    micro_batch: Literal["balanced", "fixed"] = "balanced"
-    """``balanced``: at short lengths a micro-batch has more rows, up to as many tokens as one at full length, and a step
-    fewer of them; the gradient is the same to rounding. ``fixed``: ``train_micro_batch_size_per_gpu`` rows always."""
-    compile: bool = False
-    """``torch.compile`` the model's blocks, in at most 3 graphs whatever the lengths. Worth it on GPUs; slow to start."""
-    preflight: bool = True
-    """Try the largest micro-batch before step 1, so that one that doesn't fit the device's memory shows at once."""
-    seqlen_bucket: Seqlen | None = None
-    """Round every length down to a multiple of this, as ``difficulty_step`` does for a ramp: fewer shapes to compile, and
-    multiples for the hardware, of any schedule. The longest length stays as it is."""
-    variance_interval: CountOrZero = 10
-    """Steps between measures of Adam's variance and momentum (their l1 norm and largest element). 0: never."""
-    log_sample_ids: bool = False
-    """Also write the ids of the samples each rank reads, to ``SAVE/samples.rank*.jsonl``."""
 
 
 _PRECISION = ("fp16", "bf16", "amp", "torch_autocast", "data_types")
@@ -216,7 +186,7 @@ class RunConfig:
 
     def _conflicts(self, complete: bool) -> list[str]:
         """Problems between sections; with ``complete`` (no section has a problem) also what building the schedule finds."""
-        checks = (self._seq_length_fits(), self._budget_is_tokens(), self._batch_warmup_fits())
+        checks = (self._seq_length_fits(), self._budget_is_tokens(), self._batch_warmup_fits(), self._rollback_fits())
         found = [problem for problem in checks if problem]
         found += engine_problems(self.keys, self.model, bool(self.training and self.training.compile), self.cut.method)
         if found or not complete or not self.training or not (self.data or self.curriculum):
@@ -264,6 +234,20 @@ class RunConfig:
                 "a step; give the budget in tokens"
             )
         return None
+
+    def _rollback_fits(self) -> str | None:
+        """Of the checkpoints kept, the oldest is (keep_last - 1) * save_interval steps before the newest or more."""
+        training = self.training
+        if training is None or training.on_spike != "rollback" or not training.save_interval:
+            return None
+        reach = (training.keep_last - 1) * training.save_interval + 1  # steps from the first kept on, at the least
+        if reach >= training.spike_skip_steps:
+            return None
+        return (
+            f"training.keep_last: {training.keep_last} checkpoints {training.save_interval} steps apart may all be of the "
+            f"last {reach} steps, and a rollback passes over {training.spike_skip_steps}; raise keep_last to "
+            f"{1 - (1 - training.spike_skip_steps) // training.save_interval}, save less often or lower spike_skip_steps"
+        )
 
 
 def _parse_curriculum(raw: Mapping[str, Any], found: list[str]) -> CurriculumConfig | None:

@@ -4,7 +4,7 @@ SeqlenCurriculumError
 ├── ConfigError       a value in the configuration, a flag or a schedule (also a ``ValueError``)
 ├── DataError         a corpus, its files or its tokens, or a batch (also a ``ValueError``)
 ├── CheckpointError   a checkpoint that can't be written, read or continued
-└── DivergenceError   the loss stopped being finite
+└── DivergenceError   the loss stopped being finite, or spiked where that is to stop the run
 
 Each message names the field or file, the value found and what to do. Programs catch the root; scripts print
 the message without a traceback and exit with status 1.
@@ -44,4 +44,4 @@ class CheckpointError(SeqlenCurriculumError, RuntimeError):
 
 
 class DivergenceError(SeqlenCurriculumError, RuntimeError):
-    """The loss, its gradient or the validation loss is NaN or infinite; the last saved checkpoint is intact."""
+    """The loss, its gradient or the validation loss is NaN or infinite, or it spiked; the last checkpoint is intact."""

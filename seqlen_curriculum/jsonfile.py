@@ -1,14 +1,15 @@
-"""A JSON object from a file, strictly, and ``a.b=value`` overrides of it."""
+"""A JSON object from a file, strictly, ``a.b=value`` overrides of it, and files replaced as a whole."""
 
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 from seqlen_curriculum.errors import ConfigError
 
-__all__ = ["apply_override", "read_json"]
+__all__ = ["apply_override", "read_json", "replace_text"]
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -64,3 +65,18 @@ def apply_override(raw: dict[str, Any], override: str) -> None:
         if not isinstance(target, dict):
             raise ConfigError(f"--set {override!r}: '{parent}' holds {target!r}, not an object with keys")
     target[key] = value
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Make ``text`` the content of ``path`` in one rename; on return the disk has it. Raises OSError."""
+    unfinished = path.with_name(path.name + ".tmp")
+    with unfinished.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(unfinished, path)
+    folder = os.open(path.parent, os.O_RDONLY)  # holds the name
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)

@@ -1,7 +1,8 @@
 """The run's log: one JSON object a line, one line a step, so that analysis needs no engine.
 
 A training record holds ``step, seqlen, rows, consumed_tokens, loss, lr, grad_norm, seconds``; an evaluation record
-``step, consumed_tokens, valid_loss, valid_ppl, seconds``.
+``step, consumed_tokens, valid_loss, valid_ppl, seconds``. A step that a rollback passed over has no loss:
+``step, seqlen, rows, consumed_tokens`` and ``skipped``, which is true.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
-"""Run by test_matrix.py: one run after the other in one launch, each trained, or continued from a checkpoint of another.
+"""Run by test_matrix.py and test_spikes.py: one run after the other in one launch, each trained or continued.
 
-usage: launched_matrix.py RUNS_JSON, a list of {"config", "sets", "save", "resume"} and perhaps "no_compiler"
+usage: launched_matrix.py RUNS_JSON, a list of {"config", "sets", "save", "resume"} and perhaps "no_compiler", and
+"fails" for a run that ends with an error, whose words go into SAVE/error
 """
 
 import json
@@ -13,6 +14,7 @@ import torch._inductor.config
 
 from seqlen_curriculum.config import RunConfig
 from seqlen_curriculum.data.run_data import open_run_data
+from seqlen_curriculum.errors import SeqlenCurriculumError
 from seqlen_curriculum.training.pretrain import pretrain
 
 COMPILERS = torch._inductor.config.cpp.cxx
@@ -26,7 +28,12 @@ def main():
         save.mkdir(parents=True, exist_ok=True)
         torch._inductor.config.cpp.cxx = ("nowhere/g++",) if run.get("no_compiler") else COMPILERS
         torch._dynamo.utils.counters.clear()
-        pretrain(config, *open_run_data(config), save, run["resume"])
+        try:
+            pretrain(config, *open_run_data(config), save, run["resume"])
+        except SeqlenCurriculumError as error:
+            if not run.get("fails"):
+                raise
+            (save / "error").write_text(str(error))
         graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
         (save / "graphs.json").write_text(json.dumps(graphs and graphs - 1))  # one is that of the compiler's trial
 

@@ -104,6 +104,7 @@ def test_bad_overrides(tmp_path, override):
         RunConfig.load(written(tmp_path, GOOD), [override])
 
 
+ROLLBACK = {"on_spike": "rollback", "save_interval": 6, "keep_last": 3}
 BAD = {
     "seq_length typo": (changed(data__seq_lenght=64), "data.seq_lenght: unknown key; did you mean 'seq_length'?"),
     "section typo": (changed(curriculum_learing={}), "unknown section; did you mean 'curriculum_learning'?"),
@@ -123,6 +124,12 @@ BAD = {
     "unknown preset": (changed(model__preset="gpt2-117"), "did you mean 'gpt2-117m'?"),
     "no batch size": (changed(train_batch_size="auto"), "train_batch_size: 'auto' is not valid"),
     "keep none": (changed(training__keep_last=0), "training.keep_last: 0 is not valid"),
+    "spike ratio of one": (changed(training__spike_ratio=1), "training.spike_ratio: 1 is not valid"),
+    "on spike": (changed(training__on_spike="roll"), "training.on_spike: 'roll' is not valid"),
+    "no room to roll back": (
+        changed(training={**GOOD["training"], **ROLLBACK, "spike_skip_steps": 14}),
+        "of the last 13 steps, and a rollback passes over 14; raise keep_last to 4",
+    ),
     "unknown leftovers": (changed(data__leftovers="keep"), "data.leftovers: 'keep' is not valid"),
     "no corpus": (changed(data__train=[]), "data.train: [] is not valid: give a list of corpus prefixes"),
     "no list of corpora": (changed(data__train="a"), "data.train: 'a' is not valid"),
@@ -193,6 +200,18 @@ BAD = {
     "bucket zero": (changed(training__seqlen_bucket=0), "training.seqlen_bucket: 0 is not valid"),
     "clip twice": (changed(optimizer__params__max_grad_norm=2.0, gradient_clipping=1.0), "max_grad_norm: 2.0 differs"),
 }
+
+
+def test_room_to_roll_back_by_hand():
+    # spike at step 25 after a checkpoint at 24: of 24, 18 and 12 the last is before the first of 13 skipped steps, 13
+    RunConfig.from_dict(changed(training={**GOOD["training"], **ROLLBACK, "spike_skip_steps": 13}))
+    for change in ({"on_spike": "stop"}, {"save_interval": 0}, {"keep_last": 4}):
+        RunConfig.from_dict(changed(training={**GOOD["training"], **ROLLBACK, "spike_skip_steps": 14, **change}))
+
+
+def test_the_guard_is_no_part_of_the_run():
+    guarded = changed(training={**GOOD["training"], **ROLLBACK, "spike_ratio": 3, "spike_skip_steps": 5})
+    assert RunConfig.from_dict(guarded).settings() == RunConfig.from_dict(GOOD).settings()
 
 
 @pytest.mark.parametrize(("bad", "message"), BAD.values(), ids=BAD)

@@ -15,7 +15,7 @@ PACKAGE = Path(seqlen_curriculum.__file__).parent
 LAYERS = [
     {"errors", "piecewise"},
     {"cli", "cutting", "fields", "jsonfile", "microbatch", "pacing", "runlog"},
-    {"data_section", "rows", "schedules"},
+    {"data_section", "rows", "schedules", "training_section"},
     {"timeline"},
     {"architecture", "curriculum", "deepspeed_keys", "token_lr"},
     {"parallel", "scheduler"},

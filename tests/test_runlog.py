@@ -98,6 +98,19 @@ def test_summary_by_hand(tmp_path):
     assert "4.000 at step 2 to 4.000 at step 4" in text
 
 
+def test_skipped_steps_are_told_apart(tmp_path):
+    log = RunLog(tmp_path / "runlog.jsonl")
+    for step in (1, 2, 3, 6, 7):
+        log.write(step_record(step))
+    skipped = {"step": 8, "seqlen": 64, "rows": 4, "consumed_tokens": 16 * 8 * 9, "skipped": True}
+    log.write(skipped)
+    log.close()
+    text = summarise(load_run(tmp_path))
+    assert "steps            7, 2 of them skipped by rollbacks" in text
+    # steps 1, 2, 3 and 7 of 32 + 64 + 96 + 224 = 416 tokens in 4 x 0.5 s; of step 6 the log doesn't tell
+    assert "2 s, 208 tokens/s" in text
+
+
 def test_picture_of_a_run_without_evaluations(tmp_path):
     written(tmp_path / "runlog.jsonl", 1)
     draw_run([load_run(tmp_path)], tmp_path / "curves.png")

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import numpy as np
 import pytest
@@ -166,16 +167,18 @@ def test_the_monitor_has_values_against_steps_and_against_tokens(reference):
     assert len(by_steps) == len(by_tokens) == len(steps) + 1
 
 
-def run_and_kill(run_file, save, log, after_step):
-    """Train until the log holds ``after_step``, then kill -9 all of it. False if the run ended before."""
-    process = start(launch_command(TRAIN, "--config", run_file, "--save", save), log)
+def has_reached(save, step):
+    return (save / "runlog.jsonl").exists() and any(r["step"] >= step for r in read_runlog(save / "runlog.jsonl"))
+
+
+def run_and_kill(command, log, due):
+    """Train until ``due()``, then kill -9 all of it. False if the run ended before."""
+    process = start(command, log)
     try:
         while process.poll() is None:
-            if (save / "runlog.jsonl").exists() and any(
-                r["step"] >= after_step for r in read_runlog(save / "runlog.jsonl")
-            ):
+            if due():
                 return True
-            time.sleep(0.02)
+            time.sleep(0.002)
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
@@ -184,13 +187,13 @@ def run_and_kill(run_file, save, log, after_step):
 
 
 def kill_and_resume(reference, run_file, folder, kill_after):
+    save = folder / "run"
     for number, step in enumerate(kill_after):
-        assert run_and_kill(run_file, folder / "run", folder / f"log{number}", step), (
-            folder / f"log{number}"
-        ).read_text()
-    status, output = launch(folder / "log", TRAIN, "--config", run_file, "--save", folder / "run")
+        command, log = launch_command(TRAIN, "--config", run_file, "--save", save), folder / f"log{number}"
+        assert run_and_kill(command, log, partial(has_reached, save, step)), log.read_text()
+    status, output = launch(folder / "log", TRAIN, "--config", run_file, "--save", save)
     assert status == 0, output
-    assert_same_run(folder / "run", reference)
+    assert_same_run(save, reference)
 
 
 def test_killed_and_resumed_runs_equal_the_uninterrupted_one_to_the_last_bit(reference, run_file, tmp_path):

@@ -2,8 +2,9 @@
 
 A checkpoint folder ``global_step<N>`` holds DeepSpeed's files, the model as a Hugging Face folder (``config.json``,
 ``model.safetensors``), and last of all ``complete.json``: the step, over how many ranks the data was spread and under which
-ZeRO stage, the settings that make the run what it is, and the size of every file. A folder without it, or with a file of
-another size, is not a checkpoint.
+ZeRO stage, the settings that make the run what it is, the rollbacks that its weights have seen, and the size of every file.
+A folder without it, or with a file of another size, is not a checkpoint; one that has not seen a rollback which
+``rollbacks.json`` tells of belongs to the course that was abandoned then, and is passed over.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -21,6 +22,8 @@ from pydantic import Field
 
 from seqlen_curriculum.errors import CheckpointError, SeqlenCurriculumError
 from seqlen_curriculum.fields import Count, CountOrZero, Section
+from seqlen_curriculum.jsonfile import replace_text
+from seqlen_curriculum.training.guard import LEDGER, Rollback, begun_by, read_ledger, write_ledger
 from seqlen_curriculum.training.reshard import load_resharded
 from seqlen_curriculum.training.telemetry import say
 
@@ -32,7 +35,7 @@ _MANIFEST = "complete.json"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A complete checkpoint on disk. ``run`` holds the settings it was made under."""
+    """A complete checkpoint on disk. ``run`` holds the settings it was made under, ``rollbacks`` those begun by its step."""
 
     folder: Path
     step: int
@@ -40,6 +43,7 @@ class Checkpoint:
     zero_stage: int
     zero: dict[str, Any]
     run: dict[str, Any]
+    rollbacks: Sequence[Rollback] = ()
 
 
 class Checkpoints:
@@ -47,6 +51,8 @@ class Checkpoints:
 
     def __init__(self, save: Path, keep_last: int, run: Mapping[str, Any]) -> None:
         self.save_folder, self.keep_last, self.run = save.resolve(), keep_last, dict(run)
+        self.rollbacks: Sequence[Rollback] | None = None
+        """Those of the run. None as long as nothing is known of them: then checkpoints of any course will do."""
 
     def save(self, engine: Any, step: int, write_model: Callable[[Path], None]) -> None:
         """Write checkpoint ``step`` on all ranks; older ones beyond ``keep_last`` go once it is complete.
@@ -69,7 +75,7 @@ class Checkpoints:
                 self._publish(unfinished, final, step, engine)
         except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
             shutil.rmtree(unfinished, ignore_errors=True)
-            kept = next(reversed(self._complete()), None)
+            kept = next(reversed(self.complete()), None)
             intact = f"the checkpoint {kept.folder} is intact" if kept else "there is no earlier checkpoint"
             raise CheckpointError(
                 f"{final}: can't be written ({error}); {intact}. Free space or fix the folder, then give the same command"
@@ -79,28 +85,46 @@ class Checkpoints:
     def find(self, resume: str) -> Checkpoint | None:
         """The checkpoint to continue from, the same on all ranks: of ``auto``, ``none`` or a checkpoint folder's path.
 
-        A checkpoint from elsewhere is where a folder without one of its own starts.
+        A checkpoint from elsewhere is where a folder without one of its own starts; it brings the rollbacks it has seen.
         """
 
         def named() -> Checkpoint:
             path = Path(resume).resolve()
             own = None if path.parent == self.save_folder else self.newest()
-            return own or read_checkpoint(path)
+            return own or self._read(path)
 
+        self.rollbacks = on_rank_0(lambda: read_ledger(self.save_folder))
         finders: dict[str, Callable[[], Checkpoint | None]] = {"none": lambda: None, "auto": self.newest}
         found = on_rank_0(finders.get(resume, named))
         if found is not None:
             self._check_same_run(found)  # before the model is built
+        if self.rollbacks is None:
+            self.rollbacks = found.rollbacks if found is not None else ()
         return found
 
     def newest(self) -> Checkpoint | None:
-        """The newest complete checkpoint; says which newer folders it passes over, and why."""
+        """The newest complete checkpoint of this course; says which newer folders it passes over, and why."""
         for folder in sorted(self.save_folder.glob("global_step*"), key=_step_of, reverse=True):
             try:
-                return read_checkpoint(folder)
+                return self._read(folder)
             except CheckpointError as error:
                 say(f"passing over an unusable checkpoint: {error}")
         return None
+
+    def abandon_for(self, rollbacks: Sequence[Rollback], returned_to: Checkpoint) -> None:
+        """Write ``rollbacks`` down, and only then drop the checkpoints that have not seen the last of them. On all ranks."""
+
+        def drop() -> None:
+            of_the_last_course = self.complete()
+            write_ledger(self.save_folder, rollbacks)
+            replace_text(self.save_folder / "latest", returned_to.folder.name)
+            for checkpoint in of_the_last_course:
+                if not _has_seen(checkpoint, rollbacks):
+                    say(f"deleting a checkpoint of the abandoned course: {checkpoint.folder}")
+                    shutil.rmtree(checkpoint.folder, ignore_errors=True)  # what is left is passed over
+
+        on_rank_0(drop)
+        self.rollbacks = rollbacks
 
     def load(self, engine: Any, checkpoint: Checkpoint) -> None:
         """Continue ``engine`` from ``checkpoint`` on all ranks. Raises CheckpointError if it is another run's."""
@@ -150,27 +174,36 @@ class Checkpoints:
         sizes = {str(f.relative_to(unfinished)): f.stat().st_size for f in sorted(unfinished.rglob("*")) if f.is_file()}
         sharding = {"data_ranks": engine.dp_world_size, "zero_stage": int(engine.zero_optimization_stage())}
         sharding["zero"] = _zero_section(engine)
-        manifest = {"step": step, **sharding, "run": self.run, "files": sizes}
-        _write(unfinished / _MANIFEST, json.dumps(manifest, indent=2))
+        seen = [rollback.model_dump(mode="json") for rollback in begun_by(self.rollbacks or (), step)]
+        manifest = {"step": step, **sharding, "run": self.run, "rollbacks": seen, "files": sizes}
+        replace_text(unfinished / _MANIFEST, json.dumps(manifest, indent=2))
         if final.exists():
             say(f"replacing an unusable checkpoint: {final}")
             shutil.rmtree(final)
         os.rename(unfinished, final)
-        _write(self.save_folder / "latest.tmp", final.name)  # DeepSpeed's own pointer, for its tools
-        os.replace(self.save_folder / "latest.tmp", self.save_folder / "latest")
-        for old in self._complete()[: -self.keep_last]:
+        replace_text(self.save_folder / "latest", final.name)  # DeepSpeed's own pointer, for its tools
+        for old in self.complete()[: -self.keep_last]:
             shutil.rmtree(old.folder)
 
-    def _complete(self) -> list[Checkpoint]:
+    def complete(self) -> list[Checkpoint]:
+        """The complete checkpoints of this course, oldest first."""
         folders = sorted(self.save_folder.glob("global_step*"), key=_step_of)
         return [found for folder in folders if (found := self._read_or_none(folder))]
 
-    @staticmethod
-    def _read_or_none(folder: Path) -> Checkpoint | None:
+    def _read_or_none(self, folder: Path) -> Checkpoint | None:
         try:
-            return read_checkpoint(folder)
+            return self._read(folder)
         except CheckpointError:
             return None
+
+    def _read(self, folder: Path) -> Checkpoint:
+        """``read_checkpoint`` of this course only."""
+        checkpoint = read_checkpoint(folder)
+        if self.rollbacks is not None and not _has_seen(checkpoint, self.rollbacks):
+            raise CheckpointError(
+                f"{folder}: belongs to the course that a rollback abandoned, by {self.save_folder / LEDGER}"
+            )
+        return checkpoint
 
 
 def on_rank_0(function: Callable[[], T]) -> T:
@@ -196,6 +229,7 @@ class _Manifest(Section):
     zero_stage: Annotated[int, Field(ge=0, le=3)]
     zero: dict[str, Any]
     run: dict[str, Any]
+    rollbacks: list[Rollback] = Field(default_factory=list)
     files: dict[str, int]
 
 
@@ -213,7 +247,13 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         if found != size:
             state = "is missing" if found is None else f"has {found} bytes"
             raise CheckpointError(f"{folder}: {name} {state}, {size} bytes were saved")
-    return Checkpoint(folder, manifest.step, manifest.data_ranks, manifest.zero_stage, manifest.zero, manifest.run)
+    saved = manifest
+    return Checkpoint(folder, saved.step, saved.data_ranks, saved.zero_stage, saved.zero, saved.run, saved.rollbacks)
+
+
+def _has_seen(checkpoint: Checkpoint, rollbacks: Sequence[Rollback]) -> bool:
+    """Whether it was trained with the steps skipped that ``rollbacks`` skip before it, and no others."""
+    return list(checkpoint.rollbacks) == begun_by(rollbacks, checkpoint.step)
 
 
 def _zero_section(engine: Any) -> dict[str, Any]:
@@ -235,10 +275,3 @@ def differences(saved: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
 def _step_of(folder: Path) -> int:
     digits = folder.name.removeprefix("global_step")
     return int(digits) if digits.isdigit() else -1
-
-
-def _write(path: Path, text: str) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())

@@ -21,7 +21,7 @@ from seqlen_curriculum.errors import ConfigError
 from seqlen_curriculum.training.lr_scheduler import TokenCosineLR
 from seqlen_curriculum.training.pipeline import follow_shapes
 
-__all__ = ["begin_step", "initialize"]
+__all__ = ["begin_step", "initialize", "skip_step"]
 
 
 def initialize(*args: Any, curriculum_kwarg: str | None = None, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
@@ -156,6 +156,14 @@ def begin_step(engine: Any) -> None:
         engine.curriculum_scheduler.update_difficulty(step)
     if isinstance(engine.lr_scheduler, TokenCosineLR):
         engine.lr_scheduler.seek(step)
+
+
+def skip_step(engine: Any, rows: int) -> None:
+    """Count the step begun, of ``rows`` rows as the engine counts them, as done: rates move on, nothing is trained."""
+    if engine.lr_scheduler is not None:
+        engine.lr_scheduler.step()
+    engine.global_steps += 1
+    engine.global_samples += rows
 
 
 def _hand_over_length(keyword: str) -> Callable[[Any, Any, dict[str, Any]], tuple[Any, dict[str, Any]]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 
 import torch
@@ -23,8 +24,9 @@ def adam_moments(executor: Executor) -> dict[str, float]:
     """``variance_norm`` and ``variance_max``, the l1 norm and the largest element of Adam's sqrt(v); the same of momentum.
 
     Over all elements of the model, each counted once however it is sharded, cut or repeated; call it on all ranks, after a
-    step. Costs one pass over a rank's share of the state and one gather of four numbers. Empty where there is no such
-    state: other optimizers, offload to NVMe, half precision at ZeRO stage 0 on a cut model, no step taken yet.
+    step. Costs one pass over a rank's share of the state and one gather of four numbers. A number that is not finite is
+    left out. Empty where there is no such state: other optimizers, offload to NVMe, half precision at ZeRO stage 0 on a cut
+    model, no step taken yet.
     """
     parts = [
         torch.stack([root.sum(), root.max(), size.sum(), size.max()]).double()
@@ -36,7 +38,8 @@ def adam_moments(executor: Executor) -> dict[str, float]:
     gathered = [torch.empty(4, dtype=torch.float64, device=device) for _ in range(dist.get_world_size())]
     dist.all_gather(gathered, own.to(device))
     values = _total(torch.stack(gathered)).tolist()
-    return dict(zip(_NAMES, values, strict=True)) if any(values) else {}
+    found = {name: value for name, value in zip(_NAMES, values, strict=True) if math.isfinite(value)}
+    return found if any(values) else {}
 
 
 def _chunks(state: Tensor, function: Callable[[Tensor], Tensor]) -> Iterator[Tensor]:

@@ -22,9 +22,11 @@ from seqlen_curriculum.runlog import RunLog, read_runlog
 from seqlen_curriculum.training.assemble import assemble
 from seqlen_curriculum.training.checkpoint import Checkpoint, Checkpoints, on_rank_0
 from seqlen_curriculum.training.compile import compile_blocks
+from seqlen_curriculum.training.guard import Abandoned, Guard
+from seqlen_curriculum.training.rollback import losses_so_far, roll_back
 from seqlen_curriculum.training.run_info import record_launch
 from seqlen_curriculum.training.telemetry import Telemetry, say
-from seqlen_curriculum.training.trainer import Trainer
+from seqlen_curriculum.training.trainer import StopSignals, Trainer
 
 __all__ = ["lock_folder", "pretrain", "refuse_other_run"]
 
@@ -34,11 +36,11 @@ _RUNLOG = "runlog.jsonl"
 def pretrain(config: RunConfig, train: Feed, valid: Samples | None, save: Path, resume: str = "auto") -> bool:
     """Train the file's model on ``train`` until its token budget; False if a signal stopped it earlier (and it saved).
 
-    ``save`` is the run's folder: checkpoints, ``runlog.jsonl`` and ``run.json``, what it was trained with. ``resume``:
-    ``auto`` continues from the newest complete checkpoint in ``save`` if there is one, ``none`` wants a folder without a
-    run, a path names a checkpoint folder of the same run, which a folder without one of its own starts from. Call it on
-    every rank, under the ``deepspeed`` launcher, with the model, data and training sections given. Raises ConfigError,
-    DataError, CheckpointError, DivergenceError.
+    ``save`` is the run's folder: checkpoints, ``runlog.jsonl``, ``run.json`` (what it was trained with), and
+    ``rollbacks.json`` once there was one. ``resume``: ``auto`` continues from the newest complete checkpoint in ``save`` if
+    there is one, ``none`` wants a folder without a run, a path names a checkpoint folder of the same run, which a folder
+    without one of its own starts from. Call it on every rank, under the ``deepspeed`` launcher, with the model, data and
+    training sections given. Raises ConfigError, DataError, CheckpointError, DivergenceError.
     """
     model_config, training = config.model, config.training
     assert model_config is not None
@@ -58,32 +60,47 @@ def pretrain(config: RunConfig, train: Feed, valid: Samples | None, save: Path, 
     engine = executor.engine
     if training.compile:
         compile_blocks(model.lm.transformer.h, engine.device)
-    if checkpoint is not None:
-        checkpoints.load(engine, checkpoint)
-    done_steps = checkpoint.step if checkpoint else 0
-    _rewind_logs(save, done_steps)
     _, micro_batch, _ = batch_shape(config.keys, dist.get_world_size())
     logs_samples = training.log_sample_ids and executor.leads
-    telemetry = Telemetry(save / _RUNLOG if rank == 0 else None, engine.monitor, done_steps, timeline)
-    trainer = Trainer(
-        executor=executor,
-        timeline=timeline,
-        train_data=train,
-        valid_samples=valid,
-        micro_batch=micro_batch,
-        settings=training,
-        telemetry=telemetry,
-        save=lambda step: checkpoints.save(engine, step, write),
-        sample_log=RunLog(save / f"samples.rank{rank}.jsonl") if logs_samples else None,
-    )
-    if config.curriculum is not None and config.curriculum.method == "window":
-        trainer.set_window = partial(set_window, model, restart_positions=config.curriculum.restart_positions)
-    try:
-        return trainer.train(done_steps + 1)
-    finally:
-        telemetry.close()
-        if trainer.sample_log is not None:
-            trainer.sample_log.close()
+    windowed = config.curriculum if config.curriculum is not None and config.curriculum.method == "window" else None
+    signals = StopSignals()
+
+    def train_from(checkpoint: Checkpoint | None) -> bool:
+        if checkpoint is not None:
+            checkpoints.load(engine, checkpoint)
+        done_steps = checkpoint.step if checkpoint else 0
+        _rewind_logs(save, done_steps)
+        if training.on_spike == "rollback":
+            checkpoints.save(engine, done_steps, write)  # unless it is there: the one to go back to before the next
+        so_far = losses_so_far(save / _RUNLOG, training.spike_ratio)
+        telemetry = Telemetry(save / _RUNLOG if rank == 0 else None, engine.monitor, done_steps, timeline)
+        trainer = Trainer(
+            executor=executor,
+            timeline=timeline,
+            train_data=train,
+            valid_samples=valid,
+            micro_batch=micro_batch,
+            settings=training,
+            telemetry=telemetry,
+            guard=Guard(training, checkpoints.rollbacks or (), so_far),
+            signals=signals,
+            save=lambda step: checkpoints.save(engine, step, write),
+            sample_log=RunLog(save / f"samples.rank{rank}.jsonl") if logs_samples else None,
+        )
+        if windowed is not None:
+            trainer.set_window = partial(set_window, model, restart_positions=windowed.restart_positions)
+        try:
+            return trainer.train(done_steps + 1)
+        finally:
+            telemetry.close()
+            if trainer.sample_log is not None:
+                trainer.sample_log.close()
+
+    while True:
+        try:
+            return train_from(checkpoint)
+        except Abandoned as abandoned:
+            checkpoint = roll_back(checkpoints, abandoned.spike, training.spike_skip_steps)
 
 
 def _data_settings(train: Feed) -> dict[str, Any]:

@@ -60,7 +60,7 @@ class _Saved:
 
 
 def load_resharded(engine: Any, folder: Path, saved_stage: int, saved_ranks: int) -> None:
-    """Continue ``engine``, fresh and under any ZeRO stage, from ``saved_ranks`` shards saved under ``saved_stage``.
+    """Continue ``engine``, under any ZeRO stage, from ``saved_ranks`` shards saved under ``saved_stage``.
 
     Weights and optimizer state are the saved ones to the last bit, as are step, loss scale and learning rate. In half
     precision and in pipelines stage 0 is refused: CheckpointError.

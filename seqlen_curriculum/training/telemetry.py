@@ -54,6 +54,14 @@ class Telemetry:
         self._bar.set_postfix_str(self._progress(record), refresh=False)
         self._bar.update()
 
+    def skipped_step(self, record: dict[str, Any]) -> None:
+        """The record of a step passed over; it took no time worth counting."""
+        if self._log is None:
+            return
+        self._log.write(record)
+        self._consumed = record["consumed_tokens"]
+        self._bar.update()
+
     def _progress(self, record: dict[str, Any]) -> str:
         """What stands beside the bar. Steps grow longer with their length, so the time left follows from tokens."""
         self._tokens = 0.9 * self._tokens + record["consumed_tokens"] - self._consumed  # recent steps count most

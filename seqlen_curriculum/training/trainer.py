@@ -21,17 +21,17 @@ from deepspeed import comm as dist
 from seqlen_curriculum.config import TrainingConfig
 from seqlen_curriculum.data.feed import Feed
 from seqlen_curriculum.data.samples import Samples
-from seqlen_curriculum.errors import DivergenceError
 from seqlen_curriculum.microbatch import balanced_rows
 from seqlen_curriculum.runlog import RunLog
 from seqlen_curriculum.timeline import Timeline
-from seqlen_curriculum.training.engine import begin_step
+from seqlen_curriculum.training.engine import begin_step, skip_step
 from seqlen_curriculum.training.executor import Executor
+from seqlen_curriculum.training.guard import Guard
 from seqlen_curriculum.training.moments import adam_moments
 from seqlen_curriculum.training.preflight import preflight
 from seqlen_curriculum.training.telemetry import Telemetry, say
 
-__all__ = ["Trainer", "row_seed"]
+__all__ = ["StopSignals", "Trainer", "row_seed"]
 
 Ids = npt.NDArray[np.int64]
 
@@ -57,6 +57,8 @@ class Trainer:
     micro_batch: int
     settings: TrainingConfig
     telemetry: Telemetry
+    guard: Guard
+    signals: StopSignals
     save: Callable[[int], None]  # checkpoint of a step, called on all ranks
     sample_log: RunLog | None = None
     set_window: Callable[[int | None], None] = lambda _: None  # today's window of attention; None for whole rows
@@ -67,11 +69,14 @@ class Trainer:
         return self.executor.engine
 
     def train(self, first_step: int) -> bool:
-        """Run from ``first_step`` to the budget. True when it is reached, False when a signal stopped it earlier."""
+        """Run from ``first_step`` to the budget. True when it is reached, False when a signal stopped it earlier.
+
+        Raises DivergenceError, and Abandoned where the guard is to go back.
+        """
         last_step = self.timeline.steps
         if self.settings.preflight and first_step <= last_step:
             preflight(self.executor, *self._largest_micro_batch())
-        with _StopSignals() as signals:
+        with self.signals as signals:
             for step in range(first_step, last_step + 1):
                 stop = self._step(step, signals.received)
                 if _due(step, self.settings.eval_interval, last_step):
@@ -89,14 +94,18 @@ class Trainer:
         started = time.perf_counter()
         begin_step(self.engine)
         seqlen, rate = self.engine.curriculum_scheduler.get_current_difficulty(), self.engine.get_lr()[0]
+        if not self.guard.begin(step, seqlen, rate):
+            return self._pass_over(step, stop)
         micro_batches, seeds = self._micro_batches(step)
         self.set_window(seqlen)
         result = self.executor.train(micro_batches, seeds)
+        norm = self._checked(result.grad_norm)
+        loss, (stop, broken) = self._agree(result.loss, stop, norm is not None and not math.isfinite(norm))
+        told = self.guard.judge(loss, f"the gradient norm is {norm}" if broken else None)
+        if told:
+            say(told)
         due = _due(step, self.settings.variance_interval, self.timeline.steps)
         moments = adam_moments(self.executor) if due else {}
-        loss, stop = self._agree(result.loss, stop)
-        if not math.isfinite(loss):
-            raise _diverged(step, f"the loss is {loss} at seqlen {seqlen}")
         record = {
             "step": step,
             "seqlen": seqlen,
@@ -104,12 +113,26 @@ class Trainer:
             "consumed_tokens": self.timeline.consumed_tokens(step),
             "loss": loss,
             "lr": rate,
-            "grad_norm": self._checked(result.grad_norm, step),
+            "grad_norm": norm,
             **moments,
             "seconds": time.perf_counter() - started,
         }
         self.telemetry.step(record)
         return stop
+
+    def _pass_over(self, step: int, stop: bool) -> bool:
+        """Count the step begun as done: its tokens are consumed, nothing is trained on them. Returns as ``_step``."""
+        rows = self.timeline.rows(step)
+        skip_step(self.engine, rows // self.executor.data_ranks * self.engine.dp_world_size)
+        record = {
+            "step": step,
+            "seqlen": self.timeline.seqlen(step),
+            "rows": rows,
+            "consumed_tokens": self.timeline.consumed_tokens(step),
+            "skipped": True,
+        }
+        self.telemetry.skipped_step(record)
+        return self._agree(torch.zeros((), device=self.engine.device), stop)[1][0]
 
     def _micro_batches(self, step: int) -> tuple[list[tuple[torch.Tensor, torch.Tensor]], list[int]]:
         """This rank's (inputs, targets), both (micro rows, S), of ``step``, and the seed of each."""
@@ -139,19 +162,15 @@ class Trainer:
             shapes.append((self.micro_batch, self.valid_samples.seq_length))
         return max(shapes, key=lambda shape: (shape[0] * shape[1], shape[1]))
 
-    def _agree(self, loss: torch.Tensor, stop: bool) -> tuple[float, bool]:
-        """The loss averaged over ranks and whether any rank must stop, in one reduction."""
-        shared = torch.stack([loss, torch.tensor(float(stop), dtype=loss.dtype, device=loss.device)])
+    def _agree(self, loss: torch.Tensor, *asked: bool) -> tuple[float, list[bool]]:
+        """The loss averaged over ranks and what any rank asked for, in one reduction."""
+        shared = torch.stack([loss, *(torch.tensor(float(one), dtype=loss.dtype, device=loss.device) for one in asked)])
         dist.all_reduce(shared)
-        return float(shared[0]) / dist.get_world_size(), bool(shared[1] > 0)
+        return float(shared[0]) / dist.get_world_size(), (shared[1:] > 0).tolist()
 
-    def _checked(self, norm: float | None, step: int) -> float | None:
+    def _checked(self, norm: float | None) -> float | None:
         """None also where fp16 overflowed and DeepSpeed skipped the step."""
-        if norm is None or math.isfinite(norm):
-            return norm
-        if not self.engine.fp16_enabled():  # the weights are broken by now: nothing of them may be saved
-            raise _diverged(step, f"the gradient norm is {norm}")
-        return None
+        return None if norm is not None and not math.isfinite(norm) and self.engine.fp16_enabled() else norm
 
     def _evaluate(self, step: int) -> None:
         """Full-length loss on the same validation rows each time, every row once however many ranks share them."""
@@ -165,9 +184,9 @@ class Trainer:
         for chunk, weight in _eval_chunks(ids, self.executor.data_rank, self.executor.data_ranks, self.micro_batch):
             tokens = self._on_device(samples.read(chunk, samples.seq_length))
             total += self.executor.evaluate((tokens[:, :-1], tokens[:, 1:])) * weight
-        valid_loss = self._agree(total, False)[0] / rows
+        valid_loss = self._agree(total)[0] / rows
         if not math.isfinite(valid_loss):
-            raise _diverged(step, f"the validation loss is {valid_loss}")
+            self.guard.give_up(f"the validation loss is {valid_loss}")
         self.telemetry.evaluation(
             {
                 "step": step,
@@ -183,13 +202,13 @@ class Trainer:
         return torch.from_numpy(tokens.astype(np.int64)).to(self.engine.device, non_blocking=True)
 
 
-class _StopSignals:
+class StopSignals:
     """Notes SIGTERM and SIGINT instead of dying, so that the step is finished and saved; a second SIGINT kills."""
 
     def __init__(self) -> None:
         self.received = self._interrupted = False
 
-    def __enter__(self) -> _StopSignals:
+    def __enter__(self) -> StopSignals:
         self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
         return self
 
@@ -202,13 +221,6 @@ class _StopSignals:
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
-
-
-def _diverged(step: int, what: str) -> DivergenceError:
-    return DivergenceError(
-        f"step {step}: {what}; training stops and the last checkpoint is intact. Lower optimizer.params.lr, lengthen the "
-        "curriculum, raise its min_difficulty or check the precision settings, then train into another --save"
-    )
 
 
 def _eval_chunks(ids: Ids, rank: int, ranks: int, most_rows: int) -> Iterator[tuple[Ids, int]]:
