@@ -13,6 +13,7 @@ from seqlen_curriculum.analysis.curves import Run, Series
 from seqlen_curriculum.analysis.outcome import describe_comparison
 from seqlen_curriculum.analysis.page import page
 from seqlen_curriculum.analysis.report import report
+from seqlen_curriculum.analysis.seeds import seed_groups
 
 
 def synthetic(name, losses, valid_losses, seconds=36.0, tokens=100, **changes):
@@ -159,3 +160,53 @@ def test_speed_by_hand():
     # of 1000 steps every point is the mean of five
     long = synthetic("long", [4.0] * 1000, {}).series("tokens_per_second")
     assert (len(long.values), long.step[0], long.step[-1]) == (200, 5, 1000)
+
+
+def seeded(name, seed, losses, valid_losses, lr=1.0, **changes):
+    config = {"optimizer": {"params": {"lr": lr}}, "training": {"seed": seed}}
+    return synthetic(name, losses, valid_losses, info={"config": config}, **changes)
+
+
+SEEDS = [
+    seeded("base-seed1", 1, [4.0, 3.0, 3.9, 2.0], {2: 2.5, 4: 2.0}),
+    seeded("base-seed2", 2, [4.0, 3.0, 3.0, 2.0], {2: 2.5, 4: 2.2}),
+    seeded("fast_seed1", 1, [4.0, 3.0, 2.0, 1.0], {2: 1.9, 4: 1.8}, lr=2.0, seconds=9.0, tokens=50),
+    seeded("fast_seed2", 2, [4.0, 3.0, 2.0, 3.0], {2: 2.5, 4: 2.3}, lr=2.0),
+    seeded("fast_seed3", 3, [4.0, 3.0], {2: 1.0}, lr=2.0),
+]
+
+
+def test_seeds_of_one_configuration_are_put_together_by_hand():
+    base, fast = report(SEEDS)["seeds"]
+    assert (base["name"], base["runs"]) == ("base", ["base-seed1", "base-seed2"])
+    assert (base["spikes"], base["final_valid_loss"]) == ([1, 0], [2.0, 2.2])
+    assert base["mean_final_valid_loss"] == pytest.approx(2.1)
+    assert base["max_loss_ratio"] == [pytest.approx(1.3), pytest.approx(1.0)]
+    assert (base["reached"], base["compared"], base["consumed_tokens_ratio"], base["hours_ratio"]) == (2, 2, 1.0, 1.0)
+    # Seed 1 is as good as base's seed 1 at 100 of 400 tokens, after 27 of 162 s; seed 2 never; seed 3 has no counterpart.
+    assert (fast["name"], fast["spikes"], fast["reached"], fast["compared"]) == ("fast", [0, 1, 0], 1, 2)
+    assert (fast["consumed_tokens_ratio"], fast["hours_ratio"]) == (4.0, pytest.approx(6.0))
+    assert fast["mean_final_valid_loss"] == pytest.approx((1.8 + 2.3 + 1.0) / 3)
+    assert report(SEEDS[:1] + SEEDS[2:3])["seeds"] == []
+
+
+def test_seeds_in_words_and_on_the_page():
+    found = report(SEEDS)
+    comparison, spikes = found["outcome"]
+    assert comparison == (
+        "Over seeds, fast came to the lowest mean final validation loss, 1.700 (1.000 to 2.300); base to 2.100 (2.000 to "
+        "2.200)."
+    )
+    assert spikes.endswith("base 1 in 2 runs, up to 1.30x; fast 1 in 3 runs, up to 1.50x.")
+    told = describe_comparison(found).splitlines()
+    assert told[1].startswith("base  valid. loss 2.100 (2.000 to 2.200); spikes 1, 0; largest ratio 1.300; tokens 1.0x")
+    text = page(found, SEEDS)
+    assert text.count('class="line"') == 2
+    assert "fast (3 seeds)" in text
+    for key in ("seeds/1/consumed_tokens_ratio", "seeds/1/spikes/1", "seeds/0/mean_final_valid_loss"):
+        assert f'data-key="{key}"' in text
+
+
+def test_a_run_of_unknown_configuration_is_no_seed_of_another():
+    groups = seed_groups([BASE, FAST, *SEEDS[:2]])
+    assert [(group.name, group.members) for group in groups] == [("base", [0]), ("fast", [1]), ("base-seed1", [2, 3])]

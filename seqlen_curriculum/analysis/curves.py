@@ -102,6 +102,20 @@ class Run:
         return not self._training("eval_interval") or "valid_loss" in self.records[-1]
 
     @cached_property
+    def points(self) -> Records:
+        """``step, consumed_tokens, hours, valid_loss, valid_ppl`` of every evaluation."""
+        hours = self.series("valid_loss").hours.tolist()
+        told = ("step", "consumed_tokens", "valid_loss", "valid_ppl")
+        return [
+            {"hours": at, **{name: record[name] for name in told}}
+            for at, record in zip(hours, self.evaluations, strict=True)
+        ]
+
+    def reached(self, best: dict[str, Any] | None) -> dict[str, Any] | None:
+        """The first of its ``points`` that is as good as ``best``; None if there is none of either."""
+        return next((point for point in self.points if best and point["valid_loss"] <= best["valid_loss"]), None)
+
+    @cached_property
     def _places(self) -> tuple[Column, Column, Column]:
         """Step, consumed tokens and hours at the end of every record, (records,) each."""
         columns = [_column(self.records, name) for name in ("step", "consumed_tokens", "seconds")]

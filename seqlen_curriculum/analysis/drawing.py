@@ -14,11 +14,12 @@ from typing import Any
 from seqlen_curriculum.analysis.curves import Run, Series
 from seqlen_curriculum.analysis.formats import tick
 from seqlen_curriculum.analysis.plots import SUMMARY, Plot
+from seqlen_curriculum.analysis.seeds import seed_groups
 
 __all__ = ["COLOURS", "draw_run", "save_png", "style_of", "svg"]
 
 COLOURS = ("#2f7fd1", "#d9631e", "#14966c", "#c05fa0", "#8a7a14", "#7a6bd8")
-"""Of the runs in their order: told apart by colour-blind readers, at least 3:1 against the page, light or dark."""
+"""Of the runs in their order, seeds of one alike: told apart by colour-blind readers, at least 3:1 against both pages."""
 _DASHES = ("solid", "dashed", "dotted")
 _READERS_INK = "#010203"
 """Stands for the colour of the reader's text, which only the page knows."""
@@ -28,7 +29,7 @@ _HOURS = ((1.0, "hours"), (1 / 60, "minutes"), (1 / 3600, "seconds"))
 
 
 def style_of(number: int) -> tuple[str, str]:
-    """(colour, dashes) of the run of this number, from 0; the first 18 differ."""
+    """(colour, dashes) of the run, or of runs that differ in their seed, of this number, from 0; the first 18 differ."""
     return COLOURS[number % len(COLOURS)], _DASHES[number // len(COLOURS) % len(_DASHES)]
 
 
@@ -74,10 +75,11 @@ def draw_run(runs: Sequence[Run], path: Path) -> None:
                 continue
             for line in axis.lines:
                 line.set(linewidth=0.7, alpha=0.6)
-            for number, run in enumerate(runs):
+            for number, group in enumerate(seed_groups(runs)):
                 halo, (colour, dashes) = withStroke(linewidth=4.5, foreground="white"), style_of(number)
-                x, y = _points(run.series("valid_loss"), plot, runs)
-                axis.plot(x, y, color=colour, ls=dashes, lw=2.4, path_effects=[halo])
+                for member in group.members:
+                    x, y = _points(runs[member].series("valid_loss"), plot, runs)
+                    axis.plot(x, y, color=colour, ls=dashes, lw=2.4, path_effects=[halo])
         _legend(figure, "training loss, at today's length: thin; validation loss, at full length: thick")
         figure.savefig(path, dpi=120)
 
@@ -109,9 +111,11 @@ def _legend(figure: Any, title: str | None = None) -> None:
 
 
 def _draw(axis: Any, plot: Plot, runs: Sequence[Run]) -> None:
-    for number, run in enumerate(runs):
-        if run in plot.runs(runs):
-            _draw_one(axis, plot, run, runs, style_of(number))
+    shown = plot.runs(runs)
+    for number, group in enumerate(seed_groups(runs)):
+        labels = iter([f" {group.name}"])  # one for all its seeds
+        for run in (runs[member] for member in group.members if runs[member] in shown):
+            _draw_one(axis, plot, run, runs, style_of(number), next(labels, "_"))
     if plot.line is not None:
         axis.axhline(plot.line, color=axis.xaxis.label.get_color(), lw=0.9, ls="--")
     unit = _X_LABELS.get(plot.against) or f"{_hours(runs)[1]} of training and evaluation"
@@ -119,18 +123,17 @@ def _draw(axis: Any, plot: Plot, runs: Sequence[Run]) -> None:
     _scale(axis, plot, plot.top(runs))
 
 
-def _draw_one(axis: Any, plot: Plot, run: Run, runs: Sequence[Run], style: tuple[str, str]) -> None:
+def _draw_one(axis: Any, plot: Plot, run: Run, runs: Sequence[Run], style: tuple[str, str], label: str) -> None:
     colour, dashes = style
     ink = axis.xaxis.label.get_color()
     for name in filter(None, (plot.of, plot.beside)):
         x, y = _points(run.series(name).thinned(), plot, runs)
         options = {"color": colour, "ls": dashes, "alpha": 0.88} if name == plot.of else {"color": ink, "alpha": 0.7}
-        label = run.name
         if plot.beside:
-            y, label = y / y.max(), name.replace("_", " ")
+            y, label = y / y.max(), f" {name.replace('_', ' ')}"
         options |= {"marker": "o"} if len(x) == 1 else {}  # a line of one point shows nothing
         drawn = "steps-pre" if plot.stays else "default"
-        axis.plot(x, y, label=f" {label}", lw=1.2, drawstyle=drawn, markersize=4, **options)
+        axis.plot(x, y, label=label, lw=1.2, drawstyle=drawn, markersize=4, **options)
     if plot.marks_rollbacks:
         for rollback in run.rollbacks or ():
             axis.axvline(rollback["step"], color=colour, lw=0.9, ls=":")

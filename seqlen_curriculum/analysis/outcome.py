@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,11 +20,59 @@ One = Mapping[str, Any]
 def outcome(report: Mapping[str, Any]) -> list[str]:
     """The sentences at the head of a page: quality and its cost, then stability."""
     first, *others = report["runs"]
+    if report["seeds"]:
+        return [describe_seeds(report["seeds"])[0], _seed_spikes(report["seeds"])]
     if not others:
         return [_alone(first), _spikes([first])]
     if report["reference"] is None:
         return [f"{first['name']} has no evaluation, so nothing can be compared with it.", _spikes(report["runs"])]
     return [_comparison(others, first), _spikes(report["runs"])]
+
+
+def describe_seeds(groups: Sequence[One]) -> list[str]:
+    """What runs of several seeds came to: the outcome in a sentence, then a line a group for a terminal."""
+    measured = [group for group in groups if group["mean_final_valid_loss"] is not None]
+    if not measured:
+        return ["Not every run has an evaluation yet, so nothing can be compared over seeds."]
+    best = min(measured, key=lambda group: float(group["mean_final_valid_loss"]))
+    sentence = f"Over seeds, {best['name']} came to the lowest mean final validation loss, {_finals(best)}"
+    sentence += "." if best is groups[0] else f"; {groups[0]['name']} to {_finals(groups[0])}."
+    width = max(len(group["name"]) for group in groups)
+    return [sentence, *(f"{group['name']:<{width}}  {_seed_line(group)}" for group in groups)]
+
+
+def _finals(group: One) -> str:
+    losses = group["final_valid_loss"]
+    if None in losses:
+        return "unknown"
+    spread = f" ({min(losses):.3f} to {max(losses):.3f})" if len(losses) > 1 else ""
+    return f"{group['mean_final_valid_loss']:.3f}{spread}"
+
+
+def _seed_line(group: One) -> str:
+    ratios = [ratio for ratio in group["max_loss_ratio"] if ratio is not None]
+    spikes = ", ".join(map(formats.count, group["spikes"]))
+    told = [f"valid. loss {_finals(group)}", f"spikes {spikes}", f"largest ratio {max(ratios, default=math.nan):.3f}"]
+    if group["reached"]:
+        tokens, hours = (formats.ratio(group[key]) for key in ("consumed_tokens_ratio", "hours_ratio"))
+        told.append(f"tokens {tokens}, time {hours}")
+    told.append(f"reached {group['reached']} of {group['compared']}")
+    return "; ".join(told)
+
+
+def _seed_spikes(groups: Sequence[One]) -> str:
+    by_spikes = sorted(groups, key=lambda group: -sum(group["spikes"]))
+    some = [group for group in by_spikes if any(group["spikes"])][:_TOLD]
+    what = f"a loss over {SPIKE} times the least before it"
+    if not some:
+        return f"No run had a loss spike ({what})."
+    told = "; ".join(
+        f"{group['name']} {formats.count(sum(group['spikes']))} in {len(group['runs'])} runs, up to "
+        f"{max(filter(None, group['max_loss_ratio'])):.2f}x"
+        for group in some
+    )
+    others = len(groups) - len(some)
+    return f"Loss spikes ({what}): {told}{f'; {others} others no more' if others else ''}."
 
 
 def _alone(one: One) -> str:
@@ -82,6 +131,8 @@ def describe_comparison(report: Mapping[str, Any]) -> str:
     """Table 2's comparison as lines for a terminal; the runs' names stand before it."""
     if report["reference"] is None:
         return f"no comparison: {report['runs'][0]['name']} has no evaluation"
+    if report["seeds"]:
+        return "\n".join(describe_seeds(report["seeds"]))
     head = f"to reach {report['reference']['run']}'s best validation perplexity"
     lines = [f"{head} of {formats.significant(report['reference']['valid_ppl'])}"]
     width = max(len(one["name"]) for one in report["runs"])

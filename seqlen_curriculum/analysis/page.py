@@ -11,6 +11,7 @@ from seqlen_curriculum.analysis.curves import Run
 from seqlen_curriculum.analysis.drawing import style_of, svg
 from seqlen_curriculum.analysis.markup import Markup, tag
 from seqlen_curriculum.analysis.plots import PLOTS
+from seqlen_curriculum.analysis.seeds import seed_groups
 from seqlen_curriculum.analysis.style import STYLE
 
 __all__ = ["page"]
@@ -68,10 +69,11 @@ def _missing(report: Report) -> list[str]:
 
 def _legend(runs: Sequence[Run]) -> Markup:
     items = []
-    for number, run in enumerate(runs):
+    for number, group in enumerate(seed_groups(runs)):
         colour, dashes = style_of(number)
         line = tag("span", class_="line", style=f"border-top: 3px {dashes} {colour}")
-        items.append(tag("li", line, run.name))
+        seeds = f" ({len(group.members)} seeds)" if len(group.members) > 1 else ""
+        items.append(tag("li", line, group.name + seeds))
     return tag("ul", *items, class_="legend", aria_label="Runs")
 
 
@@ -89,7 +91,7 @@ def _sections(report: Report, runs: Sequence[Run]) -> list[Markup]:
     what = [tables.differences(report), *([shared] if report["config"]["shared"] else [])]
     what += [tables.conditions(report), tables.launches(report)]
     return [
-        _section("Quality and its cost", tables.cost(report), _figures(runs, "cost")),
+        _section("Quality and its cost", [tables.seeds(report), *tables.cost(report)], _figures(runs, "cost")),
         _section(
             "Stability", [*tables.instability(report), tables.rollbacks(report), *folded], _figures(runs, "stability")
         ),

@@ -8,6 +8,7 @@ from typing import Any
 from seqlen_curriculum import fields
 from seqlen_curriculum.analysis.curves import Run
 from seqlen_curriculum.analysis.outcome import outcome
+from seqlen_curriculum.analysis.seeds import over_seeds
 
 __all__ = ["MADE_BY", "report"]
 
@@ -22,20 +23,21 @@ def report(runs: Sequence[Run]) -> dict[str, Any]:
     """The runs' numbers; the first run is what the others are compared with.
 
     ``made_by``; ``outcome``, sentences; ``reference`` {``run``, ``valid_ppl``}, the first run's best, None without its
-    evaluation; ``runs``, a list of what ``_one`` tells of each; ``config`` {``differing`` [{``key``, ``values``, one a
-    run}], ``shared`` [{``key``, ``value``}]}, of the runs whose folder holds a ``run.json``. Hours are those of training
-    and evaluation, without what lies between launches.
+    evaluation; ``runs``, a list of what ``_one`` tells of each; ``seeds``, of ``over_seeds``; ``config`` {``differing``
+    [{``key``, ``values``, one a run}], ``shared`` [{``key``, ``value``}]}, of the runs whose folder holds a ``run.json``.
+    Hours are those of training and evaluation, without what lies between launches.
     """
     told = [_one(run) for run in runs]
     best = told[0]["best"]
     for one, run in zip(told, runs, strict=True):
         one["end_ratio"] = _ratios(told[0]["end"], one["end"])
-        one["reached"] = _reached(run, best)
+        one["reached"] = run.reached(best)
         one["reached_ratio"] = _ratios(best, one["reached"])
     found = {
         "made_by": MADE_BY,
         "reference": {"run": runs[0].name, "valid_ppl": best["valid_ppl"]} if best else None,
         "runs": told,
+        "seeds": over_seeds(runs, told),
         "config": _config(runs),
     }
     return {"made_by": MADE_BY, "outcome": outcome(found), **found}
@@ -43,14 +45,18 @@ def report(runs: Sequence[Run]) -> dict[str, Any]:
 
 def _one(run: Run) -> dict[str, Any]:
     """A run by itself: its ``end``, ``final`` and ``best`` evaluation as points (step, tokens, hours), and the rest."""
-    points = _evaluation_points(run)
+    points = run.points
     seconds = sum(record["seconds"] for record in run.steps)
     first, last = run.steps[0], run.steps[-1]
     hours = run.series("loss").hours
     return {
         "name": run.name,
         "first_step": run.records[0]["step"],
-        "end": _point(last, max(float(hours[-1]), points[-1]["hours"] if points else 0.0)),
+        "end": {
+            "step": last["step"],
+            "consumed_tokens": last["consumed_tokens"],
+            "hours": max(float(hours[-1]), points[-1]["hours"] if points else 0.0),
+        },
         "train_tokens": run.budget,
         "finished": run.finished,
         "training_hours": seconds / 3600,
@@ -64,25 +70,6 @@ def _one(run: Run) -> dict[str, Any]:
         "rollbacks": run.rollbacks,
         "launches": run.info.get("launches"),
     }
-
-
-def _point(record: dict[str, Any], hours: float) -> Point:
-    return {"step": record["step"], "consumed_tokens": record["consumed_tokens"], "hours": hours}
-
-
-def _evaluation_points(run: Run) -> list[Point]:
-    hours = run.series("valid_loss").hours
-    return [
-        {**_point(record, float(at)), "valid_loss": record["valid_loss"], "valid_ppl": record["valid_ppl"]}
-        for record, at in zip(run.evaluations, hours, strict=True)
-    ]
-
-
-def _reached(run: Run, best: Point | None) -> Point | None:
-    """The first evaluation at which the run is as good as ``best``."""
-    if best is None:
-        return None
-    return next((point for point in _evaluation_points(run) if point["valid_loss"] <= best["valid_loss"]), None)
 
 
 def _ratios(reference: Point | None, point: Point | None) -> dict[str, float | None] | None:

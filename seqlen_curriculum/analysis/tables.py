@@ -10,7 +10,7 @@ from seqlen_curriculum.analysis import formats
 from seqlen_curriculum.analysis.markup import Markup, joined, table, tag
 from seqlen_curriculum.analysis.stability import SIGNIFICANT, SPIKE
 
-__all__ = ["conditions", "cost", "differences", "instability", "launches", "rollbacks", "settings", "spikes"]
+__all__ = ["conditions", "cost", "differences", "instability", "launches", "rollbacks", "seeds", "settings", "spikes"]
 
 Report = Mapping[str, Any]
 Format = Callable[[Any], str]
@@ -52,6 +52,34 @@ def _rows(report: Report, columns: Mapping[str, tuple[str, Format]]) -> list[lis
 def cost(report: Report) -> list[Markup]:
     """Table 2's columns: to reach the first run's best validation perplexity, and at the end."""
     return [*([_reaching(report)] if report["reference"] and len(report["runs"]) > 1 else []), _ends(report)]
+
+
+def seeds(report: Report) -> Markup:
+    """What runs that differ only in their seed came to together."""
+    lists: tuple[tuple[str, Format], ...] = (
+        ("spikes", formats.count),
+        ("max_loss_ratio", formats.plain),
+        ("final_valid_loss", formats.plain),
+    )
+    counts = (("reached", formats.count), ("compared", formats.count))
+    ratios = (("consumed_tokens_ratio", formats.ratio), ("hours_ratio", formats.ratio))
+    rows = []
+    for n, group in enumerate(report["seeds"]):
+        at = f"seeds/{n}"
+        each = [[_number(report, f"{at}/{key}/{k}", text) for k in range(len(group["runs"]))] for key, text in lists]
+        reached, compared = (_number(report, f"{at}/{key}", text) for key, text in counts)
+        times = [_number(report, f"{at}/{key}", text) for key, text in ratios]
+        mean = _number(report, f"{at}/mean_final_valid_loss", formats.plain)
+        row = [group["name"], *(joined(_between(cells, ", ")) for cells in each), mean]
+        rows.append([*row, joined([reached, " of ", compared]), *times])
+    head = ["Run", f"Spikes over {SPIKE}", "Largest loss ratio", "Final validation loss", "Mean"]
+    first = report["seeds"][0]["name"] if rows else ""
+    caption = f"Over seeds; best perplexity: that of {first} with the same seed, and how many times fewer (median)"
+    return table(caption, [*head, "Reached best perplexity", "Tokens", "Time"], rows)
+
+
+def _between(cells: Sequence[Markup], text: str) -> list[Markup | str]:
+    return [part for cell in cells for part in (text, cell)][1:]
 
 
 _PLACE = (("step", formats.count), ("consumed_tokens", formats.compact), ("hours", formats.duration))
