@@ -50,6 +50,8 @@ def _for_page(text: str, name: str, title: str) -> str:
     inner = re.sub(r"<(metadata|style).*?</\1>", "", inner, flags=re.DOTALL)
     inner = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", inner).replace(_READERS_INK, "currentColor")
     inner = re.sub(r" ?font-family: [^;\"]*;?", "", inner)  # the page's own
+    # The points of the curves to a tenth: finer than any screen, and half the bytes.
+    inner = re.sub(r' d="[^"]*"', lambda path: re.sub(r"(\d\.\d)\d+", r"\1", path[0]), inner)
     head = f'<svg id="plot-{name}" class="plot" role="img" aria-labelledby="title-{name}" {box}>'
     return f'{head}<title id="title-{name}">{escape(title)}</title>{inner.strip()}'
 
