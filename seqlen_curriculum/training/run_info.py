@@ -15,6 +15,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 
 from seqlen_curriculum.errors import CheckpointError
+from seqlen_curriculum.jsonfile import replace_text
 
 __all__ = ["record_launch"]
 
@@ -35,11 +36,9 @@ def record_launch(save: Path, config: Mapping[str, Any], ranks: int, first_step:
         "versions": _versions(),
         "device": _device(),
     }
-    unfinished = path.with_name(path.name + ".tmp")
+    text = json.dumps({"config": config, "launches": [*_launches(path), launch]}, indent=2, default=str)
     try:
-        text = json.dumps({"config": config, "launches": [*_launches(path), launch]}, indent=2, default=str)
-        unfinished.write_text(text, encoding="utf-8")
-        os.replace(unfinished, path)
+        replace_text(path, text)
     except OSError as error:
         raise CheckpointError(
             f"{path}: can't be written ({error.strerror}); free space or choose another --save"
