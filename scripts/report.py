@@ -32,7 +32,7 @@ def main() -> None:
     names = _names(args.runs)
     _check(args)
 
-    from seqlen_curriculum.analysis.curves import load_run  # after --help: numpy and pydantic take a moment
+    from seqlen_curriculum.analysis.run_folder import load_run  # after --help: numpy and pydantic take a moment
 
     if args.watch:
         _watch(names, args.out, args.watch)
@@ -63,8 +63,8 @@ def _names(paths: list[str]) -> dict[str, str]:
 
 def _check(args: argparse.Namespace) -> None:
     """Refuse what can't be written before anything is read."""
-    if args.watch is not None and (not args.watch > 0 or args.out is None or args.json):
-        raise ConfigError("--watch: give seconds above 0, and with it --out FOLDER, without --json")
+    if args.watch is not None and (not 0 < args.watch < 1e6 or args.out is None or args.json):
+        raise ConfigError("--watch: give seconds above 0 and below 1e6, and with it --out FOLDER, without --json")
     if args.png:
         picture_path("--png", args.png)
     if args.out:

@@ -142,9 +142,12 @@ def moments():
         for _ in range(3):
             train(engine, 1, rows=2)
             seen[name].append(adam_moments(DataParallel(engine)))
+    fp16, _ = engine_for(model(), run(fp16={"enabled": True, "initial_scale_power": 8}))
+    train(fp16, 1, rows=2)
     sgd, _ = engine_for(model(), run(optimizer={"type": "SGD", "params": {"lr": 1e-2}}))
     train(sgd, 1, rows=2)
-    return {**seen, "sgd": adam_moments(DataParallel(sgd)), "torch": plain_torch(steps=3)}
+    seen |= {name: adam_moments(DataParallel(engine)) for name, engine in (("fp16", fp16), ("sgd", sgd))}
+    return {**seen, "torch": plain_torch(steps=3)}
 
 
 def plain_torch(steps):

@@ -163,22 +163,23 @@ def test_speed_by_hand():
 
 
 def seeded(name, seed, losses, valid_losses, lr=1.0, **changes):
-    config = {"optimizer": {"params": {"lr": lr}}, "training": {"seed": seed}}
+    budget = changes.pop("train_tokens", changes.get("tokens", 100) * len(losses))
+    config = {"optimizer": {"params": {"lr": lr}}, "training": {"seed": seed, "train_tokens": budget}}
     return synthetic(name, losses, valid_losses, info={"config": config}, **changes)
 
 
 SEEDS = [
-    seeded("base-seed1", 1, [4.0, 3.0, 3.9, 2.0], {2: 2.5, 4: 2.0}),
-    seeded("base-seed2", 2, [4.0, 3.0, 3.0, 2.0], {2: 2.5, 4: 2.2}),
-    seeded("fast_seed1", 1, [4.0, 3.0, 2.0, 1.0], {2: 1.9, 4: 1.8}, lr=2.0, seconds=9.0, tokens=50),
-    seeded("fast_seed2", 2, [4.0, 3.0, 2.0, 3.0], {2: 2.5, 4: 2.3}, lr=2.0),
-    seeded("fast_seed3", 3, [4.0, 3.0], {2: 1.0}, lr=2.0),
+    seeded("base-seed10", 1, [4.0, 3.0, 3.9, 2.0], {2: 2.5, 4: 2.0}),
+    seeded("base-seed11", 2, [4.0, 3.0, 3.0, 2.0], {2: 2.5, 4: 2.2}),
+    seeded("fast_seed1", 1, [4.0, 3.0, 2.0, 1.0], {2: 1.9, 4: 1.8}, lr=2.0, seconds=9.0, tokens=50, train_tokens=200),
+    seeded("fast_seed2", 2, [4.0, 3.0, 2.0, 3.0], {2: 2.5, 4: 2.3}, lr=2.0, train_tokens=200),
+    seeded("fast_seed3", 3, [4.0, 3.0], {2: 1.0}, lr=2.0, train_tokens=200),
 ]
 
 
 def test_seeds_of_one_configuration_are_put_together_by_hand():
     base, fast = report(SEEDS)["seeds"]
-    assert (base["name"], base["runs"]) == ("base", ["base-seed1", "base-seed2"])
+    assert (base["name"], base["runs"]) == ("base", ["base-seed10", "base-seed11"])
     assert (base["spikes"], base["final_valid_loss"]) == ([1, 0], [2.0, 2.2])
     assert base["mean_final_valid_loss"] == pytest.approx(2.1)
     assert base["max_loss_ratio"] == [pytest.approx(1.3), pytest.approx(1.0)]
@@ -209,4 +210,30 @@ def test_seeds_in_words_and_on_the_page():
 
 def test_a_run_of_unknown_configuration_is_no_seed_of_another():
     groups = seed_groups([BASE, FAST, *SEEDS[:2]])
-    assert [(group.name, group.members) for group in groups] == [("base", [0]), ("fast", [1]), ("base-seed1", [2, 3])]
+    assert [(group.name, group.members) for group in groups] == [("base", [0]), ("fast", [1]), ("base-seed10", [2, 3])]
+
+
+def test_repeats_and_unfinished_runs_are_no_seeds_to_average():
+    assert [len(group.members) for group in seed_groups([SEEDS[0], *SEEDS[:2]])] == [2, 1]
+    on_the_way = seeded("fast_seed3", 3, [4.0], {1: 1.0}, lr=2.0, train_tokens=200)
+    found = report([*SEEDS[:4], on_the_way])
+    assert found["seeds"][1]["final_valid_loss"] == [1.8, 2.3, None]
+    assert found["seeds"][1]["mean_final_valid_loss"] is None
+    assert found["outcome"][0].startswith("Over seeds, base came to the lowest mean")
+
+
+ROLLED_BACK = {"step": 3, "loss": 9.0, "ratio": 3.0, "returned_to": 1, "skipped": [3, 4], "seconds": 18.0}
+
+
+def test_what_a_rollback_cost_and_skipped_is_counted():
+    """Steps of 36 s; step 2 and the evaluation after it came after 18 s that were given up; 3 and 4 are passed over."""
+    run = synthetic("back", [4.0, 3.0], {2: 2.5}, rollbacks=[ROLLED_BACK])
+    for step in (3, 4):
+        skipped = {"step": step, "consumed_tokens": 100 * step, "seqlen": 8, "rows": 4, "skipped": True}
+        run.records.append(skipped)
+    (found,) = report([run])["runs"]
+    assert found["end"] == {"step": 4, "consumed_tokens": 400, "hours": pytest.approx((36 + 18 + 36 + 9) / 3600)}
+    assert (found["skipped_steps"], found["final"]["step"]) == (2, 2)
+    assert found["final"]["hours"] == pytest.approx((36 + 18 + 36 + 9) / 3600)
+    assert run.series("loss").hours.tolist() == pytest.approx([36 / 3600, 90 / 3600])
+    assert report([run])["outcome"][1].endswith("back 0 in 2 steps, after 1 rollback.")

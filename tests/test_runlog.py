@@ -1,14 +1,16 @@
 """The log of a run survives kills, and the report reads it."""
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from seqlen_curriculum.analysis.curves import load_run, summarise
+from seqlen_curriculum.analysis.curves import summarise
 from seqlen_curriculum.analysis.drawing import draw_run
+from seqlen_curriculum.analysis.run_folder import load_run
 from seqlen_curriculum.errors import DataError
 from seqlen_curriculum.runlog import RunLog, read_runlog
 
@@ -100,15 +102,18 @@ def test_summary_by_hand(tmp_path):
 
 def test_skipped_steps_are_told_apart(tmp_path):
     log = RunLog(tmp_path / "runlog.jsonl")
-    for step in (1, 2, 3, 6, 7):
-        log.write(step_record(step))
-    skipped = {"step": 8, "seqlen": 64, "rows": 4, "consumed_tokens": 16 * 8 * 9, "skipped": True}
-    log.write(skipped)
+    for step in range(1, 9):
+        if step in (4, 5, 8):
+            tokens = 16 * step * (step + 1)
+            log.write({"step": step, "seqlen": 8 * step, "rows": 4, "consumed_tokens": tokens, "skipped": True})
+        else:
+            log.write(step_record(step))
     log.close()
     text = summarise(load_run(tmp_path))
-    assert "steps            7, 2 of them skipped by rollbacks" in text
-    # steps 1, 2, 3 and 7 of 32 + 64 + 96 + 224 = 416 tokens in 4 x 0.5 s; of step 6 the log doesn't tell
-    assert "2 s, 208 tokens/s" in text
+    assert "steps            8, 3 of them skipped by rollbacks" in text
+    assert "consumed tokens  1,152" in text
+    # steps 1, 2, 3, 6 and 7 of 32 + 64 + 96 + 192 + 224 = 608 tokens in 5 x 0.5 s
+    assert "2 s, 243 tokens/s" in text
 
 
 def test_picture_of_a_run_without_evaluations(tmp_path):
@@ -126,3 +131,25 @@ def test_report_on_the_command_line(tmp_path):
     assert (tmp_path / "curves.png").exists()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["curves.png", "runlog.jsonl"]
     assert json.loads((tmp_path / "runlog.jsonl").read_text().splitlines()[0])["step"] == 1
+
+
+DAMAGES = {
+    "launches of no list": ("run.json", '{"config": {}, "launches": 5}', "run.json: can't be read (launches: "),
+    "a launch of nothing": ("run.json", '{"config": {}, "launches": [{}]}', "(launches.0.started: Field required)"),
+    "no JSON": ("run.json", "{", "run.json: can't be read ("),
+    "a rollback of nothing": ("rollbacks.json", "[{}]", "(0.step: Field required); move it away"),
+    "rollbacks of no list": ("rollbacks.json", "{}", "rollbacks.json: can't be read ("),
+    "no seconds": ("runlog.jsonl", '{"step": 5, "loss": 2.0}', "the record of step 5 has seqlen None"),
+    "a loss of NaN": ("runlog.jsonl", json.dumps({**step_record(5), "loss": math.nan}), "step 5 has loss nan"),
+    "a step in words": ("runlog.jsonl", '{"step": "x"}', "the record of step 'x' has step 'x'"),
+}
+
+
+@pytest.mark.parametrize(("name", "text", "message"), DAMAGES.values(), ids=DAMAGES)
+def test_a_damaged_file_is_named(tmp_path, name, text, message):
+    written(tmp_path / "runlog.jsonl", 4)
+    with (tmp_path / name).open("a") as file:
+        file.write(text + "\n")
+    with pytest.raises(DataError) as error:
+        load_run(tmp_path)
+    assert message in str(error.value)

@@ -2,28 +2,22 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from seqlen_curriculum.analysis.stability import ratios_to_best, stability
-from seqlen_curriculum.errors import DataError
-from seqlen_curriculum.runlog import read_runlog
 
-__all__ = ["LOGS", "Run", "Series", "load_run", "read_run", "summarise"]
+__all__ = ["Run", "Series", "summarise"]
 
 Records = list[dict[str, Any]]
 Column = NDArray[np.float64]
 
-LOGS = ("runlog.jsonl", "run.json", "rollbacks.json")
-"""The files of a run folder that a report is made of."""
 _SPEED_POINTS = 200
 
 
@@ -118,8 +112,21 @@ class Run:
     @cached_property
     def _places(self) -> tuple[Column, Column, Column]:
         """Step, consumed tokens and hours at the end of every record, (records,) each."""
-        columns = [_column(self.records, name) for name in ("step", "consumed_tokens", "seconds")]
-        return columns[0], columns[1], np.cumsum(columns[2]) / 3600
+        step, tokens, seconds = (_column(self.records, name) for name in ("step", "consumed_tokens", "seconds"))
+        # What a rollback gave up is no longer in the log, but its time was spent before what is there instead.
+        given_up = sum((one.get("seconds", 0) * (step > one["returned_to"]) for one in self.rollbacks or ()), 0.0)
+        return step, tokens, (np.cumsum(seconds) + given_up) / 3600
+
+    @property
+    def end(self) -> dict[str, Any]:
+        """``step, consumed_tokens, hours`` of what is done, skipped steps too."""
+        step, tokens, hours = (place[-1].item() for place in self._places)
+        return {"step": int(step), "consumed_tokens": int(tokens), "hours": hours}
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps that rollbacks passed over."""
+        return sum(bool(record.get("skipped")) for record in self.records)
 
     @cached_property
     def _known(self) -> dict[str, Series]:
@@ -178,50 +185,15 @@ def _column(records: Sequence[dict[str, Any]], name: str) -> Column:
     return np.array([record.get(name) or 0 for record in records], dtype=np.float64)
 
 
-def load_run(save: Path, name: str = "") -> Run:
-    """The run in the folder ``save``. Raises DataError where there is no run, or none that has made a step."""
-    run = read_run(save, name)
-    if not run.steps:
-        path = save / "runlog.jsonl"
-        raise DataError(f"{path}: no training step here yet; give the --save folder of a run that has started")
-    return run
-
-
-def read_run(save: Path, name: str = "") -> Run:
-    """``load_run`` of a run that may still be about to make its first step."""
-    path = save / "runlog.jsonl"
-    if not save.is_dir():
-        raise DataError(f"{save}: there is no such folder; give the --save folder of a run")
-    return Run(
-        name or save.resolve().name,
-        list(read_runlog(path)) if path.exists() else [],
-        _object(save / "run.json", dict) or {},
-        _object(save / "rollbacks.json", list),
-    )
-
-
-def _object(path: Path, kind: type[Any]) -> Any:
-    """What a JSON file holds, None where there is no file. Raises DataError."""
-    if not path.exists():
-        return None
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: can't be read ({error}); move it away to do without") from error
-    if not isinstance(value, kind):
-        raise DataError(f"{path}: holds {type(value).__name__}, not {kind.__name__}; move it away to do without")
-    return value
-
-
 def summarise(run: Run) -> str:
     """The run in a few lines for a terminal."""
     steps, evaluations = run.steps, run.evaluations
     seconds = sum(record["seconds"] for record in steps)
     speed = f", {run.tokens_per_second:,.0f} tokens/s" if run.tokens_per_second else ""
-    skipped = steps[-1]["step"] - steps[0]["step"] + 1 - len(steps)
+    end, skipped = run.end, run.skipped_steps
     lines = [
-        f"steps            {steps[-1]['step']:,}" + (f", {skipped:,} of them skipped by rollbacks" if skipped else ""),
-        f"consumed tokens  {steps[-1]['consumed_tokens']:,}",
+        f"steps            {end['step']:,}" + (f", {skipped:,} of them skipped by rollbacks" if skipped else ""),
+        f"consumed tokens  {end['consumed_tokens']:,}",
         f"seqlen           {steps[0]['seqlen']} to {steps[-1]['seqlen']}",
         f"training loss    {steps[0]['loss']:.3f} to {steps[-1]['loss']:.3f}",
         f"training time    {seconds:,.0f} s{speed}",

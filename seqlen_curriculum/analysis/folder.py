@@ -7,11 +7,12 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from seqlen_curriculum.analysis.curves import LOGS, Run, read_run
+from seqlen_curriculum.analysis.curves import Run
 from seqlen_curriculum.analysis.drawing import save_png
 from seqlen_curriculum.analysis.page import page
 from seqlen_curriculum.analysis.plots import PLOTS
 from seqlen_curriculum.analysis.report import MADE_BY, report
+from seqlen_curriculum.analysis.run_folder import LOGS, read_run
 from seqlen_curriculum.errors import ConfigError
 
 __all__ = ["check_folder", "follow", "write_report"]
@@ -35,10 +36,12 @@ def write_report(runs: Sequence[Run], folder: Path, refresh_seconds: float | Non
     With ``refresh_seconds``, for a page that will be written again soon, the page loads itself anew, and there are no PNGs.
     """
     found = report(runs)
-    if refresh_seconds is None:
-        for plot in PLOTS:
-            if plot.runs(runs):
-                _replace(folder / f"{plot.name}.png", lambda path, plot=plot: save_png(plot, runs, path, MADE_BY))  # type: ignore[misc]
+    for plot in PLOTS:
+        picture = folder / f"{plot.name}.png"
+        if refresh_seconds is None and plot.runs(runs):
+            _replace(picture, lambda path, plot=plot: save_png(plot, runs, path, MADE_BY))  # type: ignore[misc]
+        else:
+            picture.unlink(missing_ok=True)  # an earlier report's, by check_folder: of other runs, or out of date
     numbers, text = json.dumps(found, indent=2) + "\n", page(found, runs, refresh_seconds)
     _replace(folder / _NUMBERS, lambda path: path.write_text(numbers, encoding="utf-8"))
     _replace(folder / _PAGE, lambda path: path.write_text(text, encoding="utf-8"))

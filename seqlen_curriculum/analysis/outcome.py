@@ -33,7 +33,7 @@ def describe_seeds(groups: Sequence[One]) -> list[str]:
     """What runs of several seeds came to: the outcome in a sentence, then a line a group for a terminal."""
     measured = [group for group in groups if group["mean_final_valid_loss"] is not None]
     if not measured:
-        return ["Not every run has an evaluation yet, so nothing can be compared over seeds."]
+        return ["Not every run has ended with an evaluation, so nothing can be compared over seeds yet."]
     best = min(measured, key=lambda group: float(group["mean_final_valid_loss"]))
     sentence = f"Over seeds, {best['name']} came to the lowest mean final validation loss, {_finals(best)}"
     sentence += "." if best is groups[0] else f"; {groups[0]['name']} to {_finals(groups[0])}."
@@ -114,17 +114,23 @@ def _times(ratio: float | None, less: str, more: str) -> str:
 
 def _spikes(runs: Sequence[One]) -> str:
     what = f"a loss over {SPIKE} times the least before it"
-    if not any(one["stability"]["spikes"] for one in runs):
+    if not any(one["stability"]["spikes"] or one["rollbacks"] for one in runs):
         return f"No run had a loss spike ({what})." if len(runs) > 1 else f"It had no loss spike ({what})."
-    told = "; ".join(_spike_count(one) for one in sorted(runs, key=lambda one: -one["stability"]["spikes"])[:_TOLD])
+    told = "; ".join(_spike_count(one) for one in sorted(runs, key=_trouble, reverse=True)[:_TOLD])
     rest = f"; {len(runs) - _TOLD} others had no more" if len(runs) > _TOLD else ""
     return f"Loss spikes ({what}): {told}{rest}."
 
 
+def _trouble(one: One) -> tuple[int, int]:
+    return len(one["rollbacks"] or ()), one["stability"]["spikes"]
+
+
 def _spike_count(one: One) -> str:
     spikes, most = one["stability"]["spikes"], one["stability"]["max_loss_ratio"]
-    steps = formats.count(one["stability"]["steps"])
-    return f"{one['name']} {formats.count(spikes)} in {steps} steps" + (f", up to {most:.2f}x" if spikes else "")
+    told = f"{one['name']} {formats.count(spikes)} in {formats.count(one['stability']['steps'])} steps"
+    rollbacks = len(one["rollbacks"] or ())
+    told += f", up to {most:.2f}x" if spikes else ""
+    return told + (f", after {rollbacks} rollback{'s' * (rollbacks > 1)}" if rollbacks else "")
 
 
 def describe_comparison(report: Mapping[str, Any]) -> str:

@@ -48,15 +48,10 @@ def _one(run: Run) -> dict[str, Any]:
     points = run.points
     seconds = sum(record["seconds"] for record in run.steps)
     first, last = run.steps[0], run.steps[-1]
-    hours = run.series("loss").hours
     return {
         "name": run.name,
         "first_step": run.records[0]["step"],
-        "end": {
-            "step": last["step"],
-            "consumed_tokens": last["consumed_tokens"],
-            "hours": max(float(hours[-1]), points[-1]["hours"] if points else 0.0),
-        },
+        "end": run.end,
         "train_tokens": run.budget,
         "finished": run.finished,
         "training_hours": seconds / 3600,
@@ -66,7 +61,7 @@ def _one(run: Run) -> dict[str, Any]:
         "final": points[-1] if points else None,
         "best": min(points, key=lambda point: point["valid_loss"]) if points else None,
         "stability": _stability(run),
-        "skipped_steps": sum(bool(record.get("skipped")) for record in run.records),
+        "skipped_steps": run.skipped_steps,
         "rollbacks": run.rollbacks,
         "launches": run.info.get("launches"),
     }

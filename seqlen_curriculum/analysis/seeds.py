@@ -26,11 +26,13 @@ class SeedGroup(NamedTuple):
 
 
 def seed_groups(runs: Sequence[Run]) -> list[SeedGroup]:
-    """The groups in the order of their first runs; a run whose configuration is not known is one by itself."""
+    """The groups in the order of their first runs; a run of unknown configuration, or of a seed again, is by itself."""
     found: dict[str, list[int]] = {}
     for number, run in enumerate(runs):
         settings = {key: value for key, value in fields.flat(run.config) if key != _SEED}
-        found.setdefault(json.dumps(settings, sort_keys=True) if settings else f"{number}", []).append(number)
+        key = json.dumps(settings, sort_keys=True)
+        again = any(_seed(runs[member]) == _seed(run) for member in found.get(key, ()))  # a repeat is no other seed
+        found.setdefault(f"{number}" if again or not settings else key, []).append(number)
     groups = [SeedGroup(_shared_name([runs[n].name for n in members]), members) for members in found.values()]
     if len({group.name for group in groups}) == len(groups):
         return groups
@@ -42,16 +44,19 @@ def _shared_name(names: Sequence[str]) -> str:
     if len(names) == 1:
         return names[0]
     letters = itertools.takewhile(lambda column: len(set(column)) == 1, zip(*names, strict=False))
-    return re.sub(r"[-_./ ]*(seed)?[-_=]?$", "", "".join(column[0] for column in letters)) or names[0]
+    shared = "".join(column[0] for column in letters)
+    if all(name[len(shared) :][:1].isdigit() for name in names):
+        shared = shared.rstrip("0123456789")  # of seed10 and seed11 the 1 is no name's
+    return re.sub(r"[-_./ ]*(seed)?[-_=]?$", "", shared) or names[0]
 
 
 def over_seeds(runs: Sequence[Run], told: Sequence[One]) -> list[dict[str, Any]]:
     """What the groups came to, of ``told``, the runs' numbers; empty where no two runs differ in nothing but their seed.
 
     Of each group ``name``, ``runs``, and a list of one value a run of ``spikes``, ``max_loss_ratio`` and
-    ``final_valid_loss`` with its ``mean_final_valid_loss``. A run is compared with the first group's run of the same seed:
-    ``compared`` of them, ``reached`` of those its best validation perplexity, with ``consumed_tokens_ratio`` and
-    ``hours_ratio``, medians over those that did, None if none did.
+    ``final_valid_loss`` (None of a run that has not ended) with its ``mean_final_valid_loss``. A run is compared with the
+    first group's run of the same seed: ``compared`` of them, ``reached`` of those its best validation perplexity, with
+    ``consumed_tokens_ratio`` and ``hours_ratio``, medians over those that did, None if none did.
     """
     groups = seed_groups(runs)
     if all(len(group.members) == 1 for group in groups):
@@ -66,7 +71,8 @@ def _seed(run: Run) -> Any:
 
 def _group(group: SeedGroup, runs: Sequence[Run], told: Sequence[One], references: Mapping[Any, int]) -> dict[str, Any]:
     ours = [told[number] for number in group.members]
-    finals = [one["final"]["valid_loss"] for one in ours if one["final"]]
+    finals = [one["final"]["valid_loss"] if one["finished"] and one["final"] else None for one in ours]
+    known = [loss for loss in finals if loss is not None]
     pairs = [(runs[n], told[references[_seed(runs[n])]]) for n in group.members if _seed(runs[n]) in references]
     ratios = [ratio for run, reference in pairs if (ratio := _ratio(run, reference))]
     return {
@@ -74,8 +80,8 @@ def _group(group: SeedGroup, runs: Sequence[Run], told: Sequence[One], reference
         "runs": [one["name"] for one in ours],
         "spikes": [one["stability"]["spikes"] for one in ours],
         "max_loss_ratio": [one["stability"]["max_loss_ratio"] for one in ours],
-        "final_valid_loss": [one["final"] and one["final"]["valid_loss"] for one in ours],
-        "mean_final_valid_loss": statistics.mean(finals) if len(finals) == len(ours) else None,
+        "final_valid_loss": finals,
+        "mean_final_valid_loss": statistics.mean(known) if len(known) == len(ours) else None,
         "compared": len(pairs),
         "reached": len(ratios),
         "consumed_tokens_ratio": statistics.median(tokens for tokens, _ in ratios) if ratios else None,
