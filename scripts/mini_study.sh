@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The paper's comparison at small scale: constant length, SLW, two stages and batch size warmup (configs/mini/) at a calm and at
 # an aggressive learning rate (4x), and a sweep of learning rates for the first two, 3 seeds each; then one report of them.
-# 42 runs. Safe to run again: finished runs stay, interrupted ones begin again.
+# 42 runs. Safe to run again: finished runs stay, interrupted ones go on.
 # usage: bash scripts/mini_study.sh [FOLDER]     FOLDER: where runs and report go (default: runs/mini)
 set -euo pipefail
 folder=$(realpath -m "${1:-$(dirname "$0")/../runs/mini}")
@@ -25,6 +25,7 @@ import sys; from pathlib import Path; from seqlen_curriculum.analysis.run_folder
 sys.exit(not read_run(Path(sys.argv[1])).finished)' "$1"
 }
 train() {  # CONFIG LR SEED FOLDER: one run on one rank; LR - is the configuration's own
+    trap "exit 130" INT TERM  # and no word of a run that ended early
     name=$(basename "$1" .json)
     sets=(--set training.seed="$3")
     [ "$2" = - ] || { sets+=(--set optimizer.params.lr="$2"); name=${name%_calm}_lr$2; }
