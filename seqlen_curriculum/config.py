@@ -31,6 +31,7 @@ __all__ = ["DataConfig", "RunConfig", "TrainingConfig"]
 S = TypeVar("S", bound=Section)
 
 
+_JUMPING = ("fixed_discrete", "fixed_mixed", "custom")
 _PRECISION = ("fp16", "bf16", "amp", "torch_autocast", "data_types")
 OURS: dict[str, type[Section]] = {
     "model": ModelConfig,
@@ -175,18 +176,27 @@ class RunConfig:
     def warnings(self) -> list[str]:
         """What is allowed but ill-advised, one line each."""
         curriculum = self.curriculum
-        if self.batch_size_warmup and curriculum and curriculum.min_difficulty < curriculum.max_difficulty:
-            return [
+        if curriculum is None or curriculum.min_difficulty == curriculum.max_difficulty:
+            return []
+        found = []
+        if self.batch_size_warmup:
+            found.append(
                 "batch_size_warmup and curriculum_learning are both on, and each makes the first steps smaller. The paper "
                 "(Section 5.1) advises against it: a batch size warmup gave no stability benefit, because fewer full-length "
                 "sequences are not simpler ones, and the batch must stay a multiple of the data-parallel size. Leave "
                 "batch_size_warmup out"
-            ]
-        return []
+            )
+        if self.training and self.training.on_spike != "log" and curriculum.schedule_type in _JUMPING:
+            found.append(
+                f'training.on_spike: "{self.training.on_spike}" judges a loss by the least before it, at any length, and '
+                f'the lengths of curriculum_learning.schedule_type "{curriculum.schedule_type}" may jump, where another '
+                'loss is no spike. Raise training.spike_ratio above what the lengths alone make, or set on_spike to "log"'
+            )
+        return found
 
     def _conflicts(self, complete: bool) -> list[str]:
         """Problems between sections; with ``complete`` (no section has a problem) also what building the schedule finds."""
-        checks = (self._seq_length_fits(), self._budget_is_tokens(), self._batch_warmup_fits(), self._rollback_fits())
+        checks = (self._seq_length_fits(), self._budget_is_tokens(), self._batch_warmup_fits())
         found = [problem for problem in checks if problem]
         found += engine_problems(self.keys, self.model, bool(self.training and self.training.compile), self.cut.method)
         if found or not complete or not self.training or not (self.data or self.curriculum):
@@ -234,20 +244,6 @@ class RunConfig:
                 "a step; give the budget in tokens"
             )
         return None
-
-    def _rollback_fits(self) -> str | None:
-        """Of the checkpoints kept, the oldest is (keep_last - 1) * save_interval steps before the newest or more."""
-        training = self.training
-        if training is None or training.on_spike != "rollback" or not training.save_interval:
-            return None
-        reach = (training.keep_last - 1) * training.save_interval + 1  # steps from the first kept on, at the least
-        if reach >= training.spike_skip_steps:
-            return None
-        return (
-            f"training.keep_last: {training.keep_last} checkpoints {training.save_interval} steps apart may all be of the "
-            f"last {reach} steps, and a rollback passes over {training.spike_skip_steps}; raise keep_last to "
-            f"{1 - (1 - training.spike_skip_steps) // training.save_interval}, save less often or lower spike_skip_steps"
-        )
 
 
 def _parse_curriculum(raw: Mapping[str, Any], found: list[str]) -> CurriculumConfig | None:

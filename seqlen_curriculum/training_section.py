@@ -25,7 +25,8 @@ class TrainingConfig(Section):
     save_interval: CountOrZero = 1000
     """Steps between checkpoints; one more comes at the end. 0: only then."""
     keep_last: Count = 3
-    """Newest checkpoints to keep; older ones are deleted once a newer one is complete."""
+    """Newest checkpoints to keep; older ones are deleted once a newer one is complete. With ``on_spike`` rollback one more
+    stays where these are all of the last ``spike_skip_steps`` steps: the newest from before them, to go back to."""
     on_spike: Literal["log", "stop", "rollback"] = "log"
     """What to do at a step whose training loss is over ``spike_ratio`` times the least of all earlier ones (the paper's loss
     ratio). ``log``: say so. ``stop``: end the run, unsaved. ``rollback``: return to a checkpoint, pass over the steps up to

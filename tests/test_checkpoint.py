@@ -107,6 +107,15 @@ def test_no_run_writes_over_anothers_log(tmp_path, resume, start, log_begins, re
         refuse_other_run(tmp_path, resume, checkpoint)
 
 
+def test_nothing_of_a_left_over_ledger_is_skipped_by_a_run_that_begins_anew(tmp_path):
+    from seqlen_curriculum.training.pretrain import refuse_other_run
+
+    (tmp_path / "rollbacks.json").write_text("[]")
+    refuse_other_run(tmp_path, "auto", None)  # planned, perhaps
+    with pytest.raises(CheckpointError, match=r"rollbacks\.json: tells the skipped steps of a run.*delete this file"):
+        refuse_other_run(tmp_path, "none", None)
+
+
 def test_a_folder_with_unusable_checkpoints_only_is_not_begun_anew(tmp_path):
     from seqlen_curriculum.training.pretrain import refuse_other_run
 

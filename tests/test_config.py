@@ -104,7 +104,6 @@ def test_bad_overrides(tmp_path, override):
         RunConfig.load(written(tmp_path, GOOD), [override])
 
 
-ROLLBACK = {"on_spike": "rollback", "save_interval": 6, "keep_last": 3}
 BAD = {
     "seq_length typo": (changed(data__seq_lenght=64), "data.seq_lenght: unknown key; did you mean 'seq_length'?"),
     "section typo": (changed(curriculum_learing={}), "unknown section; did you mean 'curriculum_learning'?"),
@@ -126,10 +125,6 @@ BAD = {
     "keep none": (changed(training__keep_last=0), "training.keep_last: 0 is not valid"),
     "spike ratio of one": (changed(training__spike_ratio=1), "training.spike_ratio: 1 is not valid"),
     "on spike": (changed(training__on_spike="roll"), "training.on_spike: 'roll' is not valid"),
-    "no room to roll back": (
-        changed(training={**GOOD["training"], **ROLLBACK, "spike_skip_steps": 14}),
-        "of the last 13 steps, and a rollback passes over 14; raise keep_last to 4",
-    ),
     "unknown leftovers": (changed(data__leftovers="keep"), "data.leftovers: 'keep' is not valid"),
     "no corpus": (changed(data__train=[]), "data.train: [] is not valid: give a list of corpus prefixes"),
     "no list of corpora": (changed(data__train="a"), "data.train: 'a' is not valid"),
@@ -202,15 +197,9 @@ BAD = {
 }
 
 
-def test_room_to_roll_back_by_hand():
-    # spike at step 25 after a checkpoint at 24: of 24, 18 and 12 the last is before the first of 13 skipped steps, 13
-    RunConfig.from_dict(changed(training={**GOOD["training"], **ROLLBACK, "spike_skip_steps": 13}))
-    for change in ({"on_spike": "stop"}, {"save_interval": 0}, {"keep_last": 4}):
-        RunConfig.from_dict(changed(training={**GOOD["training"], **ROLLBACK, "spike_skip_steps": 14, **change}))
-
-
 def test_the_guard_is_no_part_of_the_run():
-    guarded = changed(training={**GOOD["training"], **ROLLBACK, "spike_ratio": 3, "spike_skip_steps": 5})
+    settings = {"on_spike": "rollback", "keep_last": 1, "spike_ratio": 3, "spike_skip_steps": 5000}
+    guarded = changed(training={**GOOD["training"], **settings})
     assert RunConfig.from_dict(guarded).settings() == RunConfig.from_dict(GOOD).settings()
 
 
@@ -403,6 +392,28 @@ def test_a_batch_size_warmup_with_a_curriculum_is_warned_of():
     (warning,) = RunConfig.from_dict(changed(batch_size_warmup=WARMUP)).warnings()
     assert "Section 5.1" in warning
     assert "multiple of the data-parallel size" in warning
+
+
+JUMPING = {
+    "fixed_mixed": {"difficulty": [64, 8], "steps": [3, 1]},
+    "fixed_discrete": {"difficulty": [8, 64], "max_step": [5]},
+    "custom": {"function": "math:sqrt", "difficulty_step": 8},
+}
+
+
+@pytest.mark.parametrize("schedule", JUMPING)
+@pytest.mark.parametrize("on_spike", ["stop", "rollback"])
+def test_a_guard_across_jumps_of_the_length_is_warned_of(schedule, on_spike):
+    jumping = {
+        "curriculum_learning__schedule_type": schedule,
+        "curriculum_learning__schedule_config": JUMPING[schedule],
+    }
+    (warning,) = RunConfig.from_dict(changed(training__on_spike=on_spike, **jumping)).warnings()
+    for part in (f'training.on_spike: "{on_spike}"', f'schedule_type "{schedule}"', "training.spike_ratio"):
+        assert part in warning
+    assert RunConfig.from_dict(changed(**jumping)).warnings() == []
+    assert RunConfig.from_dict(changed(training__on_spike=on_spike)).warnings() == []
+    assert RunConfig.from_dict(changed(training__on_spike=on_spike, curriculum_learning=None)).warnings() == []
 
 
 def test_a_bucket_is_followed_by_the_plan_and_by_the_engine():

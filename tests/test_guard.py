@@ -19,7 +19,9 @@ from seqlen_curriculum.training.guard import (
     begun_by,
     is_skipped,
     read_ledger,
+    same_course,
     skipped_window,
+    steps_to_keep,
     write_ledger,
 )
 
@@ -77,6 +79,40 @@ def test_skipped_steps_of_ranges_that_overlap_and_touch():
     assert [len(begun_by(rollbacks, step)) for step in (4, 5, 6, 7, 10, 11, 99)] == [0, 1, 1, 2, 2, 3, 3]
 
 
+@pytest.mark.parametrize(
+    ("steps", "keep_last", "skip_steps", "kept"),
+    [
+        ([0, 25], 1, 4, {0, 25}),  # a spike at 26 skips 23 to 26
+        ([0, 22, 25], 1, 4, {22, 25}),  # 22 = 25 + 1 - 4
+        ([0, 23, 25], 1, 4, {0, 25}),
+        ([0, 25], 1, 1, {25}),  # 26 alone is skipped
+        ([0, 3], 1, 9000, {0, 3}),  # the run's first steps
+        ([15, 17], 1, 10, {15, 17}),  # for a spike at 25 or later, once 17 is not the newest
+        ([15, 17, 20], 1, 10, {15, 20}),
+        ([0, 6, 12, 18, 24], 3, 13, {12, 18, 24}),
+        ([0, 6, 12, 18, 24], 3, 14, {6, 12, 18, 24}),
+        ([0, 6, 12, 18, 24], 3, 0, {12, 18, 24}),  # no rollbacks
+        ([7], 3, 10, {7}),
+    ],
+)
+def test_which_checkpoints_stay_by_hand(steps, keep_last, skip_steps, kept):
+    assert steps_to_keep(steps, keep_last, skip_steps) == kept
+
+
+@given(st.lists(st.integers(1, 9), max_size=40), st.integers(1, 4), st.integers(1, 30), st.integers(1, 12))
+def test_there_is_always_a_checkpoint_to_go_back_to(gaps, keep_last, skip_steps, spikes_after):
+    """From step 0 on, saves at any intervals, as signals make them, and spikes that drop what they go back past."""
+    steps, spike = [0], 0
+    for number, gap in enumerate(gaps):
+        steps = sorted(steps_to_keep([*steps, steps[-1] + gap], keep_last, skip_steps))
+        assert len(steps) <= keep_last + 1
+        if number % spikes_after == 0 and steps[-1] >= spike:  # the steps up to the last spike are the same as before
+            spike = steps[-1] + 1
+            first, _ = skipped_window(spike, skip_steps)
+            assert steps[0] < first
+            steps = [step for step in steps if step < first]
+
+
 def test_a_spike_is_told_of_once(tmp_path):
     one = guard("log", [4.0, 3.0])
     assert one.judge(4.5) is None  # 1.5 times the least, not above
@@ -132,9 +168,15 @@ def test_the_guard_knows_the_skipped_steps():
     assert [one.begin(step, 32, 0.001) for step in (4, 5, 8, 9)] == [True, False, False, True]
 
 
+def test_a_course_is_what_it_skips():
+    assert same_course([rollback(22, 25)], [rollback(22, 25, loss=None, returned_to=3, seconds=7.5)])
+    assert not same_course([rollback(22, 25)], [rollback(21, 25)])
+    assert not same_course([rollback(22, 25)], [])
+
+
 def test_the_ledger_comes_back(tmp_path):
     assert read_ledger(tmp_path) is None
-    rollbacks = [rollback(22, 25), rollback(1, 3, loss=None, ratio=None, returned_to=0, lr=1 / 3)]
+    rollbacks = [rollback(22, 25), rollback(1, 3, loss=None, ratio=None, returned_to=0, lr=1 / 3, seconds=0.1)]
     write_ledger(tmp_path, rollbacks)
     assert read_ledger(tmp_path) == rollbacks
     assert json.loads((tmp_path / "rollbacks.json").read_text())[0] == {
@@ -145,8 +187,32 @@ def test_the_ledger_comes_back(tmp_path):
         "lr": 0.001,
         "returned_to": 21,
         "skipped": [22, 25],
+        "seconds": 0.0,
     }
     assert [path.name for path in tmp_path.iterdir()] == ["rollbacks.json"]
+
+
+def test_a_ledger_without_seconds_is_read(tmp_path):
+    old = rollback(22, 25).model_dump(mode="json", exclude={"seconds"})
+    (tmp_path / "rollbacks.json").write_text(json.dumps([old]))
+    assert read_ledger(tmp_path) == [rollback(22, 25, seconds=0.0)]
+
+
+def test_the_seconds_of_abandoned_steps_by_hand(tmp_path):
+    from seqlen_curriculum.training.rollback import seconds_after
+
+    seconds = [
+        (18, "loss", 9.0),
+        (18, "valid_loss", 9.0),
+        (19, "loss", 0.5),
+        (24, "loss", 1.0),
+        (24, "valid_loss", 0.25),
+    ]
+    records = [{"step": step, kind: 3.0, "seconds": took} for step, kind, took in seconds]
+    records.append({"step": 20, "skipped": True})
+    (tmp_path / "runlog.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    assert seconds_after(tmp_path / "runlog.jsonl", 18) == 1.75
+    assert seconds_after(tmp_path / "runlog.jsonl", 24) == 0
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[1]", '[{"step": 3}]'])
@@ -188,3 +254,17 @@ def test_checkpoints_of_an_abandoned_course_do_not_count(tmp_path):
     assert [one.step for one in checkpoints.complete()] == [18, 21, 24, 39, 40]
     checkpoints.rollbacks = []
     assert [one.step for one in checkpoints.complete()] == [18, 21, 22]
+
+
+def test_a_signals_checkpoint_leaves_one_to_go_back_to(tmp_path):
+    from seqlen_curriculum.training.checkpoint import Checkpoints
+
+    def left_of(*steps, skip_steps):
+        for step in steps:
+            checkpoint(tmp_path, step, [])
+        Checkpoints(tmp_path, 1, {}, skip_steps).drop_old()
+        return sorted(int(path.name.removeprefix("global_step")) for path in tmp_path.iterdir())
+
+    assert left_of(0, 25, skip_steps=10) == [0, 25]
+    assert left_of(34, skip_steps=10) == [25, 34]  # a spike at 35 skips 26 to 35
+    assert left_of(skip_steps=0) == [34]

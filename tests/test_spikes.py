@@ -75,8 +75,8 @@ def runs(run_file):
     """The folder of all runs."""
     folder = run_file.parent
 
-    def run(name, *sets, resume="auto", fails=False):
-        return {"config": str(run_file), "sets": sets, "save": f"{folder}/{name}", "resume": resume, "fails": fails}
+    def run(name, *sets, resume="auto", **more):
+        return {"config": str(run_file), "sets": sets, "save": f"{folder}/{name}", "resume": resume, **more}
 
     assert run_and_kill(killed_command(folder), folder / "killed.log", (folder / "killed" / LEDGER).exists)
     shutil.copy(folder / "killed" / "runlog.jsonl", folder / "killed.jsonl")
@@ -89,13 +89,23 @@ def runs(run_file):
         for kind, wanted in (("", [ON_ROLLBACK, KEEP_ALL]), ("-planned", []))
     ]
     too_fast = ("optimizer.params.lr=1e20", "gradient_clipping=0", "training.eval_interval=0", "training.keep_last=3")
+    restless = ("training.spike_ratio=1.01", "training.spike_skip_steps=1", "training.eval_interval=0")
+    few = ("training.save_interval=0", "training.keep_last=1")
+    for blocked in ("no-lock/.lock", "no-pointer/latest"):
+        (folder / blocked).mkdir(parents=True)
     others = [
         run("killed", *ZERO2),
         run("log", *ENGINES["zero2"]),
         run("stop", *ENGINES["zero2"], "training.on_spike=stop", fails=True),
         run("too-new", *ZERO2, "training.spike_skip_steps=8", resume=f"{folder}/stop/global_step18", fails=True),
+        run("newer", *ZERO2, "training.spike_skip_steps=7", goes_on_from=f"{folder}/too-new"),
         run("from-elsewhere", *ZERO2, resume=f"{folder}/zero2/global_step24"),
         run("too-fast", *ZERO2, *too_fast, fails=True),
+        run("restless", *ZERO2, *restless, fails=True),
+        run("rested", *ENGINES["zero2"], *restless, goes_on_from=f"{folder}/restless"),
+        run("terminated", *ZERO2, *few, sigterm_at=f"{folder}/terminated/{LEDGER}"),
+        run("no-lock", *ZERO2, fails=True),
+        run("no-pointer", *ZERO2, fails=True),
     ]
     at = len(by_engine) - 2  # no other engine can follow a pipeline
     launch_runs(folder, "spikes", [*by_engine[:at], *others, *by_engine[at:]], ranks=2)
@@ -151,6 +161,7 @@ def test_the_rollback_is_on_record(runs, run_file):
     least = min(record["loss"] for record in records(runs / "log")[0] if record["step"] < SPIKE)
     assert rollback["ratio"] == rollback["loss"] / least
     assert (rollback["returned_to"], rollback["skipped"]) == (18, [22, 25])
+    assert rollback["seconds"] > 0
 
 
 def test_the_engine_counts_the_skipped_steps(runs):
@@ -174,7 +185,8 @@ def test_checkpoints_tell_their_course(runs, run):
 def assert_same_rollback(run, reference):
     assert_same_run(run, reference)
     assert raw(run) == raw(reference)
-    assert (run / LEDGER).read_text() == (reference / LEDGER).read_text()
+    ours, theirs = (json.loads((save / LEDGER).read_text()) for save in (run, reference))
+    assert [{**one, "seconds": None} for one in ours] == [{**one, "seconds": None} for one in theirs]
 
 
 def test_killed_amid_the_rollback_it_comes_out_the_same(runs):
@@ -201,7 +213,8 @@ def test_only_told_of_by_default(runs):
     spikes = [one["step"] for one in stability(steps)["spikes"] if one["ratio"] > 1.3]
     assert spikes[0] == SPIKE
     episodes = [step for step in spikes if step - 1 not in spikes]
-    told = re.findall(r"step (\d+): the loss [^;\n]* at seqlen \d+ and lr \S+\s*\n", (runs / "spikes.log").read_text())
+    line = r"step (\d+): the loss [^;\n]*spike_ratio 1\.3\), at seqlen \d+ and lr \S+\s*\n"
+    told = re.findall(line, (runs / "spikes.log").read_text())
     assert list(map(int, told)) == episodes
     assert not (runs / "log" / LEDGER).exists()
     assert not (runs / "log" / "global_step0").exists()
@@ -228,12 +241,14 @@ def test_stops_before_anything_of_the_spike_is_saved(runs):
     ]
 
 
-def test_without_a_checkpoint_from_before_it_says_what_to_change(runs):
+def test_without_a_checkpoint_from_before_it_says_what_goes_on(runs):
     told = (runs / "too-new" / "error").read_text()
     assert "a rollback skips steps 18 to 25, and no checkpoint from before them is kept" in told
-    for key in ("training.keep_last", "save less often", "training.spike_skip_steps"):
-        assert key in told
+    assert 'Set training.spike_skip_steps to 7 or less, or training.on_spike to "log"' in told
     assert not (runs / "too-new" / LEDGER).exists()
+    (rollback,) = json.loads((runs / "newer" / LEDGER).read_text())  # it was set to 7, in the same command
+    assert (rollback["returned_to"], rollback["skipped"]) == (18, [19, 25])
+    assert raw(runs / "newer")[-1]["step"] == 41
 
 
 def test_a_checkpoint_from_elsewhere_brings_its_skipped_steps(runs):
@@ -241,6 +256,12 @@ def test_a_checkpoint_from_elsewhere_brings_its_skipped_steps(runs):
     manifests = [runs / run / "global_step41" / "complete.json" for run in ("from-elsewhere", "zero2")]
     ours, theirs = (json.loads(path.read_text())["rollbacks"] for path in manifests)
     assert ours == theirs != []
+
+
+def test_skipped_steps_ahead_are_told_of_when_a_run_starts(runs):
+    told = re.findall(r"steps that will be passed over, .* tells: (.*\d)\s*\n", (runs / "spikes.log").read_text())
+    assert told.count("22 to 25") >= len(ROLLED_BACK)  # planned
+    assert "25 to 25" in told  # from-elsewhere begins with it
 
 
 def test_gives_up_on_what_spikes_again_and_again(runs):
@@ -261,3 +282,32 @@ def test_gives_up_on_what_spikes_again_and_again(runs):
     ]
     last = ledger[-1]["skipped"][1]
     assert [record["step"] for record in raw(runs / "too-fast") if "skipped" in record] == list(range(1, last + 1))
+
+
+def test_what_spikes_again_and_again_goes_on_when_only_told_of(runs):
+    told = (runs / "restless" / "error").read_text()
+    assert "after 10 rollbacks" in told
+    assert told.endswith('or set training.on_spike to "log", which only tells of it, and give the same command')
+    assert '"log"' not in (runs / "too-fast" / "error").read_text()  # NaN can't be gone on from
+    log = [record for record in raw(runs / "rested") if "valid_loss" not in record]
+    assert [record["step"] for record in log] == list(range(1, 42))
+    skipped = [one["skipped"][0] for one in json.loads((runs / "rested" / LEDGER).read_text())]
+    assert [record["step"] for record in log if "skipped" in record] == sorted(skipped)
+
+
+def test_sigterm_while_it_goes_back_saves_and_leaves_a_checkpoint_to_go_back_to(runs):
+    (rollback,) = json.loads((runs / "terminated" / LEDGER).read_text())
+    assert rollback["returned_to"] == 0
+    log = raw(runs / "terminated")
+    assert [record["step"] for record in log] == [1]
+    assert sorted(path.name for path in (runs / "terminated").glob("global_step*")) == ["global_step0", "global_step1"]
+
+
+def test_what_ails_the_folder_is_told_by_all_ranks(runs):
+    """By one of them only, the launch of all these runs would have hung."""
+    assert re.match(
+        r".*Is a directory: .*/no-lock/\.lock'; free space or fix", (runs / "no-lock" / "error").read_text()
+    )
+    told = (runs / "no-pointer" / "error").read_text()
+    assert re.match(r".*/no-pointer/global_step0: is complete, but what comes after it failed .*latest", told)
+    assert (runs / "no-pointer" / "global_step0" / "complete.json").exists()

@@ -23,7 +23,15 @@ from pydantic import Field
 from seqlen_curriculum.errors import CheckpointError, SeqlenCurriculumError
 from seqlen_curriculum.fields import Count, CountOrZero, Section
 from seqlen_curriculum.jsonfile import replace_text
-from seqlen_curriculum.training.guard import LEDGER, Rollback, begun_by, read_ledger, write_ledger
+from seqlen_curriculum.training.guard import (
+    LEDGER,
+    Rollback,
+    begun_by,
+    read_ledger,
+    same_course,
+    steps_to_keep,
+    write_ledger,
+)
 from seqlen_curriculum.training.reshard import load_resharded
 from seqlen_curriculum.training.telemetry import say
 
@@ -47,15 +55,19 @@ class Checkpoint:
 
 
 class Checkpoints:
-    """The checkpoints of one run in the folder ``save``; ``run`` are the settings that another run may not share."""
+    """The checkpoints of one run in the folder ``save``; ``run`` are the settings that another run may not share.
 
-    def __init__(self, save: Path, keep_last: int, run: Mapping[str, Any]) -> None:
+    ``skip_steps`` are those that a rollback passes over, 0 where none is to be made.
+    """
+
+    def __init__(self, save: Path, keep_last: int, run: Mapping[str, Any], skip_steps: int = 0) -> None:
         self.save_folder, self.keep_last, self.run = save.resolve(), keep_last, dict(run)
+        self.skip_steps = skip_steps
         self.rollbacks: Sequence[Rollback] | None = None
         """Those of the run. None as long as nothing is known of them: then checkpoints of any course will do."""
 
     def save(self, engine: Any, step: int, write_model: Callable[[Path], None]) -> None:
-        """Write checkpoint ``step`` on all ranks; older ones beyond ``keep_last`` go once it is complete.
+        """Write checkpoint ``step`` on all ranks; older ones that need not be kept go once it is complete.
 
         ``write_model(folder)`` adds the Hugging Face files. Raises CheckpointError, the previous checkpoint untouched.
         """
@@ -71,8 +83,7 @@ class Checkpoints:
             engine.save_checkpoint(str(self.save_folder), tag=unfinished.name, save_latest=False)
             write_model(unfinished)
             dist.barrier()
-            if dist.get_rank() == 0:
-                self._publish(unfinished, final, step, engine)
+            on_rank_0(lambda: self._publish(unfinished, final, step, engine))
         except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
             shutil.rmtree(unfinished, ignore_errors=True)
             kept = next(reversed(self.complete()), None)
@@ -80,7 +91,7 @@ class Checkpoints:
             raise CheckpointError(
                 f"{final}: can't be written ({error}); {intact}. Free space or fix the folder, then give the same command"
             ) from error
-        dist.barrier()
+        on_rank_0(lambda: self._make_newest(final))
 
     def find(self, resume: str) -> Checkpoint | None:
         """The checkpoint to continue from, the same on all ranks: of ``auto``, ``none`` or a checkpoint folder's path.
@@ -181,9 +192,24 @@ class Checkpoints:
             say(f"replacing an unusable checkpoint: {final}")
             shutil.rmtree(final)
         os.rename(unfinished, final)
-        replace_text(self.save_folder / "latest", final.name)  # DeepSpeed's own pointer, for its tools
-        for old in self.complete()[: -self.keep_last]:
-            shutil.rmtree(old.folder)
+
+    def _make_newest(self, final: Path) -> None:
+        """Point at the complete checkpoint ``final`` and drop what it makes needless."""
+        try:
+            replace_text(self.save_folder / "latest", final.name)  # DeepSpeed's own pointer, for its tools
+            self.drop_old()
+        except OSError as error:
+            raise CheckpointError(
+                f"{final}: is complete, but what comes after it failed ({error}); mend that, then give the same command"
+            ) from error
+
+    def drop_old(self) -> None:
+        """Delete the checkpoints of this course that ``steps_to_keep`` has no use for. Raises OSError."""
+        found = self.complete()
+        keep = steps_to_keep([checkpoint.step for checkpoint in found], self.keep_last, self.skip_steps)
+        for checkpoint in found:
+            if checkpoint.step not in keep:
+                shutil.rmtree(checkpoint.folder)
 
     def complete(self) -> list[Checkpoint]:
         """The complete checkpoints of this course, oldest first."""
@@ -214,6 +240,8 @@ def on_rank_0(function: Callable[[], T]) -> T:
             outcome[0] = function()
         except SeqlenCurriculumError as error:
             outcome[1] = str(error)
+        except OSError as error:  # or the others would wait for ever
+            outcome[1] = f"{error}; free space or fix the folder, then give the same command"
     dist.broadcast_object_list(outcome, src=0)
     if outcome[1] is not None:
         raise CheckpointError(outcome[1])
@@ -253,7 +281,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
 
 def _has_seen(checkpoint: Checkpoint, rollbacks: Sequence[Rollback]) -> bool:
     """Whether it was trained with the steps skipped that ``rollbacks`` skip before it, and no others."""
-    return list(checkpoint.rollbacks) == begun_by(rollbacks, checkpoint.step)
+    return same_course(checkpoint.rollbacks, begun_by(rollbacks, checkpoint.step))
 
 
 def _zero_section(engine: Any) -> dict[str, Any]:

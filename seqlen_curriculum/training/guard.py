@@ -12,9 +12,9 @@ import json
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
-from pydantic import TypeAdapter, ValidationError, model_validator
+from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
 from seqlen_curriculum.config import TrainingConfig
 from seqlen_curriculum.errors import CheckpointError, DivergenceError
@@ -33,7 +33,9 @@ __all__ = [
     "begun_by",
     "is_skipped",
     "read_ledger",
+    "same_course",
     "skipped_window",
+    "steps_to_keep",
     "write_ledger",
 ]
 
@@ -61,6 +63,9 @@ class Rollback(Section):
     """The step of the checkpoint."""
     skipped: tuple[Count, Count]
     """The first and the last step passed over."""
+    seconds: Annotated[float, Field(ge=0)] = 0.0
+    """Spent on the steps and evaluations after ``returned_to`` that were logged and given up; the spike's own is not among
+    them. Tells nothing of the course, as it differs from machine to machine."""
 
     @model_validator(mode="after")
     def _in_order(self) -> Rollback:
@@ -85,6 +90,22 @@ def is_skipped(rollbacks: Iterable[Rollback], step: int) -> bool:
 def skipped_window(step: int, count: int) -> tuple[int, int]:
     """The first and the last of the ``count`` steps up to the spike at ``step``; the run's first step is 1."""
     return max(1, step - count + 1), step
+
+
+def same_course(ours: Iterable[Rollback], theirs: Iterable[Rollback]) -> bool:
+    """Whether both pass over the same steps, which is all that training depends on."""
+    return [rollback.skipped for rollback in ours] == [rollback.skipped for rollback in theirs]
+
+
+def steps_to_keep(steps: Sequence[int], keep_last: int, skip_steps: int) -> set[int]:
+    """Which of the checkpoints at ``steps``, ascending, stay: the newest ``keep_last``, and one to roll back to.
+
+    That is the newest one from before the ``skip_steps`` steps that a spike right after the newest, at n + 1, would skip: at
+    n + 1 - skip_steps or earlier. A later spike skips later steps. Without such a one, the oldest stays until it is.
+    """
+    first, _ = skipped_window(steps[-1] + 1, skip_steps)
+    old_enough = [step for step in steps if step < first]
+    return {*steps[-keep_last:], old_enough[-1] if old_enough else steps[0]}
 
 
 def read_ledger(save: Path) -> list[Rollback] | None:
@@ -144,8 +165,15 @@ class Spike(NamedTuple):
     loss: float
     ratio: float | None
     what: str
+    is_finite: bool
+    """All of it, so that training could go on."""
 
-    def to_rollback(self, returned_to: int, skipped: tuple[int, int]) -> Rollback:
+    @property
+    def told(self) -> str:
+        """In words."""
+        return f"step {self.step}: {self.what}, at seqlen {self.seqlen} and lr {self.lr:.3g}"
+
+    def to_rollback(self, returned_to: int, skipped: tuple[int, int], seconds: float = 0.0) -> Rollback:
         """The record of a return to the checkpoint of a step."""
         loss = self.loss if math.isfinite(self.loss) else None
         return Rollback(
@@ -156,6 +184,7 @@ class Spike(NamedTuple):
             lr=self.lr,
             returned_to=returned_to,
             skipped=skipped,
+            seconds=seconds,
         )
 
 
@@ -163,7 +192,7 @@ class Abandoned(Exception):  # noqa: N818 - no error: the loop above goes on fro
     """The course of training since some checkpoint is given up because of ``spike``."""
 
     def __init__(self, spike: Spike) -> None:
-        super().__init__(f"step {spike.step}: {spike.what}")
+        super().__init__(spike.told)
         self.spike = spike
 
 
@@ -198,17 +227,21 @@ class Guard:
         )
         what += f" the least before it, {before.least:.4f} (training.spike_ratio {threshold})"
         if self._settings.on_spike != "log":
-            self.give_up(what, loss, or_go_on=' or "log", which only tells of it')
-        step, seqlen, lr = self._now
-        return None if before.spiking else f"step {step}: {what}, at seqlen {seqlen} and lr {lr:.3g}"
+            self.give_up(what, loss, is_finite=True)
+        return None if before.spiking else self._spike(what, loss, is_finite=True).told
 
-    def give_up(self, what: str, loss: float = math.nan, or_go_on: str = "") -> None:
+    def give_up(self, what: str, loss: float = math.nan, is_finite: bool = False) -> None:
         """Don't go on from this step. Raises Abandoned where rollbacks are asked for, else DivergenceError."""
-        step, seqlen, lr = self._now
+        spike = self._spike(what, loss, is_finite)
         if self._settings.on_spike == "rollback":
-            raise Abandoned(Spike(step, seqlen, lr, loss, self._so_far.ratio(loss), what))
+            raise Abandoned(spike)
+        or_go_on = ' or "log", which only tells of it' if is_finite else ""
         raise DivergenceError(
-            f"step {step}: {what}, at seqlen {seqlen} and lr {lr:.3g}; training stops, this step is not saved and the "
-            f'last checkpoint is intact. {REMEDIES}; or set training.on_spike to "rollback", which goes back and passes '
-            f"over the steps before the spike{or_go_on}, and give the same command"
+            f"{spike.told}; training stops, this step is not saved and the last checkpoint is intact. {REMEDIES}; or set "
+            'training.on_spike to "rollback", which goes back and passes over the steps before the spike'
+            f"{or_go_on}, and give the same command"
         )
+
+    def _spike(self, what: str, loss: float, is_finite: bool) -> Spike:
+        step, seqlen, lr = self._now
+        return Spike(step, seqlen, lr, loss, self._so_far.ratio(loss), what, is_finite)

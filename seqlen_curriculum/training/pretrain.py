@@ -22,8 +22,8 @@ from seqlen_curriculum.runlog import RunLog, read_runlog
 from seqlen_curriculum.training.assemble import assemble
 from seqlen_curriculum.training.checkpoint import Checkpoint, Checkpoints, on_rank_0
 from seqlen_curriculum.training.compile import compile_blocks
-from seqlen_curriculum.training.guard import Abandoned, Guard
-from seqlen_curriculum.training.rollback import losses_so_far, roll_back
+from seqlen_curriculum.training.guard import LEDGER, Abandoned, Guard
+from seqlen_curriculum.training.rollback import losses_so_far, roll_back, tell_of_skipped
 from seqlen_curriculum.training.run_info import record_launch
 from seqlen_curriculum.training.telemetry import Telemetry, say
 from seqlen_curriculum.training.trainer import StopSignals, Trainer
@@ -48,12 +48,14 @@ def pretrain(config: RunConfig, train: Feed, valid: Samples | None, save: Path, 
     deepspeed.init_distributed()
     config = config.for_ranks(dist.get_world_size())
     rank, timeline, save = dist.get_rank(), config.timeline(), save.resolve()
-    checkpoints = Checkpoints(save, training.keep_last, {**config.settings(), **_data_settings(train)})
+    skip_steps = training.spike_skip_steps if training.on_spike == "rollback" else 0
+    checkpoints = Checkpoints(save, training.keep_last, {**config.settings(), **_data_settings(train)}, skip_steps)
     on_rank_0(lambda: lock_folder(save))
     checkpoint = checkpoints.find(resume)
     on_rank_0(lambda: refuse_other_run(save, resume, checkpoint))
     first_step = checkpoint.step + 1 if checkpoint else 1
     on_rank_0(lambda: record_launch(save, config.as_file(), dist.get_world_size(), first_step))
+    tell_of_skipped(checkpoints.rollbacks or (), first_step - 1)
     torch.manual_seed(training.seed)  # the same weights on every rank
     model = build_gpt2(model_config)
     executor, write = assemble(config, model)
@@ -96,11 +98,12 @@ def pretrain(config: RunConfig, train: Feed, valid: Samples | None, save: Path, 
             if trainer.sample_log is not None:
                 trainer.sample_log.close()
 
-    while True:
-        try:
-            return train_from(checkpoint)
-        except Abandoned as abandoned:
-            checkpoint = roll_back(checkpoints, abandoned.spike, training.spike_skip_steps)
+    with signals:  # also while it goes back
+        while True:
+            try:
+                return train_from(checkpoint)
+            except Abandoned as abandoned:
+                checkpoint = roll_back(checkpoints, save / _RUNLOG, abandoned.spike)
 
 
 def _data_settings(train: Feed) -> dict[str, Any]:
@@ -124,7 +127,15 @@ def lock_folder(save: Path) -> None:
 
 
 def refuse_other_run(save: Path, resume: str, checkpoint: Checkpoint | None) -> None:
-    """A run that doesn't continue from a checkpoint in ``save`` must not write over another one's log there."""
+    """A run that doesn't continue from a checkpoint in ``save`` must not write over another one's log there.
+
+    Nor does one that begins anew skip another one's steps. Raises CheckpointError.
+    """
+    if resume == "none" and (save / LEDGER).exists():
+        raise CheckpointError(
+            f"{save / LEDGER}: tells the skipped steps of a run, and --resume none begins another; choose another --save or "
+            "delete this file, or give --resume auto to train the run that skips them"
+        )
     first = next(read_runlog(save / _RUNLOG), None) if (save / _RUNLOG).exists() else None
     if first is None or (checkpoint is not None and checkpoint.folder.parent == save):
         return

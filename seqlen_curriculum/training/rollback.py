@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from seqlen_curriculum.errors import DivergenceError
 from seqlen_curriculum.runlog import read_runlog
 from seqlen_curriculum.training.checkpoint import Checkpoint, Checkpoints, on_rank_0
-from seqlen_curriculum.training.guard import LEDGER, MOST_ROLLBACKS, REMEDIES, LossesSoFar, Spike, skipped_window
+from seqlen_curriculum.training.guard import (
+    LEDGER,
+    MOST_ROLLBACKS,
+    REMEDIES,
+    LossesSoFar,
+    Rollback,
+    Spike,
+    skipped_window,
+)
 from seqlen_curriculum.training.telemetry import say
 
-__all__ = ["losses_so_far", "roll_back"]
+__all__ = ["losses_so_far", "roll_back", "seconds_after", "tell_of_skipped"]
 
 
 def losses_so_far(log: Path, spike_ratio: float) -> LossesSoFar:
@@ -23,26 +32,50 @@ def losses_so_far(log: Path, spike_ratio: float) -> LossesSoFar:
     return on_rank_0(read)
 
 
-def roll_back(checkpoints: Checkpoints, spike: Spike, skip_steps: int) -> Checkpoint:
-    """Pass over the ``skip_steps`` steps up to ``spike``: the checkpoint to continue from, the same on all ranks.
+def tell_of_skipped(rollbacks: Sequence[Rollback], done_steps: int) -> None:
+    """Say which steps after ``done_steps`` will be passed over, if any."""
+    ahead = [(max(first, done_steps + 1), last) for first, last in (one.skipped for one in rollbacks)]
+    ranges = ", ".join(f"{first} to {last}" for first, last in ahead if first <= last)
+    if ranges:
+        say(f"steps that will be passed over, as {LEDGER} or the checkpoint tells: {ranges}")
 
-    Once it is written down nothing else need be done: a kill at any later moment makes no difference. Raises
-    DivergenceError if no checkpoint from before these steps is kept, or there were MOST_ROLLBACKS.
+
+def roll_back(checkpoints: Checkpoints, log: Path, spike: Spike) -> Checkpoint:
+    """Pass over the steps up to ``spike``: the checkpoint to continue from, the same on all ranks.
+
+    ``log`` is the run log, of the course given up. Once the rollback is written down nothing else need be done: a kill at
+    any later moment makes no difference. Raises DivergenceError if no checkpoint from before these steps is kept, or there
+    were MOST_ROLLBACKS.
     """
-    done, (first, last) = checkpoints.rollbacks or (), skipped_window(spike.step, skip_steps)
-    told = f"step {spike.step}: {spike.what}, at seqlen {spike.seqlen} and lr {spike.lr:.3g}"
+    done, (first, last) = checkpoints.rollbacks or (), skipped_window(spike.step, checkpoints.skip_steps)
     if len(done) >= MOST_ROLLBACKS:
+        or_go_on = '; or set training.on_spike to "log", which only tells of it, and give the same command'
         raise DivergenceError(
-            f"{told}; after {MOST_ROLLBACKS} rollbacks, see {checkpoints.save_folder / LEDGER}, the guard gives up: it is "
-            f"not the data of single steps. {REMEDIES}"
+            f"{spike.told}; after {MOST_ROLLBACKS} rollbacks, see {checkpoints.save_folder / LEDGER}, the guard gives up: "
+            f"it is not the data of single steps. {REMEDIES}{or_go_on if spike.is_finite else ''}"
         )
-    old_enough = on_rank_0(lambda: [found for found in checkpoints.complete() if found.step < first])
+    kept = on_rank_0(checkpoints.complete)
+    old_enough = [found for found in kept if found.step < first]
     if not old_enough:
         raise DivergenceError(
-            f"{told}; a rollback skips steps {first} to {last}, and no checkpoint from before them is kept. Raise "
-            "training.keep_last, save less often or lower training.spike_skip_steps, and train into another --save"
+            f"{spike.told}; a rollback skips steps {first} to {last}, and no checkpoint from before them is kept. "
+            + _ways_on(spike, kept)
         )
     newest = old_enough[-1]
-    say(f"{told}; going back to step {newest.step}, to skip steps {first} to {last}")
-    checkpoints.abandon_for([*done, spike.to_rollback(newest.step, (first, last))], newest)
+    say(f"{spike.told}; going back to step {newest.step}, to skip steps {first} to {last}")
+    seconds = on_rank_0(lambda: seconds_after(log, newest.step))
+    checkpoints.abandon_for([*done, spike.to_rollback(newest.step, (first, last), seconds)], newest)
     return newest
+
+
+def _ways_on(spike: Spike, kept: Sequence[Checkpoint]) -> str:
+    """What to change where no checkpoint is old enough; back to one at step c, at most spike - c steps can be skipped."""
+    most = spike.step - kept[0].step if kept else 0
+    ways = [f"training.spike_skip_steps to {most} or less"] if most > 0 else []
+    ways += ['training.on_spike to "log", which only tells of it'] if spike.is_finite else []
+    return f"Set {', or '.join(ways)}, and give the same command" if ways else REMEDIES
+
+
+def seconds_after(log: Path, step: int) -> float:
+    """Spent on the steps and evaluations logged after ``step``."""
+    return float(sum(record.get("seconds", 0.0) for record in read_runlog(log) if record["step"] > step))

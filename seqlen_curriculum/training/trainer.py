@@ -76,16 +76,15 @@ class Trainer:
         last_step = self.timeline.steps
         if self.settings.preflight and first_step <= last_step:
             preflight(self.executor, *self._largest_micro_batch())
-        with self.signals as signals:
-            for step in range(first_step, last_step + 1):
-                stop = self._step(step, signals.received)
-                if _due(step, self.settings.eval_interval, last_step):
-                    self._evaluate(step)
-                if stop or _due(step, self.settings.save_interval or last_step, last_step):
-                    self.save(step)
-                if stop and step < last_step:
-                    say(f"stopped after step {step} by a signal, and saved; the same command continues")
-                    return False
+        for step in range(first_step, last_step + 1):
+            stop = self._step(step, self.signals.received)
+            if _due(step, self.settings.eval_interval, last_step):
+                self._evaluate(step)
+            if stop or _due(step, self.settings.save_interval or last_step, last_step):
+                self.save(step)
+            if stop and step < last_step:
+                say(f"stopped after step {step} by a signal, and saved; the same command continues")
+                return False
         say(f"finished: {last_step} steps, {self.timeline.consumed_tokens(last_step):,} tokens")
         return True
 
