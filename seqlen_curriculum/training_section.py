@@ -45,7 +45,7 @@ class TrainingConfig(Section):
     seqlen_bucket: Seqlen | None = None
     """Round every length down to a multiple of this, as ``difficulty_step`` does for a ramp: fewer shapes to compile, and
     multiples for the hardware, of any schedule. The longest length stays as it is."""
-    variance_interval: CountOrZero = 10
+    variance_interval: CountOrZero = 20
     """Steps between measures of Adam's variance and momentum (their l1 norm and largest element). 0: never."""
     log_sample_ids: bool = False
     """Also write the ids of the samples each rank reads, to ``SAVE/samples.rank*.jsonl``."""

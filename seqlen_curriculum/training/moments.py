@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from deepspeed import comm as dist
@@ -15,7 +15,8 @@ from seqlen_curriculum.training.executor import Executor
 __all__ = ["adam_moments"]
 
 _VARIANCE, _MOMENTUM = "exp_avg_sq", "exp_avg"
-_CHUNK = 1 << 22  # elements looked at together: bounds the memory, and sums of fp32 this long are exact enough
+_CHUNK, _CPU_CHUNK = 1 << 24, 1 << 17
+"""Elements looked at together. On a CPU more would take new pages from the system each time: three times as slow."""
 _NAMES = ("variance_norm", "variance_max", "momentum_norm", "momentum_max")
 
 
@@ -28,11 +29,10 @@ def adam_moments(executor: Executor) -> dict[str, float]:
     left out. Empty where there is no such state, or no true one: other optimizers, offload to NVMe, fp16 at ZeRO stage 0, no
     step taken yet.
     """
-    parts = [
-        torch.stack([root.sum(), root.max(), size.sum(), size.max()]).double()
-        for variance, momentum in _own_state(executor)
-        for root, size in zip(_chunks(variance, torch.sqrt), _chunks(momentum, torch.abs), strict=True)
-    ]
+    parts = []
+    for variance, momentum in _chunks(_own_state(executor)):
+        root, size = variance.sqrt(), momentum.abs()
+        parts.append(torch.stack([root.sum(), root.max(), size.sum(), size.max()]).double())
     device = executor.engine.device
     own = _total(torch.stack(parts)) if parts else torch.zeros(4, dtype=torch.float64)
     gathered = [torch.empty(4, dtype=torch.float64, device=device) for _ in range(dist.get_world_size())]
@@ -42,8 +42,27 @@ def adam_moments(executor: Executor) -> dict[str, float]:
     return found if any(values) else {}
 
 
-def _chunks(state: Tensor, function: Callable[[Tensor], Tensor]) -> Iterator[Tensor]:
-    return (function(chunk) for chunk in torch.split(state.reshape(-1), _CHUNK))
+def _chunks(states: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+    """The states joined and cut to 1-D chunks: a model has many small parameters, and each kernel costs."""
+    chunk: list[tuple[Tensor, Tensor]] = []
+    size = 0
+    for variance, momentum in states:
+        most = _CPU_CHUNK if variance.device.type == "cpu" else _CHUNK
+        for cut in zip(*(torch.split(state.reshape(-1), most) for state in (variance, momentum)), strict=True):
+            if chunk and size + cut[0].numel() > most:
+                yield _joined(chunk)
+                chunk, size = [], 0
+            chunk.append(cut)
+            size += cut[0].numel()
+    if chunk:
+        yield _joined(chunk)
+
+
+def _joined(chunk: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    if len(chunk) == 1:
+        return chunk[0]
+    variances, momenta = zip(*chunk, strict=True)
+    return torch.cat(variances), torch.cat(momenta)
 
 
 def _total(parts: Tensor) -> Tensor:
