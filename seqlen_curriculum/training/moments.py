@@ -80,6 +80,8 @@ def _own_state(executor: Executor) -> Iterator[tuple[Tensor, Tensor]]:
     # DeepSpeed's fp16 optimizer of stage 0 keeps a state some 2e4 times too small.
     if not engine.zero_optimization() and (executor.replica > 0 or engine.fp16_enabled()):
         return
+    if not any(_VARIANCE in state for state in base.state.values()):  # not Adam's
+        return
     parameters = list(engine.module.parameters())
     own = executor.counted(parameters)
     all_own = len(own) == len(parameters)  # then the flat tensors that hold them are taken whole
