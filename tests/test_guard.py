@@ -11,10 +11,7 @@ from hypothesis import strategies as st
 from seqlen_curriculum.analysis.stability import ratios_to_best
 from seqlen_curriculum.config import TrainingConfig
 from seqlen_curriculum.errors import CheckpointError, DivergenceError
-from seqlen_curriculum.training.guard import (
-    Abandoned,
-    Guard,
-    LossesSoFar,
+from seqlen_curriculum.ledger import (
     Rollback,
     begun_by,
     is_skipped,
@@ -24,6 +21,7 @@ from seqlen_curriculum.training.guard import (
     steps_to_keep,
     write_ledger,
 )
+from seqlen_curriculum.training.guard import Abandoned, Guard, LossesSoFar
 
 
 def rollback(first, last, **changes):

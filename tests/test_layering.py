@@ -15,8 +15,8 @@ PACKAGE = Path(seqlen_curriculum.__file__).parent
 LAYERS = [
     {"errors", "piecewise"},
     {"cli", "cutting", "fields", "jsonfile", "microbatch", "pacing", "runlog"},
-    {"data_section", "rows", "schedules", "training_section"},
-    {"timeline"},
+    {"data_section", "ledger", "rows", "schedules", "training_section"},
+    {"manifest", "timeline"},
     {"architecture", "curriculum", "deepspeed_keys", "token_lr"},
     {"parallel", "scheduler"},
     {"config"},

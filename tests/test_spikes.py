@@ -19,8 +19,8 @@ from seqlen_curriculum import RunConfig
 from seqlen_curriculum.analysis.stability import stability
 from seqlen_curriculum.data.indexed import IndexedCorpus
 from seqlen_curriculum.data.run_data import open_run_data
+from seqlen_curriculum.ledger import LEDGER
 from seqlen_curriculum.runlog import read_runlog
-from seqlen_curriculum.training.guard import LEDGER
 
 SPIKE, SKIPPED = 25, [22, 23, 24, 25]
 ROLLED_BACK = ("zero2", "zero3", "pipeline_zero1")

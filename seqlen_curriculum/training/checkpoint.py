@@ -1,10 +1,8 @@
 """Checkpoints that are whole or absent: written under a temporary name, moved into place, verified before use.
 
 A checkpoint folder ``global_step<N>`` holds DeepSpeed's files, the model as a Hugging Face folder (``config.json``,
-``model.safetensors``), and last of all ``complete.json``: the step, over how many ranks the data was spread and under which
-ZeRO stage, the settings that make the run what it is, the rollbacks that its weights have seen, and the size of every file.
-A folder without it, or with a file of another size, is not a checkpoint; one that has not seen a rollback which
-``rollbacks.json`` tells of belongs to the course that was abandoned then, and is passed over.
+``model.safetensors``), and last of all its manifest (manifest.py). One that has not seen a rollback which ``rollbacks.json``
+tells of belongs to the course that was abandoned then, and is passed over.
 """
 
 from __future__ import annotations
@@ -13,45 +11,21 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Any, TypeVar
 
 from deepspeed import comm as dist
-from pydantic import Field
 
 from seqlen_curriculum.errors import CheckpointError, SeqlenCurriculumError
-from seqlen_curriculum.fields import Count, CountOrZero, Section
 from seqlen_curriculum.jsonfile import replace_text
-from seqlen_curriculum.training.guard import (
-    LEDGER,
-    Rollback,
-    begun_by,
-    read_ledger,
-    same_course,
-    steps_to_keep,
-    write_ledger,
-)
+from seqlen_curriculum.ledger import LEDGER, Rollback, begun_by, read_ledger, same_course, steps_to_keep, write_ledger
+from seqlen_curriculum.manifest import MANIFEST, Checkpoint, checkpoint_folders, differences, read_checkpoint
 from seqlen_curriculum.training.reshard import load_resharded
 from seqlen_curriculum.training.telemetry import say
 
-__all__ = ["Checkpoint", "Checkpoints", "on_rank_0"]
+__all__ = ["Checkpoints", "on_rank_0"]
 
 T = TypeVar("T")
-_MANIFEST = "complete.json"
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A complete checkpoint on disk. ``run`` holds the settings it was made under, ``rollbacks`` those begun by its step."""
-
-    folder: Path
-    step: int
-    data_ranks: int
-    zero_stage: int
-    zero: dict[str, Any]
-    run: dict[str, Any]
-    rollbacks: Sequence[Rollback] = ()
 
 
 class Checkpoints:
@@ -115,7 +89,7 @@ class Checkpoints:
 
     def newest(self) -> Checkpoint | None:
         """The newest complete checkpoint of this course; says which newer folders it passes over, and why."""
-        for folder in sorted(self.save_folder.glob("global_step*"), key=_step_of, reverse=True):
+        for folder in reversed(checkpoint_folders(self.save_folder)):
             try:
                 return self._read(folder)
             except CheckpointError as error:
@@ -187,7 +161,7 @@ class Checkpoints:
         sharding["zero"] = _zero_section(engine)
         seen = [rollback.model_dump(mode="json") for rollback in begun_by(self.rollbacks or (), step)]
         manifest = {"step": step, **sharding, "run": self.run, "rollbacks": seen, "files": sizes}
-        replace_text(unfinished / _MANIFEST, json.dumps(manifest, indent=2))
+        replace_text(unfinished / MANIFEST, json.dumps(manifest, indent=2))
         if final.exists():
             say(f"replacing an unusable checkpoint: {final}")
             shutil.rmtree(final)
@@ -213,7 +187,7 @@ class Checkpoints:
 
     def complete(self) -> list[Checkpoint]:
         """The complete checkpoints of this course, oldest first."""
-        folders = sorted(self.save_folder.glob("global_step*"), key=_step_of)
+        folders = checkpoint_folders(self.save_folder)
         return [found for folder in folders if (found := self._read_or_none(folder))]
 
     def _read_or_none(self, folder: Path) -> Checkpoint | None:
@@ -249,36 +223,6 @@ def on_rank_0(function: Callable[[], T]) -> T:
     return value
 
 
-class _Manifest(Section):
-    """``complete.json``."""
-
-    step: CountOrZero
-    data_ranks: Count
-    zero_stage: Annotated[int, Field(ge=0, le=3)]
-    zero: dict[str, Any]
-    run: dict[str, Any]
-    rollbacks: list[Rollback] = Field(default_factory=list)
-    files: dict[str, int]
-
-
-def read_checkpoint(folder: Path) -> Checkpoint:
-    """Verify a checkpoint folder against its ``complete.json``. Raises CheckpointError."""
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder}: there is no such checkpoint folder; give one named global_step<N>")
-    try:
-        manifest = _Manifest.model_validate_json((folder / _MANIFEST).read_bytes())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder}: no readable {_MANIFEST}, so it is no complete checkpoint") from error
-    for name, size in manifest.files.items():
-        path = folder / name
-        found = path.stat().st_size if path.exists() else None
-        if found != size:
-            state = "is missing" if found is None else f"has {found} bytes"
-            raise CheckpointError(f"{folder}: {name} {state}, {size} bytes were saved")
-    saved = manifest
-    return Checkpoint(folder, saved.step, saved.data_ranks, saved.zero_stage, saved.zero, saved.run, saved.rollbacks)
-
-
 def _has_seen(checkpoint: Checkpoint, rollbacks: Sequence[Rollback]) -> bool:
     """Whether it was trained with the steps skipped that ``rollbacks`` skip before it, and no others."""
     return same_course(checkpoint.rollbacks, begun_by(rollbacks, checkpoint.step))
@@ -288,18 +232,3 @@ def _zero_section(engine: Any) -> dict[str, Any]:
     """``zero_optimization`` as the file has it, and as JSON gives it back."""
     section: dict[str, Any] = json.loads(json.dumps(engine.config.get("zero_optimization", {})))
     return section
-
-
-def differences(saved: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
-    """One line for each setting that differs."""
-    keys = sorted({*saved, *ours})
-    return [
-        f"{key}: {saved.get(key)!r} in the checkpoint, {ours.get(key)!r} now"
-        for key in keys
-        if saved.get(key) != ours.get(key)
-    ]
-
-
-def _step_of(folder: Path) -> int:
-    digits = folder.name.removeprefix("global_step")
-    return int(digits) if digits.isdigit() else -1

@@ -17,12 +17,14 @@ from seqlen_curriculum.data.feed import Feed
 from seqlen_curriculum.data.samples import Samples
 from seqlen_curriculum.deepspeed_keys import batch_shape
 from seqlen_curriculum.errors import CheckpointError
+from seqlen_curriculum.ledger import LEDGER
+from seqlen_curriculum.manifest import Checkpoint
 from seqlen_curriculum.models.gpt2 import build_gpt2, set_window
 from seqlen_curriculum.runlog import RunLog, read_runlog
 from seqlen_curriculum.training.assemble import assemble
-from seqlen_curriculum.training.checkpoint import Checkpoint, Checkpoints, on_rank_0
+from seqlen_curriculum.training.checkpoint import Checkpoints, on_rank_0
 from seqlen_curriculum.training.compile import compile_blocks
-from seqlen_curriculum.training.guard import LEDGER, Abandoned, Guard
+from seqlen_curriculum.training.guard import Abandoned, Guard
 from seqlen_curriculum.training.rollback import losses_so_far, roll_back, tell_of_skipped
 from seqlen_curriculum.training.run_info import record_launch
 from seqlen_curriculum.training.telemetry import Telemetry, say
