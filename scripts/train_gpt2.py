@@ -12,6 +12,7 @@ from pathlib import Path
 from seqlen_curriculum.cli import run, warn, writable_folder
 from seqlen_curriculum.config import RunConfig
 from seqlen_curriculum.data.run_data import open_run_data
+from seqlen_curriculum.errors import ConfigError
 
 
 def main() -> None:
@@ -25,10 +26,18 @@ def main() -> None:
         help="auto (default): continue from the newest complete checkpoint in --save; none: start anew in a folder "
         "without a run; or a checkpoint folder of the same run",
     )
+    parser.add_argument(
+        "--until-step",
+        type=int,
+        metavar="STEP",
+        help="stop after this step, saved; the same command without it, or with a later one, goes on",
+    )
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override, as training.seed=7")
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # given by the launcher
     args = parser.parse_args()
 
+    if args.until_step is not None and args.until_step < 1:
+        raise ConfigError(f"--until-step: {args.until_step} is no step of a run; steps count from 1")
     config = RunConfig.load(args.config, args.set, require=("optimizer", "model", "data", "training"))
     warn(config.warnings())
     writable_folder("--save", args.save)
@@ -36,7 +45,7 @@ def main() -> None:
 
     from seqlen_curriculum.training.pretrain import pretrain  # seconds to import: a mistake shows before them
 
-    pretrain(config, train, valid, args.save, args.resume)
+    pretrain(config, train, valid, args.save, args.resume, args.until_step)
 
 
 if __name__ == "__main__":

@@ -81,15 +81,15 @@ def same_course(ours: Iterable[Rollback], theirs: Iterable[Rollback]) -> bool:
     return [rollback.skipped for rollback in ours] == [rollback.skipped for rollback in theirs]
 
 
-def steps_to_keep(steps: Sequence[int], keep_last: int, skip_steps: int) -> set[int]:
-    """Which of the checkpoints at ``steps``, ascending, stay: the newest ``keep_last``, and one to roll back to.
+def steps_to_keep(steps: Sequence[int], keep_last: int, skip_steps: int, always: Iterable[int] = ()) -> set[int]:
+    """Which of the checkpoints at ``steps``, ascending, stay: the newest ``keep_last``, ``always``, and one to roll back to.
 
     That is the newest one from before the ``skip_steps`` steps that a spike right after the newest, at n + 1, would skip: at
     n + 1 - skip_steps or earlier. A later spike skips later steps. Without such a one, the oldest stays until it is.
     """
     first, _ = skipped_window(steps[-1] + 1, skip_steps)
     old_enough = [step for step in steps if step < first]
-    return {*steps[-keep_last:], old_enough[-1] if old_enough else steps[0]}
+    return {*always, *steps[-keep_last:], old_enough[-1] if old_enough else steps[0]}
 
 
 def read_ledger(save: Path) -> list[Rollback] | None:

@@ -71,14 +71,14 @@ def checkpoint_folders(save: Path) -> list[Path]:
     return sorted(save.glob("global_step*"), key=_step_of)
 
 
-def differences(saved: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
-    """One line for each setting that differs."""
+def differences(saved: Mapping[str, Any], ours: Mapping[str, Any]) -> dict[str, str]:
+    """Each setting that differs, and how."""
     keys = sorted({*saved, *ours})
-    return [
-        f"{key}: {saved.get(key)!r} in the checkpoint, {ours.get(key)!r} now"
+    return {
+        key: f"{saved.get(key)!r} in the checkpoint, {ours.get(key)!r} now"
         for key in keys
         if saved.get(key) != ours.get(key)
-    ]
+    }
 
 
 def _step_of(folder: Path) -> int:

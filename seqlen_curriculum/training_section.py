@@ -27,6 +27,8 @@ class TrainingConfig(Section):
     keep_last: Count = 3
     """Newest checkpoints to keep; older ones are deleted once a newer one is complete. With ``on_spike`` rollback one more
     stays where these are all of the last ``spike_skip_steps`` steps: the newest from before them, to go back to."""
+    save_steps: list[Count] = Field(default_factory=list)
+    """Steps whose checkpoints are written besides, and stay whatever ``keep_last`` says."""
     on_spike: Literal["log", "stop", "rollback"] = "log"
     """What to do at a step whose training loss is over ``spike_ratio`` times the least of all earlier ones (the paper's loss
     ratio). ``log``: say so. ``stop``: end the run, unsaved. ``rollback``: return to a checkpoint, pass over the steps up to

@@ -61,10 +61,10 @@ def test_differences_are_named():
     from seqlen_curriculum.manifest import differences
 
     saved, ours = {"model.dropout": 0.1, "training.seed": 1}, {"training.seed": 1, "bf16.enabled": True}
-    assert differences(saved, ours) == [
-        "bf16.enabled: None in the checkpoint, True now",
-        "model.dropout: 0.1 in the checkpoint, None now",
-    ]
+    assert differences(saved, ours) == {
+        "bf16.enabled": "None in the checkpoint, True now",
+        "model.dropout": "0.1 in the checkpoint, None now",
+    }
 
 
 def test_a_folder_belongs_to_one_living_process(tmp_path):

@@ -20,7 +20,7 @@ LAYERS = [
     {"architecture", "curriculum", "deepspeed_keys", "token_lr"},
     {"parallel", "scheduler"},
     {"config"},
-    {"planning", "batch", "data", "models", "analysis"},
+    {"planning", "batch", "course", "data", "models", "analysis"},
     {"training"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

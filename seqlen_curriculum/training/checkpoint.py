@@ -10,12 +10,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from deepspeed import comm as dist
 
+from seqlen_curriculum.course import is_scheduled, trains_alike
 from seqlen_curriculum.errors import CheckpointError, SeqlenCurriculumError
 from seqlen_curriculum.jsonfile import replace_text
 from seqlen_curriculum.ledger import LEDGER, Rollback, begun_by, read_ledger, same_course, steps_to_keep, write_ledger
@@ -31,12 +32,14 @@ T = TypeVar("T")
 class Checkpoints:
     """The checkpoints of one run in the folder ``save``; ``run`` are the settings that another run may not share.
 
-    ``skip_steps`` are those that a rollback passes over, 0 where none is to be made.
+    ``skip_steps`` are those that a rollback passes over, 0 where none is to be made; checkpoints of ``keep_steps`` stay.
     """
 
-    def __init__(self, save: Path, keep_last: int, run: Mapping[str, Any], skip_steps: int = 0) -> None:
+    def __init__(
+        self, save: Path, keep_last: int, run: Mapping[str, Any], skip_steps: int = 0, keep_steps: Iterable[int] = ()
+    ) -> None:
         self.save_folder, self.keep_last, self.run = save.resolve(), keep_last, dict(run)
-        self.skip_steps = skip_steps
+        self.skip_steps, self.keep_steps = skip_steps, keep_steps
         self.rollbacks: Sequence[Rollback] | None = None
         """Those of the run. None as long as nothing is known of them: then checkpoints of any course will do."""
 
@@ -149,8 +152,9 @@ class Checkpoints:
             if saved != ours:
                 raise CheckpointError(f"{checkpoint.folder}: saved with {key} {saved}; set it to {saved}, not {ours}")
         changed = differences(checkpoint.run, self.run)
-        if changed:
-            listed = "".join(f"\n  - {line}" for line in changed)
+        other = [name for name in changed if not is_scheduled(name)]
+        if changed and (other or not trains_alike(checkpoint.run, self.run, checkpoint.step)):
+            listed = "".join(f"\n  - {name}: {line}" for name, line in changed.items())
             raise CheckpointError(
                 f"{checkpoint.folder}: made by another run; restore these settings, or start anew in another --save:{listed}"
             )
@@ -180,7 +184,9 @@ class Checkpoints:
     def drop_old(self) -> None:
         """Delete the checkpoints of this course that ``steps_to_keep`` has no use for. Raises OSError."""
         found = self.complete()
-        keep = steps_to_keep([checkpoint.step for checkpoint in found], self.keep_last, self.skip_steps)
+        keep = steps_to_keep(
+            [checkpoint.step for checkpoint in found], self.keep_last, self.skip_steps, self.keep_steps
+        )
         for checkpoint in found:
             if checkpoint.step not in keep:
                 shutil.rmtree(checkpoint.folder)

@@ -35,8 +35,17 @@ __all__ = ["lock_folder", "pretrain", "refuse_other_run"]
 _RUNLOG = "runlog.jsonl"
 
 
-def pretrain(config: RunConfig, train: Feed, valid: Samples | None, save: Path, resume: str = "auto") -> bool:
+def pretrain(
+    config: RunConfig,
+    train: Feed,
+    valid: Samples | None,
+    save: Path,
+    resume: str = "auto",
+    until_step: int | None = None,
+) -> bool:
     """Train the file's model on ``train`` until its token budget; False if a signal stopped it earlier (and it saved).
+
+    ``until_step`` ends it after that step, as a signal would.
 
     ``save`` is the run's folder: checkpoints, ``runlog.jsonl``, ``run.json`` (what it was trained with), and
     ``rollbacks.json`` once there was one. ``resume``: ``auto`` continues from the newest complete checkpoint in ``save`` if
@@ -51,7 +60,9 @@ def pretrain(config: RunConfig, train: Feed, valid: Samples | None, save: Path, 
     config = config.for_ranks(dist.get_world_size())
     rank, timeline, save = dist.get_rank(), config.timeline(), save.resolve()
     skip_steps = training.spike_skip_steps if training.on_spike == "rollback" else 0
-    checkpoints = Checkpoints(save, training.keep_last, {**config.settings(), **_data_settings(train)}, skip_steps)
+    checkpoints = Checkpoints(
+        save, training.keep_last, {**config.settings(), **_data_settings(train)}, skip_steps, training.save_steps
+    )
     on_rank_0(lambda: lock_folder(save))
     checkpoint = checkpoints.find(resume)
     on_rank_0(lambda: refuse_other_run(save, resume, checkpoint))
@@ -90,6 +101,7 @@ def pretrain(config: RunConfig, train: Feed, valid: Samples | None, save: Path, 
             signals=signals,
             save=lambda step: checkpoints.save(engine, step, write),
             sample_log=RunLog(save / f"samples.rank{rank}.jsonl") if logs_samples else None,
+            until_step=until_step,
         )
         if windowed is not None:
             trainer.set_window = partial(set_window, model, restart_positions=windowed.restart_positions)

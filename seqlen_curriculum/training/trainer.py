@@ -62,6 +62,7 @@ class Trainer:
     save: Callable[[int], None]  # checkpoint of a step, called on all ranks
     sample_log: RunLog | None = None
     set_window: Callable[[int | None], None] = lambda _: None  # today's window of attention; None for whole rows
+    until_step: int | None = None  # stop after it, saved
 
     @property
     def engine(self) -> Any:
@@ -69,24 +70,36 @@ class Trainer:
         return self.executor.engine
 
     def train(self, first_step: int) -> bool:
-        """Run from ``first_step`` to the budget. True when it is reached, False when a signal stopped it earlier.
+        """Run from ``first_step`` to the budget. True when it is reached, False when a signal or ``until_step`` came first.
 
         Raises DivergenceError, and Abandoned where the guard is to go back.
         """
-        last_step = self.timeline.steps
-        if self.settings.preflight and first_step <= last_step:
+        if self.settings.preflight and first_step <= self.timeline.steps:
             preflight(self.executor, *self._largest_micro_batch())
-        for step in range(first_step, last_step + 1):
+        step, stop = first_step - 1, False
+        while step < self._end and not stop:
+            step += 1
             stop = self._step(step, self.signals.received)
-            if _due(step, self.settings.eval_interval, last_step):
+            if self._due(step, self.settings.eval_interval):
                 self._evaluate(step)
-            if stop or _due(step, self.settings.save_interval or last_step, last_step):
+            asked_for = stop or step in (self._end, *self.settings.save_steps)
+            if asked_for or self._due(step, self.settings.save_interval):
                 self.save(step)
-            if stop and step < last_step:
-                say(f"stopped after step {step} by a signal, and saved; the same command continues")
-                return False
-        say(f"finished: {last_step} steps, {self.timeline.consumed_tokens(last_step):,} tokens")
-        return True
+        if step >= self.timeline.steps:
+            say(f"finished: {step} steps, {self.timeline.consumed_tokens(step):,} tokens")
+            return True
+        why = "by a signal" if stop else "as --until-step asks"
+        say(f"stopped after step {step} {why}, and saved; the same command continues")
+        return False
+
+    @property
+    def _end(self) -> int:
+        """The last step to train now."""
+        return min(self.timeline.steps, self.until_step or self.timeline.steps)
+
+    def _due(self, step: int, interval: int) -> bool:
+        """Every ``interval`` steps and at the run's last one; never for 0."""
+        return bool(interval) and (step % interval == 0 or step == self.timeline.steps)
 
     def _step(self, step: int, stop: bool) -> bool:
         """One optimizer step. Returns whether any rank was asked to stop."""
@@ -103,7 +116,7 @@ class Trainer:
         told = self.guard.judge(loss, f"the gradient norm is {norm}" if broken else None)
         if told:
             say(told)
-        due = _due(step, self.settings.variance_interval, self.timeline.steps)
+        due = self._due(step, self.settings.variance_interval)
         moments = adam_moments(self.executor) if due else {}
         record = {
             "step": step,
@@ -236,8 +249,3 @@ def _eval_chunks(ids: Ids, rank: int, ranks: int, most_rows: int) -> Iterator[tu
     for start in range(0, len(rest), most_rows):
         chunk = rest[start : start + most_rows]
         yield chunk, len(chunk)
-
-
-def _due(step: int, interval: int, last_step: int) -> bool:
-    """Every ``interval`` steps and at the last one; never for 0."""
-    return bool(interval) and (step % interval == 0 or step == last_step)
