@@ -9,13 +9,17 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from seqlen_curriculum.errors import ConfigError, SeqlenCurriculumError
+from seqlen_curriculum.errors import ConfigError, DivergenceError, SeqlenCurriculumError
 
-__all__ = ["picture_path", "run", "warn", "writable_folder"]
+__all__ = ["DIVERGED", "picture_path", "run", "warn", "writable_folder"]
+
+DIVERGED = 3
+"""The exit status that tells who waits for a training that it is not the command that was wrong."""
 
 
 def run(main: Callable[[], None]) -> None:
-    """Call ``main``; a user's mistake is printed as ``error: ...`` and ends the process with status 1."""
+    """Call ``main``; a user's mistake is printed as ``error: ...`` and ends the process with status 1, DIVERGED for training
+    that must not go on."""
     try:
         main()
         distributed: Any = sys.modules.get("torch.distributed")
@@ -24,7 +28,7 @@ def run(main: Callable[[], None]) -> None:
     except SeqlenCurriculumError as error:
         rank = os.environ.get("RANK", "0")  # set by the launcher
         print(f"error: {error}" if rank == "0" else f"rank {rank}: error: {error}", file=sys.stderr)
-        sys.exit(1)
+        sys.exit(DIVERGED if isinstance(error, DivergenceError) else 1)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)

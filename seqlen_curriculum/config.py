@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from seqlen_curriculum.architecture import ModelConfig
-from seqlen_curriculum.curriculum import CurriculumConfig, constant_curriculum, curriculum_problems
+from seqlen_curriculum.curriculum import AdaptiveCurriculum, CurriculumConfig, constant_curriculum, curriculum_problems
 from seqlen_curriculum.cutting import Cut
 from seqlen_curriculum.data_section import DataConfig
 from seqlen_curriculum.deepspeed_keys import DeepSpeedKeys, batch_shape, with_bf16, without_max_grad_norm
@@ -53,6 +53,8 @@ class RunConfig:
     data: DataConfig | None = None
     training: TrainingConfig | None = None
     batch_size_warmup: BatchSizeWarmup | None = None
+    held: tuple[int, ...] = ()
+    """Steps after whose evaluation an ``adaptive`` schedule holds its lengths until the next one: no file tells them."""
 
     @classmethod
     def load(cls, path: str | Path, overrides: Sequence[str] = (), require: Sequence[str] = ()) -> RunConfig:
@@ -116,6 +118,11 @@ class RunConfig:
         return self.batch_size_warmup.rows(self.global_batch) if self.batch_size_warmup else self.global_batch
 
     @property
+    def adapts(self) -> bool:
+        """Whether evaluations decide on the lengths to come."""
+        return isinstance(self.curriculum, AdaptiveCurriculum)
+
+    @property
     def train_tokens(self) -> int | None:
         """The token budget, None in a file without a training section."""
         return self.training.train_tokens if self.training else None
@@ -125,7 +132,10 @@ class RunConfig:
         curriculum = self.curriculum or constant_curriculum(_needed(self.data, "data").seq_length)
         bucket = self.training.seqlen_bucket if self.training else None
         rows = self.rows if self.keys.train_batch_size else None
-        return CurriculumScheduler(curriculum, rows, self.train_tokens, bucket, self.cut.seq_length)
+        scheduler = CurriculumScheduler(curriculum, rows, self.train_tokens, bucket, self.cut.seq_length)
+        if self.held:
+            scheduler.hold(self.held, _needed(self.training, "training").eval_interval)
+        return scheduler
 
     @property
     def cut(self) -> Cut:
@@ -156,7 +166,8 @@ class RunConfig:
             chosen["curriculum_learning"] = self.curriculum.model_dump()
         if self.data and self.training:
             chosen["data"] = self.data.model_dump(exclude={"train", "valid", "test"}) | {"weights": self.data.weights}
-            chosen["training"] = self.training.model_dump(include={"train_tokens", "seed", "seqlen_bucket"})
+            decides = {"eval_interval", "eval_rows"} if self.adapts else set()
+            chosen["training"] = self.training.model_dump(include={"train_tokens", "seed", "seqlen_bucket", *decides})
         if self.batch_size_warmup:
             chosen["batch_size_warmup"] = self.batch_size_warmup.model_dump()
         shared = ("train_batch_size", "optimizer", "scheduler", "gradient_clipping", *_PRECISION)
@@ -179,6 +190,11 @@ class RunConfig:
         if curriculum is None or curriculum.min_difficulty == curriculum.max_difficulty:
             return []
         found = []
+        if self.adapts:
+            found.append(
+                "curriculum_learning.schedule_type adaptive: a plan is that of a run that never fluctuates; each evaluation "
+                "that does holds the lengths for training.eval_interval steps more"
+            )
         if self.batch_size_warmup:
             found.append(
                 "batch_size_warmup and curriculum_learning are both on, and each makes the first steps smaller. The paper "
@@ -196,7 +212,7 @@ class RunConfig:
 
     def _conflicts(self, complete: bool) -> list[str]:
         """Problems between sections; with ``complete`` (no section has a problem) also what building the schedule finds."""
-        checks = (self._seq_length_fits(), self._budget_is_tokens(), self._batch_warmup_fits())
+        checks = (self._seq_length_fits(), self._budget_is_tokens(), self._batch_warmup_fits(), self._is_evaluated())
         found = [problem for problem in checks if problem]
         found += engine_problems(self.keys, self.model, bool(self.training and self.training.compile), self.cut.method)
         if found or not complete or not self.training or not (self.data or self.curriculum):
@@ -225,6 +241,14 @@ class RunConfig:
             return (
                 f"{key}: {longest} is above the model's {self.model.max_position_embeddings} positions; lower it or raise "
                 "model.max_position_embeddings"
+            )
+        return None
+
+    def _is_evaluated(self) -> str | None:
+        if self.adapts and self.training and not self.training.eval_interval:
+            return (
+                "training.eval_interval: 0 never evaluates, and curriculum_learning.schedule_type adaptive goes by "
+                "evaluations; give the steps between them, or use fixed_linear"
             )
         return None
 

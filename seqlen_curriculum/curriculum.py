@@ -11,12 +11,27 @@ from pydantic import TypeAdapter, ValidationError, model_validator
 from seqlen_curriculum.cutting import Cut, Method
 from seqlen_curriculum.errors import ConfigError
 from seqlen_curriculum.fields import Section, Seqlen, load_function, nearest, problems
-from seqlen_curriculum.pacing import Custom, Discrete, Mixed, Pacing, Root, bucketed
+from seqlen_curriculum.pacing import Custom, Discrete, Mixed, Pacing, Root
+from seqlen_curriculum.repacing import bucketed
 from seqlen_curriculum.rows import RisingRows
-from seqlen_curriculum.schedules import CustomSchedule, DiscreteSchedule, LinearSchedule, MixedSchedule, RootSchedule
+from seqlen_curriculum.schedules import (
+    AdaptiveSchedule,
+    CustomSchedule,
+    DiscreteSchedule,
+    LinearSchedule,
+    MixedSchedule,
+    RootSchedule,
+)
 from seqlen_curriculum.timeline import ramp_steps_for_fraction, ramp_steps_for_tokens
 
-__all__ = ["CurriculumConfig", "CustomCurriculum", "constant_curriculum", "curriculum_problems", "parse_curriculum"]
+__all__ = [
+    "AdaptiveCurriculum",
+    "CurriculumConfig",
+    "CustomCurriculum",
+    "constant_curriculum",
+    "curriculum_problems",
+    "parse_curriculum",
+]
 
 BLOCK = "curriculum_learning"
 
@@ -115,6 +130,17 @@ class RootCurriculum(RampCurriculum):
     schedule_config: RootSchedule
 
 
+class AdaptiveCurriculum(RampCurriculum):
+    """The paper's linear function by a clock that stands still while the validation perplexity fluctuates.
+
+    Section 4 tried pacing by losses, found it no better than linear, and in need of tuning. Where no evaluation is held
+    this is ``fixed_linear``; what was held is state of a run (``RunConfig.held``).
+    """
+
+    schedule_type: Literal["adaptive"]
+    schedule_config: AdaptiveSchedule
+
+
 class _PlainCurriculum(_Curriculum):
     """What depends on the step alone, not on the run."""
 
@@ -188,11 +214,12 @@ class CustomCurriculum(_PlainCurriculum):
 
 
 CurriculumConfig: TypeAlias = (
-    LinearCurriculum | RootCurriculum | DiscreteCurriculum | MixedCurriculum | CustomCurriculum
+    LinearCurriculum | RootCurriculum | AdaptiveCurriculum | DiscreteCurriculum | MixedCurriculum | CustomCurriculum
 )
 _TYPES: dict[str, type[CurriculumConfig]] = {
     "fixed_linear": LinearCurriculum,
     "fixed_root": RootCurriculum,
+    "adaptive": AdaptiveCurriculum,
     "fixed_discrete": DiscreteCurriculum,
     "fixed_mixed": MixedCurriculum,
     "custom": CustomCurriculum,

@@ -7,7 +7,7 @@ SeqlenCurriculumError
 └── DivergenceError   the loss stopped being finite, or spiked where that is to stop the run
 
 Each message names the field or file, the value found and what to do. Programs catch the root; scripts print
-the message without a traceback and exit with status 1.
+the message without a traceback and exit with status 1, of a DivergenceError with status 3.
 """
 
 from __future__ import annotations

@@ -8,13 +8,14 @@ with a file of another size, is not a checkpoint.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field
 
 from seqlen_curriculum.errors import CheckpointError
+from seqlen_curriculum.evaluations import Evaluations
 from seqlen_curriculum.fields import Count, CountOrZero, Section
 from seqlen_curriculum.ledger import Rollback
 
@@ -25,7 +26,8 @@ MANIFEST = "complete.json"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A complete checkpoint on disk. ``run`` holds the settings it was made under, ``rollbacks`` those begun by its step."""
+    """A complete checkpoint on disk. ``run`` holds the settings it was made under, ``rollbacks`` those begun by its step,
+    ``evaluations`` what is to be known of those up to it."""
 
     folder: Path
     step: int
@@ -34,6 +36,7 @@ class Checkpoint:
     zero: dict[str, Any]
     run: dict[str, Any]
     rollbacks: Sequence[Rollback] = ()
+    evaluations: Evaluations = field(default_factory=Evaluations)
 
 
 class _Manifest(Section):
@@ -45,6 +48,7 @@ class _Manifest(Section):
     zero: dict[str, Any]
     run: dict[str, Any]
     rollbacks: list[Rollback] = Field(default_factory=list)
+    evaluations: Evaluations = Field(default_factory=Evaluations)
     files: dict[str, int]
 
 
@@ -62,8 +66,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         if found != size:
             state = "is missing" if found is None else f"has {found} bytes"
             raise CheckpointError(f"{folder}: {name} {state}, {size} bytes were saved")
-    saved = manifest
-    return Checkpoint(folder, saved.step, saved.data_ranks, saved.zero_stage, saved.zero, saved.run, saved.rollbacks)
+    return Checkpoint(folder, **{name: getattr(manifest, name) for name in _Manifest.model_fields if name != "files"})
 
 
 def checkpoint_folders(save: Path) -> list[Path]:

@@ -20,7 +20,15 @@ import numpy.typing as npt
 from seqlen_curriculum.errors import ConfigError
 from seqlen_curriculum.piecewise import Steps
 
-__all__ = ["Bucketed", "Custom", "Discrete", "Mixed", "Pacing", "Root", "bucketed", "elementwise", "lengths_by_run"]
+__all__ = [
+    "Custom",
+    "Discrete",
+    "Mixed",
+    "Pacing",
+    "Root",
+    "elementwise",
+    "lengths_by_run",
+]
 
 
 def elementwise(function: Callable[[float], float], values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
@@ -60,7 +68,7 @@ class Pacing(Protocol):
         ...
 
 
-class _StepFunction(ABC):
+class StepFunction(ABC):
     """Scalar and vectorised calls from one vectorised ``_lengths``."""
 
     @abstractmethod
@@ -81,7 +89,7 @@ class _StepFunction(ABC):
 
 
 @dataclass(frozen=True)
-class _Ladder(_StepFunction):
+class _Ladder(StepFunction):
     """The rungs that lengths are rounded to: multiples of ``difficulty_step``, and the maximum itself."""
 
     min_difficulty: int
@@ -142,7 +150,7 @@ class Root(_Ladder):
 
 
 @dataclass(frozen=True)
-class _Levels(_StepFunction):
+class _Levels(StepFunction):
     """Lengths that are listed one by one."""
 
     difficulty: tuple[int, ...]
@@ -236,52 +244,3 @@ def lengths_by_run(steps: Steps, lengths: Steps) -> tuple[Steps, Steps]:
     """Keep only the entries where the length changes."""
     changed = np.append(True, lengths[1:] != lengths[:-1])
     return steps[changed], lengths[changed]
-
-
-@dataclass(frozen=True)
-class Bucketed(_StepFunction):
-    """Every length of ``inner`` down to a multiple of ``bucket``, as ``difficulty_step`` rounds those of a ramp.
-
-    Never below ``inner.lowest`` rounded up to a multiple; ``inner.highest`` stays as it is even where it is none.
-    """
-
-    inner: Pacing
-    bucket: int
-
-    @property
-    def settles_at(self) -> int | None:
-        return self.inner.settles_at
-
-    @property
-    def lowest(self) -> int:
-        return min(-(-self.inner.lowest // self.bucket) * self.bucket, self.highest)
-
-    @property
-    def highest(self) -> int:
-        return self.inner.highest
-
-    def _lengths(self, steps: Steps) -> Steps:
-        return self._rounded(self.inner(steps))
-
-    def _rounded(self, lengths: Steps) -> Steps:
-        down = np.maximum(lengths - lengths % self.bucket, self.lowest)
-        return np.where(lengths == self.highest, self.highest, down)
-
-    def changes(self, last_step: int) -> tuple[Steps, Steps]:
-        first_steps, lengths = self.inner.changes(last_step)
-        return lengths_by_run(first_steps, self._rounded(lengths))
-
-
-def bucketed(pacing: Pacing, bucket: int | None) -> Pacing:
-    """``pacing`` in lengths that are multiples of ``bucket``; as it is for None. ConfigError if there are none."""
-    if bucket is None:
-        return pacing
-    if bucket > pacing.highest:
-        raise ConfigError(f"training.seqlen_bucket: {bucket} is above the longest length {pacing.highest}; lower it")
-    lowest = -(-pacing.lowest // bucket) * bucket
-    if lowest > pacing.highest > pacing.lowest:
-        raise ConfigError(
-            f"training.seqlen_bucket: {bucket} lifts the shortest length {pacing.lowest} to {lowest}, above the longest "
-            f"{pacing.highest}; lower it"
-        )
-    return Bucketed(pacing, bucket)

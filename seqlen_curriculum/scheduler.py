@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from seqlen_curriculum.curriculum import BLOCK, CurriculumConfig, CustomCurriculum, parse_curriculum
 from seqlen_curriculum.errors import ConfigError
 from seqlen_curriculum.fields import Section
-from seqlen_curriculum.pacing import Pacing, bucketed
+from seqlen_curriculum.pacing import Pacing
+from seqlen_curriculum.repacing import Paused, bucketed
 from seqlen_curriculum.rows import RisingRows
 
 __all__ = ["CurriculumScheduler"]
@@ -41,6 +42,11 @@ class CurriculumScheduler:
     def pacing(self) -> Pacing:
         """The step-to-length function. ConfigError while a custom schedule has no function yet."""
         return self._pacing if self._pacing is not None else self.config.pacing()
+
+    def hold(self, steps: Sequence[int], interval: int) -> None:
+        """Let the lengths stand still for the ``interval`` steps after each of ``steps``, instead of those held before."""
+        inner = self._pacing.inner if isinstance(self._pacing, Paused) else self.pacing
+        self._pacing = Paused(inner, tuple(steps), interval) if steps else inner
 
     def get_difficulty(self, global_steps: int) -> int:
         """The length of step ``global_steps`` (1-based), whatever was asked before."""

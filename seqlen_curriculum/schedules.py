@@ -6,9 +6,10 @@ from typing import Annotated
 
 from pydantic import Field, model_validator
 
+from seqlen_curriculum.evaluations import SIGNIFICANT
 from seqlen_curriculum.fields import Count, ImportPath, Section, Seqlen
 
-__all__ = ["CustomSchedule", "DiscreteSchedule", "LinearSchedule", "MixedSchedule", "RootSchedule"]
+__all__ = ["AdaptiveSchedule", "CustomSchedule", "DiscreteSchedule", "LinearSchedule", "MixedSchedule", "RootSchedule"]
 
 _DURATIONS = ("total_curriculum_step", "total_curriculum_tokens", "curriculum_fraction")
 
@@ -32,6 +33,13 @@ class LinearSchedule(Section):
             found = " and ".join(given) + " are given" if given else "none is given"
             raise ValueError(f"{found}; give exactly one of {', '.join(_DURATIONS)}")
         return self
+
+
+class AdaptiveSchedule(LinearSchedule):
+    """``schedule_config`` of ``adaptive``."""
+
+    perplexity_ratio: float = Field(default=SIGNIFICANT, gt=1)
+    """An evaluation whose perplexity is over so many times the best before it holds the lengths for an interval."""
 
 
 class RootSchedule(LinearSchedule):

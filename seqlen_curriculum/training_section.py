@@ -37,6 +37,9 @@ class TrainingConfig(Section):
     """The loss ratio above which a step is a spike. The paper's, for 512 rows and more; few rows vary more by themselves."""
     spike_skip_steps: Count = 10
     """Steps that a rollback passes over, the spiking one the last of them; their data is not trained on."""
+    stop_perplexity_ratio: Annotated[float, Field(gt=1)] | None = None
+    """End the run, unsaved, at an evaluation whose perplexity is over so many times the best before it; 1.3 is the paper's
+    significant fluctuation. None: never."""
     micro_batch: Literal["balanced", "fixed"] = "balanced"
     """``balanced``: at short lengths a micro-batch has more rows, up to as many tokens as one at full length, and a step
     fewer of them; the gradient is the same to rounding. ``fixed``: ``train_micro_batch_size_per_gpu`` rows always."""

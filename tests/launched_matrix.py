@@ -2,7 +2,7 @@
 
 usage: launched_matrix.py RUNS_JSON, a list of {"config", "sets", "save", "resume"} and perhaps "no_compiler", and
 "fails" for a run that ends with an error, whose words go into SAVE/error; "goes_on_from" is another run's folder, which SAVE
-begins as a copy of; "sigterm_at" is a file: once it is there, each rank gets a SIGTERM
+begins as a copy of; "until_step" is the last to train; "sigterm_at" is a file: once it is there, each rank gets a SIGTERM
 """
 
 import json
@@ -49,7 +49,7 @@ def main():
         if "sigterm_at" in run:
             sigterm_once(Path(run["sigterm_at"]))
         try:
-            pretrain(config, *open_run_data(config), save, run["resume"])
+            pretrain(config, *open_run_data(config), save, run["resume"], run.get("until_step"))
         except SeqlenCurriculumError as error:
             if not run.get("fails"):
                 raise

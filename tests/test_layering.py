@@ -14,9 +14,9 @@ PACKAGE = Path(seqlen_curriculum.__file__).parent
 # Each layer may import from the layers before it, and from its own.
 LAYERS = [
     {"errors", "piecewise"},
-    {"cli", "cutting", "fields", "jsonfile", "microbatch", "pacing", "runlog"},
-    {"data_section", "ledger", "rows", "schedules", "training_section"},
-    {"manifest", "timeline"},
+    {"cli", "cutting", "fields", "jsonfile", "lock", "microbatch", "pacing", "runlog"},
+    {"data_section", "evaluations", "ledger", "repacing", "rows", "training_section"},
+    {"manifest", "schedules", "timeline"},
     {"architecture", "curriculum", "deepspeed_keys", "token_lr"},
     {"parallel", "scheduler"},
     {"config"},

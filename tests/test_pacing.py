@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from seqlen_curriculum.errors import ConfigError
-from seqlen_curriculum.pacing import Custom, Discrete, Mixed, Root, bucketed
+from seqlen_curriculum.pacing import Custom, Discrete, Mixed, Root
+from seqlen_curriculum.repacing import bucketed
 
 
 def deepspeed_formula(step, minimum, maximum, total, rung, degree):

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from seqlen_curriculum.pacing import Custom, Discrete, Mixed, Root, bucketed
+from seqlen_curriculum.pacing import Custom, Discrete, Mixed, Root
+from seqlen_curriculum.repacing import bucketed
 from seqlen_curriculum.rows import RisingRows
 from seqlen_curriculum.timeline import Timeline, ramp_steps_for_fraction, ramp_steps_for_tokens
 

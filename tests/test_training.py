@@ -18,6 +18,7 @@ import pytest
 from conftest import ROOT, launch, launch_command, start, wait_for_all
 
 from seqlen_curriculum import RunConfig, Timeline
+from seqlen_curriculum.cli import DIVERGED
 from seqlen_curriculum.data.run_data import open_run_data
 from seqlen_curriculum.runlog import read_runlog
 
@@ -278,7 +279,7 @@ def test_a_checkpoint_of_another_run_is_refused_with_what_differs(reference, run
 def test_a_run_that_diverges_stops_in_words_and_saves_nothing_broken(run_file, tmp_path):
     sets = ("--set", "optimizer.params.lr=1e20", "--set", "gradient_clipping=0", "--set", "training.save_interval=0")
     status, output = launch(tmp_path / "log", TRAIN, "--config", run_file, "--save", tmp_path / "run", *sets)
-    assert status != 0
+    assert status == DIVERGED
     assert re.search(r"error: step \d+: the (loss|gradient norm|validation loss) is (nan|inf)", output)
     assert "Traceback" not in output
     assert not list((tmp_path / "run").glob("*global_step*"))

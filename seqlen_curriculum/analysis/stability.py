@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-__all__ = ["SIGNIFICANT", "SPIKE", "describe_stability", "ratios_to_best", "stability"]
+from seqlen_curriculum.evaluations import SIGNIFICANT
+
+__all__ = ["SPIKE", "describe_stability", "ratios_to_best", "stability"]
 
 SPIKE = 1.2
 """A step of a larger loss ratio is a spike (Table 1)."""
-SIGNIFICANT = 1.3
-"""A validation perplexity of over so many times the best one before fluctuates significantly (Section 4)."""
 _VARIANCES = ("variance_norm", "variance_max")
 
 

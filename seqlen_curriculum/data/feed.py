@@ -44,6 +44,7 @@ class Feed:
         self, sources: Sequence[Samples], timeline: Timeline, recycle: bool, weights: Sequence[float] | None = None
     ) -> None:
         self.sources, self.timeline, self.recycle = list(sources), timeline, recycle
+        self._weights = weights
         self.blend = Blend([1] if weights is None else weights)
         if len(self.blend.shares) != len(self.sources):
             raise ConfigError(
@@ -54,6 +55,10 @@ class Feed:
             Stream(source, self.of_source(number, used) if recycle else None)
             for number, source in enumerate(self.sources)
         ]
+
+    def along(self, timeline: Timeline) -> Feed:
+        """The same data along another timeline: they read the same as long as these are equal."""
+        return Feed(self.sources, timeline, self.recycle, self._weights)
 
     def of_source(self, number: int, used: Piecewise) -> Piecewise:
         """``used`` by the samples of one source."""

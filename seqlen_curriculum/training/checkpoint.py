@@ -18,6 +18,7 @@ from deepspeed import comm as dist
 
 from seqlen_curriculum.course import is_scheduled, trains_alike
 from seqlen_curriculum.errors import CheckpointError, SeqlenCurriculumError
+from seqlen_curriculum.evaluations import Evaluations
 from seqlen_curriculum.jsonfile import replace_text
 from seqlen_curriculum.ledger import LEDGER, Rollback, begun_by, read_ledger, same_course, steps_to_keep, write_ledger
 from seqlen_curriculum.manifest import MANIFEST, Checkpoint, checkpoint_folders, differences, read_checkpoint
@@ -43,10 +44,13 @@ class Checkpoints:
         self.rollbacks: Sequence[Rollback] | None = None
         """Those of the run. None as long as nothing is known of them: then checkpoints of any course will do."""
 
-    def save(self, engine: Any, step: int, write_model: Callable[[Path], None]) -> None:
+    def save(
+        self, engine: Any, step: int, write_model: Callable[[Path], None], evaluations: Evaluations | None = None
+    ) -> None:
         """Write checkpoint ``step`` on all ranks; older ones that need not be kept go once it is complete.
 
-        ``write_model(folder)`` adds the Hugging Face files. Raises CheckpointError, the previous checkpoint untouched.
+        ``write_model(folder)`` adds the Hugging Face files; ``evaluations`` are those up to the step. Raises
+        CheckpointError, the previous checkpoint untouched.
         """
         final = self.save_folder / f"global_step{step}"
         if on_rank_0(lambda: self._read_or_none(final)) is not None:
@@ -60,7 +64,7 @@ class Checkpoints:
             engine.save_checkpoint(str(self.save_folder), tag=unfinished.name, save_latest=False)
             write_model(unfinished)
             dist.barrier()
-            on_rank_0(lambda: self._publish(unfinished, final, step, engine))
+            on_rank_0(lambda: self._publish(unfinished, final, step, engine, evaluations or Evaluations()))
         except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
             shutil.rmtree(unfinished, ignore_errors=True)
             kept = next(reversed(self.complete()), None)
@@ -159,12 +163,13 @@ class Checkpoints:
                 f"{checkpoint.folder}: made by another run; restore these settings, or start anew in another --save:{listed}"
             )
 
-    def _publish(self, unfinished: Path, final: Path, step: int, engine: Any) -> None:
+    def _publish(self, unfinished: Path, final: Path, step: int, engine: Any, evaluations: Evaluations) -> None:
         sizes = {str(f.relative_to(unfinished)): f.stat().st_size for f in sorted(unfinished.rglob("*")) if f.is_file()}
         sharding = {"data_ranks": engine.dp_world_size, "zero_stage": int(engine.zero_optimization_stage())}
         sharding["zero"] = _zero_section(engine)
         seen = [rollback.model_dump(mode="json") for rollback in begun_by(self.rollbacks or (), step)]
-        manifest = {"step": step, **sharding, "run": self.run, "rollbacks": seen, "files": sizes}
+        state = {"rollbacks": seen, "evaluations": evaluations.model_dump()}
+        manifest = {"step": step, **sharding, "run": self.run, **state, "files": sizes}
         replace_text(unfinished / MANIFEST, json.dumps(manifest, indent=2))
         if final.exists():
             say(f"replacing an unusable checkpoint: {final}")

@@ -99,6 +99,11 @@ def _run_config(args: argparse.Namespace | None, *configs: object) -> RunConfig:
     if not isinstance(config, (Mapping, str, Path)):
         raise ConfigError(f"config: {config!r} is neither a path, a dict nor a RunConfig; give one of them")
     run = RunConfig.from_dict(config) if isinstance(config, Mapping) else RunConfig.load(config)
+    if run.adapts:
+        raise ConfigError(
+            "curriculum_learning.schedule_type: adaptive goes by the evaluations of a run, which DeepSpeed's engine doesn't "
+            "know of; train with scripts/train_gpt2.py, or use fixed_linear"
+        )
     if run.batch_size_warmup is not None:  # in silence DeepSpeed's engine would keep to train_batch_size
         raise ConfigError(
             "batch_size_warmup: DeepSpeed's engine doesn't follow it; give config=RunConfig.load(path), read its "

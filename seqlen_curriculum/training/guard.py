@@ -122,6 +122,17 @@ class Guard:
             self.give_up(what, loss, is_finite=True)
         return None if before.spiking else self._spike(what, loss, is_finite=True).told
 
+    def judge_perplexity(self, ratio: float) -> None:
+        """Raises DivergenceError for an evaluation whose perplexity is ``ratio`` times the best one before, if asked to."""
+        most = self._settings.stop_perplexity_ratio
+        if most is not None and ratio > most:
+            step, seqlen, lr = self._now
+            raise DivergenceError(
+                f"step {step}: the validation perplexity is {ratio:.3f} times the best before it "
+                f"(training.stop_perplexity_ratio {most}), at seqlen {seqlen} and lr {lr:.3g}; training stops, this step is "
+                f"not saved. {REMEDIES}"
+            )
+
     def give_up(self, what: str, loss: float = math.nan, is_finite: bool = False) -> None:
         """Don't go on from this step. Raises Abandoned where rollbacks are asked for, else DivergenceError."""
         spike = self._spike(what, loss, is_finite)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import fcntl
-import os
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,10 +16,13 @@ from seqlen_curriculum.data.feed import Feed
 from seqlen_curriculum.data.samples import Samples
 from seqlen_curriculum.deepspeed_keys import batch_shape
 from seqlen_curriculum.errors import CheckpointError
+from seqlen_curriculum.evaluations import Evaluations
 from seqlen_curriculum.ledger import LEDGER
+from seqlen_curriculum.lock import lock_folder
 from seqlen_curriculum.manifest import Checkpoint
 from seqlen_curriculum.models.gpt2 import build_gpt2, set_window
 from seqlen_curriculum.runlog import RunLog, read_runlog
+from seqlen_curriculum.training.adaptive import Adaptive
 from seqlen_curriculum.training.assemble import assemble
 from seqlen_curriculum.training.checkpoint import Checkpoints, on_rank_0
 from seqlen_curriculum.training.compile import compile_blocks
@@ -30,7 +32,7 @@ from seqlen_curriculum.training.run_info import record_launch
 from seqlen_curriculum.training.telemetry import Telemetry, say
 from seqlen_curriculum.training.trainer import StopSignals, Trainer
 
-__all__ = ["lock_folder", "pretrain", "refuse_other_run"]
+__all__ = ["pretrain", "refuse_other_run"]
 
 _RUNLOG = "runlog.jsonl"
 
@@ -58,12 +60,12 @@ def pretrain(
     assert training is not None
     deepspeed.init_distributed()
     config = config.for_ranks(dist.get_world_size())
-    rank, timeline, save = dist.get_rank(), config.timeline(), save.resolve()
+    rank, save = dist.get_rank(), save.resolve()
     skip_steps = training.spike_skip_steps if training.on_spike == "rollback" else 0
     checkpoints = Checkpoints(
         save, training.keep_last, {**config.settings(), **_data_settings(train)}, skip_steps, training.save_steps
     )
-    on_rank_0(lambda: lock_folder(save))
+    on_rank_0(lambda: lock_folder(save, "--save", "training into it"))
     checkpoint = checkpoints.find(resume)
     on_rank_0(lambda: refuse_other_run(save, resume, checkpoint))
     first_step = checkpoint.step + 1 if checkpoint else 1
@@ -83,26 +85,32 @@ def pretrain(
     def train_from(checkpoint: Checkpoint | None) -> bool:
         if checkpoint is not None:
             checkpoints.load(engine, checkpoint)
-        done_steps = checkpoint.step if checkpoint else 0
+        done_steps, evaluations = (checkpoint.step, checkpoint.evaluations) if checkpoint else (0, Evaluations())
+        planned = replace(config, held=tuple(evaluations.held))
+        timeline = planned.timeline()
         _rewind_logs(save, done_steps)
         if training.on_spike == "rollback":
-            checkpoints.save(engine, done_steps, write)  # unless it is there: the one to go back to before the next
+            checkpoints.save(engine, done_steps, write, evaluations)  # if it isn't there: to go back to before the next
         so_far = losses_so_far(save / _RUNLOG, training.spike_ratio)
         telemetry = Telemetry(save / _RUNLOG if rank == 0 else None, engine.monitor, done_steps, timeline)
         trainer = Trainer(
             executor=executor,
             timeline=timeline,
-            train_data=train,
+            train_data=train.along(timeline),
             valid_samples=valid,
             micro_batch=micro_batch,
             settings=training,
             telemetry=telemetry,
             guard=Guard(training, checkpoints.rollbacks or (), so_far),
             signals=signals,
-            save=lambda step: checkpoints.save(engine, step, write),
+            save=lambda step, evaluations: checkpoints.save(engine, step, write, evaluations),
+            evaluations=evaluations,
             sample_log=RunLog(save / f"samples.rank{rank}.jsonl") if logs_samples else None,
             until_step=until_step,
         )
+        if config.adapts:
+            trainer.adapt = Adaptive(planned)
+            trainer.adapt.follow(trainer)
         if windowed is not None:
             trainer.set_window = partial(set_window, model, restart_positions=windowed.restart_positions)
         try:
@@ -125,19 +133,6 @@ def _data_settings(train: Feed) -> dict[str, Any]:
     corpora = [corpus for source in train.sources for corpus, _, _ in source.ranges]
     fingerprints = {f"data.train.{number}": corpus.fingerprint() for number, corpus in enumerate(corpora)}
     return {**fingerprints, "data.train_samples": [source.num_samples for source in train.sources]}
-
-
-def lock_folder(save: Path) -> None:
-    """Keep a second run out of the folder for as long as this process lives."""
-    save.mkdir(parents=True, exist_ok=True)
-    file = os.open(save / ".lock", os.O_RDWR | os.O_CREAT)  # never closed: the system frees the lock with the process
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise CheckpointError(
-            f"--save {save}: another process is training into it; stop that one (also ranks left behind by a killed "
-            "launcher), or choose another folder"
-        ) from error
 
 
 def refuse_other_run(save: Path, resume: str, checkpoint: Checkpoint | None) -> None:

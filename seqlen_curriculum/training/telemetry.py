@@ -82,6 +82,10 @@ class Telemetry:
         self._to_monitor("Valid", record, _VALID_VALUES)
         say(f"step {record['step']}: validation loss {record['valid_loss']:.4f}, perplexity {record['valid_ppl']:.2f}")
 
+    def follow(self, timeline: Timeline) -> None:
+        """The steps to come are those of ``timeline``."""
+        self._bar.total = timeline.steps
+
     def close(self) -> None:
         """Close the bar and the log."""
         self._bar.close()

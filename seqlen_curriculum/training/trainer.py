@@ -21,6 +21,7 @@ from deepspeed import comm as dist
 from seqlen_curriculum.config import TrainingConfig
 from seqlen_curriculum.data.feed import Feed
 from seqlen_curriculum.data.samples import Samples
+from seqlen_curriculum.evaluations import Evaluations
 from seqlen_curriculum.microbatch import balanced_rows
 from seqlen_curriculum.runlog import RunLog
 from seqlen_curriculum.timeline import Timeline
@@ -59,10 +60,12 @@ class Trainer:
     telemetry: Telemetry
     guard: Guard
     signals: StopSignals
-    save: Callable[[int], None]  # checkpoint of a step, called on all ranks
+    save: Callable[[int, Evaluations], None]  # checkpoint of a step, called on all ranks
+    evaluations: Evaluations  # those so far
     sample_log: RunLog | None = None
     set_window: Callable[[int | None], None] = lambda _: None  # today's window of attention; None for whole rows
     until_step: int | None = None  # stop after it, saved
+    adapt: Callable[[Trainer, int, float], int | None] | None = None  # judges (step, perplexity over the best before)
 
     @property
     def engine(self) -> Any:
@@ -84,7 +87,7 @@ class Trainer:
                 self._evaluate(step)
             asked_for = stop or step in (self._end, *self.settings.save_steps)
             if asked_for or self._due(step, self.settings.save_interval):
-                self.save(step)
+                self.save(step, self.evaluations)
         if step >= self.timeline.steps:
             say(f"finished: {step} steps, {self.timeline.consumed_tokens(step):,} tokens")
             return True
@@ -199,6 +202,7 @@ class Trainer:
         valid_loss = self._agree(total)[0] / rows
         if not math.isfinite(valid_loss):
             self.guard.give_up(f"the validation loss is {valid_loss}")
+        ratio = self.evaluations.ratio(valid_loss)
         self.telemetry.evaluation(
             {
                 "step": step,
@@ -208,6 +212,9 @@ class Trainer:
                 "seconds": time.perf_counter() - started,
             }
         )
+        self.guard.judge_perplexity(ratio)
+        held = self.adapt(self, step, ratio) if self.adapt is not None else None
+        self.evaluations = self.evaluations.then(valid_loss, held)
 
     def _on_device(self, tokens: npt.NDArray[Any]) -> torch.Tensor:
         # Not every device knows the 16 bits without sign that tokens are stored in.
