@@ -9,9 +9,18 @@ from pydantic import Field, model_validator
 from seqlen_curriculum.evaluations import SIGNIFICANT
 from seqlen_curriculum.fields import Count, ImportPath, Section, Seqlen
 
-__all__ = ["AdaptiveSchedule", "CustomSchedule", "DiscreteSchedule", "LinearSchedule", "MixedSchedule", "RootSchedule"]
+__all__ = [
+    "DURATIONS",
+    "AdaptiveSchedule",
+    "CustomSchedule",
+    "DiscreteSchedule",
+    "LinearSchedule",
+    "MixedSchedule",
+    "RootSchedule",
+]
 
-_DURATIONS = ("total_curriculum_step", "total_curriculum_tokens", "curriculum_fraction")
+DURATIONS = ("total_curriculum_step", "total_curriculum_tokens", "curriculum_fraction")
+"""The keys that tell how long a ramp is, of which it has one."""
 
 
 class LinearSchedule(Section):
@@ -28,10 +37,10 @@ class LinearSchedule(Section):
 
     @model_validator(mode="after")
     def _one_duration(self) -> LinearSchedule:
-        given = [name for name in _DURATIONS if getattr(self, name) is not None]
+        given = [name for name in DURATIONS if getattr(self, name) is not None]
         if len(given) != 1:
             found = " and ".join(given) + " are given" if given else "none is given"
-            raise ValueError(f"{found}; give exactly one of {', '.join(_DURATIONS)}")
+            raise ValueError(f"{found}; give exactly one of {', '.join(DURATIONS)}")
         return self
 
 

@@ -68,21 +68,21 @@ def test_differences_are_named():
 
 
 def test_a_folder_belongs_to_one_living_process(tmp_path):
-    from seqlen_curriculum.lock import is_locked, lock_folder
+    from seqlen_curriculum.lock import is_locked, lock_folder, lock_of
 
-    assert not is_locked(tmp_path)
+    assert not is_locked(lock_of(tmp_path))
     holder = "import sys; from pathlib import Path; from seqlen_curriculum.lock import lock_folder\n"
     holder += "lock_folder(Path(sys.argv[1]), '--save', 'busy'); print('held', flush=True); sys.stdin.read()"
     command = [sys.executable, "-c", holder, str(tmp_path)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert any(line == "held\n" for line in process.stdout)
-        assert is_locked(tmp_path)
+        assert is_locked(lock_of(tmp_path))
         with pytest.raises(CheckpointError, match=r"--save .*: another process is training into it; stop that one"):
             lock_folder(tmp_path, "--save", "training into it")
         process.kill()
-    assert not is_locked(tmp_path)  # the system freed it
+    assert not is_locked(lock_of(tmp_path))  # the system freed it
     lock_folder(tmp_path, "--save", "training into it")
-    assert is_locked(tmp_path)
+    assert is_locked(lock_of(tmp_path))
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ LAYERS = [
     {"parallel", "scheduler"},
     {"config"},
     {"planning", "batch", "course", "data", "models", "analysis"},
-    {"training"},
+    {"training", "tuning"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 HEAVY = {"torch", "deepspeed", "transformers"}

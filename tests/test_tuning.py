@@ -1,0 +1,309 @@
+"""The space that is searched, by hand; and whole searches under the real launcher, one of them killed twice."""
+
+import contextlib
+import json
+import re
+import shlex
+import subprocess
+import sys
+import time
+
+import numpy as np
+import psutil
+import pytest
+from conftest import ROOT, launch_command
+from test_training import records
+
+from seqlen_curriculum import ConfigError, RunConfig
+from seqlen_curriculum.analysis.stability import ratios_to_best
+from seqlen_curriculum.cli import DIVERGED
+from seqlen_curriculum.course import steps_alike
+from seqlen_curriculum.jsonfile import read_json
+from seqlen_curriculum.runlog import RunLog
+from seqlen_curriculum.tuning.cost import cost_of
+from seqlen_curriculum.tuning.probes import ProbeRun
+from seqlen_curriculum.tuning.search import Candidate, upcoming
+from seqlen_curriculum.tuning.space import Settings, scheduled, space_of, warmup_steps
+
+
+def changed(run, **changes):
+    """The run with ``a.b`` of it, written ``a__b``, replaced."""
+    run = json.loads(json.dumps(run))
+    for path, value in changes.items():
+        *parents, key = path.split("__")
+        section = run
+        for parent in parents:
+            section = section[parent]
+        section[key] = value
+    return run
+
+
+def test_the_space_counts_in_warmups(tiny_run):
+    # The warmup is 5 steps. The whole run as a ramp from 8 to 32 in steps of 4 is some 60 steps.
+    space = space_of(tiny_run, Settings(resolution=2))
+    longest = space.totals[-1]
+    assert RunConfig.from_dict(scheduled(tiny_run, 8, total_curriculum_step=longest)).timeline().steps == longest
+    assert space.totals == tuple(sorted(max(1, round(longest / 2**number)) for number in range(5)))
+    assert space.totals[0] == pytest.approx(5, rel=0.5)
+    assert space.first_total == min(space.totals, key=lambda total: max(total / 20, 20 / total))
+    assert (space.beginning_steps, space.probe_steps) == (5, 15)
+    assert space.lengths == (8, 16)
+    shorter = space_of(tiny_run, Settings(most_of_run=0.5, beginning_warmups=0.5, probe_warmups=2.5, min_difficulty=5))
+    assert shorter.totals[-1] < longest
+    assert (shorter.beginning_steps, shorter.probe_steps) == (3, 13)
+    assert shorter.lengths == (8, 16)  # 5 in multiples of 4, doubled as long as it is below 32
+
+
+@pytest.mark.parametrize(
+    ("warmup", "steps"),
+    [
+        ({"warmup_steps": 5}, 5),
+        ({"warmup_samples": 17}, 3),  # of 8 rows
+        ({"warmup_tokens": 257}, 2),  # of 8 rows of 32
+        ({}, None),
+    ],
+)
+def test_a_warmup_in_steps_of_full_length(tiny_run, warmup, steps):
+    assert warmup_steps(RunConfig.from_dict(changed(tiny_run, scheduler__params=warmup))) == steps
+
+
+def test_a_schedule_keeps_what_is_not_tuned(tiny_run):
+    root = {"total_curriculum_tokens": 999, "difficulty_step": 4, "root_degree": 2}
+    raw = changed(tiny_run, curriculum_learning__schedule_type="fixed_root", curriculum_learning__schedule_config=root)
+    block = scheduled(raw, 16, total_curriculum_step=7)["curriculum_learning"]
+    assert block["schedule_config"] == {"total_curriculum_step": 7, "difficulty_step": 4, "root_degree": 2}
+    assert (block["min_difficulty"], block["max_difficulty"], block["schedule_type"]) == (16, 32, "fixed_root")
+    assert raw["curriculum_learning"]["min_difficulty"] == 8  # the caller's stays
+
+
+@pytest.mark.parametrize("switched_off", [True, False])
+def test_a_run_without_a_curriculum_gets_the_papers(tiny_run, switched_off):
+    raw = changed(tiny_run, curriculum_learning__enabled=False)
+    if not switched_off:
+        del raw["curriculum_learning"]
+    block = scheduled(raw, 8, total_curriculum_step=7)["curriculum_learning"]
+    assert block == {
+        "enabled": True,
+        "curriculum_type": "seqlen",
+        "min_difficulty": 8,
+        "max_difficulty": 32,
+        "schedule_type": "fixed_linear",
+        "schedule_config": {"total_curriculum_step": 7, "difficulty_step": 8},
+    }
+
+
+MISTAKES = {
+    "no warmup": ({"scheduler__params": {}}, {}, "scheduler.params: tells no LR warmup.*--warmup-steps"),
+    "discrete": (
+        {
+            "curriculum_learning__schedule_type": "fixed_discrete",
+            "curriculum_learning__schedule_config": {"difficulty": [8, 32], "max_step": [4]},
+        },
+        {},
+        "schedule_type: 'fixed_discrete' has no T to search",
+    ),
+    "adaptive": ({"curriculum_learning__schedule_type": "adaptive"}, {}, "'adaptive' has no T to search"),
+    "length": ({}, {"min_difficulty": 32}, "--min-difficulty: 32 is not below the longest length 32"),
+    "ratio": ({}, {"ratio": 1.0}, "--ratio: 1.0 is not valid; give a ratio above 1"),
+    "share": ({}, {"most_of_run": 1.5}, "--most-of-run: 1.5 is no share of a run"),
+    "warmups": ({}, {"probe_warmups": -1}, "--probe-warmups: -1 is not valid; give LR warmups above 0"),
+    "rows": ({}, {"eval_rows": 0}, "--eval-rows: 0 is not valid; give 1 or more"),
+}
+
+
+@pytest.mark.parametrize(("changes", "settings", "message"), MISTAKES.values(), ids=MISTAKES)
+def test_what_can_not_be_searched_is_refused(tiny_run, changes, settings, message):
+    with pytest.raises(ConfigError, match=message):
+        space_of(changed(tiny_run, **changes), Settings(**settings))
+
+
+def test_the_cost_of_steps_by_hand(tiny_run):
+    # Steps 3 to 7 are 8 rows of 8 + 12 + 12 + 12 + 16; 4 rows are evaluated after 3 and 6
+    config = RunConfig.from_dict(changed(tiny_run, training__eval_interval=3, training__eval_rows=4))
+    cost, flops = cost_of(config, 3, 7), config.model.flops_per_token
+    assert config.timeline().seqlen(np.arange(1, 8)).tolist() == [8, 8, 8, 12, 12, 12, 16]
+    assert cost.tokens == 8 * (8 + 12 + 12 + 12 + 16)
+    trained = 8 * (8 * flops(8) + 36 * flops(12) + 16 * flops(16))
+    assert cost.flops == pytest.approx(trained + 2 * 4 * 32 * flops(32) / 3, rel=1e-12)
+    assert cost_of(config, 8, 7).tokens == 0
+    steps = config.timeline().steps  # 46: 15 evaluations, and one more at the end
+    assert cost_of(config, steps, 999).flops == pytest.approx(8 * 32 * flops(32) + 4 * 32 * flops(32) / 3, rel=1e-12)
+
+
+def test_a_probe_is_judged_by_its_log(tmp_path, tiny_run):
+    log = RunLog(tmp_path / "runlog.jsonl")
+    for step, loss in enumerate([3.0, 2.0, 2.2, 1.9, 2.5, 1.0], start=1):
+        log.write({"step": 2 * step, "valid_loss": loss})
+    log.close()
+    run = ProbeRun(tmp_path, tiny_run, most=1.3)
+    assert run.judged(until_step=2) == (True, 2, None)
+    assert run.judged(until_step=8) == (True, 8, pytest.approx(np.exp(0.2)))  # 2.2 after 2.0
+    assert run.judged(until_step=10) == (False, 10, pytest.approx(np.exp(0.6)))  # 2.5 after 1.9
+    assert run.last_step() == 12
+    assert ProbeRun(tmp_path / "not begun", tiny_run, most=1.3).judged(9) == (True, 0, None)
+
+
+TUNE = [sys.executable, str(ROOT / "scripts" / "tune.py")]
+
+
+def tune_command(config, save, *flags):
+    launcher = launch_command("scripts/train_gpt2.py")[:-1]
+    return [*TUNE, str(config), "--save", str(save), "--launcher", shlex.join(launcher), *flags]
+
+
+@pytest.fixture(scope="module")
+def config_file(tmp_path_factory, tiny_run):
+    """The tiny run without its notes of samples; 5 of 16 steps of a probe are its LR warmup."""
+    path = tmp_path_factory.mktemp("tuning") / "run.json"
+    path.write_text(json.dumps(changed(tiny_run, training__log_sample_ids=False)))
+    return path
+
+
+SEARCH = ("--min-difficulty", "16", "--resolution", "2", "--eval-interval", "2", "--max-share", "1")
+
+
+def killed_at(command, log, is_time, everything):
+    """Start a search, kill it with -9 once ``is_time``: alone, or with all that it has started."""
+    with open(log, "ab") as out:
+        process = psutil.Popen(command, stdout=out, stderr=subprocess.STDOUT, cwd=ROOT)
+    deadline = time.monotonic() + 120
+    while not is_time():
+        assert process.poll() is None, log.read_text()
+        assert time.monotonic() < deadline, log.read_text()
+        time.sleep(0.02)
+    doomed = [process, *(process.children(recursive=True) if everything else ())]
+    for one in doomed:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            one.kill()
+    process.wait()
+
+
+@pytest.fixture(scope="module")
+def searches(config_file):
+    """A search, and the same one killed twice: in its first probe alone, in its second with all processes."""
+    folder = config_file.parent
+    with open(folder / "whole.log", "wb") as out:
+        whole = subprocess.Popen(
+            tune_command(config_file, folder / "whole", *SEARCH), stdout=out, stderr=subprocess.STDOUT, cwd=ROOT
+        )
+    command, save = tune_command(config_file, folder / "killed", *SEARCH), folder / "killed"
+
+    def has_run(number, steps):
+        """Whether the probe of this number, from 1, is at so many steps."""
+        logs = sorted(save.glob("probes/*/runlog.jsonl"), key=lambda path: path.stat().st_ctime)
+        return len(logs) >= number and len(logs[number - 1].read_text().splitlines()) >= steps
+
+    killed_at(command, folder / "killed.log", lambda: has_run(1, 1), everything=False)
+    killed_at(command, folder / "killed.log", lambda: has_run(2, 4), everything=True)
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 0, result.stdout + result.stderr + (folder / "killed.log").read_text()
+    assert whole.wait(timeout=120) == 0, (folder / "whole.log").read_text()
+    (folder / "killed.out").write_text(result.stdout)
+    return folder
+
+
+def told(save):
+    state = read_json(save / "tuning.json")
+    return {name: value for name, value in state.items() if name != "seconds"}
+
+
+def test_a_search_killed_twice_ends_with_the_same_answer(searches):
+    assert told(searches / "killed") == told(searches / "whole")
+    assert read_json(searches / "killed" / "tuned.json") == read_json(searches / "whole" / "tuned.json")
+    for probe in (searches / "whole" / "probes").glob("min*/"):
+        assert records(searches / "killed" / "probes" / probe.name) == records(probe)
+
+
+def test_the_answer_is_the_file_with_another_schedule(searches, config_file):
+    state, found = read_json(searches / "whole" / "tuning.json"), read_json(searches / "whole" / "tuned.json")
+    best = Candidate(**state["best"])
+    assert state["complete"]
+    assert found == scheduled(read_json(config_file), best.min_difficulty, total_curriculum_step=best.total_steps)
+    verdicts = [one["stable"] for one in state["probes"]]
+    assert upcoming(space_of(read_json(config_file), Settings(min_difficulty=16, resolution=2)), verdicts) == best
+
+
+def test_verdicts_are_those_of_the_logs(searches):
+    for one in read_json(searches / "whole" / "tuning.json")["probes"]:
+        name = f"min{one['min_difficulty']}-T{one['total_steps']}"
+        evaluations = records(searches / "whole" / "probes" / name)[1]
+        losses = [record["valid_loss"] for record in evaluations if record["step"] <= one["until_step"]]
+        assert one["ratio"] == pytest.approx(float(ratios_to_best(np.exp(losses))[1:].max()), rel=1e-12)
+        assert one["stable"] == (one["ratio"] <= 1.3)
+        assert one["step"] == one["until_step"]
+
+
+def test_a_probe_takes_over_what_it_shares_with_an_earlier_one(searches):
+    first, second = read_json(searches / "whole" / "tuning.json")["probes"]
+    runs = [searches / "whole" / "probes" / f"min16-T{one['total_steps']}" for one in (first, second)]
+    configs = [RunConfig.load(run.with_suffix(".json")) for run in runs]
+    shared = steps_alike(*configs, first["until_step"])
+    assert shared > 0
+    assert read_json(runs[1] / "run.json")["launches"][0]["first_step"] == shared + 1
+    both = [[one for one in records(run)[0] if one["step"] <= shared] for run in runs]
+    assert both[0] == both[1]
+
+
+def test_it_tells_what_it_found_and_what_it_cost(searches, config_file):
+    text = (searches / "killed.out").read_text()
+    state = read_json(searches / "killed" / "tuning.json")
+    first, second = state["probes"]
+    configs = [
+        RunConfig.load(searches / "killed" / "probes" / f"min16-T{one['total_steps']}.json") for one in (first, second)
+    ]
+    shared = steps_alike(*configs, first["until_step"])
+    tokens = sum(
+        cost_of(config, begin, one["until_step"]).tokens
+        for config, begin, one in zip(configs, (1, shared + 1), (first, second), strict=True)
+    )
+    assert f"cost              {tokens:,} tokens, " in text
+    assert f"min_difficulty 16, total_curriculum_step {second['total_steps']}" in text
+    page = (searches / "killed" / "report" / "report.html").read_text()
+    assert f"min 16, T {second['total_steps']}: stable" in page
+    assert (searches / "killed" / "report" / "perplexity_step.png").exists()
+
+
+def test_a_folder_of_another_search_is_refused(searches, config_file):
+    command = tune_command(config_file, searches / "whole", *SEARCH, "--ratio", "1.2")
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 1
+    assert "holds a search with another settings" in result.stderr
+
+
+def test_a_training_that_diverges_is_no_answer(config_file, tmp_path):
+    sets = ("--set", "optimizer.params.lr=1e20", "--set", "gradient_clipping=0")
+    command = tune_command(config_file, tmp_path / "hot", *SEARCH, *sets)
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == DIVERGED, result.stdout + result.stderr
+    assert re.search(r"probe 1: min_difficulty 16, T \d+: (diverged|fluctuates)", result.stdout)
+    assert "no schedule is without fluctuation; lower optimizer.params.lr" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--launcher", "no-such-launcher"), "--launcher 'no-such-launcher': no such command is found"),
+        (("--max-share", "0"), "--max-share: 0.0 is not valid; give a number above 0"),
+        (("--set", 'data.train=["nowhere"]'), "nowhere"),
+        (("--set", "training.train_tokenz=1"), "did you mean 'train_tokens'"),
+    ],
+)
+def test_mistakes_are_told_before_any_probe(config_file, tmp_path, flags, message):
+    command = [*TUNE, str(config_file), "--save", str(tmp_path / "x"), "--launcher", sys.executable, *flags]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 1
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not (tmp_path / "x" / "tuning.json").exists()
+
+
+def test_a_dry_run_tells_costs_and_writes_nothing(config_file, tmp_path):
+    command = [*TUNE, str(config_file), "--save", str(tmp_path / "x"), "--launcher", sys.executable, "--dry-run"]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 0, result.stderr
+    costs = [line.split() for line in result.stdout.splitlines() if re.fullmatch(r"[ \d,.%]+", line)]
+    tokens = {int(row[0]): int(row[2].replace(",", "")) for row in costs[1:]}
+    for total, cost in tokens.items():
+        config = RunConfig.from_dict(scheduled(read_json(config_file), 8, total_curriculum_step=total))
+        assert cost == config.timeline().consumed_tokens(15)
+    assert not (tmp_path / "x").exists()
