@@ -11,7 +11,7 @@ import argparse
 import json
 from pathlib import Path
 
-from seqlen_curriculum.cli import picture_path, run, warn
+from seqlen_curriculum.cli import picture_path, run, short_names, warn
 from seqlen_curriculum.errors import ConfigError
 
 
@@ -26,7 +26,7 @@ def main() -> None:
     args = parser.parse_args()
     if bool(args.config) == bool(args.compare):
         raise ConfigError("FILE, --compare: give one of them, the file of a run or those of several")
-    names = _names(args.compare or [args.config])
+    names = short_names("--compare", args.compare or [args.config])
     png = picture_path("--png", args.png) if args.png else None
 
     from seqlen_curriculum import planning  # after --help: numpy and pydantic take a moment
@@ -43,14 +43,6 @@ def main() -> None:
         print(planning.compare(plans) if args.compare else planning.describe(first))
     if png:
         planning.draw(configs, png)
-
-
-def _names(paths: list[str]) -> dict[str, str]:
-    """Files by their names, or by their whole paths where two have the same name."""
-    stems = [Path(path).stem for path in paths]
-    if len(set(paths)) < len(paths):
-        raise ConfigError(f"--compare: {max(paths, key=paths.count)} is given twice; name each file once")
-    return dict(zip(stems if len(set(stems)) == len(stems) else paths, paths, strict=True))
 
 
 if __name__ == "__main__":

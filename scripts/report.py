@@ -13,7 +13,7 @@ import json
 import time
 from pathlib import Path
 
-from seqlen_curriculum.cli import picture_path, run, writable_folder
+from seqlen_curriculum.cli import picture_path, run, short_names, writable_folder
 from seqlen_curriculum.errors import ConfigError
 
 
@@ -29,15 +29,20 @@ def main() -> None:
         "--watch", type=float, metavar="SECONDS", help="keep --out up to date until the runs have ended"
     )
     args = parser.parse_args()
-    names = _names(args.runs)
+    names = short_names("RUN", args.runs)
     _check(args)
 
+    from seqlen_curriculum.analysis.report import report
     from seqlen_curriculum.analysis.run_folder import load_run  # after --help: numpy and pydantic take a moment
 
     if args.watch:
         _watch(names, args.out, args.watch)
     runs = [load_run(Path(path), name) for name, path in names.items()]
-    _tell(runs, args.json)
+    found = report(runs) if args.json or args.out or len(runs) > 1 else {}
+    if args.json:
+        print(json.dumps(found, indent=2))
+    else:
+        _tell(runs, found)
     written = {}
     if args.png:
         from seqlen_curriculum.analysis.drawing import draw_run
@@ -47,18 +52,9 @@ def main() -> None:
     if args.out:
         from seqlen_curriculum.analysis.folder import write_report
 
-        written["report"] = write_report(runs, args.out)
+        written["report"] = write_report(runs, args.out, found=found)
     for what, path in written.items() if not args.json else ():
         print(f"{what:<17}{path}")
-
-
-def _names(paths: list[str]) -> dict[str, str]:
-    """Runs by the names of their folders, or by their paths where two have the same name."""
-    folders = [Path(path).resolve() for path in paths]
-    if len(set(folders)) < len(folders):
-        raise ConfigError(f"RUN: {max(folders, key=folders.count)} is given twice; name each run once")
-    names = [folder.name for folder in folders]
-    return dict(zip(names if len(set(names)) == len(names) else paths, paths, strict=True))
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -74,22 +70,18 @@ def _check(args: argparse.Namespace) -> None:
         writable_folder("--out", args.out)
 
 
-def _tell(runs: list, as_json: bool) -> None:
+def _tell(runs: list, found: dict) -> None:
     from seqlen_curriculum.analysis.curves import summarise
     from seqlen_curriculum.analysis.outcome import describe_comparison
-    from seqlen_curriculum.analysis.report import report
     from seqlen_curriculum.analysis.stability import describe_stability
 
-    if as_json:
-        print(json.dumps(report(runs), indent=2))
-        return
     for one in runs:
         if len(runs) > 1:
             print(one.name)
         print(summarise(one))
         print(describe_stability(one.stability) + "\n" * (len(runs) > 1))
     if len(runs) > 1:
-        print(describe_comparison(report(runs)))
+        print(describe_comparison(found))
 
 
 def _watch(names: dict[str, str], out: Path, seconds: float) -> None:

@@ -9,7 +9,7 @@ The same command again continues from the newest complete checkpoint in --save.
 import argparse
 from pathlib import Path
 
-from seqlen_curriculum.cli import run, warn, writable_folder
+from seqlen_curriculum.cli import need_launcher, run, warn, writable_folder
 from seqlen_curriculum.config import RunConfig
 from seqlen_curriculum.data.run_data import open_run_data
 from seqlen_curriculum.errors import ConfigError
@@ -42,6 +42,7 @@ def main() -> None:
     warn(config.warnings())
     writable_folder("--save", args.save)
     train, valid = open_run_data(config)
+    need_launcher("train_gpt2.py")
 
     from seqlen_curriculum.training.pretrain import pretrain  # seconds to import: a mistake shows before them
 

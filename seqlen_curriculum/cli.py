@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from seqlen_curriculum.errors import ConfigError, DivergenceError, SeqlenCurriculumError
 
-__all__ = ["DIVERGED", "picture_path", "run", "warn", "writable_folder"]
+__all__ = ["DIVERGED", "need_launcher", "picture_path", "run", "short_names", "warn", "writable_folder"]
 
 DIVERGED = 3
 """The exit status that tells who waits for a training that it is not the command that was wrong."""
@@ -36,11 +37,26 @@ def run(main: Callable[[], None]) -> None:
         sys.stderr.close()
 
 
+def need_launcher(script: str) -> None:
+    """Raises ConfigError in a process that neither a launcher nor ``mpirun`` has started."""
+    if "RANK" not in os.environ and importlib.util.find_spec("mpi4py") is None:
+        raise ConfigError(f"{script}: no launcher has started it; begin the command with deepspeed instead of python")
+
+
 def warn(messages: Iterable[str]) -> None:
     """Print each as ``warning: ...`` on stderr, on the first rank only."""
     if os.environ.get("RANK", "0") == "0":  # set by the launcher
         for message in messages:
             print(f"warning: {message}", file=sys.stderr)
+
+
+def short_names(flag: str, paths: Sequence[str]) -> dict[str, str]:
+    """Paths by the last parts of their names, or by their whole names where two have the same. ConfigError for one twice."""
+    real = [Path(path).resolve() for path in paths]
+    if len(set(real)) < len(real):
+        raise ConfigError(f"{flag}: {max(real, key=real.count)} is given twice; name each once")
+    names = [path.name.removesuffix(".json") for path in real]
+    return dict(zip(names if len(set(names)) == len(names) else paths, paths, strict=True))
 
 
 def picture_path(flag: str, path: Path) -> Path:

@@ -136,7 +136,7 @@ def test_plans_side_by_side(tmp_path):
     for arguments, problem in (
         ([], "FILE, --compare: give one of them"),
         ([files[0], "--compare", *files], "FILE, --compare: give one of them"),
-        (["--compare", *files, files[0]], "is given twice; name each file once"),
+        (["--compare", *files, files[0]], "is given twice; name each once"),
     ):
         result = run_plan(*arguments)
         assert (result.returncode, problem in result.stderr) == (1, True), result.stderr

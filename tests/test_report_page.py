@@ -176,7 +176,7 @@ def test_following_rewrites_when_a_log_has_changed_and_ends_at_the_budget(tmp_pa
     [
         (["{run}/nothing"], "there is no such folder; give the --save folder of a run"),
         (["{run}"], "no training step here yet"),
-        (["{run}", "{run}/."], "is given twice; name each run once"),
+        (["{run}", "{run}/."], "is given twice; name each once"),
         (["{run}", "--watch", "5"], "--watch: give seconds above 0 and below 1e6, and with it --out FOLDER"),
         (["{run}", "--watch", "0", "--out", "{run}"], "--watch: give seconds above 0"),
         (["{run}", "--out", "/dev/null/report"], "can't be written to"),

@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from seqlen_curriculum.analysis.curves import Run
 from seqlen_curriculum.analysis.drawing import save_png
@@ -30,12 +31,14 @@ def check_folder(folder: Path) -> None:
             )
 
 
-def write_report(runs: Sequence[Run], folder: Path, refresh_seconds: float | None = None) -> Path:
-    """Write ``report.html``, ``report.json`` and a PNG a plot; return the page's path.
+def write_report(
+    runs: Sequence[Run], folder: Path, refresh_seconds: float | None = None, found: dict[str, Any] | None = None
+) -> Path:
+    """Write ``report.html``, ``report.json`` and a PNG a plot; return the page's path. ``found`` is ``report(runs)``.
 
     With ``refresh_seconds``, for a page that will be written again soon, the page loads itself anew, and there are no PNGs.
     """
-    found = report(runs)
+    found = report(runs) if found is None else found
     for plot in PLOTS:
         picture = folder / f"{plot.name}.png"
         if refresh_seconds is None and plot.runs(runs):
