@@ -31,11 +31,13 @@ setup(
         "dev": [
             "datasets>=3.0",
             "hypothesis>=6.100",
+            "lm-eval>=0.4.13",
             "megatron-core>=0.12",
             "mypy>=1.10",
             "pytest>=8.0",
             "ruff>=0.6",
             "tensorboard>=2.16",
         ],
+        "eval": ["lm-eval>=0.4.13"],
     },
 )

@@ -15,8 +15,8 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from seqlen_curriculum.errors import CheckpointError
-from seqlen_curriculum.evaluations import Evaluations
 from seqlen_curriculum.fields import Count, CountOrZero, Section
+from seqlen_curriculum.fluctuation import Evaluations
 from seqlen_curriculum.ledger import Rollback
 
 __all__ = ["MANIFEST", "Checkpoint", "checkpoint_folders", "differences", "read_checkpoint"]

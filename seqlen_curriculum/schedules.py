@@ -6,8 +6,8 @@ from typing import Annotated
 
 from pydantic import Field, model_validator
 
-from seqlen_curriculum.evaluations import SIGNIFICANT
 from seqlen_curriculum.fields import Count, ImportPath, Section, Seqlen
+from seqlen_curriculum.fluctuation import SIGNIFICANT
 
 __all__ = [
     "DURATIONS",

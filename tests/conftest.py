@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import resource
+import runpy
 import signal
 import socket
 import subprocess
@@ -24,6 +25,14 @@ settings.load_profile("untimed")
 # Compiled once a machine, outside the repository.
 os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path.home() / ".cache" / "seqlen-curriculum" / "torch_extensions"))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def shared(name):
+    """A file of the test data, which isn't part of the repository; the test is skipped without it."""
+    folder = Path(os.environ.get("SEQLEN_SHARED_DATA", ROOT.parent / "shared" / "data"))
+    if not (folder / name).exists():
+        pytest.skip(f"{name} is not here; SEQLEN_SHARED_DATA names the folder of the test data")
+    return folder / name
 
 
 @pytest.fixture(scope="session")
@@ -118,3 +127,45 @@ def launch(log, script, *args, ranks=1, seconds=300, **kwargs):
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
     return status, Path(log).read_text()
+
+
+@pytest.fixture(scope="session")
+def evaluated_place(tmp_path_factory):
+    """What the examples of evaluate.py name, with a small trained model."""
+    from evaluated import make
+
+    return make(tmp_path_factory.mktemp("evaluated"))
+
+
+@pytest.fixture(scope="session")
+def evaluated_model(evaluated_place):
+    from seqlen_curriculum.models.pretrained import load_model
+
+    return load_model(evaluated_place.checkpoint)
+
+
+@pytest.fixture
+def evaluate_command(evaluated_place, monkeypatch, capsys):
+    """Run evaluate.py in this process, in the folder that its examples are for; what it printed."""
+    script = str(ROOT / "scripts" / "evaluate.py")
+
+    def command(*arguments):
+        monkeypatch.chdir(evaluated_place.folder)
+        monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
+        runpy.run_path(script, run_name="__main__")
+        return capsys.readouterr().out
+
+    return command
+
+
+@pytest.fixture
+def evaluate_error(evaluate_command, capsys):
+    """The error of evaluate.py, which must end with status 1."""
+
+    def command(*arguments):
+        with pytest.raises(SystemExit) as end:
+            evaluate_command(*arguments)
+        assert end.value.code == 1
+        return capsys.readouterr().err
+
+    return command

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import shared
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
@@ -26,16 +27,9 @@ from seqlen_curriculum.data.tokenizer import TokenizerChoice, build_tokenizer, s
 from seqlen_curriculum.errors import ConfigError, DataError
 
 ROOT = Path(__file__).parents[1]
-SHARED = Path(os.environ.get("SEQLEN_SHARED_DATA", ROOT.parent / "shared" / "data"))
 WHOLE = Rules(cut_text=False)
 TRAIN = TokenizerChoice(train_vocab=300)
 SUFFIXES = (".bin", ".idx", ".json", ".tokenizer.json")
-
-
-def shared(name: str) -> Path:
-    if not (SHARED / name).exists():
-        pytest.skip(f"{name} is not here; SEQLEN_SHARED_DATA names the folder of the test data")
-    return SHARED / name
 
 
 def run_prepare(folder: Path, *inputs: Path, tokenizer: TokenizerChoice = TRAIN, **options: Any) -> Prepared:

@@ -18,13 +18,17 @@ __all__ = [
     "build_tokenizer",
     "end_of_text_id",
     "file_facts",
+    "read_tokenizer",
     "splits_at_spaces",
+    "tokenizer_files",
     "vocab_size",
 ]
 
 END_OF_TEXT = "<|endoftext|>"
 _SMALLEST_VOCAB = 257  # 256 bytes and the end of text
 _LARGEST_VOCAB = 2**24
+_FILES = (("tokenizer.json",), ("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt"))
+"""What a folder may have its tokenizer in: whole, or as GPT-2's vocabulary and merges, under two names."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +89,21 @@ def build_tokenizer(choice: TokenizerChoice, texts: Iterable[str]) -> Tokenizer:
     return _gpt2(choice.vocab_file, choice.merge_file)
 
 
+def tokenizer_files(folder: Path) -> list[Path]:
+    """The files of ``folder`` that its tokenizer is in; none if it has no tokenizer."""
+    found = ([folder / name for name in names] for names in _FILES)
+    return next((paths for paths in found if all(path.is_file() for path in paths)), [])
+
+
+def read_tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer in a ``tokenizer.json``, or in a folder that has one or GPT-2's pair of files. Raises ConfigError."""
+    files = tokenizer_files(path) if path.is_dir() else [path]
+    if not files:
+        names = ", ".join(" with ".join(names) for names in _FILES)
+        raise ConfigError(f"{path}: no tokenizer here; give a tokenizer.json, or a folder that has one of {names}")
+    return _gpt2(*files) if len(files) == 2 else _saved(*files)
+
+
 def vocab_size(tokenizer: Tokenizer) -> int:
     """One more than the largest id: ids may have holes."""
     return int(max(tokenizer.get_vocab(with_added_tokens=True).values())) + 1
@@ -119,15 +138,20 @@ def _train(size: int, texts: Iterable[str]) -> Tokenizer:
 
 
 def _load(path: Path) -> Tokenizer:
+    tokenizer = _saved(path)
+    if tokenizer.token_to_id(END_OF_TEXT) is None:
+        raise ConfigError(f"{path}: has no token {END_OF_TEXT}, which closes each document; add it as a special token")
+    return tokenizer
+
+
+def _saved(path: Path) -> Tokenizer:
     try:
         tokenizer = Tokenizer.from_str(_text(path))
     except ConfigError:
         raise
     except Exception as error:  # the library raises nothing narrower
         raise ConfigError(f"{path}: not a tokenizer.json ({error}); save it again with tokenizers") from None
-    if tokenizer.token_to_id(END_OF_TEXT) is None:
-        raise ConfigError(f"{path}: has no token {END_OF_TEXT}, which closes each document; add it as a special token")
-    # A saved tokenizer may cut or pad what it encodes; a corpus keeps every token.
+    # A saved tokenizer may cut or pad what it encodes; here every token counts.
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer

@@ -18,7 +18,7 @@ from deepspeed import comm as dist
 
 from seqlen_curriculum.course import is_scheduled, trains_alike
 from seqlen_curriculum.errors import CheckpointError, SeqlenCurriculumError
-from seqlen_curriculum.evaluations import Evaluations
+from seqlen_curriculum.fluctuation import Evaluations
 from seqlen_curriculum.jsonfile import replace_text
 from seqlen_curriculum.ledger import LEDGER, Rollback, begun_by, read_ledger, same_course, steps_to_keep, write_ledger
 from seqlen_curriculum.manifest import MANIFEST, Checkpoint, checkpoint_folders, differences, read_checkpoint

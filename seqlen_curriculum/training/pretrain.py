@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -10,17 +11,20 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed import comm as dist
+from tokenizers import Tokenizer
 
 from seqlen_curriculum.config import RunConfig
 from seqlen_curriculum.data.feed import Feed
 from seqlen_curriculum.data.samples import Samples
+from seqlen_curriculum.data.tokenizer import read_tokenizer
 from seqlen_curriculum.deepspeed_keys import batch_shape
 from seqlen_curriculum.errors import CheckpointError
-from seqlen_curriculum.evaluations import Evaluations
+from seqlen_curriculum.fluctuation import Evaluations
 from seqlen_curriculum.ledger import LEDGER
 from seqlen_curriculum.lock import lock_folder
 from seqlen_curriculum.manifest import Checkpoint
 from seqlen_curriculum.models.gpt2 import build_gpt2, set_window
+from seqlen_curriculum.models.pretrained import save_tokenizer
 from seqlen_curriculum.runlog import RunLog, read_runlog
 from seqlen_curriculum.training.adaptive import Adaptive
 from seqlen_curriculum.training.assemble import assemble
@@ -73,7 +77,8 @@ def pretrain(
     tell_of_skipped(checkpoints.rollbacks or (), first_step - 1)
     torch.manual_seed(training.seed)  # the same weights on every rank
     model = build_gpt2(model_config)
-    executor, write = assemble(config, model)
+    executor, write_weights = assemble(config, model)
+    write = with_tokenizer(write_weights, on_rank_0(lambda: corpus_tokenizer(train)))
     engine = executor.engine
     if training.compile:
         compile_blocks(model.lm.transformer.h, engine.device)
@@ -133,6 +138,23 @@ def _data_settings(train: Feed) -> dict[str, Any]:
     corpora = [corpus for source in train.sources for corpus, _, _ in source.ranges]
     fingerprints = {f"data.train.{number}": corpus.fingerprint() for number, corpus in enumerate(corpora)}
     return {**fingerprints, "data.train_samples": [source.num_samples for source in train.sources]}
+
+
+def corpus_tokenizer(train: Feed) -> str | None:
+    """The tokenizer that ``prepare_data.py`` left beside the first corpus, as JSON. Raises ConfigError if it is damaged."""
+    path = Path(f"{train.sources[0].ranges[0][0].prefix}.tokenizer.json")
+    return str(read_tokenizer(path).to_str()) if path.exists() else None
+
+
+def with_tokenizer(write_weights: Callable[[Path], None], tokenizer: str | None) -> Callable[[Path], None]:
+    """``write_weights`` that adds the tokenizer's files, so that the folder it writes is all that text needs."""
+
+    def write(folder: Path) -> None:
+        write_weights(folder)
+        if tokenizer is not None:
+            on_rank_0(lambda: save_tokenizer(Tokenizer.from_str(tokenizer), folder))
+
+    return write
 
 
 def refuse_other_run(save: Path, resume: str, checkpoint: Checkpoint | None) -> None:

@@ -21,7 +21,7 @@ from deepspeed import comm as dist
 from seqlen_curriculum.config import TrainingConfig
 from seqlen_curriculum.data.feed import Feed
 from seqlen_curriculum.data.samples import Samples
-from seqlen_curriculum.evaluations import Evaluations
+from seqlen_curriculum.fluctuation import Evaluations
 from seqlen_curriculum.microbatch import balanced_rows
 from seqlen_curriculum.runlog import RunLog
 from seqlen_curriculum.timeline import Timeline

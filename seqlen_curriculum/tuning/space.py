@@ -11,7 +11,7 @@ from typing import Any
 from seqlen_curriculum.config import RunConfig
 from seqlen_curriculum.curriculum import BLOCK, RampCurriculum
 from seqlen_curriculum.errors import ConfigError
-from seqlen_curriculum.evaluations import SIGNIFICANT
+from seqlen_curriculum.fluctuation import SIGNIFICANT
 from seqlen_curriculum.schedules import DURATIONS
 from seqlen_curriculum.tuning.search import Space
 
