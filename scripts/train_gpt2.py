@@ -1,12 +1,15 @@
-"""Pre-train a GPT-2 from one JSON file, under the DeepSpeed launcher.
+"""Pre-train a GPT-2 from one JSON file, or train on any Hugging Face causal model, under the DeepSpeed launcher.
 
 Example:
   deepspeed scripts/train_gpt2.py --config configs/tiny_cpu.json --save runs/tiny
+  deepspeed scripts/train_gpt2.py --config configs/tiny_cpu.json --hf-checkpoint runs/tiny/global_step610 \\
+      --save runs/more
 
 The same command again continues from the newest complete checkpoint in --save.
 """
 
 import argparse
+import json
 from pathlib import Path
 
 from seqlen_curriculum.cli import need_launcher, run, warn, writable_folder
@@ -32,13 +35,19 @@ def main() -> None:
         metavar="STEP",
         help="stop after this step, saved; the same command without it, or with a later one, goes on",
     )
+    parser.add_argument(
+        "--hf-checkpoint",
+        metavar="FOLDER",
+        help="start from the weights and the architecture in this Hugging Face folder: model.hf_checkpoint of the file",
+    )
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override, as training.seed=7")
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # given by the launcher
     args = parser.parse_args()
 
     if args.until_step is not None and args.until_step < 1:
         raise ConfigError(f"--until-step: {args.until_step} is no step of a run; steps count from 1")
-    config = RunConfig.load(args.config, args.set, require=("optimizer", "model", "data", "training"))
+    initial = [f"model.hf_checkpoint={json.dumps(args.hf_checkpoint)}"] if args.hf_checkpoint is not None else []
+    config = RunConfig.load(args.config, args.set + initial, require=("optimizer", "model", "data", "training"))
     warn(config.warnings())
     writable_folder("--save", args.save)
     train, valid = open_run_data(config)

@@ -12,7 +12,7 @@ from typing import Any
 
 from seqlen_curriculum.errors import ConfigError, DivergenceError, SeqlenCurriculumError
 
-__all__ = ["DIVERGED", "need_launcher", "picture_path", "run", "short_names", "warn", "writable_folder"]
+__all__ = ["DIVERGED", "need_launcher", "new_folder", "picture_path", "run", "short_names", "warn", "writable_folder"]
 
 DIVERGED = 3
 """The exit status that tells who waits for a training that it is not the command that was wrong."""
@@ -65,6 +65,12 @@ def picture_path(flag: str, path: Path) -> Path:
         raise ConfigError(f"{flag} {path}: not the name of a picture; give one that ends in .png, .pdf or .svg")
     writable_folder(flag, path.resolve().parent)
     return path
+
+
+def new_folder(flag: str, folder: Path) -> None:
+    """Raise ConfigError naming ``flag`` if there is something at ``folder`` already; an empty folder is nothing."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigError(f"{flag} {folder}: exists and is not empty; name a new folder, nothing is overwritten")
 
 
 def writable_folder(flag: str, folder: Path) -> None:

@@ -161,7 +161,9 @@ class RunConfig:
         """What makes the run the run it is, flat: ``{"model.num_layers": 12, ...}``. Ranks, ZeRO and paths do not."""
         chosen: dict[str, Any] = {}
         if self.model:
-            chosen["model"] = self.model.model_dump(exclude={"preset", "activation_checkpointing"})
+            chosen["model"] = self.model.model_dump(exclude={"preset", "activation_checkpointing", "hf_checkpoint"})
+            if self.model.initial:
+                chosen["model"]["initial_weights"] = self.model.initial.fingerprint
         if self.curriculum:
             chosen["curriculum_learning"] = self.curriculum.model_dump()
         if self.data and self.training:
@@ -238,10 +240,9 @@ class RunConfig:
         longest = seq_length or (self.curriculum.max_difficulty if self.curriculum else 0)
         if self.model and longest > self.model.max_position_embeddings:
             key = "data.seq_length" if seq_length else "curriculum_learning.max_difficulty"
-            return (
-                f"{key}: {longest} is above the model's {self.model.max_position_embeddings} positions; lower it or raise "
-                "model.max_position_embeddings"
-            )
+            more = "take another model.hf_checkpoint" if self.model.initial else "raise model.max_position_embeddings"
+            positions = self.model.max_position_embeddings
+            return f"{key}: {longest} is above the model's {positions} positions; lower it or {more}"
         return None
 
     def _is_evaluated(self) -> str | None:

@@ -19,6 +19,7 @@ def engine_problems(keys: DeepSpeedKeys, model: ModelConfig | None, compiled: bo
         *_tensor(keys, model),
         *_heads(keys, model),
         *(_compiled(keys, method) if compiled else ()),
+        *_other_than_gpt2(keys, model, compiled, method),
     ]
 
 
@@ -94,3 +95,16 @@ def _compiled(keys: DeepSpeedKeys, method: Method) -> Iterator[str]:
             "training.compile: ZeRO-3 gathers weights inside every block, which breaks it into dozens of graphs; set "
             "zero_optimization.stage to 2 or compile to false"
         )
+
+
+def _other_than_gpt2(keys: DeepSpeedKeys, model: ModelConfig | None, compiled: bool, method: Method) -> Iterator[str]:
+    if model is None or model.initial is None or model.is_gpt2:
+        return
+    told = f"a {model.initial.model_type} (model.hf_checkpoint), only a GPT-2"
+    for name, degree in keys.degrees.items():
+        if degree > 1:
+            yield f"{name}: {degree} can't cut {told}; set it to 1: ZeRO 0 to 3 and offload train every model"
+    if compiled:
+        yield f"training.compile: can't compile {told}; set it to false"
+    if method == "window":
+        yield f'curriculum_learning.method: "window" can\'t be put into {told}; set it to "truncate" or "segment"'

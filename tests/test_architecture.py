@@ -38,6 +38,7 @@ def test_preset_fills_every_size() -> None:
     config = model(preset="gpt2-117m")
     assert config.model_dump() == {
         "preset": "gpt2-117m",
+        "hf_checkpoint": None,
         "num_layers": 12,
         "hidden_size": 768,
         "num_attention_heads": 12,

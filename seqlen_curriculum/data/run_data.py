@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from seqlen_curriculum.architecture import ModelConfig
 from seqlen_curriculum.config import RunConfig
 from seqlen_curriculum.data.feed import Feed
 from seqlen_curriculum.data.indexed import IndexedCorpus
@@ -24,7 +25,7 @@ def open_run_data(config: RunConfig) -> tuple[Feed, Samples | None]:
     assert config.training is not None
     data = config.data
     for prefix in [*data.prefixes, *(data.valid or [])]:
-        _check_vocabulary(IndexedCorpus(prefix), config.model.vocab_size)
+        _check_vocabulary(IndexedCorpus(prefix), config.model)
     return open_feed(config), open_samples(config, "valid") if config.training.eval_interval else None
 
 
@@ -57,10 +58,12 @@ def corpora_of(data: DataConfig, which: str) -> tuple[list[str], str]:
     return own or data.prefixes, ",".join(str(int(name == which)) for name in SPLITS) if whole else data.split
 
 
-def _check_vocabulary(corpus: IndexedCorpus, vocab_size: int) -> None:
-    if corpus.vocab_size is not None and corpus.vocab_size > vocab_size:
+def _check_vocabulary(corpus: IndexedCorpus, model: ModelConfig) -> None:
+    if corpus.vocab_size is not None and corpus.vocab_size > model.vocab_size:
+        fix = f"set model.vocab_size to {corpus.vocab_size}"
+        if model.hf_checkpoint:
+            fix = f"prepare the corpus with the tokenizer of {model.hf_checkpoint}"
         raise DataError(
-            f"{corpus.prefix}: was made with a vocabulary of {corpus.vocab_size}, the model has {vocab_size}; set "
-            f"model.vocab_size to {corpus.vocab_size}"
+            f"{corpus.prefix}: was made with a vocabulary of {corpus.vocab_size}, the model has {model.vocab_size}; {fix}"
         )
-    check_token_ids(corpus, vocab_size)
+    check_token_ids(corpus, model.vocab_size)

@@ -20,8 +20,18 @@ from transformers import AttentionInterface, GPT2Config, GPT2LMHeadModel
 from seqlen_curriculum.architecture import ModelConfig
 from seqlen_curriculum.errors import ConfigError
 from seqlen_curriculum.models.cross_entropy import mean_cross_entropy
+from seqlen_curriculum.models.pretrained import quiet
 
-__all__ = ["CausalLM", "LossHead", "build_gpt2", "causal_attention", "save_config", "save_hf", "set_window"]
+__all__ = [
+    "CausalLM",
+    "LossHead",
+    "build_gpt2",
+    "causal_attention",
+    "checkpoint_activations",
+    "save_config",
+    "save_hf",
+    "set_window",
+]
 
 
 def build_gpt2(config: ModelConfig, bos_token_id: int | None = None, eos_token_id: int | None = None) -> CausalLM:
@@ -31,10 +41,15 @@ def build_gpt2(config: ModelConfig, bos_token_id: int | None = None, eos_token_i
     """
     lm = GPT2LMHeadModel(_hf_config(config, bos_token_id, eos_token_id))
     if config.activation_checkpointing:
-        # The first is the name since 5.23 of transformers, where the second warns.
-        enable = getattr(lm, "activation_checkpointing_enable", None) or lm.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
+        checkpoint_activations(lm)
     return CausalLM(lm)
+
+
+def checkpoint_activations(lm: Any) -> None:
+    """Make a transformers model keep only each block's input."""
+    # The first is the name since 5.23 of transformers, where the second warns.
+    enable = getattr(lm, "activation_checkpointing_enable", None) or lm.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
 
 
 def _hf_config(config: ModelConfig, bos_token_id: int | None, eos_token_id: int | None) -> Any:
@@ -193,4 +208,5 @@ def save_config(model: CausalLM, folder: str | Path, dtype: torch.dtype) -> None
     config.architectures = ["GPT2LMHeadModel"]
     config.dtype = dtype
     config.use_cache = True  # whoever loads it generates
-    config.save_pretrained(folder)
+    with quiet():
+        config.save_pretrained(folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,18 +10,36 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
 from transformers.utils import logging
 
 from seqlen_curriculum.data.tokenizer import END_OF_TEXT, read_tokenizer, tokenizer_files, vocab_size
 from seqlen_curriculum.errors import CheckpointError, ConfigError
 from seqlen_curriculum.hf_folder import model_folder, vocabulary
 
-__all__ = ["load_model", "load_tokenizer", "model_folder", "quiet", "save_tokenizer"]
+__all__ = [
+    "copy_tokenizer",
+    "load_model",
+    "load_tokenizer",
+    "mend_generation",
+    "model_folder",
+    "quiet",
+    "save_tokenizer",
+]
+
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
 
 
-def load_model(path: Path, dtype: torch.dtype | None = torch.float32) -> Any:
-    """The ``AutoModelForCausalLM`` of ``model_folder(path)`` on the CPU, in eval mode, without padding rows.
+def load_model(path: Path, dtype: torch.dtype | None = torch.float32, padding: bool = False) -> Any:
+    """The ``AutoModelForCausalLM`` of ``model_folder(path)`` on the CPU, in eval mode, without padding rows unless asked.
 
     ``dtype`` is float32 whatever was saved: it holds every saved value exactly, and logits that are compared or summed
     need its digits; None for the saved one. Raises CheckpointError.
@@ -38,8 +57,19 @@ def load_model(path: Path, dtype: torch.dtype | None = torch.float32) -> Any:
         raise CheckpointError(
             f"{folder}: its files lack {len(lost)} of the model's weights, such as {lost[0]}; give a whole model with a head"
         )
-    _cut_vocabulary(model, vocabulary(folder))
+    if not padding:
+        _cut_vocabulary(model, vocabulary(folder))
+    mend_generation(model)
     return model.eval()
+
+
+def mend_generation(model: Any) -> None:
+    """Put defaults for a ``generation_config.json`` that contradicts itself: transformers would refuse to save it again."""
+    with quiet():
+        try:
+            model.generation_config.validate(strict=True)
+        except ValueError:
+            model.generation_config = GenerationConfig.from_model_config(model.config)
 
 
 def _cut_vocabulary(model: Any, size: int | None) -> None:
@@ -74,6 +104,19 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     names = {"eos_token": END_OF_TEXT, "bos_token": END_OF_TEXT} if ends else {}
     with quiet():
         PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder)
+
+
+def copy_tokenizer(source: Path, folder: Path) -> None:
+    """Put the tokenizer at ``source``, a file or folder as for ``load_tokenizer``, into ``folder``, for ``AutoTokenizer``.
+
+    What a Hugging Face folder has is copied as it is, chat template and all. Raises ConfigError.
+    """
+    if not (source / "tokenizer_config.json").exists():
+        save_tokenizer(read_tokenizer(source), folder)
+        return
+    for name in _TOKENIZER_FILES:
+        if (source / name).exists():
+            shutil.copyfile(source / name, folder / name)
 
 
 @contextmanager

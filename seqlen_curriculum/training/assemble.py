@@ -1,4 +1,4 @@
-"""From a configuration and a GPT-2 to the executor that trains it, and the function that exports its weights."""
+"""From a configuration and a model to the executor that trains it, and the function that exports its weights."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ import torch
 from deepspeed import comm as dist
 
 from seqlen_curriculum.config import RunConfig
-from seqlen_curriculum.models.gpt2 import CausalLM, save_hf
+from seqlen_curriculum.models.gpt2 import CausalLM
+from seqlen_curriculum.models.initial import AnyCausalLM, save_model
 from seqlen_curriculum.training.engine import initialize
 from seqlen_curriculum.training.executor import DataParallel, Executor, Pipeline, SequenceParallel, TensorParallel
 from seqlen_curriculum.training.pipeline import GPT2Stages
@@ -24,12 +25,14 @@ from seqlen_curriculum.training.ulysses import split_attention
 __all__ = ["assemble", "write_model"]
 
 
-def assemble(config: RunConfig, model: CausalLM) -> tuple[Executor, Callable[[Path], None]]:
+def assemble(config: RunConfig, model: CausalLM | AnyCausalLM) -> tuple[Executor, Callable[[Path], None]]:
     """The executor that the file's degrees ask for, and what writes its weights as a Hugging Face folder, on all ranks.
 
     ``config`` is that of ``for_ranks``. ``model`` is changed as its engine needs it. Raises ConfigError.
     """
     keys, write = config.keys, partial(write_model, model)
+    if isinstance(model, AnyCausalLM):
+        return DataParallel(_engine(config, model)), write
     if keys.pipeline_stages > 1:
         stages = GPT2Stages(model, keys.pipeline_stages)
         return Pipeline(_engine(config, stages)), partial(stages.save_hf, model)
@@ -53,7 +56,7 @@ def _engine(config: RunConfig, model: torch.nn.Module, mpu: Any = None) -> Any:
     return engine
 
 
-def write_model(model: CausalLM, folder: Path) -> None:
+def write_model(model: CausalLM | AnyCausalLM, folder: Path) -> None:
     """The weights as a Hugging Face folder, gathered one by one where ranks have parts of them."""
     weights: dict[str, torch.Tensor] = {}
     for name, parameter in model.named_parameters():
@@ -62,4 +65,4 @@ def write_model(model: CausalLM, folder: Path) -> None:
             if dist.get_rank() == 0:
                 weights[name] = weight.cpu().clone()
     if dist.get_rank() == 0:
-        save_hf(model, folder, weights)
+        save_model(model, folder, weights)

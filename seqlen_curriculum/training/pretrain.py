@@ -11,20 +11,21 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed import comm as dist
-from tokenizers import Tokenizer
 
+from seqlen_curriculum.architecture import ModelConfig
 from seqlen_curriculum.config import RunConfig
 from seqlen_curriculum.data.feed import Feed
 from seqlen_curriculum.data.samples import Samples
-from seqlen_curriculum.data.tokenizer import read_tokenizer
+from seqlen_curriculum.data.tokenizer import read_tokenizer, tokenizer_files
 from seqlen_curriculum.deepspeed_keys import batch_shape
 from seqlen_curriculum.errors import CheckpointError
 from seqlen_curriculum.fluctuation import Evaluations
 from seqlen_curriculum.ledger import LEDGER
 from seqlen_curriculum.lock import lock_folder
 from seqlen_curriculum.manifest import Checkpoint
-from seqlen_curriculum.models.gpt2 import build_gpt2, set_window
-from seqlen_curriculum.models.pretrained import save_tokenizer
+from seqlen_curriculum.models.gpt2 import CausalLM, set_window
+from seqlen_curriculum.models.initial import build_model
+from seqlen_curriculum.models.pretrained import copy_tokenizer
 from seqlen_curriculum.runlog import RunLog, read_runlog
 from seqlen_curriculum.training.adaptive import Adaptive
 from seqlen_curriculum.training.assemble import assemble
@@ -76,9 +77,9 @@ def pretrain(
     on_rank_0(lambda: record_launch(save, config.as_file(), dist.get_world_size(), first_step))
     tell_of_skipped(checkpoints.rollbacks or (), first_step - 1)
     torch.manual_seed(training.seed)  # the same weights on every rank
-    model = build_gpt2(model_config)
+    model = build_model(model_config, read_weights=checkpoint is None)
     executor, write_weights = assemble(config, model)
-    write = with_tokenizer(write_weights, on_rank_0(lambda: corpus_tokenizer(train)))
+    write = with_tokenizer(write_weights, on_rank_0(lambda: tokenizer_of(train, model_config)))
     engine = executor.engine
     if training.compile:
         compile_blocks(model.lm.transformer.h, engine.device)
@@ -117,6 +118,7 @@ def pretrain(
             trainer.adapt = Adaptive(planned)
             trainer.adapt.follow(trainer)
         if windowed is not None:
+            assert isinstance(model, CausalLM)  # the configuration says so
             trainer.set_window = partial(set_window, model, restart_positions=windowed.restart_positions)
         try:
             return trainer.train(done_steps + 1)
@@ -140,19 +142,27 @@ def _data_settings(train: Feed) -> dict[str, Any]:
     return {**fingerprints, "data.train_samples": [source.num_samples for source in train.sources]}
 
 
-def corpus_tokenizer(train: Feed) -> str | None:
-    """The tokenizer that ``prepare_data.py`` left beside the first corpus, as JSON. Raises ConfigError if it is damaged."""
+def tokenizer_of(train: Feed, model: ModelConfig) -> Path | None:
+    """Where the tokenizer lies: that which ``prepare_data.py`` left beside the first corpus, else ``model.hf_checkpoint``'s.
+
+    None without either. Raises ConfigError if it is damaged.
+    """
     path = Path(f"{train.sources[0].ranges[0][0].prefix}.tokenizer.json")
-    return str(read_tokenizer(path).to_str()) if path.exists() else None
+    if not path.exists():
+        if model.initial is None or not tokenizer_files(model.initial.folder):
+            return None
+        path = model.initial.folder
+    read_tokenizer(path)
+    return path
 
 
-def with_tokenizer(write_weights: Callable[[Path], None], tokenizer: str | None) -> Callable[[Path], None]:
+def with_tokenizer(write_weights: Callable[[Path], None], tokenizer: Path | None) -> Callable[[Path], None]:
     """``write_weights`` that adds the tokenizer's files, so that the folder it writes is all that text needs."""
 
     def write(folder: Path) -> None:
         write_weights(folder)
         if tokenizer is not None:
-            on_rank_0(lambda: save_tokenizer(Tokenizer.from_str(tokenizer), folder))
+            on_rank_0(lambda: copy_tokenizer(tokenizer, folder))
 
     return write
 

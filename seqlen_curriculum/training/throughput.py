@@ -19,8 +19,10 @@ from tqdm import tqdm
 from seqlen_curriculum.config import RunConfig
 from seqlen_curriculum.cutting import Cut, Method
 from seqlen_curriculum.deepspeed_keys import batch_shape
+from seqlen_curriculum.errors import ConfigError
 from seqlen_curriculum.microbatch import balanced_rows
-from seqlen_curriculum.models.gpt2 import build_gpt2, set_window
+from seqlen_curriculum.models.gpt2 import CausalLM, set_window
+from seqlen_curriculum.models.initial import build_model
 from seqlen_curriculum.training.assemble import assemble
 from seqlen_curriculum.training.executor import Executor
 from seqlen_curriculum.training.moments import adam_moments
@@ -55,11 +57,15 @@ def measure_throughput(
     assert config.model is not None
     assert config.data is not None
     full, model_config = config.data.seq_length, config.model
+    if "window" in kinds and not model_config.is_gpt2:
+        raise ConfigError(
+            "--kinds window: only a GPT-2 has windows of attention, not model.hf_checkpoint's; leave it out"
+        )
     deepspeed.init_distributed()
     config = config.for_ranks(dist.get_world_size())
     rows, micro_batch, _ = batch_shape(config.keys, dist.get_world_size())
     torch.manual_seed(0)  # the same weights on every rank
-    model = build_gpt2(model_config)
+    model = build_model(model_config)
     executor, _ = assemble(config, model)
     draw = torch.Generator().manual_seed(executor.data_rank)  # ranks that share rows draw the same
     cases = [
@@ -72,7 +78,8 @@ def measure_throughput(
     for turn in tqdm(range(rounds + 1), unit="round", disable=dist.get_rank() != 0):
         for case, measured in zip(cases, seen, strict=True):
             tokens = torch.randint(0, model_config.vocab_size, (case.rows, case.row_tokens + 1), generator=draw)
-            set_window(model, case.seqlen if KINDS[case.kind] == "window" else None)
+            if isinstance(model, CausalLM):
+                set_window(model, case.seqlen if KINDS[case.kind] == "window" else None)
             one = _one_step(executor, tokens, case.micro_rows)
             measured += [one] if turn else []
         started = time.perf_counter()

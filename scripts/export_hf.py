@@ -1,0 +1,46 @@
+"""Make a complete Hugging Face folder of a checkpoint: weights without padding, tokenizer, a model card with its curves.
+
+Example:
+  python scripts/export_hf.py runs/tiny --out exported/tiny
+  python scripts/export_hf.py runs/tiny/global_step610 --out exported/tiny-bf16 --dtype bfloat16
+"""
+
+import argparse
+from pathlib import Path
+
+from seqlen_curriculum.cli import new_folder, run
+from seqlen_curriculum.hf_folder import model_folder
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "source",
+        type=Path,
+        metavar="RUN_OR_CHECKPOINT",
+        help="a run's --save folder (its newest complete checkpoint), a checkpoint, or a Hugging Face folder",
+    )
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="FOLDER", help="a new folder; nothing is overwritten"
+    )
+    parser.add_argument(
+        "--dtype", choices=["float32", "bfloat16", "float16"], help="type of the weights (default: as they were saved)"
+    )
+    parser.add_argument(
+        "--tokenizer",
+        type=Path,
+        metavar="PATH",
+        help="a tokenizer.json, or a folder with one or with GPT-2's encoder.json and vocab.bpe (default: the checkpoint's)",
+    )
+    args = parser.parse_args()
+    new_folder("--out", args.out)
+    model_folder(args.source)
+
+    from seqlen_curriculum.export import export  # seconds to import
+
+    source = export(args.source, args.out, args.dtype, args.tokenizer)
+    print(f"{source} is exported to {args.out}")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,66 @@
+"""Let a trained model write on: prompts in, text out.
+
+Example:
+  python scripts/generate.py runs/tiny --prompt "def main(" --prompt "import " --max-new-tokens 60
+  echo "def main(" | python scripts/generate.py runs/tiny/global_step610 --temperature 0
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from seqlen_curriculum.cli import run, warn
+from seqlen_curriculum.errors import ConfigError
+from seqlen_curriculum.hf_folder import model_folder
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "checkpoint",
+        type=Path,
+        metavar="CHECKPOINT",
+        help="a checkpoint, a run's --save folder (its newest complete checkpoint), or a Hugging Face folder",
+    )
+    parser.add_argument("--prompt", action="append", metavar="TEXT", help="may be given again (default: stdin, as one)")
+    parser.add_argument(
+        "--tokenizer", type=Path, metavar="PATH", help="tokenizer.json or folder (default: CHECKPOINT's)"
+    )
+    drawn = parser.add_argument_group("what is drawn")
+    drawn.add_argument(
+        "--max-new-tokens", type=int, default=100, metavar="N", help="tokens to add at most (default: 100)"
+    )
+    drawn.add_argument(
+        "--temperature", type=float, default=0.8, help="0: the most likely token each time (default: 0.8)"
+    )
+    drawn.add_argument(
+        "--top-p", type=float, default=1.0, help="draw from the likeliest with this sum (default: 1, all)"
+    )
+    drawn.add_argument("--top-k", type=int, default=0, help="draw from this many likeliest tokens (default: 0, all)")
+    drawn.add_argument("--samples", type=int, default=1, metavar="N", help="texts for each prompt (default: 1)")
+    drawn.add_argument("--seed", type=int, default=0, help="the same seed gives the same texts (default: 0)")
+    args = parser.parse_args()
+    model_folder(args.checkpoint)
+    prompts = args.prompt if args.prompt is not None else [_stdin()]
+
+    from seqlen_curriculum.generation import Sampling, generate  # seconds to import
+
+    names = ("max_new_tokens", "temperature", "top_p", "top_k", "samples", "seed")
+    sampling = Sampling(**{name: getattr(args, name) for name in names})
+    for samples in generate(args.checkpoint, prompts, sampling, args.tokenizer):
+        for number, sample in enumerate(samples, start=1):
+            if len(prompts) * len(samples) > 1:
+                print(f"--- sample {number} of {len(samples)} ---")
+            print(sample.text, flush=True)
+            if sample.full:
+                warn([f"the text ends after {sample.new_tokens} new tokens: the model has no further positions"])
+
+
+def _stdin() -> str:
+    if sys.stdin.isatty():
+        raise ConfigError("--prompt: not given; give it, or text on stdin")
+    return sys.stdin.read().removesuffix("\n")
+
+
+if __name__ == "__main__":
+    run(main)
