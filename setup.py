@@ -35,6 +35,7 @@ setup(
             "megatron-core>=0.12",
             "mypy>=1.10",
             "pytest>=8.0",
+            "pytest-xdist>=3.6",
             "ruff>=0.6",
             "tensorboard>=2.16",
         ],

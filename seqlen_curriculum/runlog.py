@@ -72,8 +72,9 @@ def read_runlog(path: str | Path) -> Iterator[dict[str, Any]]:
     """The records of a log in order; a last line still being written is left out. Raises DataError on a damaged line."""
     with Path(path).open(encoding="utf-8", errors="replace") as file:
         for number, line in enumerate(file, start=1):
+            if not line.endswith("\n"):
+                return  # the rest of it, written meanwhile, would look like a line of its own
             record = _parsed(line)
-            if record is not None:
-                yield record
-            elif line.endswith("\n"):
+            if record is None:
                 raise DataError(f"{path}: line {number} is not a run log record: {line[:80]!r}")
+            yield record

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from seqlen_curriculum import runlog
 from seqlen_curriculum.analysis.curves import summarise
 from seqlen_curriculum.analysis.drawing import draw_run
 from seqlen_curriculum.analysis.run_folder import load_run
@@ -153,3 +154,24 @@ def test_a_damaged_file_is_named(tmp_path, name, text, message):
     with pytest.raises(DataError) as error:
         load_run(tmp_path)
     assert message in str(error.value)
+
+
+def test_a_line_finished_while_the_log_is_read_is_not_taken_for_two(tmp_path, monkeypatch):
+    path = tmp_path / "runlog.jsonl"
+    whole = json.dumps(step_record(2)) + "\n"
+    path.write_text(json.dumps(step_record(1)) + "\n" + whole[:30])
+    parsed = runlog._parsed
+
+    def finished_meanwhile(line):
+        """The writer goes on once the reader has looked at the beginning of a line."""
+        if not line.endswith("\n"):
+            with path.open("a") as log:
+                log.write(whole[30:])
+        return parsed(line)
+
+    monkeypatch.setattr(runlog, "_parsed", finished_meanwhile)
+    assert [record["step"] for record in read_runlog(path)] == [1]
+    monkeypatch.undo()
+    with path.open("a") as log:
+        log.write(whole[30:])
+    assert [record["step"] for record in read_runlog(path)] == [1, 2]
