@@ -12,6 +12,7 @@ after it was interrupted or killed.
 import argparse
 import shlex
 import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -24,7 +25,7 @@ SEARCH = {
     "--beginning-warmups": (float, "N", "how long the very beginning is, in LR warmups (1)"),
     "--probe-warmups": (float, "N", "for how long a T must be stable, in LR warmups (3)"),
     "--resolution": (float, "RATIO", "of each T to the next shorter one (1.25)"),
-    "--most-of-run": (float, "SHARE", "the largest T, as a share of its run's steps (1)"),
+    "--most-of-run": (float, "SHARE", "the largest T, as a share of its run's steps (0.8)"),
     "--ratio": (float, "RATIO", "a perplexity of over so many times the best before it fluctuates (1.3)"),
     "--warmup-steps": (int, "STEPS", "of the LR warmup, where the file doesn't tell"),
     "--eval-interval": (int, "STEPS", "between evaluations of a probe (an eighth of the LR warmup)"),
@@ -34,7 +35,12 @@ SEARCH = {
 
 def main() -> None:
     args = arguments()
-    launcher = shlex.split(args.launcher)
+    try:
+        launcher = shlex.split(args.launcher)
+    except ValueError as error:
+        raise ConfigError(
+            f"--launcher {args.launcher!r}: can't be read as a command ({error}); mend the quotes"
+        ) from error
     if not launcher or shutil.which(launcher[0]) is None:
         raise ConfigError(f"--launcher {args.launcher!r}: no such command is found; give deepspeed, with its flags")
 
@@ -113,6 +119,7 @@ def search(tuning) -> None:
         bar.n = trial.step
         bar.refresh()
 
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a probe under way is stopped and saved first
     with bar:
         outcome = tuning.run(watch)
     print(describe_outcome(tuning, outcome))

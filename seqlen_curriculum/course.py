@@ -15,10 +15,9 @@ from seqlen_curriculum.config import RunConfig
 from seqlen_curriculum.errors import ConfigError
 from seqlen_curriculum.piecewise import Steps
 
-__all__ = ["Course", "is_scheduled", "steps_alike", "trains_alike"]
+__all__ = ["Course", "steps_alike", "trains_alike"]
 
 _SCHEDULES = ("curriculum_learning", "batch_size_warmup", "scheduler")
-_SCHEDULED = ("training.train_tokens", "training.seqlen_bucket")
 
 
 class Course(NamedTuple):
@@ -39,7 +38,12 @@ class Course(NamedTuple):
 
 
 def steps_alike(one: RunConfig, other: RunConfig, last_step: int) -> int:
-    """How many steps, at most ``last_step``, two runs that differ in their schedules alone train alike from the first on."""
+    """How many steps, at most ``last_step``, two runs that differ in their schedules alone train alike from the first on.
+
+    None where something else than the step decides: an ``adaptive`` schedule, or other rates of DeepSpeed's own.
+    """
+    if one.adapts or other.adapts or one.deepspeed.get("scheduler") != other.deepspeed.get("scheduler"):
+        return 0
     ours, theirs = Course.of(one, last_step), Course.of(other, last_step)
     if ours.method != theirs.method or (ours.rate is None) != (theirs.rate is None):
         return 0
@@ -49,17 +53,22 @@ def steps_alike(one: RunConfig, other: RunConfig, last_step: int) -> int:
     return int(np.argmax(unlike)) if unlike.any() else last_step
 
 
-def is_scheduled(setting: str) -> bool:
-    """Whether a setting of ``RunConfig.settings`` matters by its schedules alone."""
-    return setting in _SCHEDULED or setting.partition(".")[0] in _SCHEDULES
-
-
 def trains_alike(saved: Mapping[str, Any], ours: Mapping[str, Any], step: int) -> bool:
-    """Whether two runs of these settings (``RunConfig.settings``) train alike to the end of ``step``, other things equal."""
+    """Whether two runs of these settings (``RunConfig.settings``) differ in schedules alone, and not up to ``step``."""
+    changed = [name for name in {*saved, *ours} if saved.get(name) != ours.get(name)]
+    if not all(_is_scheduled(name) for name in changed):
+        return False
     try:
         return steps_alike(_from_settings(saved), _from_settings(ours), step) == step
     except ConfigError:  # of another version
         return False
+
+
+def _is_scheduled(setting: str) -> bool:
+    """Whether a setting matters by the lengths, rows and rates it gives, all of which are compared."""
+    if setting in ("training.train_tokens", "training.seqlen_bucket"):
+        return True
+    return setting.partition(".")[0] in _SCHEDULES and setting != "curriculum_learning.restart_positions"
 
 
 def _from_settings(settings: Mapping[str, Any]) -> RunConfig:

@@ -74,7 +74,7 @@ def test_lengths_wait_exactly_where_the_perplexity_fluctuated(runs, adaptive_run
     ]
     so_far, fluctuated = Evaluations(), []
     for one in evaluations:
-        if so_far.ratio(one["valid_loss"]) > RATIO and one["step"] < settles_at - 1:
+        if so_far.ratio(one["valid_loss"]) > RATIO and one["step"] < settles_at:
             fluctuated.append(one["step"])
         so_far = so_far.then(one["valid_loss"])
     assert held == fluctuated
@@ -137,6 +137,8 @@ def test_without_evaluations_or_in_another_loop_it_is_refused(adaptive_run):
         RunConfig.from_dict(never)
     with pytest.raises(ConfigError, match="adaptive goes by the evaluations of a run"):
         seqlen_curriculum.initialize(config=adaptive_run)
+    with pytest.raises(ConfigError, match="adaptive goes by the evaluations of a run"):
+        seqlen_curriculum.initialize(config=RunConfig.from_dict(adaptive_run))
 
 
 def test_a_plan_says_what_it_is_of(adaptive_run):

@@ -3,7 +3,7 @@
 import pytest
 
 from seqlen_curriculum import RunConfig
-from seqlen_curriculum.course import is_scheduled, steps_alike, trains_alike
+from seqlen_curriculum.course import steps_alike, trains_alike
 
 
 def run(total=40, lowest=8, **changes):
@@ -58,10 +58,27 @@ def test_stored_settings_tell_as_much():
     assert not trains_alike({**other, "curriculum_learning.schedule_type": "of another version"}, ours, 7)
 
 
-def test_only_schedules_are_judged_by_what_they_give():
-    settings = run().settings()
-    scheduled = {name.partition(".")[0] for name in settings if is_scheduled(name)}
-    assert scheduled == {"curriculum_learning", "scheduler", "training"}
-    assert [name for name in settings if name.startswith("training.") and not is_scheduled(name)] == ["training.seed"]
-    assert not is_scheduled("optimizer.params.lr")
-    assert not is_scheduled("data.seq_length")
+WARMUP = {"type": "WarmupLR", "params": {"warmup_num_steps": 10}}
+
+
+@pytest.mark.parametrize(
+    ("saved", "ours"),
+    [
+        (run(training__seed=1), run(training__seed=2)),
+        (run(optimizer__params__lr=1e-3), run(optimizer__params__lr=2e-3)),
+        (run(scheduler=WARMUP), run(scheduler={**WARMUP, "params": {"warmup_num_steps": 1000}})),
+        (run(scheduler=WARMUP), run()),
+        (
+            run(curriculum_learning__method="window"),
+            run(curriculum_learning__method="window", curriculum_learning__restart_positions=True),
+        ),
+        # What its evaluations have decided follows from no setting.
+        (run(curriculum_learning__schedule_type="adaptive"), run()),
+        (
+            run(curriculum_learning__schedule_type="adaptive"),
+            run(curriculum_learning__schedule_type="adaptive", training__train_tokens=30_000),
+        ),
+    ],
+)
+def test_what_lengths_rows_and_rates_do_not_tell_makes_another_run(saved, ours):
+    assert not trains_alike(saved.settings(), ours.settings(), 2)

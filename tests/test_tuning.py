@@ -14,7 +14,7 @@ import pytest
 from conftest import ROOT, launch_command
 from test_training import records
 
-from seqlen_curriculum import ConfigError, RunConfig
+from seqlen_curriculum import CheckpointError, ConfigError, RunConfig
 from seqlen_curriculum.analysis.stability import ratios_to_best
 from seqlen_curriculum.cli import DIVERGED
 from seqlen_curriculum.course import steps_alike
@@ -40,13 +40,13 @@ def changed(run, **changes):
 
 def test_the_space_counts_in_warmups(tiny_run):
     # The warmup is 5 steps. The whole run as a ramp from 8 to 32 in steps of 4 is some 60 steps.
-    space = space_of(tiny_run, Settings(resolution=2))
+    space = space_of(tiny_run, Settings(resolution=2, most_of_run=1))
     longest = space.totals[-1]
     assert RunConfig.from_dict(scheduled(tiny_run, 8, total_curriculum_step=longest)).timeline().steps == longest
     assert space.totals == tuple(sorted(max(1, round(longest / 2**number)) for number in range(5)))
     assert space.totals[0] == pytest.approx(5, rel=0.5)
     assert space.first_total == min(space.totals, key=lambda total: max(total / 20, 20 / total))
-    assert (space.beginning_steps, space.probe_steps) == (5, 15)
+    assert (space.beginning_steps, space.probe_steps, space.eval_interval) == (5, 15, 1)
     assert space.lengths == (8, 16)
     shorter = space_of(tiny_run, Settings(most_of_run=0.5, beginning_warmups=0.5, probe_warmups=2.5, min_difficulty=5))
     assert shorter.totals[-1] < longest
@@ -107,6 +107,7 @@ MISTAKES = {
     "ratio": ({}, {"ratio": 1.0}, "--ratio: 1.0 is not valid; give a ratio above 1"),
     "share": ({}, {"most_of_run": 1.5}, "--most-of-run: 1.5 is no share of a run"),
     "warmups": ({}, {"probe_warmups": -1}, "--probe-warmups: -1 is not valid; give LR warmups above 0"),
+    "interval": ({}, {"eval_interval": 3}, "--eval-interval: 3 leaves fewer than two evaluations .* in 5 steps"),
     "rows": ({}, {"eval_rows": 0}, "--eval-rows: 0 is not valid; give 1 or more"),
 }
 
@@ -159,7 +160,19 @@ def config_file(tmp_path_factory, tiny_run):
     return path
 
 
-SEARCH = ("--min-difficulty", "16", "--resolution", "2", "--eval-interval", "2", "--max-share", "1")
+# The second probe would be of 100 steps: it is of the whole run.
+SEARCH = (
+    "--min-difficulty",
+    "16",
+    "--resolution",
+    "2",
+    "--eval-interval",
+    "2",
+    "--max-share",
+    "3",
+    "--probe-warmups",
+    "20",
+)
 
 
 def killed_at(command, log, is_time, everything):
@@ -230,7 +243,8 @@ def test_verdicts_are_those_of_the_logs(searches):
         losses = [record["valid_loss"] for record in evaluations if record["step"] <= one["until_step"]]
         assert one["ratio"] == pytest.approx(float(ratios_to_best(np.exp(losses))[1:].max()), rel=1e-12)
         assert one["stable"] == (one["ratio"] <= 1.3)
-        assert one["step"] == one["until_step"]
+        steps = RunConfig.load(searches / "whole" / "probes" / f"{name}.json").timeline().steps
+        assert one["step"] == min(one["until_step"], steps)
 
 
 def test_a_probe_takes_over_what_it_shares_with_an_earlier_one(searches):
@@ -257,10 +271,86 @@ def test_it_tells_what_it_found_and_what_it_cost(searches, config_file):
         for config, begin, one in zip(configs, (1, shared + 1), (first, second), strict=True)
     )
     assert f"cost              {tokens:,} tokens, " in text
-    assert f"min_difficulty 16, total_curriculum_step {second['total_steps']}" in text
+    assert (
+        f"min_difficulty 16, total_curriculum_step {second['total_steps']}: the largest T that --most-of-run 0.8"
+        in text
+    )
     page = (searches / "killed" / "report" / "report.html").read_text()
     assert f"min 16, T {second['total_steps']}: stable" in page
     assert (searches / "killed" / "report" / "perplexity_step.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("launcher", "told"),
+    [(["false"], "ended with status 1 and is not at step 9"), (["true"], "ended with status 0 and is not at step 9")],
+)
+def test_a_probe_that_fails_otherwise_is_no_verdict(tmp_path, tiny_run, launcher, told):
+    """Also where the log is at the step already: it was killed before that step's evaluation, say."""
+    run = ProbeRun(tmp_path / "probe", tiny_run, most=1.3)
+    run.save.mkdir()
+    log = RunLog(run.save / "runlog.jsonl")
+    log.write({"step": 9, "loss": 3.0})
+    log.close()
+    run.save.with_suffix(".log").write_text("error: of an earlier launch\n")
+    with pytest.raises(CheckpointError, match=told) as raised:
+        run.train(9, launcher, ROOT / "scripts" / "train_gpt2.py", lambda _: None)
+    assert "earlier launch" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "damage", ['{"seconds": 1}', '{"config": {}, "settings": {}, "seconds": 0, "probes": [{}]}', "{"]
+)
+def test_a_damaged_state_is_told(config_file, tmp_path, damage):
+    (tmp_path / "tuning.json").write_text(damage)
+    result = subprocess.run(tune_command(config_file, tmp_path, *SEARCH), capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 1
+    assert "tuning.json: can't be read as the state of a search" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert (tmp_path / "tuning.json").read_text() == damage
+
+
+def test_a_budget_of_time_that_is_spent_launches_nothing(searches, config_file, tmp_path):
+    state = read_json(searches / "whole" / "tuning.json")
+    (tmp_path / "tuning.json").write_text(json.dumps({**state, "probes": [], "seconds": 61.0}))
+    command = tune_command(config_file, tmp_path, *SEARCH, "--max-minutes", "1")
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 1
+    assert "the budget ended before a stable T was found" in result.stderr
+    assert not list((tmp_path / "probes").iterdir())
+
+
+@pytest.mark.slow
+def test_a_search_with_fluctuations_bisects(config_file, tmp_path):
+    """At a high rate, with a strict ratio: each verdict is its log's, and the search asks what they make it ask."""
+    flags = (
+        "--min-difficulty",
+        "16",
+        "--resolution",
+        "2",
+        "--eval-interval",
+        "1",
+        "--max-share",
+        "9",
+        "--ratio",
+        "1.03",
+    )
+    command = tune_command(config_file, tmp_path / "hot", *flags, "--set", "optimizer.params.lr=2e-2")
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode in (0, DIVERGED), result.stdout + result.stderr
+    state = read_json(tmp_path / "hot" / "tuning.json")
+    raw = changed(read_json(config_file), optimizer__params__lr=2e-2)
+    space = space_of(raw, Settings(min_difficulty=16, resolution=2, eval_interval=1, ratio=1.03))
+    verdicts = [one["stable"] for one in state["probes"]]
+    assert False in verdicts
+    for number, one in enumerate(state["probes"]):
+        asked = upcoming(space, verdicts[:number])
+        assert (*asked.candidate, asked.until_step) == (one["min_difficulty"], one["total_steps"], one["until_step"])
+        name = f"min{one['min_difficulty']}-T{one['total_steps']}"
+        evaluations = records(tmp_path / "hot" / "probes" / name)[1]
+        losses = [record["valid_loss"] for record in evaluations if record["step"] <= one["until_step"]]
+        assert one["stable"] == bool(ratios_to_best(np.exp(losses))[1:].max() <= 1.03)
+    best = upcoming(space, verdicts)
+    assert state["best"] == (best and best._asdict())
 
 
 def test_a_folder_of_another_search_is_refused(searches, config_file):
@@ -282,6 +372,7 @@ def test_a_training_that_diverges_is_no_answer(config_file, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
+        (("--launcher", "deep'speed"), "No closing quotation"),
         (("--launcher", "no-such-launcher"), "--launcher 'no-such-launcher': no such command is found"),
         (("--max-share", "0"), "--max-share: 0.0 is not valid; give a number above 0"),
         (("--set", 'data.train=["nowhere"]'), "nowhere"),
@@ -305,5 +396,5 @@ def test_a_dry_run_tells_costs_and_writes_nothing(config_file, tmp_path):
     tokens = {int(row[0]): int(row[2].replace(",", "")) for row in costs[1:]}
     for total, cost in tokens.items():
         config = RunConfig.from_dict(scheduled(read_json(config_file), 8, total_curriculum_step=total))
-        assert cost == config.timeline().consumed_tokens(15)
+        assert cost == config.timeline().consumed_tokens(min(15, config.timeline().steps))
     assert not (tmp_path / "x").exists()

@@ -23,7 +23,7 @@ class Adaptive:
     def __call__(self, trainer: Trainer, step: int, ratio: float) -> int | None:
         """``step`` if its perplexity, ``ratio`` times the best before, holds the lengths from now on; else None."""
         settles_at = trainer.timeline.pacing.settles_at
-        if ratio <= self._ratio or (settles_at is not None and step >= settles_at - 1):  # then nothing is left to hold
+        if ratio <= self._ratio or (settles_at is not None and step >= settles_at):  # then nothing is left to hold
             return None
         self._config = replace(self._config, held=(*self._config.held, step))
         self.follow(trainer)

@@ -15,7 +15,7 @@ from deepspeed import comm as dist
 from seqlen_curriculum.config import RunConfig
 from seqlen_curriculum.models.gpt2 import CausalLM
 from seqlen_curriculum.models.initial import AnyCausalLM, save_model
-from seqlen_curriculum.training.engine import initialize
+from seqlen_curriculum.training.engine import engine_of
 from seqlen_curriculum.training.executor import DataParallel, Executor, Pipeline, SequenceParallel, TensorParallel
 from seqlen_curriculum.training.pipeline import GPT2Stages
 from seqlen_curriculum.training.telemetry import say
@@ -50,7 +50,7 @@ def assemble(config: RunConfig, model: CausalLM | AnyCausalLM) -> tuple[Executor
 
 
 def _engine(config: RunConfig, model: torch.nn.Module, mpu: Any = None) -> Any:
-    engine, *_ = initialize(config=config, model=model, model_parameters=model.parameters(), mpu=mpu)
+    engine, *_ = engine_of(config, model=model, model_parameters=model.parameters(), mpu=mpu)
     if engine.zero_optimization_stage() == 0 and (engine.fp16_enabled() or engine.bfloat16_enabled()):
         say("warning: half precision at ZeRO stage 0 updates weights unlike fp32; set zero_optimization.stage to 1")
     return engine

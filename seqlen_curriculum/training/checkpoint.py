@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from deepspeed import comm as dist
 
-from seqlen_curriculum.course import is_scheduled, trains_alike
+from seqlen_curriculum.course import trains_alike
 from seqlen_curriculum.errors import CheckpointError, SeqlenCurriculumError
 from seqlen_curriculum.fluctuation import Evaluations
 from seqlen_curriculum.jsonfile import replace_text
@@ -156,8 +156,7 @@ class Checkpoints:
             if saved != ours:
                 raise CheckpointError(f"{checkpoint.folder}: saved with {key} {saved}; set it to {saved}, not {ours}")
         changed = differences(checkpoint.run, self.run)
-        other = [name for name in changed if not is_scheduled(name)]
-        if changed and (other or not trains_alike(checkpoint.run, self.run, checkpoint.step)):
+        if changed and not trains_alike(checkpoint.run, self.run, checkpoint.step):
             listed = "".join(f"\n  - {name}: {line}" for name, line in changed.items())
             raise CheckpointError(
                 f"{checkpoint.folder}: made by another run; restore these settings, or start anew in another --save:{listed}"

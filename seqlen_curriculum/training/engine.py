@@ -21,7 +21,7 @@ from seqlen_curriculum.errors import ConfigError
 from seqlen_curriculum.training.lr_scheduler import TokenCosineLR
 from seqlen_curriculum.training.pipeline import follow_shapes
 
-__all__ = ["begin_step", "initialize", "skip_step"]
+__all__ = ["begin_step", "engine_of", "initialize", "skip_step"]
 
 
 def initialize(*args: Any, curriculum_kwarg: str | None = None, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
@@ -40,6 +40,16 @@ def initialize(*args: Any, curriculum_kwarg: str | None = None, **kwargs: Any) -
     given = inspect.signature(deepspeed.initialize).bind(*args, **kwargs).arguments
     named = given.pop("args", None)
     run = _run_config(named, given.pop("config", None), given.pop("config_params", None))
+    if run.adapts:
+        raise ConfigError(
+            "curriculum_learning.schedule_type: adaptive goes by the evaluations of a run, which DeepSpeed's engine doesn't "
+            "know of; train with scripts/train_gpt2.py, or use fixed_linear"
+        )
+    return engine_of(run, curriculum_kwarg, args=_without_config(named), **given)
+
+
+def engine_of(run: RunConfig, curriculum_kwarg: str | None = None, **given: Any) -> tuple[Any, Any, Any, Any]:
+    """``initialize`` for a loop that follows all that ``run`` asks for; ``given`` are ``deepspeed.initialize``'s arguments."""
     run = run if run.keys.train_batch_size else run.for_ranks(_ranks(run, given))
     if run.scheduler is not None:
         if given.get("lr_scheduler") is not None:
@@ -48,7 +58,7 @@ def initialize(*args: Any, curriculum_kwarg: str | None = None, **kwargs: Any) -
     scheduler = run.curriculum_scheduler() if run.curriculum or run.data else None
     if curriculum_kwarg is not None:
         _check_takes_length(given.get("model"), curriculum_kwarg, scheduler is not None)
-    engine, *others = _deepspeed_initialize(args=_without_config(named), config=dict(run.deepspeed), **given)
+    engine, *others = _deepspeed_initialize(config=dict(run.deepspeed), **given)
     _free_shared_memory(engine)
     engine.curriculum_scheduler = scheduler
     if isinstance(engine, PipelineEngine):
@@ -99,11 +109,6 @@ def _run_config(args: argparse.Namespace | None, *configs: object) -> RunConfig:
     if not isinstance(config, (Mapping, str, Path)):
         raise ConfigError(f"config: {config!r} is neither a path, a dict nor a RunConfig; give one of them")
     run = RunConfig.from_dict(config) if isinstance(config, Mapping) else RunConfig.load(config)
-    if run.adapts:
-        raise ConfigError(
-            "curriculum_learning.schedule_type: adaptive goes by the evaluations of a run, which DeepSpeed's engine doesn't "
-            "know of; train with scripts/train_gpt2.py, or use fixed_linear"
-        )
     if run.batch_size_warmup is not None:  # in silence DeepSpeed's engine would keep to train_batch_size
         raise ConfigError(
             "batch_size_warmup: DeepSpeed's engine doesn't follow it; give config=RunConfig.load(path), read its "

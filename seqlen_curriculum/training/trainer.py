@@ -91,6 +91,9 @@ class Trainer:
         if step >= self.timeline.steps:
             say(f"finished: {step} steps, {self.timeline.consumed_tokens(step):,} tokens")
             return True
+        if step < first_step:
+            say(f"nothing to do: step {step} is done, and --until-step asks for no later one")
+            return False
         why = "by a signal" if stop else "as --until-step asks"
         say(f"stopped after step {step} {why}, and saved; the same command continues")
         return False

@@ -11,17 +11,20 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field, ValidationError
 
 from seqlen_curriculum.config import RunConfig
 from seqlen_curriculum.course import steps_alike
 from seqlen_curriculum.errors import CheckpointError
-from seqlen_curriculum.jsonfile import read_json, replace_text
+from seqlen_curriculum.fields import Count, CountOrZero, Section
+from seqlen_curriculum.jsonfile import replace_text
 from seqlen_curriculum.lock import lock_folder
 from seqlen_curriculum.tuning.cost import Cost, cost_of
 from seqlen_curriculum.tuning.probes import ProbeRun, Trial, inherit
 from seqlen_curriculum.tuning.search import BudgetSpent, Candidate, Outcome, Probe, tune, upcoming
-from seqlen_curriculum.tuning.space import Settings, scheduled, space_of, warmup_steps
+from seqlen_curriculum.tuning.space import Settings, scheduled, space_of
 
 __all__ = ["Finding", "Tuning"]
 
@@ -43,6 +46,34 @@ class Finding:
         """For ``tuning.json``."""
         assert self.trial is not None
         return {**self.probe.candidate._asdict(), "until_step": self.probe.until_step, **self.trial._asdict()}
+
+    @classmethod
+    def read(cls, number: int, record: _Record) -> Finding:
+        """From ``tuning.json``."""
+        candidate = Candidate(record.min_difficulty, record.total_steps)
+        return cls(number, Probe(candidate, record.until_step), Trial(record.stable, record.step, record.ratio))
+
+
+class _Record(Section):
+    """A probe in ``tuning.json``."""
+
+    min_difficulty: Count
+    total_steps: Count
+    until_step: Count
+    stable: bool
+    step: CountOrZero
+    ratio: float | None
+
+
+class _State(Section):
+    """``tuning.json``."""
+
+    config: dict[str, Any]
+    settings: dict[str, Any]
+    seconds: Annotated[float, Field(ge=0)]
+    probes: list[_Record]
+    complete: bool | None = None
+    best: dict[str, int] | None = None
 
 
 @dataclass
@@ -73,19 +104,15 @@ class Tuning:
         if not path.exists():
             self._write()
             return
-        state = read_json(path)
-        ours = self._identity()
-        differing = sorted(name for name in ours if ours[name] != state.get(name))
+        state = _read_state(path)
+        differing = [name for name, value in self._identity().items() if getattr(state, name) != value]
         if differing:
             raise CheckpointError(
                 f"--save {self.save}: holds a search with another {' and another '.join(differing)}, by {_STATE} there; "
                 "give what it was begun with, or another folder"
             )
-        self.seconds = state["seconds"]
-        for number, one in enumerate(state["probes"], start=1):
-            candidate = Candidate(one["min_difficulty"], one["total_steps"])
-            trial = Trial(one["stable"], one["step"], one["ratio"])
-            self.findings.append(Finding(number, Probe(candidate, one["until_step"]), trial))
+        self.seconds = state.seconds
+        self.findings = [Finding.read(number, record) for number, record in enumerate(state.probes, start=1)]
 
     def run(self, watch: Watch) -> Outcome:
         """Search; ``watch`` is told how each probe stands, and at last how it came out."""
@@ -142,6 +169,8 @@ class Tuning:
         return cost_of(config, 1, config.timeline().steps)
 
     def _affordable(self, question: Probe) -> bool:
+        if self.seconds > self.most_seconds:
+            return False
         run = self.run_of(question.candidate)
         done = run.last_step() if run.save.exists() else 0
         return (self.cost() + cost_of(run.config, done + 1, question.until_step)).tokens <= self.most_tokens
@@ -160,7 +189,8 @@ class Tuning:
             if self.seconds > self.most_seconds:
                 raise BudgetSpent
 
-        trial = run.train(question.until_step, self.launcher, self.script, watched)
+        until_step = min(question.until_step, run.config.timeline().steps)
+        trial = run.train(until_step, self.launcher, self.script, watched)
         self.seconds = before + time.monotonic() - started
         self.findings.append(Finding(number, question, trial))
         self._write()
@@ -181,10 +211,8 @@ class Tuning:
     def _probe_training(self) -> dict[str, Any]:
         """What of the training section is a probe's own."""
         settings, training = self.settings, self.raw["training"]
-        warmup = settings.warmup_steps or warmup_steps(RunConfig.from_dict(self.raw)) or 1
-        interval = settings.eval_interval or min(max(1, warmup // 8), training.get("eval_interval") or warmup)
         return {
-            "eval_interval": interval,
+            "eval_interval": self.space.eval_interval,
             "eval_rows": settings.eval_rows or training.get("eval_rows", 64),
             "save_interval": self.space.beginning_steps,  # a kill costs no more
             "keep_last": 1,
@@ -207,3 +235,12 @@ class Tuning:
         }
         replace_text(self.save / _STATE, json.dumps(state, indent=2) + "\n")
         self._saved_at = time.monotonic()
+
+
+def _read_state(path: Path) -> _State:
+    try:
+        return _State.model_validate_json(path.read_bytes())
+    except (OSError, ValidationError) as error:
+        raise CheckpointError(
+            f"{path}: can't be read as the state of a search ({error}); restore it, or tune in another --save"
+        ) from error

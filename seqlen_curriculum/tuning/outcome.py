@@ -28,8 +28,10 @@ def describe_costs(tuning: Tuning) -> str:
     space, full = tuning.space, tuning.full_cost()
     lines = ["", f"{'T':>12} {'steps':>8} {'tokens':>15} {'of training':>12} {'of compute':>11}"]
     probes = [(space.first_total, space.beginning_steps), *((total, space.probe_steps) for total in space.totals)]
-    for total, steps in probes:
-        cost = cost_of(tuning.run_of(Candidate(space.lengths[0], total)).config, 1, steps)
+    for total, most_steps in probes:
+        config = tuning.run_of(Candidate(space.lengths[0], total)).config
+        steps = min(most_steps, config.timeline().steps)
+        cost = cost_of(config, 1, steps)
         shares = f"{cost.tokens / full.tokens:>12.2%} {cost.flops / full.flops:>11.2%}"
         lines.append(f"{total:>12,} {steps:>8,} {cost.tokens:>15,} {shares}")
     return "\n".join(lines)
@@ -40,7 +42,7 @@ def describe_finding(finding: Finding) -> str:
     (length, total), trial = finding.probe.candidate, finding.trial
     assert trial is not None
     if trial.stable:
-        how = f"stable over {finding.probe.until_step:,} steps"
+        how = f"stable over {trial.step:,} steps"
     elif trial.ratio is None:
         how = f"diverged after step {trial.step:,}"
     else:
@@ -64,7 +66,8 @@ def describe_outcome(tuning: Tuning, outcome: Outcome) -> str:
     told = f"result            min_difficulty {length}, total_curriculum_step {total:,}"
     if not outcome.complete:
         return f"{told}: the largest that was stable when the budget ended"
-    return told + (": T as long as the whole run allows" if total == tuning.space.totals[-1] else "")
+    largest = f": the largest T that --most-of-run {tuning.settings.most_of_run:g} allows"
+    return told + (largest if total == tuning.space.totals[-1] else "")
 
 
 def write_page(tuning: Tuning) -> Path | None:

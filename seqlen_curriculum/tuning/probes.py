@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from seqlen_curriculum.analysis.stability import ratios_to_best
 from seqlen_curriculum.cli import DIVERGED
 from seqlen_curriculum.config import RunConfig
@@ -31,6 +33,8 @@ __all__ = ["ProbeRun", "Trial", "inherit"]
 
 _LOG = "runlog.jsonl"
 _POLL_SECONDS = 0.5
+
+Watch = Callable[["Trial"], None]
 
 
 class Trial(NamedTuple):
@@ -85,59 +89,61 @@ class ProbeRun:
         losses = [record["valid_loss"] for record in records if "valid_loss" in record]
         return _trial(records[-1]["step"] if records else 0, losses, self.most)
 
-    def train(self, until_step: int, launcher: Sequence[str], script: Path, watch: Callable[[Trial], None]) -> Trial:
+    def train(self, until_step: int, launcher: Sequence[str], script: Path, watch: Watch) -> Trial:
         """Train up to ``until_step``, or on from where an earlier call stopped; ``watch`` is told how it stands.
 
         Raises CheckpointError where the script fails for another reason than a fluctuation, with the end of its output.
         """
         self._wait_for_earlier(until_step, watch)
         trial = self.judged(until_step)
-        if not trial.stable or trial.step >= until_step:
+        if not trial.stable or self._is_through(until_step):
             return trial
-        path, output = self.save.with_suffix(".json"), self.save.with_suffix(".log")
-        replace_text(path, json.dumps(self.raw, indent=2) + "\n")
-        command = [
-            *launcher,
-            str(script),
-            "--config",
-            str(path),
-            "--save",
-            str(self.save),
-            "--until-step",
-            str(until_step),
-        ]
-        launched = try_lock(self._launch)
-        assert launched is not None
-        with output.open("ab") as out:
-            options: dict[str, Any] = {
-                "start_new_session": True,
-                "pass_fds": (launched,),
-            }  # it holds the lock from now on
-            process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, **options)
-        os.close(launched)
+        output = self.save.with_suffix(".log")
+        before = output.stat().st_size if output.exists() else 0
+        process = self._start([*launcher, str(script)], until_step, output)
         try:
             status = self._wait(process, until_step, watch)
         except BaseException:  # Ctrl-C, or the end of the budget: the run saves and the same command goes on
             _terminate(process)
-            self._wait_for_earlier(until_step, watch)
+            self._wait_for_earlier(until_step, lambda _: None)
             raise
         trial = self.judged(until_step)
-        if trial.stable and status == DIVERGED:
+        if not trial.stable:
+            return trial
+        if status == DIVERGED:
             return Trial(False, trial.step, None)
-        if trial.stable and trial.step < until_step:
-            raise CheckpointError(
-                f"{output}: the probe ended with status {status} before step {until_step}:\n{_tail(output)}"
-            )
+        if status or not self._is_through(until_step):
+            told = f"{output}: the probe ended with status {status} and is not at step {until_step}, saved"
+            raise CheckpointError(f"{told}; mend what it tells, then give the same command:\n{_tail(output, before)}")
         return trial
 
-    def _wait(self, process: subprocess.Popen[bytes], until_step: int, watch: Callable[[Trial], None]) -> int:
+    def _is_through(self, until_step: int) -> bool:
+        """Whether it is saved after ``until_step``, so that this step's evaluation is in the log."""
+        try:
+            return read_checkpoint(self.save / f"global_step{until_step}").step == until_step
+        except CheckpointError:
+            return False
+
+    def _start(self, command: Sequence[str], until_step: int, output: Path) -> subprocess.Popen[bytes]:
+        path = self.save.with_suffix(".json")
+        replace_text(path, json.dumps(self.raw, indent=2) + "\n")
+        flags = ["--config", str(path), "--save", str(self.save), "--until-step", str(until_step)]
+        lock = try_lock(self._launch)
+        assert lock is not None
+        with output.open("ab") as out:
+            options: dict[str, Any] = {"stdout": out, "stderr": subprocess.STDOUT, "start_new_session": True}
+            process = subprocess.Popen([*command, *flags], **options, pass_fds=(lock,))  # it holds the lock from now on
+        os.close(lock)
+        return process
+
+    def _wait(self, process: subprocess.Popen[bytes], until_step: int, watch: Watch) -> int:
         while process.poll() is None:
             watch(self.judged(until_step))
             time.sleep(_POLL_SECONDS)
         self._wait_for_earlier(until_step, watch)  # the launcher may end before its ranks
         return int(process.returncode)
 
-    def _wait_for_earlier(self, until_step: int, watch: Callable[[Trial], None]) -> None:
+    def _wait_for_earlier(self, until_step: int, watch: Watch) -> None:
         """A launch outlives the command that began it, if that is killed; it trains what is wanted."""
         while is_locked(self._launch) or is_locked(lock_of(self.save)):
             watch(self.judged(until_step))
@@ -145,8 +151,6 @@ class ProbeRun:
 
 
 def _trial(step: int, losses: Sequence[float], most: float) -> Trial:
-    import numpy as np
-
     if len(losses) < 2:
         return Trial(True, step, None)
     ratios = ratios_to_best(np.exp(np.minimum(losses, 700)))[1:]
@@ -163,9 +167,9 @@ def _terminate(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-def _tail(output: Path) -> str:
-    """The error that the script told of, else its last lines."""
-    lines = output.read_text(encoding="utf-8", errors="replace").splitlines()
+def _tail(output: Path, start: int) -> str:
+    """The error that the script told of, else its last lines, of what it wrote from the byte ``start`` on."""
+    lines = output.read_bytes()[start:].decode("utf-8", errors="replace").splitlines()
     errors = [line for line in lines if line.startswith("error: ")]
     return "\n".join(errors[-1:] or lines[-10:])
 

@@ -44,6 +44,8 @@ class Space:
     """The very beginning, over which a length must be stable."""
     probe_steps: int
     """The first few LR warmups, over which a T must be stable."""
+    eval_interval: int = 1
+    """Steps between the evaluations of a probe."""
 
 
 class BudgetSpent(Exception):  # noqa: N818 - no error: the search ends with what it has

@@ -35,8 +35,8 @@ class Settings:
     """For how long a T must be stable, in LR warmups: the paper's 10K steps are 3.3."""
     resolution: float = 1.25
     """The ratio of one T to the next; quality depends little on T (the paper's Section 4)."""
-    most_of_run: float = 1.0
-    """The largest T as a share of the steps of the run it makes."""
+    most_of_run: float = 0.8
+    """The largest T as a share of the steps of the run it makes; of the paper's the largest is 0.77 (1.5B, batch 4K)."""
     ratio: float = SIGNIFICANT
     """A perplexity of over so many times the best before it is a significant fluctuation."""
     warmup_steps: int | None = None
@@ -108,6 +108,14 @@ def space_of(raw: Mapping[str, Any], settings: Settings) -> Space:
             "scheduler.params: tells no LR warmup, and the search counts in it; give warmup_steps, warmup_samples or "
             "warmup_tokens of TokenCosineLR there, or --warmup-steps"
         )
+    beginning, probe = (math.ceil(warmups * warmup) for warmups in (settings.beginning_warmups, settings.probe_warmups))
+    interval = _eval_interval(config, settings, warmup)
+    shortest = min(beginning, probe)
+    if 2 * interval > shortest:
+        raise ConfigError(
+            f"--eval-interval: {interval} leaves fewer than two evaluations to compare in {shortest} steps; lower it, or "
+            "raise --beginning-warmups and --probe-warmups"
+        )
     longest = config.curriculum_scheduler().pacing.settles_at
     assert longest is not None
     totals = _totals(min(warmup, longest), longest, settings.resolution)
@@ -116,9 +124,15 @@ def space_of(raw: Mapping[str, Any], settings: Settings) -> Space:
         lengths=_lengths(settings.min_difficulty, config),
         totals=totals,
         first_total=min(totals, key=lambda total: abs(math.log(total / first))),
-        beginning_steps=math.ceil(settings.beginning_warmups * warmup),
-        probe_steps=math.ceil(settings.probe_warmups * warmup),
+        beginning_steps=beginning,
+        probe_steps=probe,
+        eval_interval=interval,
     )
+
+
+def _eval_interval(config: RunConfig, settings: Settings, warmup: int) -> int:
+    own = config.training.eval_interval if config.training else 0
+    return settings.eval_interval or min(max(1, warmup // 8), own or warmup)
 
 
 def _totals(shortest: int, longest: int, resolution: float) -> tuple[int, ...]:
