@@ -12,10 +12,11 @@ Face loads as a causal language model. On several ranks every window and item is
 import argparse
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from seqlen_curriculum.cli import run
+from seqlen_curriculum.cli import run, writable_folder
 from seqlen_curriculum.errors import ConfigError
 
 
@@ -71,7 +72,13 @@ def parse() -> argparse.Namespace:
     model.add_argument(
         "--batch-tokens", type=int, default=8192, metavar="N", help="tokens a batch reads (default: 8192)"
     )
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text, at the end")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="write that object; a launcher's own lines are on the output, not in it",
+    )
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # given by the launcher
     return parser.parse_args()
 
@@ -79,9 +86,12 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     args = parse()
     check(args)
-    results = measure(args)
-    if os.environ.get("RANK", "0") == "0":  # set by the launcher
-        print(json.dumps(results, indent=2) if args.json else text(results))
+    first = os.environ.get("RANK", "0") == "0"  # set by the launcher
+    results = measure(args, print_lines if first and not args.json else lambda *_: None)
+    if first and args.json:
+        print(json.dumps(results, indent=2))
+    if first and args.out:
+        write(args.out, results)
 
 
 def check(args: argparse.Namespace) -> None:
@@ -97,10 +107,21 @@ def check(args: argparse.Namespace) -> None:
         raise ConfigError(f"--shots {args.shots}: give 0 or more")
     if args.batch_tokens < 1:
         raise ConfigError(f"--batch-tokens {args.batch_tokens}: give 1 or more")
+    if args.out and args.out.is_dir():
+        raise ConfigError(f"--out {args.out}: is a folder; name a file in it")
+    if args.out:
+        writable_folder("--out", args.out.resolve().parent)
 
 
-def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """All numbers of all tasks, and what they were measured on; everything is read and checked before the weights."""
+def print_lines(*lines: str) -> None:
+    print(*lines, sep="\n", flush=True)
+
+
+def measure(args: argparse.Namespace, tell: Callable[..., None]) -> dict[str, Any]:
+    """All numbers of all tasks, and what they were measured on; everything is read and checked before the weights.
+
+    ``tell`` is called with lines for a terminal as soon as there are any.
+    """
     import torch  # seconds: after --help
 
     from seqlen_curriculum.evaluation import evaluate, harness
@@ -116,26 +137,37 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     limits.check()
     tokenizer = load_tokenizer(folder, args.tokenizer)
     prepared = {name: task(tokenizer, limits) for name, task in tasks.items()}
-    questions = harness.read_harness_tasks(args.harness, args.include_path) if args.harness else {}
+    questions = harness.read_harness_tasks(args.harness, args.include_path, args.shots) if args.harness else {}
     ranks = join(args.device)
     model = load_model(folder, getattr(torch, args.dtype)).to(ranks.device)
 
+    ranked = f", {ranks.world} ranks" if ranks.world > 1 else ""
+    tell(f"{folder}: {args.dtype}, {limits.seqlen:,} tokens at once{ranked}")
+    found = {}
+    for name, numbers in evaluate.evaluate(model, prepared, ranks, args.batch_tokens):
+        found[name] = numbers
+        tell("", evaluate.describe(name, numbers))
+    if questions:
+        tell("", harness.describe_head(args.shots))
+    answers = {}
+    scores = harness.evaluate_harness(model, tokenizer, questions, limits, ranks, args.batch_tokens, args.shots)
+    for name, numbers in scores:
+        answers[name] = numbers
+        tell(harness.describe_task(name, numbers))
+    for line in harness.describe_end(answers):
+        tell(line)
     about = {"checkpoint": str(folder), "dtype": args.dtype, "seqlen": limits.seqlen, "ranks": ranks.world}
-    found = evaluate.evaluate(model, prepared, ranks, args.batch_tokens)
-    answers = harness.evaluate_harness(model, tokenizer, questions, limits, ranks, args.batch_tokens, args.shots)
     return {**about, "tasks": found, "harness": answers}
 
 
-def text(results: dict[str, Any]) -> str:
-    """The numbers for a terminal."""
-    from seqlen_curriculum.evaluation.evaluate import describe
-    from seqlen_curriculum.evaluation.harness import describe_harness
+def write(path: Path, results: dict[str, Any]) -> None:
+    """The numbers as one JSON object, all of it or nothing. Raises ConfigError."""
+    from seqlen_curriculum.jsonfile import replace_text
 
-    head = f"{results['checkpoint']}: {results['dtype']}, {results['seqlen']:,} tokens at once"
-    ranks = f", {results['ranks']} ranks" if results["ranks"] > 1 else ""
-    parts = [describe(name, numbers) for name, numbers in results["tasks"].items()]
-    parts += [describe_harness(results["harness"])] if results["harness"] else []
-    return "\n\n".join([head + ranks, *parts])
+    try:
+        replace_text(path, json.dumps(results, indent=2))
+    except OSError as error:
+        raise ConfigError(f"--out {path}: can't be written ({error.strerror}); choose another file") from error
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ Example:
 import argparse
 from pathlib import Path
 
-from seqlen_curriculum.cli import new_folder, run
+from seqlen_curriculum.cli import new_folder, run, writable_folder
 from seqlen_curriculum.hf_folder import model_folder
 
 
@@ -35,6 +35,7 @@ def main() -> None:
     args = parser.parse_args()
     new_folder("--out", args.out)
     model_folder(args.source)
+    writable_folder("--out", args.out.resolve().parent)
 
     from seqlen_curriculum.export import export  # seconds to import
 

@@ -59,6 +59,7 @@ def main() -> None:
 def _stdin() -> str:
     if sys.stdin.isatty():
         raise ConfigError("--prompt: not given; give it, or text on stdin")
+    sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")  # other bytes are told as in --prompt
     return sys.stdin.read().removesuffix("\n")
 
 

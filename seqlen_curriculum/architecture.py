@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, overload
 
 from pydantic import Field, model_validator
 
-from seqlen_curriculum.errors import SeqlenCurriculumError
+from seqlen_curriculum.errors import CheckpointError, SeqlenCurriculumError
 from seqlen_curriculum.fields import Count, Section, Seqlen, nearest
 from seqlen_curriculum.hf_folder import SIZES, PretrainedModel, no_size, read_pretrained
 
@@ -169,9 +169,14 @@ def _with_sizes_of_folder(data: dict[str, Any]) -> dict[str, Any]:
     path = data.get("hf_checkpoint")
     if not isinstance(path, str):
         return data
+    if not path:
+        raise ValueError("hf_checkpoint: '' names no folder; name one, or leave it out for a new model")
     try:
         found = read_pretrained(Path(path))
         sizes = found.sizes()
+    except CheckpointError as error:
+        more = "a run that began from a folder needs it, with its files, each time it goes on"
+        raise ValueError(f"hf_checkpoint: {error}; {more}") from error
     except SeqlenCurriculumError as error:
         raise ValueError(f"hf_checkpoint: {error}") from error
     missing = [size for size in SIZES if size not in sizes and size not in data]

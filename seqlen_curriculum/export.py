@@ -14,7 +14,7 @@ from seqlen_curriculum.analysis.drawing import draw_run
 from seqlen_curriculum.analysis.run_folder import LOGS, read_run
 from seqlen_curriculum.cli import new_folder
 from seqlen_curriculum.data.tokenizer import END_OF_TEXT, tokenizer_files
-from seqlen_curriculum.errors import CheckpointError
+from seqlen_curriculum.errors import CheckpointError, ConfigError
 from seqlen_curriculum.hf_folder import sizes_in
 from seqlen_curriculum.manifest import MANIFEST, Checkpoint, read_checkpoint
 from seqlen_curriculum.model_card import Facts, model_card
@@ -40,6 +40,8 @@ def export(source: Path, out: Path, dtype: str | None = None, tokenizer: Path | 
     files = tokenizer or (folder if tokenizer_files(folder) else None)
     end = load_tokenizer(folder, tokenizer).token_to_id(END_OF_TEXT) if files else None
     model = load_model(folder, DTYPES[dtype] if dtype else None)
+    if dtype == "float16":
+        _check_range(model, folder)
     _make_ready(model, end)
     unfinished = out.resolve().with_name(f".{out.resolve().name}.tmp")
     try:
@@ -54,6 +56,14 @@ def export(source: Path, out: Path, dtype: str | None = None, tokenizer: Path | 
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return folder
+
+
+def _check_range(model: Any, folder: Path) -> None:
+    for name, weight in model.named_parameters():
+        if weight.isinf().any():
+            raise ConfigError(
+                f"--dtype float16: {name} in {folder} has values beyond 65,504, its largest; give bfloat16, which holds them"
+            )
 
 
 def _run_up_to(checkpoint: Checkpoint) -> Run | None:

@@ -68,6 +68,8 @@ def generate(
     Each ends at the end of text, after ``max_new_tokens``, or at the model's last position. Raises CheckpointError, and
     ConfigError if a prompt leaves no position, before anything is generated.
     """
+    for prompt in prompts:
+        _check_text(prompt)
     words = load_tokenizer(path, tokenizer)
     model = load_model(path)
     positions = sizes_in(model.config.to_dict()).get("max_position_embeddings")
@@ -76,6 +78,16 @@ def generate(
     model.to(device)
     for ids in encoded:
         yield _continued(model, words, ids, sampling, positions)
+
+
+def _check_text(prompt: str) -> None:
+    """Bytes that aren't UTF-8 come from a command line or stdin as characters that can't be encoded."""
+    try:
+        prompt.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ConfigError(
+            f"--prompt {prompt[:30]!r}: is not UTF-8 at character {error.start + 1}; give it, or stdin, in UTF-8"
+        ) from None
 
 
 def _encoded(prompt: str, words: Tokenizer, positions: int | None) -> list[int]:

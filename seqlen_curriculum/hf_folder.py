@@ -24,7 +24,7 @@ SIZES = {
     "num_layers": ("num_hidden_layers", "n_layer", "num_layers", "n_layers"),
     "hidden_size": ("hidden_size", "n_embd", "d_model"),
     "num_attention_heads": ("num_attention_heads", "n_head", "num_heads", "n_heads"),
-    "max_position_embeddings": ("max_position_embeddings", "n_positions", "max_seq_len"),
+    "max_position_embeddings": ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length"),
     "vocab_size": ("vocab_size",),
 }
 """Our names of a model's sizes, and those of Hugging Face's models."""

@@ -92,8 +92,16 @@ def _training(facts: Facts) -> str:
     table = _table("", rows)
     if not _warms_up(facts.settings):
         return table
-    lengths = "{} to {}".format(*(facts.settings[f"curriculum_learning.{name}_difficulty"] for name in ("min", "max")))
-    return f"Trained with [Sequence Length Warmup]({_PAPER}), on sequences of {lengths} tokens.\n\n{table}"
+    return f"Trained with [Sequence Length Warmup]({_PAPER}), {_lengths(facts.settings, facts.run)}.\n\n{table}"
+
+
+def _lengths(settings: Mapping[str, Any], run: Run | None) -> str:
+    """Those that were read where the log tells of every step, else those of the schedule, which the budget may cut short."""
+    if run is not None and run.steps and run.steps[0]["step"] == 1:
+        read = [record["seqlen"] for record in run.steps]
+        return f"on sequences of {min(read)} to {max(read)} tokens"
+    ends = (settings[f"curriculum_learning.{name}_difficulty"] for name in ("min", "max"))
+    return "whose schedule goes from {} to {} tokens".format(*ends)
 
 
 def _told(settings: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -111,8 +119,7 @@ def _table(head: str, rows: Iterable[tuple[str, str]]) -> str:
 
 
 def _use(facts: Facts) -> str:
-    tokenizer = (
-        [f'tokenizer = transformers.AutoTokenizer.from_pretrained("{facts.name}")'] if facts.has_tokenizer else []
-    )
-    model = f'model = transformers.AutoModelForCausalLM.from_pretrained("{facts.name}")'
+    name = repr(facts.name)  # may have quotes in it
+    tokenizer = [f"tokenizer = transformers.AutoTokenizer.from_pretrained({name})"] if facts.has_tokenizer else []
+    model = f"model = transformers.AutoModelForCausalLM.from_pretrained({name})"
     return "\n".join(["```python", "import transformers", "", *tokenizer, model, "```"])

@@ -1,5 +1,6 @@
 """evaluate.py as its examples have it, on one rank and on two, against plain loops over transformers."""
 
+import contextlib
 import json
 import math
 import re
@@ -24,6 +25,7 @@ from seqlen_curriculum.evaluation.ranks import Ranks
 from seqlen_curriculum.evaluation.scoring import batches, score
 from seqlen_curriculum.evaluation.task import Limits, Row
 from seqlen_curriculum.evaluation.wikitext import detokenize
+from seqlen_curriculum.hf_folder import sizes_in
 from seqlen_curriculum.models.pretrained import load_model
 
 SCRIPT = ROOT / "scripts" / "evaluate.py"
@@ -75,9 +77,7 @@ def test_every_row_is_in_one_batch_of_one_rank(shapes, batch_tokens, ranks):
 
 def test_lambada_is_as_in_a_plain_loop(evaluated_place, evaluated_model):
     task = read_tasks([f"lambada={evaluated_place.folder / 'lambada_test.jsonl'}"])["lambada"]
-    found = evaluate(evaluated_model, {"lambada": task(evaluated_place.tokenizer, Limits(POSITIONS))}, Ranks())[
-        "lambada"
-    ]
+    ((_, found),) = evaluate(evaluated_model, {"lambada": task(evaluated_place.tokenizer, Limits(POSITIONS))}, Ranks())
     split = [split_last_word(text) for text in evaluated_place.texts]
     loop = [
         tail(evaluated_place, ids(evaluated_place, context), ids(evaluated_place, target)) for context, target in split
@@ -95,7 +95,7 @@ def test_wikitext_is_as_in_a_plain_loop(evaluated_place, evaluated_model, seqlen
     path = evaluated_place.folder / "wiki.test.tokens"
     task = read_tasks([f"wikitext103={path}"])["wikitext103"]
     ready = task(evaluated_place.tokenizer, Limits(seqlen, overlap))
-    found = evaluate(evaluated_model, {"wikitext103": ready}, Ranks(), batch_tokens=300)["wikitext103"]
+    ((_, found),) = evaluate(evaluated_model, {"wikitext103": ready}, Ranks(), batch_tokens=300)
     tokens, total, done = ids(evaluated_place, detokenize(path.read_text())), 0.0, 0
     for start in range(0, len(tokens) - 1, overlap):
         row = tokens[start : start + seqlen + 1]
@@ -158,10 +158,13 @@ def test_two_ranks_come_to_the_numbers_of_one(evaluated_place, evaluate_command,
     (program, script, *arguments) = examples()[2]
     assert [program, script] == ["deepspeed", "scripts/evaluate.py"]
     arguments += ["--task", "wikitext103=wiki.test.tokens", "--json"]
-    status, output = launch(tmp_path / "log", SCRIPT, *arguments, ranks=2, cwd=evaluated_place.folder)
+    out = tmp_path / "new" / "two.json"
+    status, output = launch(tmp_path / "log", SCRIPT, *arguments, "--out", out, ranks=2, cwd=evaluated_place.folder)
     assert status == 0, output
     (printed,) = re.findall(r"^\{\n.*?^\}$", output, re.DOTALL | re.MULTILINE)
     two, one = json.loads(printed), json.loads(evaluate_command(*arguments))
+    assert json.loads(out.read_text()) == two
+    assert list(out.parent.iterdir()) == [out]
     assert (two.pop("ranks"), one.pop("ranks")) == (2, 1)
     assert list(one["harness"]) == ["lambada", "triviaqa"]
     for results in (one, two):
@@ -185,6 +188,19 @@ def test_a_part_says_so(evaluate_command):
     assert "31 tokens at once" in evaluate_command(
         "runs/gpt3", *tasks[2:], "--seq-length", 31
     )  # below the default overlap
+
+
+def test_what_was_measured_is_told_before_a_later_task_fails(evaluated_place, evaluate_error, tmp_path):
+    model = load_model(evaluated_place.checkpoint)
+    with torch.no_grad():
+        model.transformer.wpe.weight[POSITIONS - 1] = float("nan")  # which the first items don't come to
+    model.save_pretrained(tmp_path / "hf")
+    tasks = ["--task", "lambada=lambada_test.jsonl", "--task", "wikitext103=wiki.test.tokens", "--limit", 3]
+    log = tmp_path / "log"
+    with log.open("w") as file, contextlib.redirect_stdout(file):
+        told = evaluate_error(tmp_path / "hf", "--tokenizer", evaluated_place.checkpoint, *tasks)
+    assert "error: wikitext103: the loss of" in told
+    assert re.search(r"^lambada\n  accuracy +\d", log.read_text(), re.MULTILINE)
 
 
 def test_a_bare_hugging_face_folder_with_a_tokenizer_of_choice(evaluated_place, evaluate_command, tmp_path):
@@ -221,7 +237,18 @@ def test_a_bare_hugging_face_folder_with_a_tokenizer_of_choice(evaluated_place, 
         ),
         (["runs/gpt3", "--task", "lambada=lambada_test.jsonl", "--shots", "2"], "goes with --harness alone"),
         (["runs/gpt3", "--harness", "piqa", "--shots", "-1"], "--shots -1: give 0 or more"),
-        (["runs/gpt3", "--task", "lambada=lambada_test.jsonl", "--device", "cuda"], "--device cuda: 0 GPUs are seen"),
+        (
+            ["runs/gpt3", "--task", "lambada=lambada_test.jsonl", "--device", "cuda"],
+            "--device cuda: no GPU is seen here; leave",
+        ),
+        (
+            ["runs/gpt3", "--task", "lambada=lambada_test.jsonl", "--out", "runs"],
+            "--out runs: is a folder; name a file",
+        ),
+        (
+            ["runs/gpt3", "--task", "lambada=lambada_test.jsonl", "--out", "/proc/a.json"],
+            "--out /proc: can't be written",
+        ),
         (["runs/gpt3", "--harness", "gpt3", "piqa"], "--harness piqa: is given twice"),
         (
             ["runs/gpt3", "--harness", "piqa", "--include-path", "none"],
@@ -240,7 +267,8 @@ def test_mistakes_are_told_before_the_weights_are_read(evaluate_error, monkeypat
 
 
 def test_positions_by_the_names_of_families():
-    assert window({"n_positions": 1024}) == window({"max_position_embeddings": 1024}) == 1024
+    for name in ("n_positions", "max_position_embeddings", "max_seq_len", "max_sequence_length"):
+        assert window({name: 1024}) == sizes_in({name: 1024})["max_position_embeddings"] == 1024
     assert window({"n_positions": 1024}, 1) == 1
     assert window({"n_positions": 1024}, 1024) == 1024
     with pytest.raises(ConfigError, match="--seq-length 0: give 1 to 8, the model's positions"):

@@ -123,6 +123,19 @@ def test_the_folder_is_ready_to_generate(run, tmp_path):
     assert (tmp_path / "out" / "model.safetensors").stat().st_mode == (tmp_path / "out" / "config.json").stat().st_mode
 
 
+def test_weights_that_float16_does_not_hold_are_refused(run, tmp_path):
+    model = load_model(run)
+    bias = model.transformer.h[0].mlp.c_fc.bias.detach()
+    bias[3] = -65_519  # rounds to -65,504
+    model.save_pretrained(tmp_path / "hf")
+    export(tmp_path / "hf", tmp_path / "fits", dtype="float16")
+    bias[3] = -65_520  # rounds to minus infinity
+    model.save_pretrained(tmp_path / "hf")
+    with pytest.raises(ConfigError, match=r"--dtype float16: transformer\.h\.0\.mlp\.c_fc\.bias in .* give bfloat16"):
+        export(tmp_path / "hf", tmp_path / "out", dtype="float16")
+    export(tmp_path / "hf", tmp_path / "out", dtype="bfloat16")
+
+
 def test_the_card_tells_what_the_checkpoint_and_its_run_tell(run, tmp_path):
     export(run, tmp_path / "mine")
     card = (tmp_path / "mine" / "README.md").read_text()
@@ -132,7 +145,7 @@ def test_the_card_tells_what_the_checkpoint_and_its_run_tell(run, tmp_path):
     assert "license" not in card
     # 257 words and 16 positions of 16, one block of 12 * 256 + 13 * 16, the last norm
     assert "# mine\n\nA `GPT2LMHeadModel` of 7,680 parameters in float32: `num_layers` 1, `hidden_size` 16" in card
-    assert "on sequences of 4 to 16 tokens" in card
+    assert "whose schedule goes from 4 to 16 tokens" in card  # the log begins with step 609
     for row in (
         "| steps | 610 |",
         "| tokens | 1,616 |",
@@ -160,6 +173,25 @@ def test_without_its_log_or_its_run_the_card_says_less(run, tmp_path):
     card = (tmp_path / "again" / "README.md").read_text()
     assert "## Training" not in card
     assert "of 7,680 parameters" in card
+
+
+def test_lengths_are_those_that_were_read(run, tmp_path):
+    """Of 4 to 16 by the schedule, step 610 had come to 12; what comes after it is another checkpoint's."""
+    save = shutil.copytree(run, tmp_path / "run")
+    step = {"consumed_tokens": 8, "loss": 5.5, "rows": 2, "lr": 0.01, "grad_norm": 1.0, "seconds": 0.1}
+    lengths = {1: 4, 2: 12, 610: 12, 611: 16}
+    records = [{"step": number, "seqlen": seqlen, **step} for number, seqlen in lengths.items()]
+    (save / "runlog.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    export(save, tmp_path / "out")
+    assert "on sequences of 4 to 12 tokens" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_the_card_loads_a_folder_of_any_name(run, tmp_path):
+    out = tmp_path / 'the "best" model\'s\nname'
+    export(run, out)
+    code = (out / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    compile(code, "README.md", "exec")
+    assert f"AutoTokenizer.from_pretrained({out.name!r})" in code
 
 
 def test_nothing_is_overwritten_and_nothing_is_left_half(run, tmp_path, monkeypatch):
@@ -246,7 +278,8 @@ def test_values_that_make_no_sense_are_refused_together():
 def run_script(monkeypatch, name, arguments, stdin=None):
     monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
     if stdin is not None:
-        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        data = stdin if isinstance(stdin, bytes) else stdin.encode()
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data), encoding="latin-1"))
     with contextlib.suppress(SystemExit):
         runpy.run_path(str(ROOT / "scripts" / name), run_name="__main__")
 
@@ -268,6 +301,16 @@ def test_the_examples_in_the_help_work(name, run, tmp_path, monkeypatch, capfd):
         assert ("def main(" in out) if name == "generate.py" else (tmp_path / words[words.index("--out") + 1]).is_dir()
 
 
+def test_prompts_are_utf8(run, monkeypatch, capfd):
+    run_script(monkeypatch, "generate.py", [run, "--max-new-tokens", "1"], "Größe\r\n")
+    assert capfd.readouterr().out.startswith("Größe")
+    run_script(monkeypatch, "generate.py", [run], b"Fellow \xff\xfe")
+    told = "error: --prompt 'Fellow \\udcff\\udcfe': is not UTF-8 at character 8; give it, or stdin, in UTF-8\n"
+    assert capfd.readouterr() == ("", told)
+    run_script(monkeypatch, "generate.py", [run, "--prompt", "a", "--prompt", "Fellow \udcff\udcfe"])
+    assert capfd.readouterr() == ("", told)
+
+
 def test_mistakes_are_told_in_a_line(run, tmp_path, monkeypatch, capfd):
     for name, arguments, words in (
         ("generate.py", [tmp_path / "nothing", "--prompt", "a"], "nothing: there is no such folder"),
@@ -275,6 +318,7 @@ def test_mistakes_are_told_in_a_line(run, tmp_path, monkeypatch, capfd):
         ("generate.py", [run, "--prompt", "a" * 30], "is 30 tokens long"),
         ("export_hf.py", [run, "--out", run], "exists and is not empty"),
         ("export_hf.py", [tmp_path / "nothing", "--out", tmp_path / "out"], "nothing: there is no such folder"),
+        ("export_hf.py", [run, "--out", "/proc/folder"], "--out /proc: can't be written to"),
     ):
         run_script(monkeypatch, name, arguments)
         out, error = capfd.readouterr()

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 from conftest import ROOT
 from evaluated import ITEMS, POSITIONS, WORDS, ids, logits_of, tail
+from transformers import AutoModelForCausalLM
 
 from seqlen_curriculum.errors import ConfigError
 from seqlen_curriculum.evaluation.harness import GPT3_TASKS, read_harness_tasks, task_names
@@ -170,7 +171,26 @@ def test_mistakes_in_tasks_are_told(evaluate_error, evaluated_place, tmp_path):
     told = evaluate_error(*flags, "piqa")
     assert "--harness piqa: its data can't be read (FileNotFoundError" in told
     assert "a task file 'piqa' that names local files" in told
-    assert "--harness piqua: there is no such task; did you mean 'piqa'?" in evaluate_error(*flags, "piqua")
+    assert "--harness piqua: there is no such task; did you mean 'piqa'? gpt3 is" in evaluate_error(*flags, "piqua")
+    assert "--harness xyzzy: there is no such task; gpt3 is the paper's eleven" in evaluate_error(*flags, "xyzzy")
+    (tmp_path / "group.yaml").write_text("group: quizzes\ntask: [piqa]\n")
+    (tmp_path / "arc_easy.yaml").write_text(task.replace("task: piqa", "task: arc_easy\ntag: [exams]"))
+    for group in ("quizzes", "exams"):
+        told = evaluate_error(*flags, group)
+        assert f"--harness {group}: is a group of lm-eval's, and groups aren't read; name its tasks" in told
+
+
+def test_what_a_task_cannot_do_is_told_before_the_weights_are_read(
+    evaluate_error, evaluate_command, evaluated_place, tmp_path, monkeypatch
+):
+    task = (evaluated_place.folder / "tasks" / "generate.yaml").read_text()
+    (tmp_path / "generate.yaml").write_text(task.replace("do_sample: false", "do_sample: true"))
+    piqa = ["runs/gpt3", "--harness", "piqa", *OWN, "--limit", "1", "--shots"]
+    evaluate_command(*piqa, ITEMS)  # without examples of its own, lm-eval draws from the questions
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", None)
+    told = evaluate_error("runs/gpt3", "--harness", "generate", "--include-path", tmp_path)
+    assert "--harness generate: its generation_kwargs ask for random samples" in told
+    assert f"--shots {ITEMS + 1}: piqa hasn't that many examples" in evaluate_error(*piqa, ITEMS + 1)
 
 
 def test_without_lm_eval_the_way_to_install_it_is_told(monkeypatch):

@@ -27,8 +27,9 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from seqlen_curriculum import ConfigError, RunConfig
+from seqlen_curriculum import ConfigError, DataError, RunConfig
 from seqlen_curriculum.architecture import ModelConfig
+from seqlen_curriculum.data.run_data import open_run_data
 from seqlen_curriculum.data.tokenizer import TokenizerChoice, build_tokenizer
 from seqlen_curriculum.models.gpt2 import CausalLM, build_gpt2, save_hf
 from seqlen_curriculum.models.initial import AnyCausalLM, build_model
@@ -136,7 +137,10 @@ def test_what_is_no_causal_language_model_is_refused(folders, tmp_path):
 
 def test_folders_that_are_not_whole_are_refused(folders, tmp_path):
     (tmp_path / "empty").mkdir()
-    assert "there is no such folder" in refusal({"hf_checkpoint": str(tmp_path / "nothing")})
+    told = refusal({"hf_checkpoint": str(tmp_path / "nothing")})
+    assert "nothing: there is no such folder" in told
+    assert "a run that began from a folder needs it, with its files, each time it goes on" in told
+    assert "hf_checkpoint: '' names no folder" in refusal({"hf_checkpoint": ""})  # not the current one
     assert "neither a config.json" in refusal({"hf_checkpoint": str(tmp_path / "empty")})
     cut = shutil.copytree(folders / "llama", tmp_path / "cut")
     (cut / "model.safetensors").write_bytes((cut / "model.safetensors").read_bytes()[:-1])
@@ -208,6 +212,30 @@ def test_a_checkpoint_keeps_its_padding_rows(tmp_path):
     again = build_model(ModelConfig.model_validate(section(complete(tmp_path / "global_step3", step=3))))
     assert again.state_dict().keys() == model.state_dict().keys()
     assert all(value.equal(again.state_dict()[key]) for key, value in model.state_dict().items())
+
+
+def test_the_corpus_has_the_tokenizer_of_the_model(folders, corpus, tiny_run, tmp_path):
+    for suffix in (".bin", ".idx"):
+        shutil.copy(f"{corpus}{suffix}", tmp_path / f"bytes{suffix}")
+    model = shutil.copytree(folders / "llama", tmp_path / "llama")
+    run = {**tiny_run, "model": section(model), "data": {**tiny_run["data"], "train": [str(tmp_path / "bytes.bin")]}}
+    open_run_data(RunConfig.from_dict(run))  # the corpus has none
+    beside = tmp_path / "bytes.tokenizer.json"
+    tokenizer = build_tokenizer(TokenizerChoice(train_vocab=257), [])
+    tokenizer.save(str(beside))
+    open_run_data(RunConfig.from_dict(run))
+    tokenizer.add_special_tokens(["<pad>"])
+    tokenizer.save(str(beside))
+    open_run_data(RunConfig.from_dict(run))  # no id means another token
+    build_tokenizer(TokenizerChoice(train_vocab=258), ["abab"]).save(str(model / "tokenizer.json"))
+    with pytest.raises(DataError) as caught:
+        open_run_data(RunConfig.from_dict(run))
+    told = f"{beside}: is not the tokenizer in model.hf_checkpoint {model}: id 257 there is 'ab', here another; prepare"
+    assert str(caught.value).startswith(told)
+    beside.unlink()
+    (model / "tokenizer.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"llama/tokenizer\.json: not a tokenizer\.json"):
+        open_run_data(RunConfig.from_dict(run))
 
 
 @given(st.integers(0, 10**6), st.floats(0.01, 5.0))

@@ -29,6 +29,8 @@ RUNS = {  # name: (model, more settings, checkpoint to resume from)
     "gpt2-tensor": ("gpt2", ["tensor_parallel.autotp_size=2", "zero_optimization.stage=1"], None),
     "gpt2-pipeline": ("gpt2", ["pipeline.stages=2", "zero_optimization.stage=1"], None),
 }
+# A run that began from another folder is named its own checkpoint.
+REFUSED = ("llama-zero3/global_step18", ["zero_optimization.stage=3"], "llama-zero3/global_step9")
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +66,8 @@ def trained(run_file, folders):
         sets = [f"model.hf_checkpoint={path}", *sets]
         return {"config": str(run_file), "sets": sets, "save": f"{root}/{name}", "resume": resume}
 
-    (root / "runs.json").write_text(json.dumps([run(name, *how) for name, how in RUNS.items()]))
+    runs = [run(name, *how) for name, how in RUNS.items()]
+    (root / "runs.json").write_text(json.dumps([*runs, {**run("refused", *REFUSED), "fails": True}]))
     status, output = launch(root / "log", "tests/launched_matrix.py", root / "runs.json", ranks=2)
     assert status == 0, output
     assert "[transformers]" not in output
@@ -139,6 +142,9 @@ def test_the_flag_continues_on_one_rank(trained, run_file, folders, tmp_path):
 
 
 def test_another_start_is_refused_by_name(trained, run_file, folders):
+    told = (trained / "refused" / "error").read_text()
+    (line,) = [line for line in told.splitlines() if "model.initial_weights" in line]
+    assert "now; set model.hf_checkpoint to the folder that the run began from, its files as they were" in line
     saved = read_checkpoint(trained / "llama-zero3" / "global_step9").run
     other = RunConfig.load(run_file, [f"model.hf_checkpoint={folders / 'neox'}"]).settings()
     model = {key: value for key, value in saved.items() if key in other}

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from seqlen_curriculum.architecture import ModelConfig
 from seqlen_curriculum.config import RunConfig
 from seqlen_curriculum.data.feed import Feed
 from seqlen_curriculum.data.indexed import IndexedCorpus
 from seqlen_curriculum.data.samples import SPLITS, Samples, check_token_ids, open_split
+from seqlen_curriculum.data.tokenizer import read_tokenizer, tokenizer_files
 from seqlen_curriculum.data_section import DataConfig
 from seqlen_curriculum.errors import ConfigError, DataError
 
@@ -24,8 +26,10 @@ def open_run_data(config: RunConfig) -> tuple[Feed, Samples | None]:
     assert config.data is not None
     assert config.training is not None
     data = config.data
-    for prefix in [*data.prefixes, *(data.valid or [])]:
-        _check_vocabulary(IndexedCorpus(prefix), config.model)
+    corpora = [IndexedCorpus(prefix) for prefix in [*data.prefixes, *(data.valid or [])]]
+    for corpus in corpora:
+        _check_vocabulary(corpus, config.model)
+    _check_tokenizers(corpora, config.model)
     return open_feed(config), open_samples(config, "valid") if config.training.eval_interval else None
 
 
@@ -67,3 +71,23 @@ def _check_vocabulary(corpus: IndexedCorpus, model: ModelConfig) -> None:
             f"{corpus.prefix}: was made with a vocabulary of {corpus.vocab_size}, the model has {model.vocab_size}; {fix}"
         )
     check_token_ids(corpus, model.vocab_size)
+
+
+def _check_tokenizers(corpora: Sequence[IndexedCorpus], model: ModelConfig) -> None:
+    """Each token of ``hf_checkpoint``'s tokenizer has the same id in those beside the corpora, which may add others."""
+    if model.initial is None or not tokenizer_files(model.initial.folder):
+        return
+    theirs = _ids(model.initial.folder)
+    for path in (Path(f"{corpus.prefix}.tokenizer.json") for corpus in corpora):
+        ours = _ids(path) if path.exists() else theirs
+        for token in sorted(theirs, key=theirs.__getitem__):
+            if ours.get(token) != theirs[token]:
+                raise DataError(
+                    f"{path}: is not the tokenizer in model.hf_checkpoint {model.initial.folder}: id {theirs[token]} there "
+                    f"is {token!r}, here another; prepare the corpus with that one, or name a model trained with this one"
+                )
+
+
+def _ids(tokenizer: Path) -> dict[str, int]:
+    found: dict[str, int] = read_tokenizer(tokenizer).get_vocab(with_added_tokens=True)
+    return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,11 @@ from seqlen_curriculum.evaluation.scoring import BATCH_TOKENS, score
 from seqlen_curriculum.evaluation.task import Prepared, Task
 from seqlen_curriculum.evaluation.wikitext import read_wikitext103
 from seqlen_curriculum.fields import nearest
+from seqlen_curriculum.hf_folder import sizes_in
 
 __all__ = ["TASKS", "describe", "evaluate", "read_tasks", "window"]
 
 TASKS: dict[str, Callable[[Path], Task]] = {"lambada": read_lambada, "wikitext103": read_wikitext103}
-_POSITIONS = ("max_position_embeddings", "n_positions", "max_sequence_length")  # as the models' families name them
 
 
 def read_tasks(given: Iterable[str]) -> dict[str, Task]:
@@ -41,30 +41,28 @@ def window(config: Mapping[str, Any], seq_length: int | None = None) -> int:
 
     Raises ConfigError.
     """
-    positions = next((config[name] for name in _POSITIONS if config.get(name)), None)
+    positions = sizes_in(config).get("max_position_embeddings")
     seqlen = positions if seq_length is None else seq_length
     if seqlen is None:
         raise ConfigError("--seq-length: this model tells no number of positions; give the length it was trained at")
     if not 1 <= seqlen <= (positions or seqlen):
         most = f"to {positions}, the model's positions" if positions else "or more"
         raise ConfigError(f"--seq-length {seqlen}: give 1 {most}")
-    return int(seqlen)
+    return seqlen
 
 
 def evaluate(
     model: Any, prepared: Mapping[str, Prepared], ranks: Ranks, batch_tokens: int = BATCH_TOKENS
-) -> dict[str, dict[str, Any]]:
-    """Each task's numbers by its name, on every rank; ``model`` is in eval mode on ``ranks.device``.
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each task's name and numbers once they are known, on every rank; ``model`` is in eval mode on ``ranks.device``.
 
     Losses are nats a target token. Raises ConfigError for batches that don't fit, CheckpointError for scores that aren't
     finite.
     """
-    results = {}
     for name, ready in prepared.items():
         start = time.perf_counter()
         numbers = ready.result(score(model, ready.rows, ranks, batch_tokens, name))
-        results[name] = {**numbers, "seconds": time.perf_counter() - start}
-    return results
+        yield name, {**numbers, "seconds": time.perf_counter() - start}
 
 
 def describe(name: str, numbers: Mapping[str, Any]) -> str:

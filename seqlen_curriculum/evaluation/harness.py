@@ -6,7 +6,7 @@ import difflib
 import importlib.util
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,15 @@ from seqlen_curriculum.evaluation.ranks import Ranks
 from seqlen_curriculum.evaluation.scoring import BATCH_TOKENS
 from seqlen_curriculum.evaluation.task import Limits
 
-__all__ = ["GPT3_TASKS", "describe_harness", "evaluate_harness", "read_harness_tasks", "task_names"]
+__all__ = [
+    "GPT3_TASKS",
+    "describe_end",
+    "describe_head",
+    "describe_task",
+    "evaluate_harness",
+    "read_harness_tasks",
+    "task_names",
+]
 
 ALL = "gpt3"
 GPT3_TASKS = {
@@ -44,8 +52,8 @@ def task_names(given: Sequence[str]) -> dict[str, str]:
     return {name: GPT3_TASKS.get(name, name) for name in wanted}
 
 
-def read_harness_tasks(given: Sequence[str], include: Path | None = None) -> dict[str, Any]:
-    """lm-eval's task objects by our names, their data read. Raises ConfigError or DataError.
+def read_harness_tasks(given: Sequence[str], include: Path | None = None, shots: int = 0) -> dict[str, Any]:
+    """lm-eval's task objects by our names, their data read and enough of it for ``shots``. Raises ConfigError or DataError.
 
     ``include`` is a folder of task files (.yaml) that come before lm-eval's own of the same name: with
     ``dataset_path: json`` and ``dataset_kwargs: {data_files: ...}`` a task reads local files, and nothing is fetched; with
@@ -59,9 +67,11 @@ def read_harness_tasks(given: Sequence[str], include: Path | None = None) -> dic
     manager = _manager(set(names.values()), include)
     for name, theirs in names.items():
         if theirs not in manager.all_subtasks:
-            known = [ALL, *GPT3_TASKS, *manager.all_subtasks]
-            raise ConfigError(f"--harness {name}: there is no such task" + _closest(name, known))
-    return {name: _read_task(manager, name, theirs) for name, theirs in names.items()}
+            raise ConfigError(f"--harness {name}: {_no_task(manager, name)}")
+    tasks = {name: _read_task(manager, name, theirs) for name, theirs in names.items()}
+    for name, task in tasks.items():
+        _check_task(name, task, shots)
+    return tasks
 
 
 def _manager(names: set[str], include: Path | None) -> Any:
@@ -71,12 +81,15 @@ def _manager(names: set[str], include: Path | None) -> Any:
     if include is None:
         return TaskManager()
     own = TaskManager(include_path=str(include), include_defaults=False)
-    return own if names <= set(own.all_subtasks) else TaskManager(include_path=str(include))
+    return own if names <= set(own.all_tasks) else TaskManager(include_path=str(include))
 
 
-def _closest(name: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0)
-    return f"; did you mean '{close[0]}'? {ALL} is the paper's eleven, --include-path adds tasks of your own"
+def _no_task(manager: Any, name: str) -> str:
+    if name in [*manager.all_groups, *manager.all_tags]:
+        return "is a group of lm-eval's, and groups aren't read; name its tasks, each by itself"
+    close = difflib.get_close_matches(name, [ALL, *GPT3_TASKS, *manager.all_subtasks], n=1)
+    meant = f"did you mean '{close[0]}'? " if close else ""
+    return f"there is no such task; {meant}{ALL} is the paper's eleven, --include-path adds tasks of your own"
 
 
 def _read_task(manager: Any, name: str, theirs: str) -> Any:
@@ -92,6 +105,20 @@ def _read_task(manager: Any, name: str, theirs: str) -> Any:
     return task
 
 
+def _check_task(name: str, task: Any, shots: int) -> None:
+    if (task.config.generation_kwargs or {}).get("do_sample"):
+        raise ConfigError(
+            f"--harness {name}: its generation_kwargs ask for random samples (do_sample); only greedy answers are given "
+            "here: set it to false in a task file of --include-path, or leave out the task"
+        )
+    if not shots:
+        return
+    try:
+        task.fewshot_context(next(iter(task.eval_docs)), num_fewshot=shots)
+    except (AssertionError, ValueError) as error:  # of lm-eval's samplers
+        raise ConfigError(f"--shots {shots}: {name} hasn't that many examples ({error}); give fewer") from error
+
+
 def evaluate_harness(
     model: Any,
     tokenizer: Any,
@@ -100,18 +127,19 @@ def evaluate_harness(
     ranks: Ranks,
     batch_tokens: int = BATCH_TOKENS,
     shots: int = 0,
-) -> dict[str, dict[str, Any]]:
-    """Each task's metrics by its name, on every rank; ``shots`` examples stand before each question.
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each task's name and metrics once they are known, on every rank; ``shots`` examples stand before each question.
 
     ``accuracy`` is lm-eval's ``acc`` or ``exact_match``, ``standard_error`` that of a share. ``model`` is in eval mode on
     ``ranks.device``. Raises ConfigError.
     """
     if not tasks:
-        return {}
+        return
     from seqlen_curriculum.evaluation.harness_model import HarnessModel  # needs lm-eval
 
     scorer = HarnessModel(model, tokenizer, limits.seqlen, ranks, batch_tokens)
-    return {name: _evaluate(scorer, name, task, limits.rows, shots) for name, task in tasks.items()}
+    for name, task in tasks.items():
+        yield name, _evaluate(scorer, name, task, limits.rows, shots)
 
 
 def _evaluate(scorer: Any, name: str, task: Any, limit: int | None, shots: int) -> dict[str, Any]:
@@ -149,26 +177,29 @@ def _accuracy(metrics: Mapping[str, float], items: int) -> dict[str, float]:
     return {"accuracy": share, "standard_error": math.sqrt(share * (1 - share) / max(items - 1, 1))}
 
 
-def describe_harness(results: Mapping[str, Mapping[str, Any]]) -> str:
-    """All tasks' numbers as a table for a terminal, with the mean of their accuracies."""
-    shots = next(iter(results.values()))["shots"]
-    lines = [f"{f'lm-eval, {shots} shots':<24}{'accuracy':>10}{'+-':>9}{'items':>9}{'seconds':>9}  others"]
-    for name, numbers in results.items():
-        lines.append(_line(name, numbers))
-    shares = [numbers["accuracy"] for numbers in results.values() if "accuracy" in numbers]
-    if len(shares) > 1:
-        lines.append(f"{'mean of ' + str(len(shares)):<24}{sum(shares) / len(shares):>10.2%}")
-    if any(numbers["partial"] for numbers in results.values()):
-        lines.append("PARTIAL: not all items were read; not comparable with the whole tasks'")
-    return "\n".join(lines)
+def describe_head(shots: int) -> str:
+    """The head of the table that ``describe_task`` has the lines of and ``describe_end`` the end."""
+    return f"{f'lm-eval, {shots} shots':<24}{'accuracy':>10}{'+-':>9}{'items':>9}{'seconds':>9}  others"
 
 
-def _line(name: str, numbers: Mapping[str, Any]) -> str:
+def describe_task(name: str, numbers: Mapping[str, Any]) -> str:
+    """A task's line."""
     share = f"{numbers['accuracy']:.2%}" if "accuracy" in numbers else ""
     error = f"{numbers['standard_error']:.2%}" if "standard_error" in numbers else ""
     others = {key: value for key, value in numbers.items() if key not in _SHOWN and (key != "requests_cut" or value)}
     told = ", ".join(f"{key} {value:.4g}" for key, value in others.items())
     return f"{name:<24}{share:>10}{error:>9}{numbers['items']:>9,}{numbers['seconds']:>9.1f}  {told}".rstrip()
+
+
+def describe_end(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Lines for all tasks together: the mean of accuracies, and what they are not comparable with."""
+    lines = []
+    shares = [numbers["accuracy"] for numbers in results.values() if "accuracy" in numbers]
+    if len(shares) > 1:
+        lines.append(f"{'mean of ' + str(len(shares)):<24}{sum(shares) / len(shares):>10.2%}")
+    if any(numbers["partial"] for numbers in results.values()):
+        lines.append("PARTIAL: not all items were read; not comparable with the whole tasks'")
+    return lines
 
 
 _SHOWN = {"acc", "exact_match", "accuracy", "standard_error", "items", "items_in_all", "shots", "partial", "seconds"}

@@ -53,6 +53,8 @@ def join(device: str | None = None) -> Ranks:
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     kind = device or ("cuda" if gpus and os.environ.get("DS_ACCELERATOR") != "cpu" else "cpu")
     rank, world, local = (int(os.environ.get(name, value)) for name, value in _LAUNCHER.items())
+    if kind == "cuda" and not gpus:
+        raise ConfigError("--device cuda: no GPU is seen here; leave it out to compute on the CPU")
     if kind == "cuda" and local >= gpus:
         raise ConfigError(
             f"--device cuda: {gpus} GPUs are seen here, rank {rank} needs number {local}; start fewer ranks"

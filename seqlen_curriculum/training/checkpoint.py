@@ -28,6 +28,11 @@ from seqlen_curriculum.training.telemetry import say
 __all__ = ["Checkpoints", "on_rank_0"]
 
 T = TypeVar("T")
+_HOW = {
+    "model.initial_weights": "; set model.hf_checkpoint to the folder that the run began from, its files as they were, or "
+    "leave it out where the checkpoint has None"
+}
+"""How a setting is restored that no file has under its name."""
 
 
 class Checkpoints:
@@ -157,7 +162,7 @@ class Checkpoints:
                 raise CheckpointError(f"{checkpoint.folder}: saved with {key} {saved}; set it to {saved}, not {ours}")
         changed = differences(checkpoint.run, self.run)
         if changed and not trains_alike(checkpoint.run, self.run, checkpoint.step):
-            listed = "".join(f"\n  - {name}: {line}" for name, line in changed.items())
+            listed = "".join(f"\n  - {name}: {line}{_HOW.get(name, '')}" for name, line in changed.items())
             raise CheckpointError(
                 f"{checkpoint.folder}: made by another run; restore these settings, or start anew in another --save:{listed}"
             )
