@@ -119,10 +119,11 @@ class Tuning:
         known = {finding.probe: finding for finding in self.findings}
 
         def probe(question: Probe) -> bool:
-            if question in known:
-                watch(known[question], known[question].trial)  # type: ignore[arg-type]
-                return known[question].trial.stable  # type: ignore[union-attr]
-            return self._probe(question, watch)
+            finding = known.get(question)
+            if finding is None or finding.trial is None:
+                return self._probe(question, watch)
+            watch(finding, finding.trial)
+            return finding.trial.stable
 
         outcome = tune(self.space, probe, lambda question: question in known or self._affordable(question))
         self._write(outcome)
@@ -224,15 +225,10 @@ class Tuning:
         return json.loads(json.dumps({"config": self.raw, "settings": asdict(self.settings)}))  # type: ignore[no-any-return]
 
     def _write(self, outcome: Outcome | None = None) -> None:
-        found = (
-            {} if outcome is None else {"complete": outcome.complete, "best": outcome.best and outcome.best._asdict()}
-        )
-        state = {
-            **self._identity(),
-            "seconds": self.seconds,
-            "probes": [finding.record() for finding in self.findings],
-            **found,
-        }
+        probes = [finding.record() for finding in self.findings]
+        state = {**self._identity(), "seconds": self.seconds, "probes": probes}
+        if outcome is not None:
+            state |= {"complete": outcome.complete, "best": outcome.best and outcome.best._asdict()}
         replace_text(self.save / _STATE, json.dumps(state, indent=2) + "\n")
         self._saved_at = time.monotonic()
 
