@@ -1,8 +1,8 @@
 """Find min_difficulty and T of a curriculum for a small part of the training's cost: the paper's low-cost tuning.
 
 Example:
-  python scripts/tune.py configs/mini/slw_aggressive.json --save runs/tuning --dry-run
-  python scripts/tune.py configs/mini/slw_aggressive.json --save runs/tuning --launcher "deepspeed --num_accelerators 1"
+  python scripts/tune.py configs/tiny_cpu.json --save runs/tuning --dry-run
+  python scripts/tune.py configs/tiny_cpu.json --save runs/tuning --launcher "deepspeed --num_accelerators 2"
 
 Each probe is the real training, by train_gpt2.py, of the first steps of a schedule, ended where the validation perplexity
 fluctuates. All is kept in --save: the answer as tuned.json, a report of all probes, and what the same command goes on from

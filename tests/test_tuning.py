@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -18,6 +19,7 @@ from seqlen_curriculum import CheckpointError, ConfigError, RunConfig
 from seqlen_curriculum.analysis.stability import ratios_to_best
 from seqlen_curriculum.cli import DIVERGED
 from seqlen_curriculum.course import steps_alike
+from seqlen_curriculum.data.writer import CorpusWriter
 from seqlen_curriculum.jsonfile import read_json
 from seqlen_curriculum.runlog import RunLog
 from seqlen_curriculum.tuning.cost import cost_of
@@ -398,3 +400,42 @@ def test_a_dry_run_tells_costs_and_writes_nothing(config_file, tmp_path):
         config = RunConfig.from_dict(scheduled(read_json(config_file), 8, total_curriculum_step=total))
         assert cost == config.timeline().consumed_tokens(min(15, config.timeline().steps))
     assert not (tmp_path / "x").exists()
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """What the examples in the help find beside them: scripts, configurations, and a small corpus of the name they use."""
+    for name in ("scripts", "configs"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / "corpus").mkdir()
+    text = (ROOT / "README.md").read_bytes()
+    with CorpusWriter(tmp_path / "corpus" / "stdlib", vocab_size=512) as writer:
+        for number in range(100):
+            writer.add_document([*text[number::7], 256])
+    return tmp_path
+
+
+def examples():
+    told = subprocess.run([*TUNE, "--help"], capture_output=True, text=True, check=True).stdout
+    return [line.strip() for line in told.split("Example:")[1].splitlines() if "scripts/tune.py" in line]
+
+
+def run_example(line, folder):
+    words = shlex.split(line)
+    assert words[0] == "python"
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
+    command = [sys.executable, *words[1:]]
+    return subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment)
+
+
+def test_the_first_example_in_the_help_works(checkout):
+    result = run_example(examples()[0], checkout)
+    assert result.returncode == 0, result.stderr
+    assert "of training" in result.stdout
+
+
+@pytest.mark.slow
+def test_the_second_example_in_the_help_works(checkout):
+    result = run_example(examples()[1], checkout)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert (checkout / "runs" / "tuning" / "tuned.json").exists()
