@@ -31,13 +31,11 @@ SEVERAL_RANKS = ("test_adaptive", "test_engine", "test_hf_training", "test_matri
 """Mostly launches of two ranks and more, which wait for each other at full speed: two such at once take thrice as long."""
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
-def pytest_collection_modifyitems(config, items):
+def pytest_itemcollected(item):
     """Tests that run in parallel (pytest-xdist) share what their file shares, and launch one crowd of ranks at a time."""
-    if config.pluginmanager.hasplugin("xdist"):
-        for item in items:
-            stem = item.path.stem
-            item.add_marker(pytest.mark.xdist_group("several ranks" if stem in SEVERAL_RANKS else stem))
+    if item.config.pluginmanager.hasplugin("xdist"):
+        stem = item.path.stem
+        item.add_marker(pytest.mark.xdist_group("several ranks" if stem in SEVERAL_RANKS else stem))
 
 
 def shared(name):
