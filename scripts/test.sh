@@ -9,4 +9,4 @@ if ! has_browser >/dev/null && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/nu
     echo "installing chromium with apt-get: a test opens a report in it, and is skipped without"
     { apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium >/dev/null; } || echo "could not; going on without"
 fi
-python -m pytest -n 2 --dist loadgroup "$@"  # starting DeepSpeed leaves a core idle
+python -m pytest -n 2 --dist loadfile "$@"  # starting DeepSpeed leaves a core idle

@@ -27,17 +27,6 @@ os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path.home() / ".cache" / "seql
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
-SEVERAL_RANKS = ("test_adaptive", "test_engine", "test_hf_training", "test_matrix", "test_reshard", "test_spikes")
-"""Mostly launches of two ranks and more, which wait for each other at full speed: two such at once take thrice as long."""
-
-
-def pytest_itemcollected(item):
-    """Tests that run in parallel (pytest-xdist) share what their file shares, and launch one crowd of ranks at a time."""
-    if item.config.pluginmanager.hasplugin("xdist"):
-        stem = item.path.stem
-        item.add_marker(pytest.mark.xdist_group("several ranks" if stem in SEVERAL_RANKS else stem))
-
-
 def shared(name):
     """A file of the test data, which isn't part of the repository; the test is skipped without it."""
     folder = Path(os.environ.get("SEQLEN_SHARED_DATA", ROOT.parent / "shared" / "data"))
