@@ -61,12 +61,12 @@ def main() -> None:
     most_tokens = int(args.max_share * config.train_tokens)
     script = Path(__file__).with_name("train_gpt2.py")
     tuning = Tuning(raw, settings, args.save, launcher, script, most_tokens, args.max_minutes * 60)
-    open_run_data(tuning.run_of(tuning.first).config)
     print(describe_space(tuning.space))
     print(f"budget            {most_tokens:,} tokens, {args.max_share:.0%} of the training's")
     if args.dry_run:
         print(describe_costs(tuning))
         return
+    open_run_data(tuning.run_of(tuning.first).config)
     writable_folder("--save", args.save)
     tuning.open()
     search(tuning)
