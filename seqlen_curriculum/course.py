@@ -40,7 +40,8 @@ class Course(NamedTuple):
 def steps_alike(one: RunConfig, other: RunConfig, last_step: int) -> int:
     """How many steps, at most ``last_step``, two runs that differ in their schedules alone train alike from the first on.
 
-    None where something else than the step decides: an ``adaptive`` schedule, or other rates of DeepSpeed's own.
+    0 where something else than the step decides: an ``adaptive`` schedule, or other rates of DeepSpeed's own. Raises
+    ConfigError for a run without ``train_batch_size`` or ``training.train_tokens``.
     """
     if one.adapts or other.adapts or one.deepspeed.get("scheduler") != other.deepspeed.get("scheduler"):
         return 0

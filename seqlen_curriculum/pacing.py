@@ -20,15 +20,7 @@ import numpy.typing as npt
 from seqlen_curriculum.errors import ConfigError
 from seqlen_curriculum.piecewise import Steps
 
-__all__ = [
-    "Custom",
-    "Discrete",
-    "Mixed",
-    "Pacing",
-    "Root",
-    "elementwise",
-    "lengths_by_run",
-]
+__all__ = ["Custom", "Discrete", "Mixed", "Pacing", "Root", "StepFunction", "elementwise", "lengths_by_run"]
 
 
 def elementwise(function: Callable[[float], float], values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:

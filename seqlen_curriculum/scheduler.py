@@ -44,7 +44,10 @@ class CurriculumScheduler:
         return self._pacing if self._pacing is not None else self.config.pacing()
 
     def hold(self, steps: Sequence[int], interval: int) -> None:
-        """Let the lengths stand still for the ``interval`` steps after each of ``steps``, instead of those held before."""
+        """Let the lengths stand still for the ``interval`` steps after each of ``steps``, instead of those held before.
+
+        ``steps`` (1-based, ascending) are at least ``interval`` apart: an ``adaptive`` schedule's evaluations.
+        """
         inner = self._pacing.inner if isinstance(self._pacing, Paused) else self.pacing
         self._pacing = Paused(inner, tuple(steps), interval) if steps else inner
 

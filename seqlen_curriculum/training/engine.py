@@ -49,7 +49,10 @@ def initialize(*args: Any, curriculum_kwarg: str | None = None, **kwargs: Any) -
 
 
 def engine_of(run: RunConfig, curriculum_kwarg: str | None = None, **given: Any) -> tuple[Any, Any, Any, Any]:
-    """``initialize`` for a loop that does all that ``run`` asks for; ``given`` is for ``deepspeed.initialize``."""
+    """``initialize`` for a loop that does all that ``run`` asks for; ``given`` is for ``deepspeed.initialize``.
+
+    Returns and raises as ``initialize``.
+    """
     run = run if run.keys.train_batch_size else run.for_ranks(_ranks(run, given))
     if run.scheduler is not None:
         if given.get("lr_scheduler") is not None:

@@ -115,7 +115,10 @@ class Tuning:
         self.findings = [Finding.read(number, record) for number, record in enumerate(state.probes, start=1)]
 
     def run(self, watch: Watch) -> Outcome:
-        """Search; ``watch`` is told how each probe stands, and at last how it came out."""
+        """Search; ``watch`` is told how each probe stands, and at last how it came out.
+
+        Raises CheckpointError for a probe that fails otherwise than by a fluctuation.
+        """
         known = {finding.probe: finding for finding in self.findings}
 
         def probe(question: Probe) -> bool:
