@@ -11,9 +11,10 @@ import os
 import tempfile
 from pathlib import Path
 
-from seqlen_curriculum.cli import picture_path, run, writable_folder
-from seqlen_curriculum.config import RunConfig
+from seqlen_curriculum.cli import run
+from seqlen_curriculum.config.run import RunConfig
 from seqlen_curriculum.errors import ConfigError
+from seqlen_curriculum.files import picture_path, writable_folder
 
 
 def main() -> None:
@@ -62,12 +63,12 @@ def measure_throughput(args: argparse.Namespace) -> None:
     if args.device != "auto":
         os.environ["DS_ACCELERATOR"] = args.device
 
-    from seqlen_curriculum.training.throughput import measure_throughput
+    from seqlen_curriculum.training.benchmark import measure_throughput
 
     records = measure_throughput(config, lengths, args.rounds, args.kinds)
     if os.environ.get("RANK", "0") != "0":
         return
-    from seqlen_curriculum.analysis.throughput import draw_throughput, throughput_table
+    from seqlen_curriculum.analysis.benchmark import draw_throughput, throughput_table
 
     print(throughput_table(records))
     if args.json:
@@ -84,7 +85,7 @@ def measure_data(args: argparse.Namespace) -> None:
     if args.folder:
         writable_folder("--folder", args.folder)
 
-    from seqlen_curriculum.data import throughput
+    from seqlen_curriculum.data import benchmark as throughput
 
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         finding = throughput.measure_finding(config, Path(folder), int(args.find_tokens), 50 * args.rounds)

@@ -16,8 +16,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from seqlen_curriculum.cli import run, writable_folder
+from seqlen_curriculum.cli import run
 from seqlen_curriculum.errors import ConfigError
+from seqlen_curriculum.files import writable_folder
 
 
 def parse() -> argparse.Namespace:
@@ -124,10 +125,11 @@ def measure(args: argparse.Namespace, tell: Callable[..., None]) -> dict[str, An
     """
     import torch  # seconds: after --help
 
-    from seqlen_curriculum.evaluation import evaluate, harness
-    from seqlen_curriculum.evaluation.ranks import join
+    from seqlen_curriculum.evaluation import evaluate
+    from seqlen_curriculum.evaluation import lm_eval_tasks as harness
+    from seqlen_curriculum.evaluation.distributed import join
     from seqlen_curriculum.evaluation.task import OVERLAP, Limits
-    from seqlen_curriculum.jsonfile import read_json
+    from seqlen_curriculum.files import read_json
     from seqlen_curriculum.models.pretrained import load_model, load_tokenizer, model_folder
 
     tasks = evaluate.read_tasks(args.task)
@@ -162,7 +164,7 @@ def measure(args: argparse.Namespace, tell: Callable[..., None]) -> dict[str, An
 
 def write(path: Path, results: dict[str, Any]) -> None:
     """The numbers as one JSON object, all of it or nothing. Raises ConfigError."""
-    from seqlen_curriculum.jsonfile import replace_text
+    from seqlen_curriculum.files import replace_text
 
     try:
         replace_text(path, json.dumps(results, indent=2))

@@ -8,8 +8,9 @@ Example:
 import argparse
 from pathlib import Path
 
-from seqlen_curriculum.cli import new_folder, run, writable_folder
-from seqlen_curriculum.hf_folder import model_folder
+from seqlen_curriculum.cli import run
+from seqlen_curriculum.files import new_folder, writable_folder
+from seqlen_curriculum.run_folder.model_folder import model_folder
 
 
 def main() -> None:
@@ -37,7 +38,7 @@ def main() -> None:
     model_folder(args.source)
     writable_folder("--out", args.out.resolve().parent)
 
-    from seqlen_curriculum.export import export  # seconds to import
+    from seqlen_curriculum.export.huggingface import export  # seconds to import
 
     source = export(args.source, args.out, args.dtype, args.tokenizer)
     print(f"{source} is exported to {args.out}")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from seqlen_curriculum.cli import run, warn
 from seqlen_curriculum.errors import ConfigError
-from seqlen_curriculum.hf_folder import model_folder
+from seqlen_curriculum.run_folder.model_folder import model_folder
 
 
 def main() -> None:
@@ -43,7 +43,7 @@ def main() -> None:
     model_folder(args.checkpoint)
     prompts = args.prompt if args.prompt is not None else [_stdin()]
 
-    from seqlen_curriculum.generation import Sampling, generate  # seconds to import
+    from seqlen_curriculum.models.generation import Sampling, generate  # seconds to import
 
     names = ("max_new_tokens", "temperature", "top_p", "top_k", "samples", "seed")
     sampling = Sampling(**{name: getattr(args, name) for name in names})

@@ -13,8 +13,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from seqlen_curriculum.cli import picture_path, run, warn
+from seqlen_curriculum.cli import run, warn
 from seqlen_curriculum.errors import ConfigError
+from seqlen_curriculum.files import picture_path
 
 _GOES_WITH = {
     "seq_length": ["PREFIX"],
@@ -58,7 +59,7 @@ def mode(args: argparse.Namespace) -> str:
 
 def corpora(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """What is in the corpora, as numbers and as text."""
-    from seqlen_curriculum.data.inspection import corpus_warnings, describe_corpora, inspect_corpora
+    from seqlen_curriculum.data.inspection.corpus import corpus_warnings, describe_corpora, inspect_corpora
 
     facts = inspect_corpora(args.prefix, args.seq_length)
     warn(corpus_warnings(facts))
@@ -67,9 +68,9 @@ def corpora(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
 def whole_run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """What is in the run's corpora and what it makes of them."""
-    from seqlen_curriculum.config import RunConfig
-    from seqlen_curriculum.data.accounting import account, describe_account
-    from seqlen_curriculum.data.inspection import corpus_warnings, describe_corpora, inspect_corpora
+    from seqlen_curriculum.config.run import RunConfig
+    from seqlen_curriculum.data.inspection.corpus import corpus_warnings, describe_corpora, inspect_corpora
+    from seqlen_curriculum.data.inspection.token_use import account, describe_account
 
     png = picture_path("--png", args.png) if args.png else None
     config = RunConfig.load(args.config, args.set, require=("data",))
@@ -77,7 +78,7 @@ def whole_run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     if png and "ways" not in summary:
         raise ConfigError(f"--png {png}: there are no steps to draw; give the file training and train_batch_size")
     if png:
-        from seqlen_curriculum.analysis.data_use import draw_data_use
+        from seqlen_curriculum.analysis.token_use import draw_data_use
 
         draw_data_use(summary, png)
     facts = inspect_corpora(dict.fromkeys(one["prefix"] for split in summary["splits"].values() for one in split))
@@ -87,9 +88,9 @@ def whole_run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
 def one_step(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """What the ranks read at a step."""
-    from seqlen_curriculum.config import RunConfig
-    from seqlen_curriculum.data.reading import describe_step, read_step
-    from seqlen_curriculum.data.run_data import open_feed
+    from seqlen_curriculum.config.run import RunConfig
+    from seqlen_curriculum.data.from_config import open_feed
+    from seqlen_curriculum.data.inspection.step import describe_step, read_step
 
     config = RunConfig.load(args.config, args.set, require=("data", "training"))
     given = {name: getattr(args, name) for name in ("ranks", "rows") if getattr(args, name) is not None}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 
 from seqlen_curriculum.cli import run
-from seqlen_curriculum.data.merge import merge
+from seqlen_curriculum.data.preparation.merge import merge
 
 
 def parser() -> argparse.ArgumentParser:

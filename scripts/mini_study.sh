@@ -21,7 +21,7 @@ fi
 
 finished() {  # SAVE: whether the run there has reached its budget
     [ -e "$1/runlog.jsonl" ] && python -c '
-import sys; from pathlib import Path; from seqlen_curriculum.analysis.run_folder import read_run
+import sys; from pathlib import Path; from seqlen_curriculum.analysis.read_run import read_run
 sys.exit(not read_run(Path(sys.argv[1])).finished)' "$1"
 }
 train() {  # CONFIG LR SEED FOLDER: one run on one rank; LR - is the configuration's own

@@ -11,8 +11,9 @@ import argparse
 import json
 from pathlib import Path
 
-from seqlen_curriculum.cli import picture_path, run, short_names, warn
+from seqlen_curriculum.cli import run, short_names, warn
 from seqlen_curriculum.errors import ConfigError
+from seqlen_curriculum.files import picture_path
 
 
 def main() -> None:
@@ -30,7 +31,7 @@ def main() -> None:
     png = picture_path("--png", args.png) if args.png else None
 
     from seqlen_curriculum import planning  # after --help: numpy and pydantic take a moment
-    from seqlen_curriculum.config import RunConfig
+    from seqlen_curriculum.config.run import RunConfig
 
     configs = {name: RunConfig.load(path, args.set, require=("training",)) for name, path in names.items()}
     for config in configs.values():

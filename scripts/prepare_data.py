@@ -15,8 +15,8 @@ import signal
 from pathlib import Path
 
 from seqlen_curriculum.cli import run
-from seqlen_curriculum.data.documents import Rules
-from seqlen_curriculum.data.prepare import Request, prepare
+from seqlen_curriculum.data.preparation.pieces import Rules
+from seqlen_curriculum.data.preparation.prepare import Request, prepare
 from seqlen_curriculum.data.tokenizer import TokenizerChoice
 
 

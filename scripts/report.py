@@ -13,8 +13,9 @@ import json
 import time
 from pathlib import Path
 
-from seqlen_curriculum.cli import picture_path, run, short_names, writable_folder
+from seqlen_curriculum.cli import run, short_names
 from seqlen_curriculum.errors import ConfigError
+from seqlen_curriculum.files import picture_path, writable_folder
 
 
 def main() -> None:
@@ -32,8 +33,8 @@ def main() -> None:
     names = short_names("RUN", args.runs)
     _check(args)
 
+    from seqlen_curriculum.analysis.read_run import load_run  # after --help: numpy and pydantic take a moment
     from seqlen_curriculum.analysis.report import report
-    from seqlen_curriculum.analysis.run_folder import load_run  # after --help: numpy and pydantic take a moment
 
     if args.watch:
         _watch(names, args.out, args.watch)
@@ -50,7 +51,7 @@ def main() -> None:
         draw_run(runs, args.png)
         written["curves"] = args.png
     if args.out:
-        from seqlen_curriculum.analysis.folder import write_report
+        from seqlen_curriculum.analysis.write_report import write_report
 
         written["report"] = write_report(runs, args.out, found=found)
     for what, path in written.items() if not args.json else ():
@@ -64,15 +65,15 @@ def _check(args: argparse.Namespace) -> None:
     if args.png:
         picture_path("--png", args.png)
     if args.out:
-        from seqlen_curriculum.analysis.folder import check_folder
+        from seqlen_curriculum.analysis.write_report import check_folder
 
         check_folder(args.out)
         writable_folder("--out", args.out)
 
 
 def _tell(runs: list, found: dict) -> None:
-    from seqlen_curriculum.analysis.curves import summarise
-    from seqlen_curriculum.analysis.outcome import describe_comparison
+    from seqlen_curriculum.analysis.run import summarise
+    from seqlen_curriculum.analysis.sentences import describe_comparison
     from seqlen_curriculum.analysis.stability import describe_stability
 
     for one in runs:
@@ -86,7 +87,7 @@ def _tell(runs: list, found: dict) -> None:
 
 def _watch(names: dict[str, str], out: Path, seconds: float) -> None:
     """Rewrite the page whenever a log grows, until every run has reached its budget or Ctrl-C; then one last time, whole."""
-    from seqlen_curriculum.analysis.folder import follow
+    from seqlen_curriculum.analysis.write_report import follow
 
     print(f"watching; the page is {out / 'report.html'}; Ctrl-C ends", flush=True)
     try:

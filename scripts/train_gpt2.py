@@ -12,10 +12,11 @@ import argparse
 import json
 from pathlib import Path
 
-from seqlen_curriculum.cli import need_launcher, run, warn, writable_folder
-from seqlen_curriculum.config import RunConfig
-from seqlen_curriculum.data.run_data import open_run_data
+from seqlen_curriculum.cli import need_launcher, run, warn
+from seqlen_curriculum.config.run import RunConfig
+from seqlen_curriculum.data.from_config import open_run_data
 from seqlen_curriculum.errors import ConfigError
+from seqlen_curriculum.files import writable_folder
 
 
 def main() -> None:

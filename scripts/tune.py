@@ -16,8 +16,9 @@ import signal
 import sys
 from pathlib import Path
 
-from seqlen_curriculum.cli import run, warn, writable_folder
+from seqlen_curriculum.cli import run, warn
 from seqlen_curriculum.errors import ConfigError, DivergenceError
+from seqlen_curriculum.files import writable_folder
 
 SEARCH = {
     "--min-difficulty": (int, "LENGTH", "the first length to try, each next one twice as long (8)"),
@@ -44,12 +45,12 @@ def main() -> None:
     if not launcher or shutil.which(launcher[0]) is None:
         raise ConfigError(f"--launcher {args.launcher!r}: no such command is found; give deepspeed, with its flags")
 
-    from seqlen_curriculum.config import RunConfig  # after --help: numpy and pydantic take a moment
-    from seqlen_curriculum.data.run_data import open_run_data
-    from seqlen_curriculum.jsonfile import apply_override, read_json
-    from seqlen_curriculum.tuning.folder import Tuning
-    from seqlen_curriculum.tuning.outcome import describe_costs, describe_space
+    from seqlen_curriculum.config.run import RunConfig  # after --help: numpy and pydantic take a moment
+    from seqlen_curriculum.data.from_config import open_run_data
+    from seqlen_curriculum.files import apply_override, read_json
+    from seqlen_curriculum.tuning.report import describe_costs, describe_space
     from seqlen_curriculum.tuning.space import Settings
+    from seqlen_curriculum.tuning.study import Tuning
 
     raw = read_json(Path(args.config))
     for override in args.set:
@@ -101,7 +102,7 @@ def arguments() -> argparse.Namespace:
 def search(tuning) -> None:
     from tqdm import tqdm
 
-    from seqlen_curriculum.tuning.outcome import describe_cost, describe_finding, describe_outcome, write_page
+    from seqlen_curriculum.tuning.report import describe_cost, describe_finding, describe_outcome, write_page
 
     bar = tqdm(
         disable=None, unit="step", dynamic_ncols=True, bar_format="{desc} {n_fmt}/{total_fmt} [{elapsed}]{postfix}"

@@ -11,17 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from seqlen_curriculum.batch import set_batch_sequence_length
-    from seqlen_curriculum.config import RunConfig
-    from seqlen_curriculum.errors import (
-        CheckpointError,
-        ConfigError,
-        DataError,
-        DivergenceError,
-        SeqlenCurriculumError,
-    )
-    from seqlen_curriculum.scheduler import CurriculumScheduler
-    from seqlen_curriculum.timeline import Timeline
-    from seqlen_curriculum.token_lr import TokenCosine
+    from seqlen_curriculum.config.run import RunConfig
+    from seqlen_curriculum.errors import CheckpointError, ConfigError, DataError, DivergenceError, SeqlenCurriculumError
+    from seqlen_curriculum.schedule.scheduler import CurriculumScheduler
+    from seqlen_curriculum.schedule.timeline import Timeline
+    from seqlen_curriculum.schedule.token_lr import TokenCosine
     from seqlen_curriculum.training.engine import initialize
     from seqlen_curriculum.training.lr_scheduler import TokenCosineLR
     from seqlen_curriculum.training.pretrain import pretrain
@@ -31,13 +25,13 @@ __version__ = "0.1.0"
 _MODULES = {
     "CheckpointError": "errors",
     "ConfigError": "errors",
-    "CurriculumScheduler": "scheduler",
+    "CurriculumScheduler": "schedule.scheduler",
     "DataError": "errors",
     "DivergenceError": "errors",
     "RunConfig": "config",
     "SeqlenCurriculumError": "errors",
-    "Timeline": "timeline",
-    "TokenCosine": "token_lr",
+    "Timeline": "schedule.timeline",
+    "TokenCosine": "schedule.token_lr",
     "TokenCosineLR": "training.lr_scheduler",
     "initialize": "training.engine",
     "pretrain": "training.pretrain",

@@ -5,17 +5,13 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
-import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from seqlen_curriculum.errors import ConfigError, DivergenceError, SeqlenCurriculumError
+from seqlen_curriculum.errors import DIVERGED, ConfigError, DivergenceError, SeqlenCurriculumError
 
-__all__ = ["DIVERGED", "need_launcher", "new_folder", "picture_path", "run", "short_names", "warn", "writable_folder"]
-
-DIVERGED = 3
-"""The exit status that tells who waits for a training that it is not the command that was wrong."""
+__all__ = ["need_launcher", "run", "short_names", "warn"]
 
 
 def run(main: Callable[[], None]) -> None:
@@ -57,27 +53,3 @@ def short_names(flag: str, paths: Sequence[str]) -> dict[str, str]:
         raise ConfigError(f"{flag}: {max(real, key=real.count)} is given twice; name each once")
     names = [path.name.removesuffix(".json") for path in real]
     return dict(zip(names if len(set(names)) == len(names) else paths, paths, strict=True))
-
-
-def picture_path(flag: str, path: Path) -> Path:
-    """``path`` if a picture can be written there. Raises ConfigError naming ``flag``."""
-    if path.suffix.lower() not in (".png", ".pdf", ".svg") or path.is_dir():
-        raise ConfigError(f"{flag} {path}: not the name of a picture; give one that ends in .png, .pdf or .svg")
-    writable_folder(flag, path.resolve().parent)
-    return path
-
-
-def new_folder(flag: str, folder: Path) -> None:
-    """Raise ConfigError naming ``flag`` if there is something at ``folder`` already; an empty folder is nothing."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ConfigError(f"{flag} {folder}: exists and is not empty; name a new folder, nothing is overwritten")
-
-
-def writable_folder(flag: str, folder: Path) -> None:
-    """Make ``folder`` and prove that files can be written to it. Raises ConfigError naming ``flag``."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise ConfigError(f"{flag} {folder}: can't be written to ({error.strerror}); choose another folder") from error

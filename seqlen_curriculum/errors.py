@@ -14,7 +14,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-__all__ = ["CheckpointError", "ConfigError", "DataError", "DivergenceError", "SeqlenCurriculumError"]
+__all__ = ["DIVERGED", "CheckpointError", "ConfigError", "DataError", "DivergenceError", "SeqlenCurriculumError"]
+
+DIVERGED = 3
+"""Exit status of a training that diverged; 1 is a mistake in the command or the configuration."""
 
 
 class SeqlenCurriculumError(Exception):

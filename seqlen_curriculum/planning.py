@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from seqlen_curriculum.architecture import ModelConfig
-from seqlen_curriculum.config import RunConfig
+from seqlen_curriculum.config.model import ModelConfig
+from seqlen_curriculum.config.run import RunConfig
 from seqlen_curriculum.errors import ConfigError
-from seqlen_curriculum.timeline import Timeline
-from seqlen_curriculum.token_lr import TokenCosine
+from seqlen_curriculum.schedule.timeline import Timeline
+from seqlen_curriculum.schedule.token_lr import TokenCosine
 
 __all__ = ["compare", "data_use", "describe", "draw", "plan"]
 

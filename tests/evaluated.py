@@ -10,9 +10,9 @@ import torch
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
-from seqlen_curriculum.architecture import ModelConfig
+from seqlen_curriculum.config.model import ModelConfig
 from seqlen_curriculum.data.tokenizer import TokenizerChoice, build_tokenizer
-from seqlen_curriculum.evaluation.harness import GPT3_TASKS
+from seqlen_curriculum.evaluation.lm_eval_tasks import GPT3_TASKS
 from seqlen_curriculum.models.gpt2 import build_gpt2, save_hf
 from seqlen_curriculum.models.pretrained import save_tokenizer
 

@@ -17,14 +17,14 @@ from deepspeed.pipe import PipelineModule
 from deepspeed.runtime.data_pipeline.curriculum_scheduler import CurriculumScheduler as DeepSpeedScheduler
 
 from seqlen_curriculum import ConfigError, CurriculumScheduler, RunConfig, initialize
-from seqlen_curriculum.architecture import ModelConfig
-from seqlen_curriculum.microbatch import balanced_rows
+from seqlen_curriculum.config.model import ModelConfig
 from seqlen_curriculum.models.gpt2 import build_gpt2
+from seqlen_curriculum.schedule.micro_batch import balanced_rows
 from seqlen_curriculum.training.accumulate import accumulate
-from seqlen_curriculum.training.assemble import write_model
+from seqlen_curriculum.training.adam_moments import adam_moments
+from seqlen_curriculum.training.build import write_model
 from seqlen_curriculum.training.checkpoint import Checkpoints
 from seqlen_curriculum.training.executor import DataParallel
-from seqlen_curriculum.training.moments import adam_moments
 from seqlen_curriculum.training.preflight import preflight
 
 BLOCK = {

@@ -18,8 +18,8 @@ import deepspeed
 import torch
 import torch._inductor.config
 
-from seqlen_curriculum.config import RunConfig
-from seqlen_curriculum.data.run_data import open_run_data
+from seqlen_curriculum.config.run import RunConfig
+from seqlen_curriculum.data.from_config import open_run_data
 from seqlen_curriculum.errors import SeqlenCurriculumError
 from seqlen_curriculum.training.pretrain import pretrain
 

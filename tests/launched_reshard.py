@@ -16,9 +16,9 @@ from deepspeed import comm as dist
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
 from seqlen_curriculum import CheckpointError, initialize
-from seqlen_curriculum.architecture import ModelConfig
+from seqlen_curriculum.config.model import ModelConfig
 from seqlen_curriculum.models.gpt2 import build_gpt2
-from seqlen_curriculum.training.assemble import write_model
+from seqlen_curriculum.training.build import write_model
 from seqlen_curriculum.training.checkpoint import Checkpoints
 
 ROWS, SAVED, LAST = 12, 3, 6  # rows divide over 1, 2 and 3 ranks; saved in the middle of the warmup

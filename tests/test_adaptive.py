@@ -9,9 +9,9 @@ from test_training import planned_samples, records, samples_by_step
 
 import seqlen_curriculum
 from seqlen_curriculum import ConfigError, RunConfig
-from seqlen_curriculum.data.run_data import open_run_data
-from seqlen_curriculum.fluctuation import Evaluations
-from seqlen_curriculum.manifest import read_checkpoint
+from seqlen_curriculum.data.from_config import open_run_data
+from seqlen_curriculum.run_folder.checkpoint_manifest import read_checkpoint
+from seqlen_curriculum.run_folder.evaluations import Evaluations
 
 RATIO = 1.002
 

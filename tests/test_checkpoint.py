@@ -26,7 +26,7 @@ def folder(tmp_path):
 
 
 def test_a_complete_checkpoint_is_read(folder):
-    from seqlen_curriculum.manifest import read_checkpoint
+    from seqlen_curriculum.run_folder.checkpoint_manifest import read_checkpoint
 
     checkpoint = read_checkpoint(folder)
     assert (checkpoint.step, checkpoint.data_ranks, checkpoint.zero_stage) == (6, 2, 1)
@@ -37,7 +37,7 @@ def test_a_complete_checkpoint_is_read(folder):
     "text", [b"", b"{}", b"[]", b"\xff\xfe", json.dumps({**GOOD, "files": ["states.pt"]}).encode()]
 )
 def test_without_a_readable_list_of_files_it_is_none(folder, text):
-    from seqlen_curriculum.manifest import read_checkpoint
+    from seqlen_curriculum.run_folder.checkpoint_manifest import read_checkpoint
 
     (folder / "complete.json").write_bytes(text)
     with pytest.raises(CheckpointError, match=r"no readable complete\.json"):
@@ -45,7 +45,7 @@ def test_without_a_readable_list_of_files_it_is_none(folder, text):
 
 
 def test_with_a_missing_or_cut_file_it_is_none(folder):
-    from seqlen_curriculum.manifest import read_checkpoint
+    from seqlen_curriculum.run_folder.checkpoint_manifest import read_checkpoint
 
     (folder / "states.pt").write_bytes(b"ab")
     with pytest.raises(CheckpointError, match=r"states\.pt has 2 bytes, 3 bytes were saved"):
@@ -58,7 +58,7 @@ def test_with_a_missing_or_cut_file_it_is_none(folder):
 
 
 def test_differences_are_named():
-    from seqlen_curriculum.manifest import differences
+    from seqlen_curriculum.run_folder.checkpoint_manifest import differences
 
     saved, ours = {"model.dropout": 0.1, "training.seed": 1}, {"training.seed": 1, "bf16.enabled": True}
     assert differences(saved, ours) == {
@@ -68,10 +68,10 @@ def test_differences_are_named():
 
 
 def test_a_folder_belongs_to_one_living_process(tmp_path):
-    from seqlen_curriculum.lock import is_locked, lock_folder, lock_of
+    from seqlen_curriculum.files import is_locked, lock_folder, lock_of
 
     assert not is_locked(lock_of(tmp_path))
-    holder = "import sys; from pathlib import Path; from seqlen_curriculum.lock import lock_folder\n"
+    holder = "import sys; from pathlib import Path; from seqlen_curriculum.files import lock_folder\n"
     holder += "lock_folder(Path(sys.argv[1]), '--save', 'busy'); print('held', flush=True); sys.stdin.read()"
     command = [sys.executable, "-c", holder, str(tmp_path)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
@@ -98,7 +98,7 @@ def test_a_folder_belongs_to_one_living_process(tmp_path):
     ],
 )
 def test_no_run_writes_over_anothers_log(tmp_path, resume, start, log_begins, refused):
-    from seqlen_curriculum.manifest import Checkpoint
+    from seqlen_curriculum.run_folder.checkpoint_manifest import Checkpoint
     from seqlen_curriculum.training.pretrain import refuse_other_run
 
     if log_begins is not None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from seqlen_curriculum import ConfigError, RunConfig
-from seqlen_curriculum.deepspeed_keys import batch_shape
+from seqlen_curriculum.config.deepspeed import batch_shape
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").rglob("*.json"))
 GOOD = {

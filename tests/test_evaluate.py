@@ -19,14 +19,14 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
 from seqlen_curriculum.errors import CheckpointError, ConfigError
+from seqlen_curriculum.evaluation.distributed import Ranks
 from seqlen_curriculum.evaluation.evaluate import evaluate, read_tasks, window
 from seqlen_curriculum.evaluation.lambada import split_last_word
-from seqlen_curriculum.evaluation.ranks import Ranks
 from seqlen_curriculum.evaluation.scoring import batches, score
 from seqlen_curriculum.evaluation.task import Limits, Row
 from seqlen_curriculum.evaluation.wikitext import detokenize
-from seqlen_curriculum.hf_folder import sizes_in
 from seqlen_curriculum.models.pretrained import load_model
+from seqlen_curriculum.run_folder.model_folder import sizes_in
 
 SCRIPT = ROOT / "scripts" / "evaluate.py"
 

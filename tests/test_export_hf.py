@@ -17,13 +17,13 @@ from test_pretrained import SIZES, complete
 from transformers import AutoModelForCausalLM, AutoTokenizer, BloomConfig, GenerationConfig
 from transformers.utils import logging
 
-from seqlen_curriculum.architecture import ModelConfig
+from seqlen_curriculum.config.model import ModelConfig
 from seqlen_curriculum.data.tokenizer import TokenizerChoice, build_tokenizer
 from seqlen_curriculum.errors import CheckpointError, ConfigError, DataError
-from seqlen_curriculum.export import export
-from seqlen_curriculum.generation import Sampling, generate
+from seqlen_curriculum.export.huggingface import export
+from seqlen_curriculum.models.causal_lm import build_model
+from seqlen_curriculum.models.generation import Sampling, generate
 from seqlen_curriculum.models.gpt2 import build_gpt2, save_hf
-from seqlen_curriculum.models.initial import build_model
 from seqlen_curriculum.models.pretrained import load_model, quiet, save_tokenizer
 
 END = 0

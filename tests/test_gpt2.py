@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 from transformers.activations import ACT2FN
 
-from seqlen_curriculum.architecture import PRESETS, ModelConfig
+from seqlen_curriculum.config.model import PRESETS, ModelConfig
 from seqlen_curriculum.errors import ConfigError
 from seqlen_curriculum.models.gpt2 import CausalLM, build_gpt2, save_hf
 

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 
 from seqlen_curriculum import ConfigError, DataError, RunConfig
-from seqlen_curriculum.data import inspection
-from seqlen_curriculum.data.accounting import account, describe_account, source_use
+from seqlen_curriculum.data.from_config import open_feed
 from seqlen_curriculum.data.indexed import IndexedCorpus
-from seqlen_curriculum.data.inspection import corpus_warnings, describe_corpora, inspect_corpora
-from seqlen_curriculum.data.reading import describe_step, read_step
-from seqlen_curriculum.data.run_data import open_feed
+from seqlen_curriculum.data.inspection import corpus as inspection
+from seqlen_curriculum.data.inspection.corpus import corpus_warnings, describe_corpora, inspect_corpora
+from seqlen_curriculum.data.inspection.step import describe_step, read_step
+from seqlen_curriculum.data.inspection.token_use import account, describe_account, source_use
 from seqlen_curriculum.data.tokenizer import TokenizerChoice, build_tokenizer
 from seqlen_curriculum.data.writer import CorpusWriter
 

@@ -5,11 +5,11 @@ import pytest
 
 from seqlen_curriculum.data.indexed import IndexedCorpus
 from seqlen_curriculum.data.leftovers import Epochs
+from seqlen_curriculum.data.sample_stream import Stream
 from seqlen_curriculum.data.samples import Samples
-from seqlen_curriculum.data.stream import Stream
 from seqlen_curriculum.data.writer import CorpusWriter
 from seqlen_curriculum.errors import DataError
-from seqlen_curriculum.piecewise import Piecewise
+from seqlen_curriculum.schedule.piecewise import Piecewise
 
 
 def pieces(*rows_and_values):

@@ -203,7 +203,7 @@ def test_leaves_a_hugging_face_folder(matrix, run_file, engine):
     ("engine", "key"), [("pipeline", "pipeline.stages"), ("tensor", "tensor_parallel.autotp_size")]
 )
 def test_a_model_in_parts_stays_in_as_many(matrix, run_file, engine, key):
-    from seqlen_curriculum.manifest import read_checkpoint
+    from seqlen_curriculum.run_folder.checkpoint_manifest import read_checkpoint
     from seqlen_curriculum.training.checkpoint import Checkpoints
 
     checkpoint = read_checkpoint(matrix / f"{engine}-fp32" / f"global_step{MID_WARMUP}")

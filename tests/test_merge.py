@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from seqlen_curriculum.data.documents import Rules
-from seqlen_curriculum.data.merge import merge
-from seqlen_curriculum.data.prepare import Request, prepare
+from seqlen_curriculum.data.preparation.merge import merge
+from seqlen_curriculum.data.preparation.pieces import Rules
+from seqlen_curriculum.data.preparation.prepare import Request, prepare
 from seqlen_curriculum.data.tokenizer import TokenizerChoice, build_tokenizer
 from seqlen_curriculum.errors import DataError
 

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from seqlen_curriculum.errors import ConfigError
-from seqlen_curriculum.pacing import Custom, Discrete, Mixed, Root
-from seqlen_curriculum.repacing import bucketed
+from seqlen_curriculum.schedule.adjusted_pacing import bucketed
+from seqlen_curriculum.schedule.pacing import Custom, Discrete, Mixed, Root
 
 
 def deepspeed_formula(step, minimum, maximum, total, rung, degree):

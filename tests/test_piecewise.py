@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from seqlen_curriculum.piecewise import Piecewise
+from seqlen_curriculum.schedule.piecewise import Piecewise
 
 
 def piecewise(firsts, values):

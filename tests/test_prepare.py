@@ -16,13 +16,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from seqlen_curriculum.data import documents
-from seqlen_curriculum.data.documents import Rules, batches, pieces
-from seqlen_curriculum.data.encode import Encoder, encode
 from seqlen_curriculum.data.indexed import IndexedCorpus
-from seqlen_curriculum.data.inputs import find_files, stdlib_files
-from seqlen_curriculum.data.prepare import Prepared, Request, prepare
-from seqlen_curriculum.data.texts import Tally, parts
+from seqlen_curriculum.data.preparation import pieces as documents
+from seqlen_curriculum.data.preparation.encode import Encoder, encode
+from seqlen_curriculum.data.preparation.input_files import find_files, stdlib_files
+from seqlen_curriculum.data.preparation.pieces import Rules, batches, pieces
+from seqlen_curriculum.data.preparation.prepare import Prepared, Request, prepare
+from seqlen_curriculum.data.preparation.texts import Tally, parts
 from seqlen_curriculum.data.tokenizer import TokenizerChoice, build_tokenizer, splits_at_spaces
 from seqlen_curriculum.errors import ConfigError, DataError
 

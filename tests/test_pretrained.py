@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from seqlen_curriculum.architecture import ModelConfig
+from seqlen_curriculum.config.model import ModelConfig
 from seqlen_curriculum.data.tokenizer import TokenizerChoice, build_tokenizer
 from seqlen_curriculum.errors import CheckpointError, ConfigError
 from seqlen_curriculum.models.gpt2 import build_gpt2, save_hf

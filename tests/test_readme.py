@@ -10,7 +10,7 @@ import pytest
 from conftest import launch
 
 from seqlen_curriculum import RunConfig
-from seqlen_curriculum.jsonfile import read_json
+from seqlen_curriculum.files import read_json
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

@@ -9,11 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from seqlen_curriculum.analysis import formats
-from seqlen_curriculum.analysis.curves import Run, Series
-from seqlen_curriculum.analysis.outcome import describe_comparison
 from seqlen_curriculum.analysis.page import page
 from seqlen_curriculum.analysis.report import report
-from seqlen_curriculum.analysis.seeds import seed_groups
+from seqlen_curriculum.analysis.run import Run, Series
+from seqlen_curriculum.analysis.seed_groups import seed_groups
+from seqlen_curriculum.analysis.sentences import describe_comparison
 
 
 def synthetic(name, losses, valid_losses, seconds=36.0, tokens=100, **changes):

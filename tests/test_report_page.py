@@ -15,15 +15,15 @@ from test_matrix import launch_runs
 from test_report import BASE, synthetic
 
 from seqlen_curriculum import CheckpointError, ConfigError, DataError, RunConfig
-from seqlen_curriculum.analysis.curves import Run
 from seqlen_curriculum.analysis.drawing import COLOURS, draw_run, save_png, style_of, svg
-from seqlen_curriculum.analysis.folder import check_folder, follow, write_report
 from seqlen_curriculum.analysis.page import page
 from seqlen_curriculum.analysis.plots import PLOTS
+from seqlen_curriculum.analysis.read_run import load_run
 from seqlen_curriculum.analysis.report import report
-from seqlen_curriculum.analysis.run_folder import load_run
+from seqlen_curriculum.analysis.run import Run
 from seqlen_curriculum.analysis.style import STYLE
-from seqlen_curriculum.runlog import RunLog
+from seqlen_curriculum.analysis.write_report import check_folder, follow, write_report
+from seqlen_curriculum.run_folder.run_log import RunLog
 
 REPORT = [sys.executable, str(ROOT / "scripts" / "report.py")]
 

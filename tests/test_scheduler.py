@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from seqlen_curriculum import ConfigError, CurriculumScheduler, Timeline
-from seqlen_curriculum.rows import RisingRows
+from seqlen_curriculum.schedule.batch_size_warmup import RisingRows
 
 LINEAR = {
     "enabled": True,

@@ -17,10 +17,10 @@ from test_training import TRAIN, assert_same_run, has_reached, planned_samples, 
 
 from seqlen_curriculum import RunConfig
 from seqlen_curriculum.analysis.stability import stability
+from seqlen_curriculum.data.from_config import open_run_data
 from seqlen_curriculum.data.indexed import IndexedCorpus
-from seqlen_curriculum.data.run_data import open_run_data
-from seqlen_curriculum.ledger import LEDGER
-from seqlen_curriculum.runlog import read_runlog
+from seqlen_curriculum.run_folder.rollbacks import LEDGER
+from seqlen_curriculum.run_folder.run_log import read_runlog
 
 SPIKE, SKIPPED = 25, [22, 23, 24, 25]
 ROLLED_BACK = ("zero2", "zero3", "pipeline_zero1")

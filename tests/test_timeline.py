@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from seqlen_curriculum.pacing import Custom, Discrete, Mixed, Root
-from seqlen_curriculum.repacing import bucketed
-from seqlen_curriculum.rows import RisingRows
-from seqlen_curriculum.timeline import Timeline, ramp_steps_for_fraction, ramp_steps_for_tokens
+from seqlen_curriculum.schedule.adjusted_pacing import bucketed
+from seqlen_curriculum.schedule.batch_size_warmup import RisingRows
+from seqlen_curriculum.schedule.pacing import Custom, Discrete, Mixed, Root
+from seqlen_curriculum.schedule.timeline import Timeline, ramp_steps_for_fraction, ramp_steps_for_tokens
 
 BUDGET = 157_286_400_000
 

@@ -8,10 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from seqlen_curriculum.errors import ConfigError
-from seqlen_curriculum.pacing import Discrete, Root
-from seqlen_curriculum.rows import RisingRows
-from seqlen_curriculum.timeline import Timeline
-from seqlen_curriculum.token_lr import TokenCosine, TokenCosineParams
+from seqlen_curriculum.schedule.batch_size_warmup import RisingRows
+from seqlen_curriculum.schedule.pacing import Discrete, Root
+from seqlen_curriculum.schedule.timeline import Timeline
+from seqlen_curriculum.schedule.token_lr import TokenCosine, TokenCosineParams
 
 
 def constant_length(steps, rows=4, seqlen=16):

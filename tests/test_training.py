@@ -18,9 +18,9 @@ import pytest
 from conftest import ROOT, launch, launch_command, start, wait_for_all
 
 from seqlen_curriculum import RunConfig, Timeline
-from seqlen_curriculum.cli import DIVERGED
-from seqlen_curriculum.data.run_data import open_run_data
-from seqlen_curriculum.runlog import read_runlog
+from seqlen_curriculum.data.from_config import open_run_data
+from seqlen_curriculum.errors import DIVERGED
+from seqlen_curriculum.run_folder.run_log import read_runlog
 
 TRAIN = "scripts/train_gpt2.py"
 

@@ -1,163 +1,174 @@
-"""Under the real launcher: rows that rise, corpora that blend, leftovers, segments and windows are read as planned."""
+"""No token is read twice in an epoch, and with recycling fewer than ``seq_length`` of each source are not read at all."""
 
-import json
+from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 import pytest
-from conftest import launch
-from test_matrix import launch_runs
-from test_training import TRAIN, planned_samples, records, samples_by_step
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
-from seqlen_curriculum import RunConfig
-from seqlen_curriculum.data.run_data import open_run_data
+from seqlen_curriculum.data.indexed import IndexedCorpus
+from seqlen_curriculum.data.samples import Samples
+from seqlen_curriculum.data.training_data import Feed
 from seqlen_curriculum.data.writer import CorpusWriter
+from seqlen_curriculum.errors import ConfigError
+from seqlen_curriculum.planning import data_use
+from seqlen_curriculum.schedule.batch_size_warmup import RisingRows
+from seqlen_curriculum.schedule.pacing import Discrete, Mixed, Root
+from seqlen_curriculum.schedule.shortening import Cut
+from seqlen_curriculum.schedule.timeline import Timeline
 
-SMALL = ["training.train_tokens=1400", "training.eval_interval=9", "model.dropout=0.0", "training.save_interval=6"]
-RECYCLED = 6
-"""The step of a small run's checkpoint, with a window or segments still short."""
-SMALL_RUNS = {
-    "segment": ['curriculum_learning.method="segment"', "zero_optimization.stage=2"],
-    "window": ['curriculum_learning.method="window"', "zero_optimization.stage=3"],
-    "window-ulysses": ['curriculum_learning.method="window"', "sequence_parallel_size=2", "zero_optimization.stage=1"],
-    "window-tensor": [
-        'curriculum_learning.method="window"',
-        "tensor_parallel.autotp_size=2",
-        "zero_optimization.stage=1",
-    ],
-    "window-pipeline": ['curriculum_learning.method="window"', "pipeline.stages=2", "zero_optimization.stage=1"],
-}
+NUM_TOKENS = 20_000
 
 
 @pytest.fixture(scope="module")
-def blended_run(tiny_run, tmp_path_factory):
-    """Rows 2 to 8 in the first 3,000 tokens, while lengths grow too; two corpora, read more than once."""
-    folder = tmp_path_factory.mktemp("blend")
-    draw = np.random.default_rng(1)
-    for name, tokens in (("wiki", 3000), ("books", 1200)):
-        with CorpusWriter(folder / name, vocab_size=257) as writer:
-            for part in np.split(draw.integers(0, 256, tokens), 10):
-                writer.add_document([*part, 256])
-    warmup = {"start": 2, "increment": 2, "tokens": 3_000}
-    blend = [[0.7, str(folder / "wiki")], [0.3, str(folder / "books")]]
-    data = {"train": blend, "valid": tiny_run["data"]["train"], "seq_length": 32, "leftovers": "recycle"}
-    return {
-        **tiny_run,
-        "batch_size_warmup": warmup,
-        "data": data,
-        "training": {**tiny_run["training"], "keep_last": 99},
-    }
+def positions(tmp_path_factory):
+    """A corpus whose token at position p is p."""
+    prefix = tmp_path_factory.mktemp("positions") / "corpus"
+    with CorpusWriter(prefix, NUM_TOKENS) as writer:
+        writer.add_document(np.arange(NUM_TOKENS))
+    return IndexedCorpus(prefix)
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory, blended_run):
-    """(folder of an uninterrupted run on two ranks, its output, its file)."""
-    folder = tmp_path_factory.mktemp("warmup")
-    (folder / "run.json").write_text(json.dumps(blended_run))
-    arguments = ("--config", folder / "run.json", "--save", folder / "run")
-    status, output = launch(folder / "log", TRAIN, *arguments, ranks=2)
-    assert status == 0, output
-    return folder / "run", output, folder / "run.json"
+class Case(NamedTuple):
+    """A run: pieces of the corpus for each source, and how they are read."""
+
+    seq_length: int
+    ranges: list[list[int]]  # lengths in tokens, for each source
+    weights: list[float] | None
+    pacing: object
+    rows: object
+    world_size: int
+    method: str
+    recycle: bool
+    epochs: float
+    seed: int
 
 
-def test_every_step_has_the_planned_rows_and_samples(trained, blended_run):
-    save, output, _ = trained
-    config = RunConfig.from_dict(blended_run)
-    timeline, (train, _) = config.timeline(), open_run_data(config)
-    rate, (steps, _) = config.learning_rate(timeline), records(save)
-    planned = [
-        (step, timeline.seqlen(step), timeline.rows(step), timeline.consumed_tokens(step), rate(step))
-        for step in range(1, timeline.steps + 1)
-    ]
-    assert [tuple(r[name] for name in ("step", "seqlen", "rows", "consumed_tokens", "lr")) for r in steps] == planned
-    assert {record["rows"] for record in steps} == {2, 4, 6, 8}
-    assert samples_by_step(save) == planned_samples(train)
-    assert output.count("warning: batch_size_warmup and curriculum_learning are both on") == 1  # on rank 0
+@st.composite
+def cases(draw):
+    full = draw(st.integers(1, 16))
+    length = st.integers(1, full)
+    lowest, step = draw(length), draw(length)
+    step = min(step, lowest)
+    pacing = draw(
+        st.one_of(
+            st.builds(
+                Root, st.just(lowest), st.just(full), st.just(step), st.integers(1, 30), st.sampled_from([0.5, 1, 2])
+            ),
+            st.builds(lambda first, last, at: Discrete((first, last), (at,)), length, length, st.integers(1, 30)),
+            st.builds(lambda a, b, m, n: Mixed((a, b), (m, n)), length, length, st.integers(1, 5), st.integers(1, 5)),
+        )
+    )
+    of_source = st.lists(st.integers(1, 12 * full), max_size=2)
+    ranges = [[draw(st.integers(full + 1, 12 * full + 1)), *draw(of_source)] for _ in range(draw(st.integers(1, 3)))]
+    weight = st.sampled_from([0.1, 0.25, 1.0, 3])
+    weights = [draw(weight) for _ in ranges] if len(ranges) > 1 else None
+    world = draw(st.sampled_from([1, 2, 4]))
+    batch = world * draw(st.integers(1, 3))
+    rising = st.builds(RisingRows, st.just(world), st.just(world), st.integers(1, 50 * full), st.just(batch + world))
+    return Case(
+        full,
+        ranges,
+        weights,
+        pacing,
+        draw(st.just(batch) | rising),
+        world,
+        draw(st.sampled_from(["truncate", "segment", "window"])),
+        draw(st.booleans()),
+        draw(st.floats(0.2, 2.5)),
+        draw(st.integers(0, 2**32)),
+    )
 
 
-def test_the_log_of_samples_covers_both_corpora_epoch_by_epoch(trained, blended_run):
-    """From the log and the lengths alone: how many tokens of each epoch were trained on."""
-    config = RunConfig.from_dict(blended_run)
-    timeline, (train, _) = config.timeline(), open_run_data(config)
-    tokens, numbers = {}, {}
-    for step, samples in samples_by_step(trained[0]).items():
-        for source, epoch, number in samples:
-            tokens[source, epoch] = tokens.get((source, epoch), 0) + timeline.seqlen(step)
-            numbers.setdefault((source, epoch), []).append(number)
-    for source, samples in enumerate(train.sources):
-        epochs = sorted(epoch for of, epoch in tokens if of == source)
-        assert len(epochs) >= 2
+def build(case, corpus):
+    """The run's feed; it is over when the smallest source was read about ``epochs`` times."""
+    sources, position = [], 0
+    for lengths in case.ranges:
+        bounds = np.cumsum([position, *lengths])
+        position = int(bounds[-1])
+        ranges = [(corpus, int(a), int(b)) for a, b in pairwise(bounds)]
+        sources.append(Samples(ranges, case.seq_length, case.seed))
+    tokens = max(int(case.epochs * min(source.num_tokens for source in sources)), 1)
+    timeline = Timeline(case.pacing, case.rows, tokens, Cut(case.method, case.seq_length))
+    return Feed(sources, timeline, case.recycle, case.weights)
+
+
+def read_by_epoch(feed, world_size):
+    """{(source, epoch): positions of the targets trained on}, read rank by rank."""
+    timeline, read = feed.timeline, {}
+    for step in range(1, timeline.steps + 1):
+        share = timeline.samples(step) // world_size
+        parts = [feed.read(step, rank * share, share) for rank in range(world_size)]
+        inputs, targets = (np.concatenate(tokens) for tokens in zip(*parts, strict=True))
+        assert np.array_equal(targets, inputs + 1)
+        assert inputs.shape == (timeline.rows(step), timeline.cut.row_tokens(timeline.seqlen(step)))
+        by_sample = targets.reshape(timeline.samples(step), -1)
+        places = feed.places(step)
+        for source, epoch, tokens in zip(places.source.tolist(), places.epoch.tolist(), by_sample, strict=True):
+            read.setdefault((source, epoch), []).append(tokens)
+    return {key: np.concatenate(tokens) for key, tokens in read.items()}
+
+
+@settings(max_examples=2000, suppress_health_check=[HealthCheck.too_slow])
+@given(case=cases())
+def test_every_token_is_read_once_an_epoch(positions, case):
+    feed = build(case, positions)
+    timeline = feed.timeline
+    read = read_by_epoch(feed, case.world_size)
+    trained = sum(len(tokens) for tokens in read.values())
+    assert trained == timeline.consumed_tokens(timeline.steps)
+    for number, source in enumerate(feed.sources):
+        trainable = np.concatenate([np.arange(first + 1, end) for _, first, end in source.ranges])
+        epochs = sorted(epoch for of, epoch in read if of == number)
+        assert epochs == list(range(len(epochs)))
         for epoch in epochs:
-            assert numbers[source, epoch] == list(range(len(numbers[source, epoch])))
-            assert max(numbers[source, 0]) >= samples.num_samples  # leftovers were read
-        for epoch in epochs[:-1]:
-            assert samples.num_tokens - 32 < tokens[source, epoch] <= samples.num_tokens
-    counted = [sum(len(n) for (of, _), n in numbers.items() if of == source) for source in (0, 1)]
-    assert abs(counted[0] - 0.7 * sum(counted)) < 1
+            tokens = read[number, epoch]
+            assert len(np.unique(tokens)) == len(tokens), "a token was read twice in an epoch"
+            assert np.isin(tokens, trainable).all()
+            if case.recycle and epoch < epochs[-1]:
+                assert len(trainable) - len(tokens) < case.seq_length
+    if not case.recycle:
+        planned = data_use(timeline, case.seq_length, recycle=False)
+        assert planned["dropped_tokens"] == planned["sample_tokens"] - trained
+        assert planned["sample_tokens"] == case.seq_length * sum(
+            len(feed.places(step).source) for step in range(1, timeline.steps + 1)
+        )
 
 
-@pytest.fixture(scope="module")
-def continued(trained):
-    """The folder of further runs: the blend continued on two ranks and on one, and small runs of each method."""
-    save, _, run_file = trained
-    folder = save.parent
-
-    def run(name, sets=(), resume="auto"):
-        return {"config": str(run_file), "sets": list(sets), "save": str(folder / name), "resume": str(resume)}
-
-    resume = save / "global_step30"
-    small = [run(name, [*SMALL, *sets]) for name, sets in SMALL_RUNS.items()]
-    again = run("window-resumed", [*SMALL, *SMALL_RUNS["window"]], folder / "window" / f"global_step{RECYCLED}")
-    launch_runs(folder, "two", [run("resumed", (), resume), small[0], small[1], again, *small[2:]], ranks=2)
-    one = {"segment": SMALL_RUNS["segment"][:1], "window": SMALL_RUNS["window"][:1]}
-    references = [run(f"{name}-one", [*SMALL, *sets]) for name, sets in one.items()]
-    restarted = run("restarted", [*SMALL, *one["window"], "curriculum_learning.restart_positions=true"])
-    launch_runs(folder, "one", [run("one-rank", (), resume), *references, restarted], ranks=1)
-    return folder
+@settings(max_examples=100, suppress_health_check=[HealthCheck.too_slow])
+@given(case=cases())
+def test_stretches_are_what_is_read(positions, case):
+    feed = build(case, positions)
+    for step in {1, (feed.timeline.steps + 1) // 2, feed.timeline.steps}:
+        inputs, _ = feed.read(step)
+        found = np.full((feed.timeline.samples(step), inputs.size // feed.timeline.samples(step)), -1)
+        for source, parts in feed.stretches(step):
+            for row, column, length, number, start in zip(*parts, strict=True):
+                _, first, end = feed.sources[source].ranges[number]
+                assert first <= start < start + length < end
+                assert (found[row, column : column + length] == -1).all()
+                found[row, column : column + length] = np.arange(start, start + length)
+        assert np.array_equal(found.reshape(inputs.shape), inputs)
 
 
-def assert_same(ours, theirs, tolerance):
-    for one, other in zip(ours, theirs, strict=True):
-        assert len(one) == len(other)
-        for ours_, theirs_ in zip(one, other, strict=True):
-            for name, value in ours_.items():
-                rounded = tolerance if name.endswith(("loss", "_ppl", "_norm", "_max")) else 0.0
-                assert value == pytest.approx(theirs_[name], rel=rounded, abs=0.0), (name, ours_, theirs_)
+def test_blends_are_read_in_proportion(positions):
+    sources = [Samples([(positions, 0, 1001)], 10, 1), Samples([(positions, 2000, 2101)], 10, 1)]
+    feed = Feed(sources, Timeline(Discrete((4,), ()), 8, 4000), True, [0.75, 0.25])
+    places = [feed.places(step) for step in range(1, feed.timeline.steps + 1)]
+    source = np.concatenate([place.source for place in places])
+    count = np.cumsum(source)
+    assert np.abs(count - np.arange(1, len(source) + 1) / 4).max() < 1
+    epochs = np.concatenate([place.epoch for place in places])
+    # 1000 samples of 4 tokens: 750 of the first are 3 epochs of 1000 tokens; 250 of the second 10 epochs of 100.
+    assert (epochs[source == 0].max(), epochs[source == 1].max()) == (3, 10)
 
 
-def test_a_resume_amid_the_warmup_equals_the_uninterrupted_run(trained, continued, blended_run):
-    save, _, _ = trained
-    timeline = RunConfig.from_dict(blended_run).timeline()
-    assert 2 < timeline.rows(30) < timeline.rows(timeline.steps)
-    for ours, theirs in zip(records(continued / "resumed"), records(save), strict=True):
-        assert ours == [record for record in theirs if record["step"] > 30]
-    samples = {step: read for step, read in samples_by_step(save).items() if step > 30}
-    assert samples_by_step(continued / "resumed") == samples
-
-
-@pytest.mark.parametrize("name", SMALL_RUNS)
-def test_each_method_trains_as_on_one_rank(continued, trained, name):
-    config = RunConfig.load(trained[2], [*SMALL, SMALL_RUNS[name][0]])
-    timeline, (train, _) = config.timeline(), open_run_data(config)
-    steps, evaluations = records(continued / name)
-    assert [(r["seqlen"], r["rows"], r["consumed_tokens"]) for r in steps] == [
-        (timeline.seqlen(step), timeline.rows(step), timeline.consumed_tokens(step))
-        for step in range(1, timeline.steps + 1)
-    ]
-    assert samples_by_step(continued / name) == planned_samples(train)
-    assert evaluations
-    assert_same((steps, evaluations), records(continued / f"{name.split('-')[0]}-one"), 2e-4)
-
-
-def test_windows_resume_to_the_last_bit(continued):
-    expected = [[r for r in part if r["step"] > RECYCLED] for part in records(continued / "window")]
-    assert_same(records(continued / "window-resumed"), expected, 0.0)
-
-
-def test_positions_may_restart_in_each_window(continued):
-    runs_on, restarts = records(continued / "window-one")[0], records(continued / "restarted")[0]
-    assert 0 < abs(restarts[0]["loss"] - runs_on[0]["loss"]) < 0.1 * runs_on[0]["loss"]
-
-
-def test_the_blend_goes_on_on_another_number_of_ranks(continued, trained):
-    samples = {step: read for step, read in samples_by_step(trained[0]).items() if step > 30}
-    assert samples_by_step(continued / "one-rank") == samples
+def test_what_a_step_has_not(positions):
+    feed = Feed([Samples([(positions, 0, 1001)], 10, 1)], Timeline(Discrete((4,), ()), 8, 4000), False)
+    assert feed.read(3, 6)[0].shape == (2, 4)
+    with pytest.raises(IndexError, match=r"samples 6..9 are outside the 8 of step 3"):
+        feed.read(3, 6, 3)
+    with pytest.raises(ConfigError, match=r"data.train: 1 sources and 2 weights"):
+        Feed(feed.sources, feed.timeline, False, [1, 2])

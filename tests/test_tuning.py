@@ -13,16 +13,16 @@ import numpy as np
 import psutil
 import pytest
 from conftest import ROOT, launch_command
-from test_space import changed
 from test_training import records
+from test_tuning_space import changed
 
 from seqlen_curriculum import CheckpointError, RunConfig
 from seqlen_curriculum.analysis.stability import ratios_to_best
-from seqlen_curriculum.cli import DIVERGED
-from seqlen_curriculum.course import steps_alike
+from seqlen_curriculum.config.equivalence import steps_alike
 from seqlen_curriculum.data.writer import CorpusWriter
-from seqlen_curriculum.jsonfile import read_json
-from seqlen_curriculum.runlog import RunLog
+from seqlen_curriculum.errors import DIVERGED
+from seqlen_curriculum.files import read_json
+from seqlen_curriculum.run_folder.run_log import RunLog
 from seqlen_curriculum.tuning.cost import cost_of
 from seqlen_curriculum.tuning.probes import ProbeRun
 from seqlen_curriculum.tuning.search import Candidate, upcoming

@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from seqlen_curriculum.errors import ConfigError
 from seqlen_curriculum.models.gpt2 import CausalLM, save_hf, set_window
-from seqlen_curriculum.models.gpt2_layers import WordEmbedding, hidden_loss, middle_layers, with_head
+from seqlen_curriculum.models.gpt2_pipeline_layers import WordEmbedding, hidden_loss, middle_layers, with_head
 
 SEQLEN = 36
 WINDOWS = [1, 5, 12, 18, 35, 36, 37]  # of 5 a window of 1 is left over; 35 leaves 1 too; 37 is above the row

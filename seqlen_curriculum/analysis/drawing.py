@@ -11,10 +11,10 @@ from pathlib import Path
 from textwrap import wrap
 from typing import Any
 
-from seqlen_curriculum.analysis.curves import Run, Series
 from seqlen_curriculum.analysis.formats import tick
 from seqlen_curriculum.analysis.plots import SUMMARY, Plot
-from seqlen_curriculum.analysis.seeds import seed_groups
+from seqlen_curriculum.analysis.run import Run, Series
+from seqlen_curriculum.analysis.seed_groups import seed_groups
 
 __all__ = ["COLOURS", "draw_run", "save_png", "style_of", "svg"]
 

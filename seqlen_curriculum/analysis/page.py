@@ -7,11 +7,11 @@ from datetime import UTC, datetime
 from typing import Any
 
 from seqlen_curriculum.analysis import formats, tables
-from seqlen_curriculum.analysis.curves import Run
 from seqlen_curriculum.analysis.drawing import style_of, svg
 from seqlen_curriculum.analysis.markup import Markup, tag
 from seqlen_curriculum.analysis.plots import PLOTS
-from seqlen_curriculum.analysis.seeds import seed_groups
+from seqlen_curriculum.analysis.run import Run
+from seqlen_curriculum.analysis.seed_groups import seed_groups
 from seqlen_curriculum.analysis.style import STYLE
 
 __all__ = ["page"]

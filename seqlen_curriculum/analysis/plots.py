@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from seqlen_curriculum.analysis.curves import Run
+from seqlen_curriculum.analysis.run import Run
 from seqlen_curriculum.analysis.stability import SPIKE
 
 __all__ = ["PLOTS", "SUMMARY", "Plot"]

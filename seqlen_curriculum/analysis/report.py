@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from seqlen_curriculum import fields
-from seqlen_curriculum.analysis.curves import Run
-from seqlen_curriculum.analysis.outcome import outcome
-from seqlen_curriculum.analysis.seeds import over_seeds
+from seqlen_curriculum.analysis.run import Run
+from seqlen_curriculum.analysis.seed_groups import over_seeds
+from seqlen_curriculum.analysis.sentences import outcome
 
 __all__ = ["MADE_BY", "report"]
 

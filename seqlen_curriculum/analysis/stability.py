@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from seqlen_curriculum.fluctuation import SIGNIFICANT
+from seqlen_curriculum.schedule.schedule_config import SIGNIFICANT
 
 __all__ = ["SPIKE", "describe_stability", "ratios_to_best", "stability"]
 

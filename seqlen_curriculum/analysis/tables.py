@@ -9,7 +9,7 @@ from typing import Any
 from seqlen_curriculum.analysis import formats
 from seqlen_curriculum.analysis.markup import Markup, joined, table, tag
 from seqlen_curriculum.analysis.stability import SPIKE
-from seqlen_curriculum.fluctuation import SIGNIFICANT
+from seqlen_curriculum.schedule.schedule_config import SIGNIFICANT
 
 __all__ = ["conditions", "cost", "differences", "instability", "launches", "rollbacks", "seeds", "settings", "spikes"]
 

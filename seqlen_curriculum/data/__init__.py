@@ -1,13 +1,13 @@
 """Corpora as one stream of tokens, addressed by arithmetic: read, write, order and sample them.
 
-Preparing a corpus from text is in ``seqlen_curriculum.data.prepare``, which alone needs ``tokenizers``.
+Preparing a corpus from text is in ``seqlen_curriculum.data.preparation``, which alone needs ``tokenizers``.
 """
 
 from seqlen_curriculum.data.blend import Blend
-from seqlen_curriculum.data.feed import Feed
 from seqlen_curriculum.data.indexed import IndexedCorpus
 from seqlen_curriculum.data.permutation import permute
 from seqlen_curriculum.data.samples import Samples, check_token_ids, open_split, split_bounds
+from seqlen_curriculum.data.training_data import Feed
 from seqlen_curriculum.data.writer import CorpusWriter
 
 __all__ = [

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.lib.stride_tricks import as_strided
 from numpy.typing import ArrayLike, NDArray
 
-from seqlen_curriculum.data_section import corpus_prefix
+from seqlen_curriculum.config.data import corpus_prefix
 from seqlen_curriculum.errors import DataError
 
 __all__ = ["DTYPES", "HEADER", "MAGIC", "VERSION", "IndexedCorpus"]

@@ -23,7 +23,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from seqlen_curriculum.piecewise import Piecewise
+from seqlen_curriculum.schedule.piecewise import Piecewise
 
 __all__ = ["Epochs", "Leftovers", "Runs"]
 

@@ -13,8 +13,8 @@ from typing import BinaryIO
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from seqlen_curriculum.config.data import corpus_prefix
 from seqlen_curriculum.data.indexed import HEADER, MAGIC, VERSION, IndexedCorpus
-from seqlen_curriculum.data_section import corpus_prefix
 from seqlen_curriculum.errors import DataError
 
 __all__ = ["CorpusWriter", "TokenFiles", "publish", "store", "token_dtype"]

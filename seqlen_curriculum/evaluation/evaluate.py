@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from seqlen_curriculum.errors import ConfigError
+from seqlen_curriculum.evaluation.distributed import Ranks
 from seqlen_curriculum.evaluation.lambada import read_lambada
-from seqlen_curriculum.evaluation.ranks import Ranks
 from seqlen_curriculum.evaluation.scoring import BATCH_TOKENS, score
 from seqlen_curriculum.evaluation.task import Prepared, Task
 from seqlen_curriculum.evaluation.wikitext import read_wikitext103
 from seqlen_curriculum.fields import nearest
-from seqlen_curriculum.hf_folder import sizes_in
+from seqlen_curriculum.run_folder.model_folder import sizes_in
 
 __all__ = ["TASKS", "describe", "evaluate", "read_tasks", "window"]
 

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from seqlen_curriculum.errors import CheckpointError, ConfigError
-from seqlen_curriculum.evaluation.ranks import Ranks
+from seqlen_curriculum.evaluation.distributed import Ranks
 from seqlen_curriculum.evaluation.task import Row, Scores
 
 __all__ = ["BATCH_TOKENS", "batches", "score"]

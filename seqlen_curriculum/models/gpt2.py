@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AttentionInterface, GPT2Config, GPT2LMHeadModel
 
-from seqlen_curriculum.architecture import ModelConfig
+from seqlen_curriculum.config.model import ModelConfig
 from seqlen_curriculum.errors import ConfigError
 from seqlen_curriculum.models.cross_entropy import mean_cross_entropy
 from seqlen_curriculum.models.pretrained import quiet

@@ -15,7 +15,7 @@ from transformers.utils import logging
 
 from seqlen_curriculum.data.tokenizer import END_OF_TEXT, read_tokenizer, tokenizer_files, vocab_size
 from seqlen_curriculum.errors import CheckpointError, ConfigError
-from seqlen_curriculum.hf_folder import model_folder, vocabulary
+from seqlen_curriculum.run_folder.model_folder import model_folder, vocabulary
 
 __all__ = [
     "copy_tokenizer",

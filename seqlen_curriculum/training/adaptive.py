@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from seqlen_curriculum.config import RunConfig
-from seqlen_curriculum.curriculum import AdaptiveCurriculum
+from seqlen_curriculum.config.run import RunConfig
+from seqlen_curriculum.schedule.curriculum_config import AdaptiveCurriculum
 from seqlen_curriculum.training.lr_scheduler import TokenCosineLR
 from seqlen_curriculum.training.telemetry import say
 from seqlen_curriculum.training.trainer import Trainer

@@ -16,12 +16,26 @@ from typing import Any, TypeVar
 
 from deepspeed import comm as dist
 
-from seqlen_curriculum.course import trains_alike
+from seqlen_curriculum.config.equivalence import trains_alike
 from seqlen_curriculum.errors import CheckpointError, SeqlenCurriculumError
-from seqlen_curriculum.fluctuation import Evaluations
-from seqlen_curriculum.jsonfile import replace_text
-from seqlen_curriculum.ledger import LEDGER, Rollback, begun_by, read_ledger, same_course, steps_to_keep, write_ledger
-from seqlen_curriculum.manifest import MANIFEST, Checkpoint, checkpoint_folders, differences, read_checkpoint
+from seqlen_curriculum.files import replace_text
+from seqlen_curriculum.run_folder.checkpoint_manifest import (
+    MANIFEST,
+    Checkpoint,
+    checkpoint_folders,
+    differences,
+    read_checkpoint,
+)
+from seqlen_curriculum.run_folder.evaluations import Evaluations
+from seqlen_curriculum.run_folder.rollbacks import (
+    LEDGER,
+    Rollback,
+    begun_by,
+    read_ledger,
+    same_course,
+    steps_to_keep,
+    write_ledger,
+)
 from seqlen_curriculum.training.reshard import load_resharded
 from seqlen_curriculum.training.telemetry import say
 

@@ -16,7 +16,7 @@ from deepspeed.pipe import PipelineModule
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from torch.optim import Optimizer
 
-from seqlen_curriculum.config import RunConfig
+from seqlen_curriculum.config.run import RunConfig
 from seqlen_curriculum.errors import ConfigError
 from seqlen_curriculum.training.lr_scheduler import TokenCosineLR
 from seqlen_curriculum.training.pipeline import follow_shapes

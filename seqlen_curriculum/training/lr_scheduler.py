@@ -7,7 +7,7 @@ from typing import Any
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from seqlen_curriculum.token_lr import TokenCosine
+from seqlen_curriculum.schedule.token_lr import TokenCosine
 
 __all__ = ["TokenCosineLR"]
 

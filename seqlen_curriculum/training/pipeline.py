@@ -12,7 +12,7 @@ from deepspeed.pipe import PipelineModule, TiedLayerSpec
 from safetensors.torch import save_file
 
 from seqlen_curriculum.models.gpt2 import CausalLM, save_config
-from seqlen_curriculum.models.gpt2_layers import WordEmbedding, hidden_loss, middle_layers, with_head
+from seqlen_curriculum.models.gpt2_pipeline_layers import WordEmbedding, hidden_loss, middle_layers, with_head
 
 __all__ = ["GPT2Stages", "follow_shapes"]
 

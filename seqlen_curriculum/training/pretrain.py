@@ -12,28 +12,28 @@ import deepspeed
 import torch
 from deepspeed import comm as dist
 
-from seqlen_curriculum.architecture import ModelConfig
-from seqlen_curriculum.config import RunConfig
-from seqlen_curriculum.data.feed import Feed
+from seqlen_curriculum.config.deepspeed import batch_shape
+from seqlen_curriculum.config.model import ModelConfig
+from seqlen_curriculum.config.run import RunConfig
 from seqlen_curriculum.data.samples import Samples
 from seqlen_curriculum.data.tokenizer import read_tokenizer, tokenizer_files
-from seqlen_curriculum.deepspeed_keys import batch_shape
+from seqlen_curriculum.data.training_data import Feed
 from seqlen_curriculum.errors import CheckpointError
-from seqlen_curriculum.fluctuation import Evaluations
-from seqlen_curriculum.ledger import LEDGER
-from seqlen_curriculum.lock import lock_folder
-from seqlen_curriculum.manifest import Checkpoint
+from seqlen_curriculum.files import lock_folder
+from seqlen_curriculum.models.causal_lm import build_model
 from seqlen_curriculum.models.gpt2 import CausalLM, set_window
-from seqlen_curriculum.models.initial import build_model
 from seqlen_curriculum.models.pretrained import copy_tokenizer
-from seqlen_curriculum.runlog import RunLog, read_runlog
+from seqlen_curriculum.run_folder.checkpoint_manifest import Checkpoint
+from seqlen_curriculum.run_folder.evaluations import Evaluations
+from seqlen_curriculum.run_folder.rollbacks import LEDGER
+from seqlen_curriculum.run_folder.run_log import RunLog, read_runlog
 from seqlen_curriculum.training.adaptive import Adaptive
-from seqlen_curriculum.training.assemble import assemble
+from seqlen_curriculum.training.build import assemble
 from seqlen_curriculum.training.checkpoint import Checkpoints, on_rank_0
 from seqlen_curriculum.training.compile import compile_blocks
-from seqlen_curriculum.training.guard import Abandoned, Guard
 from seqlen_curriculum.training.rollback import losses_so_far, roll_back, tell_of_skipped
 from seqlen_curriculum.training.run_info import record_launch
+from seqlen_curriculum.training.spike_guard import Abandoned, Guard
 from seqlen_curriculum.training.telemetry import Telemetry, say
 from seqlen_curriculum.training.trainer import StopSignals, Trainer
 

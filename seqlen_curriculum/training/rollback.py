@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from seqlen_curriculum.errors import DivergenceError
-from seqlen_curriculum.ledger import LEDGER, Rollback, skipped_window
-from seqlen_curriculum.manifest import Checkpoint
-from seqlen_curriculum.runlog import read_runlog
+from seqlen_curriculum.run_folder.checkpoint_manifest import Checkpoint
+from seqlen_curriculum.run_folder.rollbacks import LEDGER, Rollback, skipped_window
+from seqlen_curriculum.run_folder.run_log import read_runlog
 from seqlen_curriculum.training.checkpoint import Checkpoints, on_rank_0
-from seqlen_curriculum.training.guard import MOST_ROLLBACKS, REMEDIES, LossesSoFar, Spike
+from seqlen_curriculum.training.spike_guard import MOST_ROLLBACKS, REMEDIES, LossesSoFar, Spike
 from seqlen_curriculum.training.telemetry import say
 
 __all__ = ["losses_so_far", "roll_back", "seconds_after", "tell_of_skipped"]

@@ -15,7 +15,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 
 from seqlen_curriculum.errors import CheckpointError
-from seqlen_curriculum.jsonfile import replace_text
+from seqlen_curriculum.files import replace_text
 
 __all__ = ["record_launch"]
 

@@ -9,8 +9,8 @@ from typing import Any
 from deepspeed import comm as dist
 from tqdm import tqdm
 
-from seqlen_curriculum.runlog import RunLog
-from seqlen_curriculum.timeline import Timeline
+from seqlen_curriculum.run_folder.run_log import RunLog
+from seqlen_curriculum.schedule.timeline import Timeline
 
 __all__ = ["Telemetry", "say"]
 

@@ -15,7 +15,7 @@ from deepspeed.utils import groups
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from seqlen_curriculum.config import RunConfig
+from seqlen_curriculum.config.run import RunConfig
 from seqlen_curriculum.models.gpt2 import CausalLM
 
 __all__ = ["is_cut", "prepare", "whole"]

@@ -18,18 +18,18 @@ import numpy.typing as npt
 import torch
 from deepspeed import comm as dist
 
-from seqlen_curriculum.config import TrainingConfig
-from seqlen_curriculum.data.feed import Feed
+from seqlen_curriculum.config.run import TrainingConfig
 from seqlen_curriculum.data.samples import Samples
-from seqlen_curriculum.fluctuation import Evaluations
-from seqlen_curriculum.microbatch import balanced_rows
-from seqlen_curriculum.runlog import RunLog
-from seqlen_curriculum.timeline import Timeline
+from seqlen_curriculum.data.training_data import Feed
+from seqlen_curriculum.run_folder.evaluations import Evaluations
+from seqlen_curriculum.run_folder.run_log import RunLog
+from seqlen_curriculum.schedule.micro_batch import balanced_rows
+from seqlen_curriculum.schedule.timeline import Timeline
+from seqlen_curriculum.training.adam_moments import adam_moments
 from seqlen_curriculum.training.engine import begin_step, skip_step
 from seqlen_curriculum.training.executor import Executor
-from seqlen_curriculum.training.guard import Guard
-from seqlen_curriculum.training.moments import adam_moments
 from seqlen_curriculum.training.preflight import preflight
+from seqlen_curriculum.training.spike_guard import Guard
 from seqlen_curriculum.training.telemetry import Telemetry, say
 
 __all__ = ["StopSignals", "Trainer", "row_seed"]

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from seqlen_curriculum.config import RunConfig
+from seqlen_curriculum.config.run import RunConfig
 
 __all__ = ["Cost", "cost_of"]
 

@@ -20,14 +20,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from seqlen_curriculum.analysis.stability import ratios_to_best
-from seqlen_curriculum.cli import DIVERGED
-from seqlen_curriculum.config import RunConfig
-from seqlen_curriculum.course import steps_alike
-from seqlen_curriculum.errors import CheckpointError, SeqlenCurriculumError
-from seqlen_curriculum.jsonfile import replace_text
-from seqlen_curriculum.lock import is_locked, lock_of, try_lock
-from seqlen_curriculum.manifest import Checkpoint, checkpoint_folders, read_checkpoint
-from seqlen_curriculum.runlog import RunLog, read_runlog
+from seqlen_curriculum.config.equivalence import steps_alike
+from seqlen_curriculum.config.run import RunConfig
+from seqlen_curriculum.errors import DIVERGED, CheckpointError, SeqlenCurriculumError
+from seqlen_curriculum.files import is_locked, lock_of, replace_text, try_lock
+from seqlen_curriculum.run_folder.checkpoint_manifest import Checkpoint, checkpoint_folders, read_checkpoint
+from seqlen_curriculum.run_folder.run_log import RunLog, read_runlog
 
 __all__ = ["ProbeRun", "Trial", "inherit"]
 

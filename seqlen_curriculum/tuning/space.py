@@ -8,11 +8,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from seqlen_curriculum.config import RunConfig
-from seqlen_curriculum.curriculum import BLOCK, RampCurriculum
+from seqlen_curriculum.config.run import RunConfig
 from seqlen_curriculum.errors import ConfigError
-from seqlen_curriculum.fluctuation import SIGNIFICANT
-from seqlen_curriculum.schedules import DURATIONS
+from seqlen_curriculum.schedule.curriculum_config import BLOCK, RampCurriculum
+from seqlen_curriculum.schedule.schedule_config import DURATIONS, SIGNIFICANT
 from seqlen_curriculum.tuning.search import Space
 
 __all__ = ["Settings", "scheduled", "space_of", "warmup_steps"]

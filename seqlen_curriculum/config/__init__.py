@@ -1,0 +1,8 @@
+"""The one JSON file of a run: its sections, checked strictly."""
+
+from seqlen_curriculum.config.data import DataConfig
+from seqlen_curriculum.config.model import ModelConfig
+from seqlen_curriculum.config.run import RunConfig
+from seqlen_curriculum.config.training import TrainingConfig
+
+__all__ = ["DataConfig", "ModelConfig", "RunConfig", "TrainingConfig"]

@@ -1,0 +1,86 @@
+"""Whether two runs train alike up to a step: then a checkpoint of one serves the other as its own.
+
+Training is a function of the step, so runs of different schedules share what they have in common: the beginning of two
+ramps from the same length, say, up to the step at which the steeper one leaves it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from seqlen_curriculum.config.run import RunConfig
+from seqlen_curriculum.errors import ConfigError
+from seqlen_curriculum.schedule.piecewise import Steps
+
+__all__ = ["Course", "steps_alike", "trains_alike"]
+
+_SCHEDULES = ("curriculum_learning", "batch_size_warmup", "scheduler")
+
+
+class Course(NamedTuple):
+    """All that the schedules of a run decide, (steps,) each; ``rate`` is None where it is DeepSpeed's own."""
+
+    seqlen: Steps
+    samples: Steps
+    method: str
+    rate: Any
+
+    @classmethod
+    def of(cls, config: RunConfig, last_step: int) -> Course:
+        """Of steps 1 to ``last_step``. Raises ConfigError as ``RunConfig.timeline`` does."""
+        timeline, steps = config.timeline(), np.arange(1, last_step + 1)
+        rate = config.learning_rate(timeline)
+        method = config.cut.method
+        return cls(timeline.seqlen(steps), timeline.samples(steps), method, rate(steps) if rate else None)
+
+
+def steps_alike(one: RunConfig, other: RunConfig, last_step: int) -> int:
+    """How many steps, at most ``last_step``, two runs that differ in their schedules alone train alike from the first on.
+
+    0 where something else than the step decides: an ``adaptive`` schedule, or other rates of DeepSpeed's own. Raises
+    ConfigError for a run without ``train_batch_size`` or ``training.train_tokens``.
+    """
+    if one.adapts or other.adapts or one.deepspeed.get("scheduler") != other.deepspeed.get("scheduler"):
+        return 0
+    ours, theirs = Course.of(one, last_step), Course.of(other, last_step)
+    if ours.method != theirs.method or (ours.rate is None) != (theirs.rate is None):
+        return 0
+    unlike = (ours.seqlen != theirs.seqlen) | (ours.samples != theirs.samples)
+    if ours.rate is not None:
+        unlike |= ours.rate != theirs.rate
+    return int(np.argmax(unlike)) if unlike.any() else last_step
+
+
+def trains_alike(saved: Mapping[str, Any], ours: Mapping[str, Any], step: int) -> bool:
+    """Whether two runs of these settings (``RunConfig.settings``) differ in schedules alone, and not up to ``step``."""
+    changed = [name for name in {*saved, *ours} if saved.get(name) != ours.get(name)]
+    if not all(_is_scheduled(name) for name in changed):
+        return False
+    try:
+        return steps_alike(_from_settings(saved), _from_settings(ours), step) == step
+    except ConfigError:  # of another version
+        return False
+
+
+def _is_scheduled(setting: str) -> bool:
+    """Whether a setting matters by the lengths, rows and rates it gives, all of which are compared."""
+    if setting in ("training.train_tokens", "training.seqlen_bucket"):
+        return True
+    return setting.partition(".")[0] in _SCHEDULES and setting != "curriculum_learning.restart_positions"
+
+
+def _from_settings(settings: Mapping[str, Any]) -> RunConfig:
+    """The schedules of a run, read back from its settings."""
+    tree: dict[str, Any] = {}
+    for name, value in settings.items():
+        *parents, key = name.split(".")
+        section = tree
+        for parent in parents:
+            section = section.setdefault(parent, {})
+        section[key] = value
+    kept = {name: tree[name] for name in ("train_batch_size", "optimizer", *_SCHEDULES) if name in tree}
+    data = {"train": ["-"], "seq_length": settings.get("data.seq_length")}
+    return RunConfig.from_dict({**kept, "data": data, "training": tree.get("training")})

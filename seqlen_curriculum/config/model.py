@@ -1,0 +1,191 @@
+"""The shape of a model: presets, the ``model`` section, and what it counts to (parameters, FLOPs).
+
+Needs no torch, so a run can be planned where no model could be built.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, overload
+
+from pydantic import Field, model_validator
+
+from seqlen_curriculum.errors import CheckpointError, SeqlenCurriculumError
+from seqlen_curriculum.fields import Count, Section, Seqlen, nearest
+from seqlen_curriculum.run_folder.model_folder import SIZES, PretrainedModel, no_size, read_pretrained
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+__all__ = ["PRESETS", "VOCAB_MULTIPLE", "ModelConfig"]
+
+VOCAB_MULTIPLE = 128
+"""The head's width is rounded up to this, as in Megatron: 50257 words make 50304 rows, which tensor cores divide well."""
+
+
+def _shape(
+    num_layers: int, hidden_size: int, num_attention_heads: int, max_position_embeddings: int, vocab_size: int = 50257
+) -> dict[str, int]:
+    return {
+        "num_layers": num_layers,
+        "hidden_size": hidden_size,
+        "num_attention_heads": num_attention_heads,
+        "max_position_embeddings": max_position_embeddings,
+        "vocab_size": vocab_size,
+    }
+
+
+PRESETS: dict[str, dict[str, int]] = {
+    # For a CPU and for tests; heads of 16, 32 and 32.
+    "tiny-200k": _shape(2, 64, 4, 1024, 512),  # 198,400 parameters, half of them positions and words
+    "tiny-1m": _shape(2, 128, 4, 1024, 4096),  # 1,052,160
+    "tiny-2m": _shape(4, 160, 5, 1024, 4096),  # 2,056,640
+    # GPT-2 (Radford et al. 2019, table 2). The smallest was published as 117M; it has 124M.
+    "gpt2-117m": _shape(12, 768, 12, 1024),  # the paper's first model
+    "gpt2-345m": _shape(24, 1024, 16, 1024),
+    "gpt2-774m": _shape(36, 1280, 20, 1024),
+    "gpt2-1.5b": _shape(48, 1600, 25, 1024),  # the paper's second model
+    # GPT-3 (Brown et al. 2020, table 2.1): twice the context.
+    "gpt3-125m": _shape(12, 768, 12, 2048),  # the paper's third model
+    "gpt3-1.3b": _shape(24, 2048, 16, 2048),  # 16 heads of 128; the GPT-3 paper's 24 don't divide 2048
+}
+"""Name to shape. Parameter counts include the padding of the vocabulary."""
+
+
+class ModelConfig(Section):
+    """The ``model`` section: a preset, the five sizes, a preset with some of them overridden, or a model to go on from."""
+
+    preset: str | None = None
+    """A name of ``PRESETS``; it gives every size below that isn't written out."""
+
+    hf_checkpoint: str | None = None
+    """Folder of a Hugging Face causal language model, ours or anybody's, whose architecture and weights training starts
+    from. It gives the five sizes; written out as well they must be the same."""
+
+    num_layers: Count
+    """Transformer blocks."""
+
+    hidden_size: Count
+    """Width of the residual stream; a multiple of ``num_attention_heads``."""
+
+    num_attention_heads: Count
+    """Attention heads of a block."""
+
+    max_position_embeddings: Seqlen
+    """Learned positions: the longest seqlen the model can read, in tokens."""
+
+    vocab_size: Count
+    """Token ids the data uses, ``0`` to ``vocab_size - 1``; 50257 for GPT-2's BPE."""
+
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Probability, for embeddings, attention and residuals alike. The paper's Megatron recipe has 0.1. Of a GPT-2: others,
+    of ``hf_checkpoint``, have their own in their ``config.json``."""
+
+    activation_checkpointing: bool = False
+    """Keep only each block's input and recompute the rest in backward: less memory, about a third more compute."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_sizes(cls, data: Any) -> Any:
+        return _with_sizes_of_folder(_with_sizes_of_preset(data)) if isinstance(data, dict) else data
+
+    @model_validator(mode="after")
+    def _dropout_is_known(self) -> ModelConfig:
+        if self.dropout and not self.is_gpt2:
+            assert self.initial is not None
+            raise ValueError(
+                f"dropout {self.dropout} is not used by a {self.initial.model_type}, whose own is in its config.json; leave "
+                "it out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _heads_divide_hidden_size(self) -> ModelConfig:
+        if self.is_gpt2 and self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}; "
+                "change one of them"
+            )
+        return self
+
+    @cached_property
+    def initial(self) -> PretrainedModel | None:
+        """The model in ``hf_checkpoint``. CheckpointError, ConfigError if it has changed since."""
+        return read_pretrained(Path(self.hf_checkpoint)) if self.hf_checkpoint else None
+
+    @property
+    def is_gpt2(self) -> bool:
+        """Whether it is a GPT-2, which every engine trains; other architectures train data-parallel."""
+        return self.initial is None or self.initial.is_plain_gpt2
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the word embedding and of the tied head: ``vocab_size`` rounded up to ``VOCAB_MULTIPLE``, of a GPT-2."""
+        if not self.is_gpt2:
+            return self.vocab_size
+        return -(-self.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+
+    def parameter_count(self) -> int:
+        """Exact number of trained parameters; the tied head counts once, padded vocabulary rows count."""
+        if self.initial is not None and not self.is_gpt2:
+            return self.initial.parameter_count()
+        width = self.hidden_size
+        inner = (self.initial and self.initial.config.get("n_inner")) or 4 * width
+        # A block: qkv 3w^2+3w, projection w^2+w, MLP w*i+i and i*w+w, two layer norms 4w.
+        block = 4 * width**2 + 9 * width + 2 * width * inner + inner
+        embeddings = (self.padded_vocab_size + self.max_position_embeddings) * width
+        return embeddings + self.num_layers * block + 2 * width  # + the last layer norm
+
+    @overload
+    def flops_per_token(self, seqlen: float) -> float: ...
+    @overload
+    def flops_per_token(self, seqlen: NDArray[Any]) -> NDArray[np.float64]: ...
+    def flops_per_token(self, seqlen: Any) -> Any:
+        """Training FLOPs (forward and backward) of one token in a sequence of ``seqlen`` tokens; arrays elementwise.
+
+        ``6 N + 12 num_layers hidden_size seqlen`` (PaLM, appendix B; Megatron's formula to within biases). ``N`` leaves
+        out position embeddings, which are looked up, and counts the word embedding once, for the head's product.
+        Attention counts as if not causal, as both do; recomputation for activation checkpointing is not counted.
+        """
+        looked_up = self.max_position_embeddings * self.hidden_size
+        if self.initial is not None and not self.is_gpt2:
+            looked_up = self.initial.looked_up_count()
+        multiplied = self.parameter_count() - looked_up
+        return 6.0 * multiplied + 12.0 * self.num_layers * self.hidden_size * seqlen
+
+
+def _with_sizes_of_preset(data: dict[str, Any]) -> dict[str, Any]:
+    name = data.get("preset")
+    if not isinstance(name, str):
+        return data
+    if name not in PRESETS:
+        raise ValueError(f"preset '{name}' is unknown{nearest(name, PRESETS)}")
+    return {**PRESETS[name], **data}
+
+
+def _with_sizes_of_folder(data: dict[str, Any]) -> dict[str, Any]:
+    path = data.get("hf_checkpoint")
+    if not isinstance(path, str):
+        return data
+    if not path:
+        raise ValueError("hf_checkpoint: '' names no folder; name one, or leave it out for a new model")
+    try:
+        found = read_pretrained(Path(path))
+        sizes = found.sizes()
+    except CheckpointError as error:
+        more = "a run that began from a folder needs it, with its files, each time it goes on"
+        raise ValueError(f"hf_checkpoint: {error}; {more}") from error
+    except SeqlenCurriculumError as error:
+        raise ValueError(f"hf_checkpoint: {error}") from error
+    missing = [size for size in SIZES if size not in sizes and size not in data]
+    if missing:
+        raise ValueError(f"hf_checkpoint: {path}: {no_size(missing[0], found.config)}")
+    for size, value in sizes.items():
+        if data.get(size, value) != value:
+            raise ValueError(
+                f"{size}: {data[size]} is not that of hf_checkpoint {path}, {value}; leave out the size, and the preset "
+                "that gives it, or name another folder"
+            )
+    return {**data, **sizes}

@@ -1,0 +1,93 @@
+"""The data of a run's configuration, checked before any work."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from seqlen_curriculum.config.data import DataConfig
+from seqlen_curriculum.config.model import ModelConfig
+from seqlen_curriculum.config.run import RunConfig
+from seqlen_curriculum.data.indexed import IndexedCorpus
+from seqlen_curriculum.data.samples import SPLITS, Samples, check_token_ids, open_split
+from seqlen_curriculum.data.tokenizer import read_tokenizer, tokenizer_files
+from seqlen_curriculum.data.training_data import Feed
+from seqlen_curriculum.errors import ConfigError, DataError
+
+__all__ = ["corpora_of", "open_feed", "open_run_data", "open_samples"]
+
+
+def open_run_data(config: RunConfig) -> tuple[Feed, Samples | None]:
+    """(training data, validation samples) of a file with model, data and training sections; None if it never evaluates.
+
+    Raises ConfigError, DataError.
+    """
+    assert config.model is not None
+    assert config.data is not None
+    assert config.training is not None
+    data = config.data
+    corpora = [IndexedCorpus(prefix) for prefix in [*data.prefixes, *(data.valid or [])]]
+    for corpus in corpora:
+        _check_vocabulary(corpus, config.model)
+    _check_tokenizers(corpora, config.model)
+    return open_feed(config), open_samples(config, "valid") if config.training.eval_interval else None
+
+
+def open_feed(config: RunConfig) -> Feed:
+    """The training data of a file with data and training sections; no token is looked at before it is read."""
+    assert config.data is not None
+    data, timeline = config.data, config.timeline()
+    sources = [data.prefixes] if data.weights is None else [[prefix] for prefix in data.prefixes]
+    samples = [open_samples(config, "train", source) for source in sources]
+    return Feed(samples, timeline, data.leftovers == "recycle", data.weights)
+
+
+def open_samples(config: RunConfig, which: str, prefixes: Sequence[str] | None = None) -> Samples:
+    """The samples of ``which`` (train, valid or test) split, or of the corpora named for it; ``prefixes``: of these."""
+    assert config.data is not None
+    seed = config.training.seed if config.training else 0
+    corpora, split = corpora_of(config.data, which)
+    vocab_size = config.model.vocab_size if config.model else None
+    return open_split(prefixes or corpora, split, which, config.data.seq_length, seed, vocab_size)
+
+
+def corpora_of(data: DataConfig, which: str) -> tuple[list[str], str]:
+    """The corpora that ``which`` (train, valid or test) is taken from, and how each of them is split."""
+    own = {"train": None, "valid": data.valid, "test": data.test}[which]
+    if which == "test" and own is None and data.valid is not None:
+        raise ConfigError(
+            "data.test: not given; where valid names corpora of its own, train is read whole: name some for test"
+        )
+    whole = own is not None or (which == "train" and data.valid is not None)
+    return own or data.prefixes, ",".join(str(int(name == which)) for name in SPLITS) if whole else data.split
+
+
+def _check_vocabulary(corpus: IndexedCorpus, model: ModelConfig) -> None:
+    if corpus.vocab_size is not None and corpus.vocab_size > model.vocab_size:
+        fix = f"set model.vocab_size to {corpus.vocab_size}"
+        if model.hf_checkpoint:
+            fix = f"prepare the corpus with the tokenizer of {model.hf_checkpoint}"
+        raise DataError(
+            f"{corpus.prefix}: was made with a vocabulary of {corpus.vocab_size}, the model has {model.vocab_size}; {fix}"
+        )
+    check_token_ids(corpus, model.vocab_size)
+
+
+def _check_tokenizers(corpora: Sequence[IndexedCorpus], model: ModelConfig) -> None:
+    """Each token of ``hf_checkpoint``'s tokenizer has the same id in those beside the corpora, which may add others."""
+    if model.initial is None or not tokenizer_files(model.initial.folder):
+        return
+    theirs = _ids(model.initial.folder)
+    for path in (Path(f"{corpus.prefix}.tokenizer.json") for corpus in corpora):
+        ours = _ids(path) if path.exists() else theirs
+        for token in sorted(theirs, key=theirs.__getitem__):
+            if ours.get(token) != theirs[token]:
+                raise DataError(
+                    f"{path}: is not the tokenizer in model.hf_checkpoint {model.initial.folder}: id {theirs[token]} there "
+                    f"is {token!r}, here another; prepare the corpus with that one, or name a model trained with this one"
+                )
+
+
+def _ids(tokenizer: Path) -> dict[str, int]:
+    found: dict[str, int] = read_tokenizer(tokenizer).get_vocab(with_added_tokens=True)
+    return found

@@ -1,0 +1,1 @@
+"""What is in a corpus, and what a run reads of it."""

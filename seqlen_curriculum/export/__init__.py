@@ -1,0 +1,1 @@
+"""Checkpoints as Hugging Face models with a model card."""

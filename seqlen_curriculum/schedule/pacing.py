@@ -1,0 +1,238 @@
+"""Pacing functions: the sequence length of a step, as pure functions of the step.
+
+Steps are 1-based as in DeepSpeed: the first optimizer step is 1. Every function takes one step or an array of steps
+and gives the same value for a step either way, to the last bit. Source: Section 4 of Li, Zhang and He, 2022 ("The
+Stability-Efficiency Dilemma"), and DeepSpeed's ``curriculum_scheduler.py``, whose formula this equals wherever that
+one is valid (lengths that are multiples of ``difficulty_step``).
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol, overload
+
+import numpy as np
+import numpy.typing as npt
+
+from seqlen_curriculum.errors import ConfigError
+from seqlen_curriculum.schedule.piecewise import Steps
+
+__all__ = ["Custom", "Discrete", "Mixed", "Pacing", "Root", "StepFunction", "elementwise", "lengths_by_run"]
+
+
+def elementwise(function: Callable[[float], float], values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """``function`` of the C library on each value.
+
+    numpy's own ``power`` and ``cos`` use SIMD code that may differ from the C library in the last bit, and a floor
+    would make that one bit a different length: a plan must equal its run.
+    """
+    return np.fromiter(map(function, values.ravel().tolist()), np.float64, values.size).reshape(values.shape)
+
+
+class Pacing(Protocol):
+    """A step-to-length function that also knows where it changes."""
+
+    @overload
+    def __call__(self, steps: int) -> int: ...
+    @overload
+    def __call__(self, steps: Steps) -> Steps: ...
+
+    def changes(self, last_step: int) -> tuple[Steps, Steps]:
+        """First step and length of each run of equal lengths, covering at least steps 1 to ``last_step``."""
+        ...
+
+    @property
+    def settles_at(self) -> int | None:
+        """The step from which the length no longer changes; None if unknown or never."""
+        ...
+
+    @property
+    def lowest(self) -> int:
+        """No length is shorter."""
+        ...
+
+    @property
+    def highest(self) -> int:
+        """No length is longer."""
+        ...
+
+
+class StepFunction(ABC):
+    """Scalar and vectorised calls from one vectorised ``_lengths``."""
+
+    @abstractmethod
+    def _lengths(self, steps: Steps) -> Steps: ...
+
+    @overload
+    def __call__(self, steps: int) -> int: ...
+    @overload
+    def __call__(self, steps: Steps) -> Steps: ...
+    def __call__(self, steps: int | Steps) -> int | Steps:
+        at = np.asarray(steps)
+        if at.dtype.kind not in "iu":
+            raise ConfigError(f"step: {steps!r} is not a whole number; steps count from 1")
+        if at.size and int(at.min()) < 0:
+            raise ConfigError(f"step: {int(at.min())} is negative; steps count from 1")
+        lengths = self._lengths(np.atleast_1d(at))
+        return int(lengths[0]) if at.ndim == 0 else lengths
+
+
+@dataclass(frozen=True)
+class _Ladder(StepFunction):
+    """The rungs that lengths are rounded to: multiples of ``difficulty_step``, and the maximum itself."""
+
+    min_difficulty: int
+    max_difficulty: int
+    difficulty_step: int
+
+    @property
+    def lowest(self) -> int:
+        """``min_difficulty`` rounded up to a multiple of ``difficulty_step``."""
+        return -(-self.min_difficulty // self.difficulty_step) * self.difficulty_step
+
+    @property
+    def highest(self) -> int:
+        return self.max_difficulty
+
+    def _rounded(self, raw: npt.NDArray[np.float64]) -> Steps:
+        """Floor, round down to a multiple, never below ``lowest``, exactly the maximum where ``raw`` reaches it."""
+        whole = np.floor(np.clip(raw, 0, self.max_difficulty)).astype(np.int64)
+        rung = np.maximum(whole - whole % self.difficulty_step, self.lowest)
+        return np.where(raw >= self.max_difficulty, self.max_difficulty, np.minimum(rung, self.max_difficulty))
+
+
+@dataclass(frozen=True)
+class Root(_Ladder):
+    """Linear (``root_degree`` 1) or root ramp from the minimum to the maximum over ``total_steps`` steps.
+
+    ``raw = min + (max - min) * (t / T) ** (1 / root_degree)``, exactly the maximum from step T on. The paper writes
+    the exponent as *r*; the configuration key ``root_degree`` keeps DeepSpeed's meaning, *1/r*.
+    """
+
+    total_steps: int
+    root_degree: float = 1.0
+
+    @property
+    def settles_at(self) -> int:
+        return self.total_steps
+
+    def _lengths(self, steps: Steps) -> Steps:
+        progress = np.minimum(steps / self.total_steps, 1.0)
+        if self.root_degree != 1:
+            exponent = 1.0 / self.root_degree
+            progress = elementwise(lambda x: x**exponent, progress)
+        raw = progress * (self.max_difficulty - self.min_difficulty) + self.min_difficulty
+        return np.where(steps >= self.total_steps, self.max_difficulty, self._rounded(raw))
+
+    def changes(self, last_step: int) -> tuple[Steps, Steps]:  # noqa: ARG002 - the whole ramp costs no more
+        """By bisection for every rung at once: the cost grows with log(T), not with T."""
+        rungs = np.arange(self.lowest, self.max_difficulty, self.difficulty_step, dtype=np.int64)
+        rungs = np.append(rungs, self.max_difficulty)
+        before, at = np.zeros_like(rungs), np.full_like(rungs, max(self.total_steps, 1))
+        while np.any(at - before > 1):  # invariant: length(before) < rung <= length(at), step 0 counting as below
+            middle = (before + at) // 2
+            reached = self(middle) >= rungs
+            reached &= middle > 0
+            before, at = np.where(reached, before, middle), np.where(reached, middle, at)
+        keep = np.append(at[1:] != at[:-1], True)  # a rung that the ramp jumps over shares the next one's step
+        return at[keep], rungs[keep]
+
+
+@dataclass(frozen=True)
+class _Levels(StepFunction):
+    """Lengths that are listed one by one."""
+
+    difficulty: tuple[int, ...]
+
+    @property
+    def lowest(self) -> int:
+        return min(self.difficulty)
+
+    @property
+    def highest(self) -> int:
+        return max(self.difficulty)
+
+
+@dataclass(frozen=True)
+class Discrete(_Levels):
+    """``difficulty[i]`` up to and including step ``max_step[i]``; the last length for all later steps.
+
+    One more difficulty than steps. Two levels are Shortformer's two stages. Lengths may also fall.
+    """
+
+    max_step: tuple[int, ...]
+
+    @property
+    def settles_at(self) -> int:
+        return self.max_step[-1] + 1 if self.max_step else 1
+
+    def _lengths(self, steps: Steps) -> Steps:
+        level = np.searchsorted(np.asarray(self.max_step, np.int64), steps, side="left")
+        return np.asarray(self.difficulty, np.int64)[level]
+
+    def changes(self, last_step: int) -> tuple[Steps, Steps]:  # noqa: ARG002 - all of it is in the lists
+        first_steps = np.asarray([1, *(step + 1 for step in self.max_step)], np.int64)
+        return lengths_by_run(first_steps, np.asarray(self.difficulty, np.int64))
+
+
+@dataclass(frozen=True)
+class Mixed(_Levels):
+    """``steps[i]`` steps of ``difficulty[i]`` each, one after the other, again and again without end.
+
+    The paper's Figure 2: 900 steps of 128, then 100 of 1024, in every 1,000.
+    """
+
+    steps: tuple[int, ...]
+
+    @property
+    def settles_at(self) -> None:
+        return None
+
+    def _lengths(self, steps: Steps) -> Steps:
+        ends = np.cumsum(self.steps, dtype=np.int64)
+        in_cycle = np.maximum(steps - 1, 0) % ends[-1]  # step 0, before training, has the first length
+        lengths: Steps = np.asarray(self.difficulty, np.int64)[np.searchsorted(ends, in_cycle, side="right")]
+        return lengths
+
+    def changes(self, last_step: int) -> tuple[Steps, Steps]:
+        ends = np.cumsum(self.steps, dtype=np.int64)
+        cycles = np.arange(-(-last_step // int(ends[-1])), dtype=np.int64)
+        first_steps = 1 + ends[-1] * cycles[:, None] + (ends - self.steps)
+        return lengths_by_run(first_steps.ravel(), np.tile(np.asarray(self.difficulty, np.int64), len(cycles)))
+
+
+@dataclass(frozen=True)
+class Custom(_Ladder):
+    """A user's ``function(step) -> length``, clamped to the range and rounded like every other pacing."""
+
+    function: Callable[[int], float]
+
+    @property
+    def settles_at(self) -> None:
+        return None
+
+    def _lengths(self, steps: Steps) -> Steps:
+        return self._rounded(np.asarray([self._value(step) for step in steps.tolist()], np.float64))
+
+    def _value(self, step: int) -> float:
+        try:
+            value: Any = self.function(step)
+        except Exception as error:
+            raise ConfigError(f"custom schedule: raised {type(error).__name__} at step {step}: {error}") from error
+        number = isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
+        if not number or not abs(value) < math.inf:
+            raise ConfigError(f"custom schedule: gave {value!r} at step {step}; it must give a finite number")
+        return float(max(min(value, self.max_difficulty), 0))  # as integers: 10**400 is no float
+
+    def changes(self, last_step: int) -> tuple[Steps, Steps]:
+        steps = np.arange(1, last_step + 1, dtype=np.int64)
+        return lengths_by_run(steps, self(steps))
+
+
+def lengths_by_run(steps: Steps, lengths: Steps) -> tuple[Steps, Steps]:
+    """Keep only the entries where the length changes."""
+    changed = np.append(True, lengths[1:] != lengths[:-1])
+    return steps[changed], lengths[changed]

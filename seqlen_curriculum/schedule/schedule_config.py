@@ -1,0 +1,107 @@
+"""The ``schedule_config`` of each schedule type of DeepSpeed's ``curriculum_learning`` block."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field, model_validator
+
+from seqlen_curriculum.fields import Count, ImportPath, Section, Seqlen
+
+__all__ = [
+    "DURATIONS",
+    "SIGNIFICANT",
+    "AdaptiveSchedule",
+    "CustomSchedule",
+    "DiscreteSchedule",
+    "LinearSchedule",
+    "MixedSchedule",
+    "RootSchedule",
+]
+
+SIGNIFICANT = 1.3
+"""A validation perplexity above this multiple of the best one so far fluctuates significantly (the paper's Section 4)."""
+
+DURATIONS = ("total_curriculum_step", "total_curriculum_tokens", "curriculum_fraction")
+"""The keys that tell how long a ramp is, of which it has one."""
+
+
+class LinearSchedule(Section):
+    """``schedule_config`` of ``fixed_linear``."""
+
+    total_curriculum_step: Count | None = None
+    """Steps from the minimum to the maximum (DeepSpeed's key; *T* in the paper). Exactly one of the three durations."""
+    total_curriculum_tokens: Count | None = None
+    """The ramp's length in consumed target tokens: the smallest T whose ramp consumes at least these."""
+    curriculum_fraction: Annotated[float, Field(gt=0, le=1)] | None = None
+    """The ramp's length as a share of the run's steps (Composer's ``duration``, where 0.3 is recommended)."""
+    difficulty_step: Count
+    """Every length is a multiple of this: 8 for the tensor cores at 16 bits (the paper), 16 at 8 bits."""
+
+    @model_validator(mode="after")
+    def _one_duration(self) -> LinearSchedule:
+        given = [name for name in DURATIONS if getattr(self, name) is not None]
+        if len(given) != 1:
+            found = " and ".join(given) + " are given" if given else "none is given"
+            raise ValueError(f"{found}; give exactly one of {', '.join(DURATIONS)}")
+        return self
+
+
+class AdaptiveSchedule(LinearSchedule):
+    """``schedule_config`` of ``adaptive``."""
+
+    perplexity_ratio: float = Field(default=SIGNIFICANT, gt=1)
+    """An evaluation whose perplexity is over so many times the best before it holds the lengths for an interval."""
+
+
+class RootSchedule(LinearSchedule):
+    """``schedule_config`` of ``fixed_root``."""
+
+    root_degree: float = Field(gt=0)
+    """DeepSpeed's key: the exponent is ``1 / root_degree``; 1 is linear, 2 a square root that grows fast at first."""
+
+
+class DiscreteSchedule(Section):
+    """``schedule_config`` of ``fixed_discrete``."""
+
+    difficulty: list[Seqlen] = Field(min_length=1)
+    """Lengths, one for each stage."""
+    max_step: list[Count]
+    """Last step of each stage but the last, increasing: one entry fewer than ``difficulty``."""
+
+    @model_validator(mode="after")
+    def _stages_match(self) -> DiscreteSchedule:
+        if len(self.difficulty) != len(self.max_step) + 1:
+            raise ValueError(
+                f"difficulty has {len(self.difficulty)} entries and max_step {len(self.max_step)}; "
+                "max_step needs exactly one fewer (the last length has no end)"
+            )
+        if any(later <= earlier for earlier, later in zip(self.max_step, self.max_step[1:], strict=False)):
+            raise ValueError(f"max_step {self.max_step} does not increase; give each stage a later last step")
+        return self
+
+
+class MixedSchedule(Section):
+    """``schedule_config`` of ``fixed_mixed``."""
+
+    difficulty: list[Seqlen] = Field(min_length=1)
+    """Lengths that take turns, for ever."""
+    steps: list[Count]
+    """Steps of each turn, one entry for each length."""
+
+    @model_validator(mode="after")
+    def _turns_match(self) -> MixedSchedule:
+        if len(self.difficulty) != len(self.steps):
+            raise ValueError(
+                f"difficulty has {len(self.difficulty)} entries and steps {len(self.steps)}; give each length its steps"
+            )
+        return self
+
+
+class CustomSchedule(Section):
+    """``schedule_config`` of ``custom``."""
+
+    function: ImportPath | None = None
+    """Import path ``package.module:function`` of a ``function(step) -> length``; ``set_custom_get_difficulty`` otherwise."""
+    difficulty_step: Count = 1
+    """Its values are rounded down to a multiple of this, after clamping to the range."""

@@ -1,0 +1,185 @@
+"""The whole run by arithmetic: length, rows, tokens and epochs of any step, without training any.
+
+Schedules of lengths and of rows are piecewise constant, so the timeline stores one entry per change of either and answers
+for any step by bisection: a 400,000-step run costs as much as its number of different shapes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from fractions import Fraction
+from typing import overload
+
+import numpy as np
+
+from seqlen_curriculum.errors import ConfigError
+from seqlen_curriculum.schedule.batch_size_warmup import RisingRows, lowest_rows, rows_by_step
+from seqlen_curriculum.schedule.pacing import Pacing
+from seqlen_curriculum.schedule.piecewise import Piecewise, Steps
+from seqlen_curriculum.schedule.shortening import TRUNCATE, Cut
+
+__all__ = ["Timeline", "ramp_steps_for_fraction", "ramp_steps_for_tokens"]
+
+
+class Timeline:
+    """Every step of a run that reads ``rows`` samples a step and stops at ``train_tokens`` consumed target tokens.
+
+    ``steps`` is the first step at whose end ``consumed_tokens >= train_tokens``. Questions may be asked for one step or an
+    array of them, from 1 to the end of the run. ``rows`` is the global batch, or its warmup; ``cut`` tells what becomes of a
+    sample. Raises ConfigError for a budget too large to count in 64 bits.
+    """
+
+    def __init__(self, pacing: Pacing, rows: int | RisingRows, train_tokens: int, cut: Cut = TRUNCATE) -> None:
+        self.pacing, self.cut = pacing, cut
+        self.global_batch = rows if isinstance(rows, int) else rows.final
+        self.train_tokens = train_tokens
+        last_step = 1 << 16
+        while True:
+            self._lengths = self._within_budget(*pacing.changes(last_step), lowest_rows(rows))
+            used = self._lengths.map(cut.used)
+            self._samples = rows_by_step(rows, used)
+            self._rows = self._samples.times(self._lengths.map(cut.rows))
+            self._tokens = self._samples.times(used)
+            self.steps = self.steps_to(train_tokens)
+            if pacing.settles_at is not None or self.steps <= last_step:
+                return
+            last_step *= 2
+
+    def _within_budget(self, first_steps: Steps, lengths: Steps, fewest_samples: int) -> Piecewise:
+        """Leave out what begins after any run of this budget has ended, where sums could overflow."""
+        used = self.cut.used(lengths)
+        most_steps = -(-self.train_tokens // (fewest_samples * int(used.min())))
+        if (most_steps + 1) * self.global_batch * int(used.max()) >= 2**63:
+            raise ConfigError(
+                f"training.train_tokens: {self.train_tokens} in steps of {self.global_batch} samples of {used.min()} to "
+                f"{used.max()} tokens can't be counted in 64 bits; lower it"
+            )
+        kept = first_steps <= most_steps + 1
+        return Piecewise(first_steps[kept], lengths[kept])
+
+    @overload
+    def seqlen(self, steps: int) -> int: ...
+    @overload
+    def seqlen(self, steps: Steps) -> Steps: ...
+    def seqlen(self, steps: int | Steps) -> int | Steps:
+        """Tokens a row that each step trains on."""
+        return self.pacing(steps)
+
+    @overload
+    def samples(self, steps: int) -> int: ...
+    @overload
+    def samples(self, steps: Steps) -> Steps: ...
+    def samples(self, steps: int | Steps) -> int | Steps:
+        """Samples that each step reads, over all ranks."""
+        return self._samples.at(steps)
+
+    @overload
+    def rows(self, steps: int) -> int: ...
+    @overload
+    def rows(self, steps: Steps) -> Steps: ...
+    def rows(self, steps: int | Steps) -> int | Steps:
+        """Rows that each step trains on, over all ranks: its samples, or their segments."""
+        return self._rows.at(steps)
+
+    @overload
+    def consumed_samples(self, steps: int) -> int: ...
+    @overload
+    def consumed_samples(self, steps: Steps) -> Steps: ...
+    def consumed_samples(self, steps: int | Steps) -> int | Steps:
+        """Samples read by the end of each step."""
+        return self._samples.total(steps)
+
+    @overload
+    def consumed_tokens(self, steps: int) -> int: ...
+    @overload
+    def consumed_tokens(self, steps: Steps) -> Steps: ...
+    def consumed_tokens(self, steps: int | Steps) -> int | Steps:
+        """Target tokens trained on by the end of each step; step 0 has consumed none."""
+        return self._tokens.total(steps)
+
+    def steps_to(self, tokens: int) -> int:
+        """The first step at whose end at least ``tokens`` tokens are consumed."""
+        return self._tokens.steps_to(tokens)
+
+    def steps_to_samples(self, samples: int) -> int:
+        """The first step at whose end at least ``samples`` samples are read."""
+        return self._samples.steps_to(samples)
+
+    def first_step_at(self, seqlen: int) -> int | None:
+        """The first step of this length; None if the run has none."""
+        return self._within_run(self._lengths.first_step_of(seqlen))
+
+    def first_step_of_samples(self, samples: int) -> int | None:
+        """The first step of as many samples over all ranks; None if the run has none."""
+        return self._within_run(self._samples.first_step_of(samples))
+
+    def _within_run(self, step: int | None) -> int | None:
+        return step if step is not None and step <= self.steps else None
+
+    def tokens_by_length(self) -> tuple[Steps, Steps]:
+        """Lengths in the order of use, one entry a change, and the target tokens trained on at each."""
+        first_steps = self._lengths.first_steps
+        used = first_steps <= self.steps
+        ends = np.append(first_steps[used][1:] - 1, self.steps)
+        return self._lengths.values[used], np.diff(self.consumed_tokens(ends), prepend=0)
+
+    def lengths(self) -> list[int]:
+        """Every seqlen of the run, shortest first."""
+        return sorted({*self.tokens_by_length()[0].tolist()})
+
+    def shapes(self) -> list[tuple[int, int]]:
+        """Every (rows, tokens of a row) the run will use, shortest first."""
+        steps = self._tokens.first_steps[self._tokens.first_steps <= self.steps]
+        row_tokens = self.cut.row_tokens(self._lengths.at(steps)).tolist()
+        used = set(zip(row_tokens, self._rows.at(steps).tolist(), strict=True))
+        return [(rows, tokens) for tokens, rows in sorted(used)]
+
+    def tokens_by_sample(self) -> Piecewise:
+        """Target tokens of every sample in the order of reading; the first sample is 1, as steps are."""
+        first_samples = self.consumed_samples(self._lengths.first_steps - 1) + 1
+        return Piecewise(first_samples, self.cut.used(self._lengths.values))
+
+
+def ramp_steps_for_tokens(
+    pacing: Callable[[int], Pacing], rows: int | RisingRows, tokens: int, cut: Cut = TRUNCATE
+) -> int:
+    """The smallest T whose ramp consumes at least ``tokens`` target tokens by its own end, step T.
+
+    ``pacing(T)`` builds the ramp. Exact, also under a batch size warmup: each length of the longer ramp is at least that
+    of the shorter one a step earlier, so by induction are its consumed tokens and the rows that follow from them. The
+    tokens of a ramp thus grow with T, and bisection finds the one answer. Under ``segment`` the tokens of a sample jump up
+    and down with the length; there it finds a T that consumes enough where T - 1 doesn't.
+    """
+
+    def enough(total_steps: int) -> bool:
+        return Timeline(pacing(total_steps), rows, tokens, cut).consumed_tokens(total_steps) >= tokens
+
+    smallest_step = lowest_rows(rows) * cut.least_used(pacing(1).lowest)
+    return _smallest(enough, 1, max(-(-tokens // smallest_step), 1))
+
+
+def ramp_steps_for_fraction(
+    pacing: Callable[[int], Pacing], rows: int | RisingRows, train_tokens: int, fraction: float, cut: Cut = TRUNCATE
+) -> int:
+    """The largest T with ``T <= fraction * steps``, where ``steps`` is the length of the run that this very T gives.
+
+    Composer's ``duration``. A longer ramp makes the run at most one step longer for each step of ramp (the induction of
+    ``ramp_steps_for_tokens``), so for ``fraction <= 1`` bisection finds the one answer. At least 1. Under ``segment`` it
+    finds a T that is within the fraction where T + 1 isn't.
+    """
+
+    share = Fraction(str(fraction))  # the decimal as written: 0.29 of 100 steps is 29, in floats 28.999...
+
+    def too_long(total_steps: int) -> bool:
+        return total_steps > share * Timeline(pacing(total_steps), rows, train_tokens, cut).steps
+
+    longest_run = -(-train_tokens // (lowest_rows(rows) * cut.least_used(pacing(1).lowest)))
+    return max(_smallest(too_long, 1, longest_run + 1) - 1, 1)
+
+
+def _smallest(holds: Callable[[int], bool], low: int, high: int) -> int:
+    """The smallest value in [low, high] for which ``holds``; it must hold at ``high`` and stay true once true."""
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if holds(middle) else (middle + 1, high)
+    return low

@@ -1,0 +1,129 @@
+"""Tokens per second of a run's model at every length, on random tokens: micro-batches and methods compared.
+
+Shapes: ``B`` rows of a rank in a step, ``S`` tokens of a row.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import deepspeed
+import torch
+from deepspeed import comm as dist
+from deepspeed.accelerator import get_accelerator
+from tqdm import tqdm
+
+from seqlen_curriculum.config.deepspeed import batch_shape
+from seqlen_curriculum.config.run import RunConfig
+from seqlen_curriculum.errors import ConfigError
+from seqlen_curriculum.models.causal_lm import build_model
+from seqlen_curriculum.models.gpt2 import CausalLM, set_window
+from seqlen_curriculum.schedule.micro_batch import balanced_rows
+from seqlen_curriculum.schedule.shortening import Cut, Method
+from seqlen_curriculum.training.adam_moments import adam_moments
+from seqlen_curriculum.training.build import assemble
+from seqlen_curriculum.training.executor import Executor
+
+__all__ = ["KINDS", "measure_throughput"]
+
+KINDS: dict[str, Method] = {"fixed": "truncate", "balanced": "truncate", "segment": "segment", "window": "window"}
+"""What can be measured, and its method: ``truncate`` in fixed and in balanced micro-batches, the others in balanced ones."""
+
+
+class _Case(NamedTuple):
+    """``rows`` rows of a rank of ``row_tokens`` tokens each, in micro-batches of ``micro_rows``."""
+
+    seqlen: int
+    kind: str
+    rows: int
+    row_tokens: int
+    micro_rows: int
+
+
+def measure_throughput(
+    config: RunConfig, lengths: Sequence[int], rounds: int, kinds: Sequence[str] = ("fixed", "balanced")
+) -> list[dict[str, Any]]:
+    """A record for each length and each of ``kinds``, in the order of ``lengths``.
+
+    ``seqlen, kind, micro_batch_rows, tokens_per_second`` (median over ``rounds`` of a whole optimizer step of all ranks),
+    ``of_full_length`` (that over the first kind at full length), ``peak_memory_bytes`` of the device (None on a CPU) and
+    ``moments_of_step`` (what measuring Adam's moments once takes, of a step's time; medians). All cases take turns in each
+    round, so that a machine's drift meets them alike; a first round is not counted. Needs the model and data sections; call
+    it on every rank.
+    """
+    assert config.model is not None
+    assert config.data is not None
+    full, model_config = config.data.seq_length, config.model
+    if "window" in kinds and not model_config.is_gpt2:
+        raise ConfigError(
+            "--kinds window: only a GPT-2 has windows of attention, not model.hf_checkpoint's; leave it out"
+        )
+    deepspeed.init_distributed()
+    config = config.for_ranks(dist.get_world_size())
+    rows, micro_batch, _ = batch_shape(config.keys, dist.get_world_size())
+    torch.manual_seed(0)  # the same weights on every rank
+    model = build_model(model_config)
+    executor, _ = assemble(config, model)
+    draw = torch.Generator().manual_seed(executor.data_rank)  # ranks that share rows draw the same
+    cases = [
+        _case(seqlen, kind, full, rows, micro_batch, executor.least_micro_batches)
+        for seqlen in sorted({*lengths, full})
+        for kind in kinds
+    ]
+    seen: list[list[tuple[float, int | None]]] = [[] for _ in cases]
+    moments_seconds: list[float] = []
+    for turn in tqdm(range(rounds + 1), unit="round", disable=dist.get_rank() != 0):
+        for case, measured in zip(cases, seen, strict=True):
+            tokens = torch.randint(0, model_config.vocab_size, (case.rows, case.row_tokens + 1), generator=draw)
+            if isinstance(model, CausalLM):
+                set_window(model, case.seqlen if KINDS[case.kind] == "window" else None)
+            one = _one_step(executor, tokens, case.micro_rows)
+            measured += [one] if turn else []
+        started = time.perf_counter()
+        adam_moments(executor)  # ends with numbers on the host, so nothing of it is still on its way
+        moments_seconds += [time.perf_counter() - started] if turn else []
+    full_speed, moments = _median_speed(seen[-len(kinds)]), statistics.median(moments_seconds)
+    return [
+        {
+            "seqlen": case.seqlen,
+            "kind": case.kind,
+            "micro_batch_rows": case.micro_rows,
+            "tokens_per_second": _median_speed(measured),
+            "of_full_length": _median_speed(measured) / full_speed,
+            "moments_of_step": moments * _median_speed(measured) / (case.rows * case.row_tokens * executor.data_ranks),
+            "peak_memory_bytes": max((peak for _, peak in measured if peak is not None), default=None),
+        }
+        for case, measured in zip(cases, seen, strict=True)
+    ]
+
+
+def _case(seqlen: int, kind: str, full: int, samples: int, micro_batch: int, least: int) -> _Case:
+    cut = Cut(KINDS[kind], full)
+    rows, row_tokens = samples * cut.rows(seqlen), cut.row_tokens(seqlen)
+    balanced = balanced_rows(rows, micro_batch, full, row_tokens, least)
+    return _Case(seqlen, kind, rows, row_tokens, micro_batch if kind == "fixed" else balanced)
+
+
+def _median_speed(measured: list[tuple[float, int | None]]) -> float:
+    return statistics.median(speed for speed, _ in measured)
+
+
+def _one_step(executor: Executor, tokens: torch.Tensor, micro_rows: int) -> tuple[float, int | None]:
+    """(tokens/s over all ranks, peak bytes of the device or None) of an optimizer step on ``tokens`` (B, S + 1)."""
+    device = executor.engine.device
+    accelerator, on_cpu = get_accelerator(), device.type == "cpu"
+    micro_batches = [(part[:, :-1], part[:, 1:]) for part in torch.split(tokens.to(device), micro_rows)]
+    if not on_cpu:
+        accelerator.reset_peak_memory_stats()
+    accelerator.synchronize()
+    dist.barrier()
+    started = time.perf_counter()
+    executor.train(micro_batches, [0] * len(micro_batches))
+    accelerator.synchronize()
+    dist.barrier()
+    trained = tokens[:, 1:].numel() * executor.data_ranks
+    peak = None if on_cpu else int(accelerator.max_memory_allocated())
+    return trained / (time.perf_counter() - started), peak

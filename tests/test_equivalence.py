@@ -1,0 +1,84 @@
+"""Which steps two runs share: by hand, and what settings alone tell of them."""
+
+import pytest
+
+from seqlen_curriculum import RunConfig
+from seqlen_curriculum.config.equivalence import steps_alike, trains_alike
+
+
+def run(total=40, lowest=8, **changes):
+    """Lengths 8 to 48 in steps of 8, 4 rows, a warmup of 10 steps; ``a.b`` in changes is written ``a__b``."""
+    raw = {
+        "train_batch_size": 4,
+        "optimizer": {"type": "Adam", "params": {"lr": 1e-3, "betas": [0.9, 0.95]}},
+        "curriculum_learning": {
+            "enabled": True,
+            "curriculum_type": "seqlen",
+            "min_difficulty": lowest,
+            "max_difficulty": 48,
+            "schedule_type": "fixed_linear",
+            "schedule_config": {"total_curriculum_step": total, "difficulty_step": 8},
+        },
+        "scheduler": {"type": "TokenCosineLR", "params": {"warmup_steps": 10}},
+        "data": {"train": ["x"], "seq_length": 48},
+        "training": {"train_tokens": 20_000},
+    }
+    for path, value in changes.items():
+        *parents, key = path.split("__")
+        section = raw
+        for parent in parents:
+            section = section[parent]
+        section[key] = value
+    return RunConfig.from_dict(raw)
+
+
+# Raw lengths are 8 + 40 t / T: 16 is reached at t = T / 5, step 8 of T = 40 and 16 of T = 80.
+@pytest.mark.parametrize(
+    ("one", "other", "steps"),
+    [
+        (run(), run(), 12),  # as many as were asked for
+        (run(40), run(80), 7),
+        (run(80), run(40), 7),
+        (run(200), run(80), 12),
+        (run(), run(lowest=16), 0),
+        (run(), run(scheduler__params__warmup_steps=11), 0),
+        (run(), run(training__train_tokens=30_000), 10),  # the same warmup, another decay
+        (run(), run(curriculum_learning__method="window"), 0),
+        (run(), run(scheduler__type="WarmupLR"), 0),  # whose rates nobody here knows
+    ],
+)
+def test_steps_alike_by_hand(one, other, steps):
+    assert steps_alike(one, other, 12) == steps
+
+
+def test_stored_settings_tell_as_much():
+    ours, other = run(40).settings(), run(80).settings()
+    assert trains_alike(other, ours, 7)
+    assert not trains_alike(other, ours, 8)
+    assert not trains_alike({**other, "curriculum_learning.schedule_type": "of another version"}, ours, 7)
+
+
+WARMUP = {"type": "WarmupLR", "params": {"warmup_num_steps": 10}}
+
+
+@pytest.mark.parametrize(
+    ("saved", "ours"),
+    [
+        (run(training__seed=1), run(training__seed=2)),
+        (run(optimizer__params__lr=1e-3), run(optimizer__params__lr=2e-3)),
+        (run(scheduler=WARMUP), run(scheduler={**WARMUP, "params": {"warmup_num_steps": 1000}})),
+        (run(scheduler=WARMUP), run()),
+        (
+            run(curriculum_learning__method="window"),
+            run(curriculum_learning__method="window", curriculum_learning__restart_positions=True),
+        ),
+        # What its evaluations have decided follows from no setting.
+        (run(curriculum_learning__schedule_type="adaptive"), run()),
+        (
+            run(curriculum_learning__schedule_type="adaptive"),
+            run(curriculum_learning__schedule_type="adaptive", training__train_tokens=30_000),
+        ),
+    ],
+)
+def test_what_lengths_rows_and_rates_do_not_tell_makes_another_run(saved, ours):
+    assert not trains_alike(saved.settings(), ours.settings(), 2)

@@ -1,0 +1,337 @@
+"""Packed files, tables, and inputs that can't be used."""
+
+import gzip
+import json
+import os
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import zstandard
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer
+
+from seqlen_curriculum.data.indexed import IndexedCorpus
+from seqlen_curriculum.data.preparation import pieces as documents
+from seqlen_curriculum.data.preparation import texts
+from seqlen_curriculum.data.preparation.encode import Encoder
+from seqlen_curriculum.data.preparation.input_files import Source, find_files
+from seqlen_curriculum.data.preparation.pieces import Rules, pieces
+from seqlen_curriculum.data.preparation.prepare import Prepared, Request, prepare
+from seqlen_curriculum.data.preparation.texts import Tally, parts
+from seqlen_curriculum.data.tokenizer import TokenizerChoice, build_tokenizer
+from seqlen_curriculum.errors import ConfigError, DataError
+
+TRAIN = TokenizerChoice(train_vocab=300)
+SKIP = Rules(on_bad_input="skip")
+PACKERS: dict[str, Callable[[bytes], bytes]] = {".gz": gzip.compress, ".zst": zstandard.compress}
+
+
+def run_prepare(folder: Path, *inputs: Path, **options: Any) -> Prepared:
+    return prepare(Request(str(folder / "out" / "corpus"), TRAIN, inputs, **{"workers": 1, **options}))
+
+
+def texts_of(prefix: str) -> list[str]:
+    corpus = IndexedCorpus(prefix)
+    tokenizer = Tokenizer.from_file(prefix + ".tokenizer.json")
+    stream = tokenizer.decode(corpus.tokens.tolist(), skip_special_tokens=False)
+    return stream.removesuffix("<|endoftext|>").split("<|endoftext|>")
+
+
+def texts_in(path: Path, rules: Rules) -> tuple[list[str], dict[str, int]]:
+    """The documents of a file without those left out, and the counts of these."""
+    tally = Tally(rules)
+    found, held = [], ""
+    for piece in pieces(path, rules):
+        for part in parts(piece, rules, tally):
+            held += part.text
+            if part.ends:
+                found.append(held)
+                held = ""
+    assert held == ""
+    return found, dict(tally.counts)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("inputs")
+
+
+# Packed files
+
+
+@given(
+    content=st.binary(max_size=300), cuts=st.lists(st.integers(0, 300), max_size=3), suffix=st.sampled_from([*PACKERS])
+)
+def test_a_file_of_several_packed_ones_is_their_contents(
+    folder: Path, content: bytes, cuts: list[int], suffix: str
+) -> None:
+    bounds = [0, *sorted(cuts), 300]
+    members = [PACKERS[suffix](content[start:stop]) for start, stop in pairwise(bounds)]
+    path = folder / f"several.txt{suffix}"
+    path.write_bytes(b"".join(members))
+    with Source.open(path, []) as source:
+        assert (source.read(10_000), source.read(1), source.damage) == (content, b"", "")
+        assert source.position == path.stat().st_size
+
+
+@given(share=st.floats(0, 1, exclude_max=True), suffix=st.sampled_from([*PACKERS]))
+def test_what_stands_before_a_break_is_read(folder: Path, share: float, suffix: str) -> None:
+    lines = [f"line {number} of {number**7}" for number in range(300)]
+    packed = PACKERS[suffix]("\n".join(lines).encode())
+    path = folder / f"broken.txt{suffix}"
+    path.write_bytes(packed[: int(share * len(packed))])
+    found, counts = texts_in(path, SKIP)
+    assert counts == {"damaged": 1}
+    complete = "".join(found)
+    assert complete == "" or (complete.endswith("\n") and complete.splitlines() == lines[: complete.count("\n")])
+    with pytest.raises(DataError, match=rf"broken\.txt\{suffix}, line \d+: truncated or damaged \{suffix} \(.*copy it"):
+        texts_in(path, Rules())
+
+
+def test_most_of_a_truncated_file_is_kept(tmp_path: Path) -> None:
+    lines = [json.dumps({"text": f"number {number} {number**9}"}) for number in range(2000)]
+    for suffix, packer in PACKERS.items():
+        packed = packer("\n".join(lines).encode())
+        path = tmp_path / f"x.jsonl{suffix}"
+        path.write_bytes(packed[:-9])
+        found, counts = texts_in(path, SKIP)
+        assert counts == {"damaged": 1}
+        assert found == [json.loads(line)["text"] for line in lines[: len(found)]]
+        assert suffix == ".zst" or len(found) > 1980  # zstd unpacks whole blocks only
+
+
+def test_packed_and_plain_give_the_same_pieces(tmp_path: Path) -> None:
+    content = b"some text in words\n" * 60_000  # 1.1 MB: 5 pieces
+    (tmp_path / "x.txt").write_bytes(content)
+    plain = [piece.data for piece in pieces(tmp_path / "x.txt", Rules())]
+    assert len(plain) == 5
+    for suffix, packer in PACKERS.items():
+        path = tmp_path / f"x.txt{suffix}"
+        path.write_bytes(packer(content))
+        assert [piece.data for piece in pieces(path, Rules())] == plain
+    assert [path.name for path in find_files([tmp_path])] == ["x.txt", "x.txt.gz", "x.txt.zst"]
+
+
+# Tables
+
+
+@pytest.fixture(scope="module")
+def dataset() -> Any:
+    datasets = pytest.importorskip("datasets")
+    rows = [f"document {number} é\n" * (number % 5) for number in range(100)]  # 20 are empty
+    return datasets.Dataset.from_dict({"id": list(range(100)), "text": rows, "none": [None] * 100})
+
+
+ROWS = [f"document {number} é\n" * (number % 5) for number in range(100) if number % 5]
+
+
+@pytest.mark.parametrize("kind", ["saved", "parquet", "arrow", "blocks"])
+def test_tables(tmp_path: Path, dataset: Any, kind: str) -> None:
+    import pyarrow
+
+    path = tmp_path / ("data" if kind == "saved" else f"data.{kind}" if kind != "blocks" else "data.arrow")
+    if kind == "saved":
+        dataset.save_to_disk(path, num_shards=3)
+        (path / "cache-1.arrow").write_bytes(b"left by datasets")
+        assert [file.name[:10] for file in find_files([path])] == ["data-00000", "data-00001", "data-00002"]
+    elif kind == "parquet":
+        dataset.to_parquet(path, batch_size=30)
+    else:
+        table = dataset.data.table
+        new = pyarrow.ipc.new_file if kind == "blocks" else pyarrow.ipc.new_stream
+        with pyarrow.OSFile(str(path), "wb") as sink, new(sink, table.schema) as writer:
+            writer.write_table(table, max_chunksize=40)
+    done = run_prepare(tmp_path, path)
+    assert texts_of(done.prefix) == ROWS
+    assert done.record["left_out"] == {"empty": 20}
+    with pytest.raises(DataError, match="no column 'body', it has 'id', 'text', 'none'; name the column with --json-k"):
+        run_prepare(tmp_path / "2", path, rules=Rules(json_keys=["body"]))
+    for key, kind_of in (("id", "a number"), ("none", "null")):
+        with pytest.raises(DataError, match=rf", row 1: '{key}' is {kind_of}, not a string"):
+            run_prepare(tmp_path / "2", path, rules=Rules(json_keys=[key]))
+
+
+def test_a_dataset_of_several_splits_is_not_mixed(tmp_path: Path, dataset: Any) -> None:
+    datasets = pytest.importorskip("datasets")
+    datasets.DatasetDict({"train": dataset, "test": dataset}).save_to_disk(tmp_path / "data")
+    with pytest.raises(
+        DataError, match=r"data: a dataset of several splits; name one of its folders, as in .*data/train"
+    ):
+        run_prepare(tmp_path, tmp_path / "data")
+    assert texts_of(run_prepare(tmp_path, tmp_path / "data" / "train").prefix) == ROWS
+
+
+def test_a_damaged_table(tmp_path: Path, dataset: Any) -> None:
+    dataset.to_parquet(tmp_path / "x.parquet")
+    (tmp_path / "x.parquet").write_bytes((tmp_path / "x.parquet").read_bytes()[:-20])
+    (tmp_path / "y.arrow").write_bytes(b"nothing of the kind")
+    for name in ("x.parquet", "y.arrow"):
+        with pytest.raises(DataError, match=rf"{name}, line 1: truncated or damaged \.{name[2:]} \(.*copy it again"):
+            run_prepare(tmp_path, tmp_path / name)
+        assert texts_in(tmp_path / name, SKIP) == ([], {"damaged": 1})
+
+
+def test_tables_without_their_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "x.parquet").write_bytes(b"PAR1")
+    monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
+    with pytest.raises(DataError, match="tables need Hugging Face's datasets; run: pip install datasets"):
+        run_prepare(tmp_path, tmp_path / "x.parquet")
+
+
+# What can't be used
+
+
+BAD = [
+    (b'{"text": "one"}', None),
+    (b'{"text": "\xff"}', "not_utf8"),
+    (b'{"text": ', "bad_json"),
+    (b"[1]", "bad_json"),
+    (b'{"body": "a"}', "no_text"),
+    (b'{"text": 5}', "no_text"),
+    (b'{"text": "\\ud800"}', "not_utf8"),
+    (b'{"text": " "}', "empty"),
+    (b'{"text": "two"}', None),
+    (b'{"text": "' + b"x" * 2000 + b'"}', "too_long"),
+    (b'{"text": "three"}', None),
+]
+COUNTS = {"not_utf8": 2, "bad_json": 2, "no_text": 2, "empty": 1, "too_long": 1}
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_what_can_not_be_used_is_left_out_and_counted(
+    tmp_path: Path, workers: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(documents, "PIECE_BYTES", 64)
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(b"\n".join(line for line, _ in BAD * 4))
+    rules = Rules(on_bad_input="skip", max_line_bytes=1024)
+    done = run_prepare(tmp_path, path, rules=rules, workers=workers)
+    assert texts_of(done.prefix) == ["one", "two", "three"] * 4
+    assert done.record["left_out"] == {kind: 4 * count for kind, count in COUNTS.items()}
+    assert json.loads(Path(done.prefix + ".json").read_bytes()) == done.record
+    told = capsys.readouterr().err
+    # five of each kind, and all four where there are four: 3 x 5 + 2 x 4
+    assert told.count("warning: ") == 23
+    assert f"warning: {path}, line 10: over 1,024 bytes long; give a larger --max-line-bytes; left out" in told
+    assert "left out: 8 not_utf8, 8 bad_json, 8 no_text, 4 empty, 4 too_long" in str(done)
+
+
+@pytest.mark.parametrize("number", [number for number, (_, kind) in enumerate(BAD) if kind not in (None, "empty")])
+def test_by_default_it_is_refused(tmp_path: Path, number: int) -> None:
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(b"\n".join([b'{"text": "one"}', BAD[number][0], b'{"text": "two"}']))
+    with pytest.raises(DataError, match=r"x\.jsonl, line 2: .*; --on-bad-input skip leaves out what can't be used"):
+        run_prepare(tmp_path, path, rules=Rules(max_line_bytes=1024))
+
+
+def test_empty_documents_may_be_refused(tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl").write_bytes(b'{"text": "one"}\n{"text": "\\n"}')
+    (tmp_path / "y.txt").write_bytes(b" \n")
+    for name, line in (("x.jsonl", 2), ("y.txt", 1)):
+        with pytest.raises(DataError, match=rf"{name}, line {line}: an empty document; --on-empty skip leaves out"):
+            run_prepare(tmp_path, tmp_path / name, rules=Rules(on_empty="stop"))
+
+
+@given(
+    lengths=st.lists(st.integers(1, 60), max_size=12),
+    longest=st.integers(20, 40),
+    step=st.integers(1, 50),
+    newline=st.booleans(),
+)
+def test_long_lines_are_left_out_without_being_held(
+    folder: Path, lengths: list[int], longest: int, step: int, newline: bool
+) -> None:
+    lines = [json.dumps({"text": "x" * length}).encode() for length in lengths]  # 12 bytes and the text's
+    path = folder / "long.jsonl"
+    path.write_bytes(b"\n".join(lines) + b"\n" * newline)
+    rules = Rules(on_bad_input="skip", max_line_bytes=longest)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(documents, "PIECE_BYTES", step)
+        found, counts = texts_in(path, rules)
+        assert max(len(piece.data) for piece in pieces(path, rules)) <= longest + 1
+        problems = [problem.told for piece in pieces(path, rules) for problem in piece.problems]
+    told = [int(problem.split(", line ")[1].split(":")[0]) for problem in problems]
+    assert found == ["x" * length for length in lengths if length + 12 <= longest]
+    assert told == [number for number, length in enumerate(lengths, start=1) if length + 12 > longest]
+    assert counts.get("too_long", 0) == len(told)
+
+
+def test_a_text_without_spaces_is_left_out_up_to_the_next_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(documents, "PIECE_BYTES", 10)
+    monkeypatch.setattr(documents, "MAX_WORD_BYTES", 20)
+    path = tmp_path / "x.txt"
+    path.write_text("one two\nthree " + "x" * 100 + " four " + "y" * 21 + "\nfive")
+    assert texts_in(path, SKIP) == (["one two\nthree four\nfive"], {"too_long": 2})
+    path.write_text("z" * 100)
+    assert texts_in(path, SKIP)[1] == {"too_long": 1}
+    with pytest.raises(DataError, match=r"x\.txt, line 1: over .* bytes without a space or an end of line"):
+        texts_in(path, Rules())
+    whole = Rules(cut_text=False, max_line_bytes=30)
+    with pytest.raises(DataError, match="this tokenizer takes no text in parts, and this is over 30 bytes"):
+        texts_in(path, whole)
+
+
+@pytest.mark.parametrize("content", [b"\xff\n\xfe", b"x" * 100 + b"\n", b"x" * 100])
+def test_a_text_of_which_nothing_is_left_is_no_document(
+    tmp_path: Path, content: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(documents, "PIECE_BYTES", 8)
+    monkeypatch.setattr(documents, "MAX_WORD_BYTES", 16)
+    path = tmp_path / "x.txt"
+    path.write_bytes(content)
+    counts = {"not_utf8": 2} if b"\xff" in content else {"too_long": 1}
+    assert texts_in(path, SKIP) == ([], counts)
+
+
+def test_a_line_of_a_text_that_is_not_utf8_is_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "x.txt"
+    path.write_bytes(b"first\n\xff\nsecond\n\n" + "é".encode("latin-1") + b"\nthird")
+    assert texts_in(path, SKIP) == (["first\nsecond\n\nthird"], {"not_utf8": 2})
+
+
+def test_without_ends_of_documents(tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl"
+    path.write_text('{"text": "one"}\n{"text": "two two"}')
+    ended = IndexedCorpus(run_prepare(tmp_path / "ended", path).prefix)
+    done = run_prepare(tmp_path, path, rules=Rules(append_eod=False))
+    corpus = IndexedCorpus(done.prefix)
+    assert corpus.tokens.tolist() == [token for token in ended.tokens.tolist() if token != ended.tokens[-1]]
+    assert (corpus.num_documents, corpus.document_start(1)) == (2, ended.document_start(1) - 1)
+    assert done.record["settings"]["append_eod"] is False
+    with pytest.raises(DataError, match="was not made from these inputs and settings"):
+        run_prepare(tmp_path, path)
+
+
+def test_a_long_text_in_json_gives_the_tokens_of_the_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "It's a test,  of  cuts\u00a0 \u3000 at\n\n  spaces. 123 naïve 日本語 text! \t\x1c 😀 we'll see\r\n" * 7
+    path = tmp_path / "x.jsonl"
+    path.write_text(json.dumps({"text": text}))
+    tokenizer_json = build_tokenizer(TRAIN, [text]).to_str()
+    (piece,) = pieces(path, Rules())
+    whole = Encoder(tokenizer_json, Rules(cut_text=False))([piece])
+    for step in (4, 12, 40, 400):
+        monkeypatch.setattr(texts, "PIECE_BYTES", step)
+        cut = Encoder(tokenizer_json, Rules())([piece])
+        assert (cut.tokens.tolist(), cut.ends.tolist()) == (whole.tokens.tolist(), whole.ends.tolist())
+    assert len(list(parts(piece, Rules(), Tally(Rules())))) == 6  # 532 characters, 100 and up to a space each
+
+
+def test_the_limit_has_a_floor(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--max-line-bytes: 1000 is not valid: it must be 1024 or more"):
+        run_prepare(tmp_path, tmp_path, rules=Rules(max_line_bytes=1000))
+    assert os.listdir(tmp_path) == []
+
+
+def test_what_is_no_file_and_no_dataset(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.txt")
+    with pytest.raises(DataError, match=r"pipe.txt: neither a file nor a folder; check the path"):
+        find_files([tmp_path / "pipe.txt"])
+    (tmp_path / "data.arrow").write_bytes(b"")
+    (tmp_path / "dataset_info.json").write_text("{}")
+    (tmp_path / "state.json").write_text("{bad")
+    with pytest.raises(DataError, match=r"state.json: not as save_to_disk writes it"):
+        find_files([tmp_path])

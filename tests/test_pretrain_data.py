@@ -1,0 +1,163 @@
+"""Under the real launcher: rows that rise, corpora that blend, leftovers, segments and windows are read as planned."""
+
+import json
+
+import numpy as np
+import pytest
+from conftest import launch
+from test_matrix import launch_runs
+from test_training import TRAIN, planned_samples, records, samples_by_step
+
+from seqlen_curriculum import RunConfig
+from seqlen_curriculum.data.from_config import open_run_data
+from seqlen_curriculum.data.writer import CorpusWriter
+
+SMALL = ["training.train_tokens=1400", "training.eval_interval=9", "model.dropout=0.0", "training.save_interval=6"]
+RECYCLED = 6
+"""The step of a small run's checkpoint, with a window or segments still short."""
+SMALL_RUNS = {
+    "segment": ['curriculum_learning.method="segment"', "zero_optimization.stage=2"],
+    "window": ['curriculum_learning.method="window"', "zero_optimization.stage=3"],
+    "window-ulysses": ['curriculum_learning.method="window"', "sequence_parallel_size=2", "zero_optimization.stage=1"],
+    "window-tensor": [
+        'curriculum_learning.method="window"',
+        "tensor_parallel.autotp_size=2",
+        "zero_optimization.stage=1",
+    ],
+    "window-pipeline": ['curriculum_learning.method="window"', "pipeline.stages=2", "zero_optimization.stage=1"],
+}
+
+
+@pytest.fixture(scope="module")
+def blended_run(tiny_run, tmp_path_factory):
+    """Rows 2 to 8 in the first 3,000 tokens, while lengths grow too; two corpora, read more than once."""
+    folder = tmp_path_factory.mktemp("blend")
+    draw = np.random.default_rng(1)
+    for name, tokens in (("wiki", 3000), ("books", 1200)):
+        with CorpusWriter(folder / name, vocab_size=257) as writer:
+            for part in np.split(draw.integers(0, 256, tokens), 10):
+                writer.add_document([*part, 256])
+    warmup = {"start": 2, "increment": 2, "tokens": 3_000}
+    blend = [[0.7, str(folder / "wiki")], [0.3, str(folder / "books")]]
+    data = {"train": blend, "valid": tiny_run["data"]["train"], "seq_length": 32, "leftovers": "recycle"}
+    return {
+        **tiny_run,
+        "batch_size_warmup": warmup,
+        "data": data,
+        "training": {**tiny_run["training"], "keep_last": 99},
+    }
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, blended_run):
+    """(folder of an uninterrupted run on two ranks, its output, its file)."""
+    folder = tmp_path_factory.mktemp("warmup")
+    (folder / "run.json").write_text(json.dumps(blended_run))
+    arguments = ("--config", folder / "run.json", "--save", folder / "run")
+    status, output = launch(folder / "log", TRAIN, *arguments, ranks=2)
+    assert status == 0, output
+    return folder / "run", output, folder / "run.json"
+
+
+def test_every_step_has_the_planned_rows_and_samples(trained, blended_run):
+    save, output, _ = trained
+    config = RunConfig.from_dict(blended_run)
+    timeline, (train, _) = config.timeline(), open_run_data(config)
+    rate, (steps, _) = config.learning_rate(timeline), records(save)
+    planned = [
+        (step, timeline.seqlen(step), timeline.rows(step), timeline.consumed_tokens(step), rate(step))
+        for step in range(1, timeline.steps + 1)
+    ]
+    assert [tuple(r[name] for name in ("step", "seqlen", "rows", "consumed_tokens", "lr")) for r in steps] == planned
+    assert {record["rows"] for record in steps} == {2, 4, 6, 8}
+    assert samples_by_step(save) == planned_samples(train)
+    assert output.count("warning: batch_size_warmup and curriculum_learning are both on") == 1  # on rank 0
+
+
+def test_the_log_of_samples_covers_both_corpora_epoch_by_epoch(trained, blended_run):
+    """From the log and the lengths alone: how many tokens of each epoch were trained on."""
+    config = RunConfig.from_dict(blended_run)
+    timeline, (train, _) = config.timeline(), open_run_data(config)
+    tokens, numbers = {}, {}
+    for step, samples in samples_by_step(trained[0]).items():
+        for source, epoch, number in samples:
+            tokens[source, epoch] = tokens.get((source, epoch), 0) + timeline.seqlen(step)
+            numbers.setdefault((source, epoch), []).append(number)
+    for source, samples in enumerate(train.sources):
+        epochs = sorted(epoch for of, epoch in tokens if of == source)
+        assert len(epochs) >= 2
+        for epoch in epochs:
+            assert numbers[source, epoch] == list(range(len(numbers[source, epoch])))
+            assert max(numbers[source, 0]) >= samples.num_samples  # leftovers were read
+        for epoch in epochs[:-1]:
+            assert samples.num_tokens - 32 < tokens[source, epoch] <= samples.num_tokens
+    counted = [sum(len(n) for (of, _), n in numbers.items() if of == source) for source in (0, 1)]
+    assert abs(counted[0] - 0.7 * sum(counted)) < 1
+
+
+@pytest.fixture(scope="module")
+def continued(trained):
+    """The folder of further runs: the blend continued on two ranks and on one, and small runs of each method."""
+    save, _, run_file = trained
+    folder = save.parent
+
+    def run(name, sets=(), resume="auto"):
+        return {"config": str(run_file), "sets": list(sets), "save": str(folder / name), "resume": str(resume)}
+
+    resume = save / "global_step30"
+    small = [run(name, [*SMALL, *sets]) for name, sets in SMALL_RUNS.items()]
+    again = run("window-resumed", [*SMALL, *SMALL_RUNS["window"]], folder / "window" / f"global_step{RECYCLED}")
+    launch_runs(folder, "two", [run("resumed", (), resume), small[0], small[1], again, *small[2:]], ranks=2)
+    one = {"segment": SMALL_RUNS["segment"][:1], "window": SMALL_RUNS["window"][:1]}
+    references = [run(f"{name}-one", [*SMALL, *sets]) for name, sets in one.items()]
+    restarted = run("restarted", [*SMALL, *one["window"], "curriculum_learning.restart_positions=true"])
+    launch_runs(folder, "one", [run("one-rank", (), resume), *references, restarted], ranks=1)
+    return folder
+
+
+def assert_same(ours, theirs, tolerance):
+    for one, other in zip(ours, theirs, strict=True):
+        assert len(one) == len(other)
+        for ours_, theirs_ in zip(one, other, strict=True):
+            for name, value in ours_.items():
+                rounded = tolerance if name.endswith(("loss", "_ppl", "_norm", "_max")) else 0.0
+                assert value == pytest.approx(theirs_[name], rel=rounded, abs=0.0), (name, ours_, theirs_)
+
+
+def test_a_resume_amid_the_warmup_equals_the_uninterrupted_run(trained, continued, blended_run):
+    save, _, _ = trained
+    timeline = RunConfig.from_dict(blended_run).timeline()
+    assert 2 < timeline.rows(30) < timeline.rows(timeline.steps)
+    for ours, theirs in zip(records(continued / "resumed"), records(save), strict=True):
+        assert ours == [record for record in theirs if record["step"] > 30]
+    samples = {step: read for step, read in samples_by_step(save).items() if step > 30}
+    assert samples_by_step(continued / "resumed") == samples
+
+
+@pytest.mark.parametrize("name", SMALL_RUNS)
+def test_each_method_trains_as_on_one_rank(continued, trained, name):
+    config = RunConfig.load(trained[2], [*SMALL, SMALL_RUNS[name][0]])
+    timeline, (train, _) = config.timeline(), open_run_data(config)
+    steps, evaluations = records(continued / name)
+    assert [(r["seqlen"], r["rows"], r["consumed_tokens"]) for r in steps] == [
+        (timeline.seqlen(step), timeline.rows(step), timeline.consumed_tokens(step))
+        for step in range(1, timeline.steps + 1)
+    ]
+    assert samples_by_step(continued / name) == planned_samples(train)
+    assert evaluations
+    assert_same((steps, evaluations), records(continued / f"{name.split('-')[0]}-one"), 2e-4)
+
+
+def test_windows_resume_to_the_last_bit(continued):
+    expected = [[r for r in part if r["step"] > RECYCLED] for part in records(continued / "window")]
+    assert_same(records(continued / "window-resumed"), expected, 0.0)
+
+
+def test_positions_may_restart_in_each_window(continued):
+    runs_on, restarts = records(continued / "window-one")[0], records(continued / "restarted")[0]
+    assert 0 < abs(restarts[0]["loss"] - runs_on[0]["loss"]) < 0.1 * runs_on[0]["loss"]
+
+
+def test_the_blend_goes_on_on_another_number_of_ranks(continued, trained):
+    samples = {step: read for step, read in samples_by_step(trained[0]).items() if step > 30}
+    assert samples_by_step(continued / "one-rank") == samples

@@ -1,0 +1,177 @@
+"""The log of a run survives kills, and the report reads it."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from seqlen_curriculum.analysis.drawing import draw_run
+from seqlen_curriculum.analysis.read_run import load_run
+from seqlen_curriculum.analysis.run import summarise
+from seqlen_curriculum.errors import DataError
+from seqlen_curriculum.run_folder import run_log as runlog
+from seqlen_curriculum.run_folder.run_log import RunLog, read_runlog
+
+ROOT = Path(__file__).parent.parent
+
+
+def step_record(step, **changes):
+    record = {
+        "step": step,
+        "seqlen": 8 * step,
+        "rows": 4,
+        "consumed_tokens": 16 * step * (step + 1),
+        "loss": 5 - step / 10,
+    }
+    return {**record, "lr": 0.1, "grad_norm": 1.0, "seconds": 0.5, **changes}
+
+
+def written(path, count):
+    log = RunLog(path)
+    for step in range(1, count + 1):
+        log.write(step_record(step))
+        if step % 2 == 0:
+            log.write(
+                {
+                    "step": step,
+                    "consumed_tokens": 16 * step * (step + 1),
+                    "valid_loss": 4.0,
+                    "valid_ppl": 54.6,
+                    "seconds": 1,
+                }
+            )
+    log.close()
+    return path
+
+
+def test_records_come_back_in_order(tmp_path):
+    path = written(tmp_path / "runlog.jsonl", 4)
+    assert [record["step"] for record in read_runlog(path)] == [1, 2, 2, 3, 4, 4]
+
+
+def test_rewind_drops_later_records_and_a_torn_line(tmp_path):
+    path = written(tmp_path / "runlog.jsonl", 4)
+    with path.open("a") as file:
+        file.write('{"step": 5, "lo')
+    assert [record["step"] for record in read_runlog(path)][-1] == 4  # the torn line is not a record yet
+    assert RunLog.rewind(path, 2) == 4
+    assert [record["step"] for record in read_runlog(path)] == [1, 2, 2]
+    assert RunLog.rewind(path, 2) == 0
+    assert RunLog.rewind(tmp_path / "none.jsonl", 2) == 0
+
+
+def test_bytes_that_are_no_text_do_not_stop_a_resume(tmp_path):
+    path = written(tmp_path / "runlog.jsonl", 2)
+    with path.open("ab") as file:
+        file.write(b"\xff\xfe\n")
+    assert RunLog.rewind(path, 1) == 3
+
+
+def test_only_json_numbers_are_written(tmp_path):
+    log = RunLog(tmp_path / "runlog.jsonl")
+    with pytest.raises(ValueError, match="JSON"):
+        log.write(step_record(1, loss=float("nan")))
+    log.close()
+
+
+def test_a_damaged_line_is_an_error_with_its_number(tmp_path):
+    path = written(tmp_path / "runlog.jsonl", 1)
+    path.write_text("oops\n" + path.read_text())
+    with pytest.raises(DataError, match=r"runlog\.jsonl: line 1 is not"):
+        list(read_runlog(path))
+
+
+def test_a_full_disk_is_told_in_words():
+    log = RunLog("/dev/full")
+    with pytest.raises(DataError, match="/dev/full: can't be written"):
+        log.write(step_record(1))
+    log.close()
+
+
+def test_summary_by_hand(tmp_path):
+    written(tmp_path / "runlog.jsonl", 4)
+    text = summarise(load_run(tmp_path))
+    # lengths 8 to 32 of 4 rows: 32 + 64 + 96 + 128 = 320 tokens in 4 x 0.5 s
+    assert "2 s, 160 tokens/s" in text
+    assert "consumed tokens  320" in text
+    assert "4.900 to 4.600" in text
+    assert "4.000 at step 2 to 4.000 at step 4" in text
+
+
+def test_skipped_steps_are_told_apart(tmp_path):
+    log = RunLog(tmp_path / "runlog.jsonl")
+    for step in range(1, 9):
+        if step in (4, 5, 8):
+            tokens = 16 * step * (step + 1)
+            log.write({"step": step, "seqlen": 8 * step, "rows": 4, "consumed_tokens": tokens, "skipped": True})
+        else:
+            log.write(step_record(step))
+    log.close()
+    text = summarise(load_run(tmp_path))
+    assert "steps            8, 3 of them skipped by rollbacks" in text
+    assert "consumed tokens  1,152" in text
+    # steps 1, 2, 3, 6 and 7 of 32 + 64 + 96 + 192 + 224 = 608 tokens in 5 x 0.5 s
+    assert "2 s, 243 tokens/s" in text
+
+
+def test_picture_of_a_run_without_evaluations(tmp_path):
+    written(tmp_path / "runlog.jsonl", 1)
+    draw_run([load_run(tmp_path)], tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_report_on_the_command_line(tmp_path):
+    written(tmp_path / "runlog.jsonl", 4)
+    command = [sys.executable, str(ROOT / "scripts" / "report.py")]
+    arguments = [str(tmp_path), "--png", str(tmp_path / "curves.png")]
+    result = subprocess.run([*command, *arguments], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "curves.png").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["curves.png", "runlog.jsonl"]
+    assert json.loads((tmp_path / "runlog.jsonl").read_text().splitlines()[0])["step"] == 1
+
+
+DAMAGES = {
+    "launches of no list": ("run.json", '{"config": {}, "launches": 5}', "run.json: can't be read (launches: "),
+    "a launch of nothing": ("run.json", '{"config": {}, "launches": [{}]}', "(launches.0.started: Field required)"),
+    "no JSON": ("run.json", "{", "run.json: can't be read ("),
+    "a rollback of nothing": ("rollbacks.json", "[{}]", "(0.step: Field required); move it away"),
+    "rollbacks of no list": ("rollbacks.json", "{}", "rollbacks.json: can't be read ("),
+    "no seconds": ("runlog.jsonl", '{"step": 5, "loss": 2.0}', "the record of step 5 has seqlen None"),
+    "a loss of NaN": ("runlog.jsonl", json.dumps({**step_record(5), "loss": math.nan}), "step 5 has loss nan"),
+    "a step in words": ("runlog.jsonl", '{"step": "x"}', "the record of step 'x' has step 'x'"),
+}
+
+
+@pytest.mark.parametrize(("name", "text", "message"), DAMAGES.values(), ids=DAMAGES)
+def test_a_damaged_file_is_named(tmp_path, name, text, message):
+    written(tmp_path / "runlog.jsonl", 4)
+    with (tmp_path / name).open("a") as file:
+        file.write(text + "\n")
+    with pytest.raises(DataError) as error:
+        load_run(tmp_path)
+    assert message in str(error.value)
+
+
+def test_a_line_finished_while_the_log_is_read_is_not_taken_for_two(tmp_path, monkeypatch):
+    path = tmp_path / "runlog.jsonl"
+    whole = json.dumps(step_record(2)) + "\n"
+    path.write_text(json.dumps(step_record(1)) + "\n" + whole[:30])
+    parsed = runlog._parsed
+
+    def finished_meanwhile(line):
+        """The writer goes on once the reader has looked at the beginning of a line."""
+        if not line.endswith("\n"):
+            with path.open("a") as log:
+                log.write(whole[30:])
+        return parsed(line)
+
+    monkeypatch.setattr(runlog, "_parsed", finished_meanwhile)
+    assert [record["step"] for record in read_runlog(path)] == [1]
+    monkeypatch.undo()
+    with path.open("a") as log:
+        log.write(whole[30:])
+    assert [record["step"] for record in read_runlog(path)] == [1, 2]

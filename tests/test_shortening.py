@@ -1,0 +1,93 @@
+"""What a length makes of a sample, by hand."""
+
+import numpy as np
+import pytest
+
+from seqlen_curriculum.errors import ConfigError
+from seqlen_curriculum.schedule.curriculum_config import parse_curriculum
+from seqlen_curriculum.schedule.pacing import Discrete, Root
+from seqlen_curriculum.schedule.shortening import TRUNCATE, Cut
+from seqlen_curriculum.schedule.timeline import Timeline, ramp_steps_for_fraction, ramp_steps_for_tokens
+
+
+@pytest.mark.parametrize(
+    ("method", "seqlen", "rows", "row_tokens", "used"),
+    [
+        ("truncate", 3, 1, 3, 3),
+        ("truncate", 10, 1, 10, 10),
+        ("segment", 1, 10, 1, 10),
+        ("segment", 3, 3, 3, 9),
+        ("segment", 6, 1, 6, 6),
+        ("segment", 10, 1, 10, 10),
+        ("window", 3, 1, 10, 10),
+        ("window", 10, 1, 10, 10),
+    ],
+)
+def test_a_sample_of_ten_tokens(method, seqlen, rows, row_tokens, used):
+    cut = Cut(method, 10)
+    assert (cut.rows(seqlen), cut.row_tokens(seqlen), cut.used(seqlen)) == (rows, row_tokens, used)
+    for function in (cut.rows, cut.row_tokens, cut.used):
+        assert function(np.array([seqlen, 10])).tolist() == [function(seqlen), function(10)]
+    assert 1 <= cut.least_used(seqlen) <= min(cut.used(length) for length in range(seqlen, 11))
+
+
+def test_truncation_needs_no_full_length():
+    assert TRUNCATE.used(7) == 7
+
+
+def test_segments_in_a_timeline():
+    # lengths 3, 3, 6, 10, ...; 2 samples of 10 tokens: 6 rows of 3, 2 of 6, 2 of 10
+    timeline = Timeline(Discrete((3, 6, 10), (2, 3)), 2, 75, Cut("segment", 10))
+    steps = np.arange(1, 6)
+    assert timeline.samples(steps).tolist() == [2] * 5
+    assert timeline.rows(steps).tolist() == [6, 6, 2, 2, 2]
+    assert timeline.consumed_tokens(np.arange(6)).tolist() == [0, 18, 36, 48, 68, 88]
+    assert (timeline.steps, timeline.consumed_samples(5)) == (5, 10)
+    assert timeline.shapes() == [(6, 3), (2, 6), (2, 10)]
+    assert timeline.lengths() == [3, 6, 10]
+    used = timeline.tokens_by_sample()
+    assert used.at(np.arange(1, 9)).tolist() == [9, 9, 9, 9, 6, 6, 10, 10]
+
+
+def test_windows_in_a_timeline():
+    timeline = Timeline(Discrete((3, 10), (2,)), 2, 75, Cut("window", 10))
+    assert timeline.consumed_tokens(np.arange(5)).tolist() == [0, 20, 40, 60, 80]
+    assert (timeline.steps, timeline.shapes(), timeline.lengths()) == (4, [(2, 10)], [3, 10])
+
+
+def test_ramps_given_in_tokens_and_as_a_share_count_the_tokens_of_the_method():
+    def ramp(steps):
+        return Root(2, 10, 2, steps)
+
+    for method in ("truncate", "segment", "window"):
+        cut = Cut(method, 10)
+        for tokens in (1, 20, 99, 1000):
+            steps = ramp_steps_for_tokens(ramp, 2, tokens, cut)
+            assert Timeline(ramp(steps), 2, tokens, cut).consumed_tokens(steps) >= tokens
+            assert steps == 1 or Timeline(ramp(steps - 1), 2, tokens, cut).consumed_tokens(steps - 1) < tokens
+        steps = ramp_steps_for_fraction(ramp, 2, 1000, 0.5, cut)
+        assert steps <= 0.5 * Timeline(ramp(steps), 2, 1000, cut).steps
+        assert steps + 1 > 0.5 * Timeline(ramp(steps + 1), 2, 1000, cut).steps
+    assert ramp_steps_for_tokens(ramp, 2, 99, Cut("window", 10)) == 5  # 20 tokens a step
+
+
+def _block(**changes):
+    return {
+        "enabled": True,
+        "curriculum_type": "seqlen",
+        "min_difficulty": 8,
+        "max_difficulty": 64,
+        "schedule_type": "fixed_linear",
+        "schedule_config": {"total_curriculum_step": 10, "difficulty_step": 8},
+        **changes,
+    }
+
+
+def test_the_method_in_the_block():
+    assert parse_curriculum(_block()).cut() == Cut("truncate", 64)
+    assert parse_curriculum(_block(method="segment")).cut(128) == Cut("segment", 128)
+    assert parse_curriculum(_block(method="window", restart_positions=True)).restart_positions
+    with pytest.raises(ConfigError, match=r"curriculum_learning.method: 'windows' is not valid: .*'truncate'"):
+        parse_curriculum(_block(method="windows"))
+    with pytest.raises(ConfigError, match=r'restart_positions: true goes with method "window"'):
+        parse_curriculum(_block(method="segment", restart_positions=True))
