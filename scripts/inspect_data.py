@@ -89,12 +89,12 @@ def whole_run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
 def one_step(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """What the ranks read at a step."""
     from seqlen_curriculum.config.run import RunConfig
-    from seqlen_curriculum.data.from_config import open_feed
+    from seqlen_curriculum.data.from_config import open_training_data
     from seqlen_curriculum.data.inspection.step import describe_step, read_step
 
     config = RunConfig.load(args.config, args.set, require=("data", "training"))
     given = {name: getattr(args, name) for name in ("ranks", "rows") if getattr(args, name) is not None}
-    found = read_step(open_feed(config), args.step, **given)
+    found = read_step(open_training_data(config), args.step, **given)
     return found, describe_step(found, args.full)
 
 

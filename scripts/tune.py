@@ -50,7 +50,7 @@ def main() -> None:
     from seqlen_curriculum.files import apply_override, read_json
     from seqlen_curriculum.tuning.report import describe_costs, describe_space
     from seqlen_curriculum.tuning.space import Settings
-    from seqlen_curriculum.tuning.study import Tuning
+    from seqlen_curriculum.tuning.study import Study
 
     raw = read_json(Path(args.config))
     for override in args.set:
@@ -61,7 +61,7 @@ def main() -> None:
     settings = Settings(**{name: value for name, value in vars(args).items() if name in names})
     most_tokens = int(args.max_share * config.train_tokens)
     script = Path(__file__).with_name("train_gpt2.py")
-    tuning = Tuning(raw, settings, args.save, launcher, script, most_tokens, args.max_minutes * 60)
+    tuning = Study(raw, settings, args.save, launcher, script, most_tokens, args.max_minutes * 60)
     print(describe_space(tuning.space))
     print(f"budget            {most_tokens:,} tokens, {args.max_share:.0%} of the training's")
     if args.dry_run:

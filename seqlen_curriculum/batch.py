@@ -57,7 +57,7 @@ def set_batch_sequence_length(
 
     ``batch`` is a tensor or any nesting of mappings (a kind that is neither a dict nor a ``UserDict`` comes back as a
     dict), dataclasses, tuples, named tuples and lists; tensors of up to one axis and other values stay as they are. From
-    ``seqlen >= S`` on, the new container holds the same tensors. Cut on the CPU: counting targets waits for a GPU.
+    ``seqlen >= S`` on, the new container holds the same tensors. Shortening on the CPU: counting targets waits for a GPU.
 
     ``truncate``: each row's first ``seqlen`` tokens. A 2-D ``attention_mask`` tells where a row is padded on the left; such
     a row is cut behind its padding, so it keeps the tokens it would keep if it were padded on the right. With

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from seqlen_curriculum import ConfigError
-from seqlen_curriculum.schedule.batch_size_warmup import BatchSizeWarmup, RisingRows
+from seqlen_curriculum.schedule.batch_size_warmup import BatchSizeRamp, BatchSizeWarmup
 from seqlen_curriculum.schedule.piecewise import Piecewise
 
 
@@ -38,7 +38,7 @@ def test_rows_by_hand():
 
 @given(st.integers(1, 20), st.integers(1, 20), st.integers(1, 30), st.integers(1, 10**6), st.integers(0, 2 * 10**6))
 def test_equals_megatron_wherever_no_level_begins_within_its_rounding(start, increment, increments, tokens, consumed):
-    rows = RisingRows(start, increment, tokens, start + increments * increment)
+    rows = BatchSizeRamp(start, increment, tokens, start + increments * increment)
     levels = consumed * increments / tokens
     if not math.isclose(levels, round(levels), rel_tol=1e-9):
         assert rows(consumed) == megatron_rows(start, increment, tokens, rows.final, consumed)
@@ -46,12 +46,14 @@ def test_equals_megatron_wherever_no_level_begins_within_its_rounding(start, inc
 
 def test_steps_by_hand():
     # rows 2 until 20 tokens are consumed, 4 until 40, then 6; lengths 4, 4, 4, 8, ...: 8 + 8 + 8 = 24, 24 + 4 * 8 = 56
-    rows = RisingRows(2, 2, 40, 6).by_step(Piecewise(np.array([1, 4]), np.array([4, 8])))
+    rows = BatchSizeRamp(2, 2, 40, 6).by_step(Piecewise(np.array([1, 4]), np.array([4, 8])))
     assert (rows.first_steps.tolist(), rows.values.tolist()) == ([1, 4, 5], [2, 4, 6])
 
 
 def test_a_long_step_jumps_over_levels():
-    rows = RisingRows(1, 1, 40, 5).by_step(Piecewise.constant(25))  # 10 tokens a level: 25 is level 2, 25 + 75 the last
+    rows = BatchSizeRamp(1, 1, 40, 5).by_step(
+        Piecewise.constant(25)
+    )  # 10 tokens a level: 25 is level 2, 25 + 75 the last
     assert (rows.first_steps.tolist(), rows.values.tolist()) == ([1, 2, 3], [1, 3, 5])
 
 

@@ -15,7 +15,7 @@ from seqlen_curriculum.data.from_config import open_run_data
 from seqlen_curriculum.data.tokenizer import TokenizerChoice, build_tokenizer
 from seqlen_curriculum.models.pretrained import load_model
 from seqlen_curriculum.run_folder.checkpoint_manifest import differences, read_checkpoint
-from seqlen_curriculum.run_folder.run_log import read_runlog
+from seqlen_curriculum.run_folder.run_log import read_run_log
 
 RUNS = {  # name: (model, more settings, checkpoint to resume from)
     "gpt2": ("gpt2", ["zero_optimization.stage=1"], None),
@@ -75,7 +75,7 @@ def trained(run_file, folders):
 
 
 def losses(folder, kind="loss"):
-    return [record[kind] for record in read_runlog(folder / "runlog.jsonl") if kind in record]
+    return [record[kind] for record in read_run_log(folder / "runlog.jsonl") if kind in record]
 
 
 def test_every_run_learns_and_saves_a_loadable_folder(trained):

@@ -116,7 +116,7 @@ def test_nothing_of_a_left_over_ledger_is_skipped_by_a_run_that_begins_anew(tmp_
 
     (tmp_path / "rollbacks.json").write_text("[]")
     refuse_other_run(tmp_path, "auto", None)  # planned, perhaps
-    with pytest.raises(CheckpointError, match=r"rollbacks\.json: tells the skipped steps of a run.*delete this file"):
+    with pytest.raises(CheckpointError, match=r"rollbacks\.json: .*--resume none.*delete this file"):
         refuse_other_run(tmp_path, "none", None)
 
 

@@ -3,7 +3,7 @@
 import pytest
 
 from seqlen_curriculum import RunConfig
-from seqlen_curriculum.config.equivalence import steps_alike, trains_alike
+from seqlen_curriculum.config.equivalence import count_identical_steps, trains_identically
 
 
 def run(total=40, lowest=8, **changes):
@@ -48,14 +48,14 @@ def run(total=40, lowest=8, **changes):
     ],
 )
 def test_steps_alike_by_hand(one, other, steps):
-    assert steps_alike(one, other, 12) == steps
+    assert count_identical_steps(one, other, 12) == steps
 
 
 def test_stored_settings_tell_as_much():
     ours, other = run(40).settings(), run(80).settings()
-    assert trains_alike(other, ours, 7)
-    assert not trains_alike(other, ours, 8)
-    assert not trains_alike({**other, "curriculum_learning.schedule_type": "of another version"}, ours, 7)
+    assert trains_identically(other, ours, 7)
+    assert not trains_identically(other, ours, 8)
+    assert not trains_identically({**other, "curriculum_learning.schedule_type": "of another version"}, ours, 7)
 
 
 WARMUP = {"type": "WarmupLR", "params": {"warmup_num_steps": 10}}
@@ -81,4 +81,4 @@ WARMUP = {"type": "WarmupLR", "params": {"warmup_num_steps": 10}}
     ],
 )
 def test_what_lengths_rows_and_rates_do_not_tell_makes_another_run(saved, ours):
-    assert not trains_alike(saved.settings(), ours.settings(), 2)
+    assert not trains_identically(saved.settings(), ours.settings(), 2)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from seqlen_curriculum import ConfigError, DataError, RunConfig
-from seqlen_curriculum.data.from_config import open_feed
+from seqlen_curriculum.data.from_config import open_training_data
 from seqlen_curriculum.data.indexed import IndexedCorpus
 from seqlen_curriculum.data.inspection import corpus as inspection
 from seqlen_curriculum.data.inspection.corpus import corpus_warnings, describe_corpora, inspect_corpora
@@ -163,7 +163,7 @@ def brute_force(feed):
     """For each source (rows, first row of each epoch, tokens read, trained on, recycled), step by step, token by token."""
     counts = [[0, [], 0, 0, 0] for _ in feed.sources]
     for step in range(1, feed.timeline.steps + 1):
-        used = feed.timeline.cut.used(feed.timeline.seqlen(step))
+        used = feed.timeline.shortening.used_tokens_per_sample(feed.timeline.seqlen(step))
         for source, epoch, number in zip(*feed.places(step), strict=True):
             count = counts[source]
             if epoch == len(count[1]):
@@ -174,9 +174,9 @@ def brute_force(feed):
     for number, source in enumerate(feed.sources):
         stream, rows = feed._streams[number], np.arange(counts[number][0])
         epochs, _ = stream.place(rows)
-        parts = stream.stretches(rows, source.seq_length)
-        stretches = zip(epochs[parts.row], parts.of_range, parts.start, parts.length, strict=True)
-        positions = [(epoch, of, start + at) for epoch, of, start, length in stretches for at in range(length)]
+        parts = stream.token_spans(rows, source.seq_length)
+        token_spans = zip(epochs[parts.row], parts.of_range, parts.start, parts.length, strict=True)
+        positions = [(epoch, of, start + at) for epoch, of, start, length in token_spans for at in range(length)]
         counts[number][2] = len(set(positions))
     return counts
 
@@ -187,7 +187,7 @@ def test_the_table_is_a_count_over_the_feed(one, two, blend):
     summary = account(RunConfig.from_dict(run_file(train)))
     several_epochs = 0
     for way in summary["ways"]:
-        feed = open_feed(RunConfig.from_dict(run_file(train, way["method"], way["leftovers"])))
+        feed = open_training_data(RunConfig.from_dict(run_file(train, way["method"], way["leftovers"])))
         counts = brute_force(feed)
         for number, (rows, begins, read, trained, recycled) in enumerate(counts):
             use = source_use(feed, number, feed.timeline, feed.recycle)
@@ -210,7 +210,7 @@ def test_the_table_is_a_count_over_the_feed(one, two, blend):
 
 def test_epochs_begin_where_the_feed_says(one, two):
     config = RunConfig.from_dict(run_file([[0.9, one], [0.1, two]], leftovers="recycle"))
-    feed = open_feed(config)
+    feed = open_training_data(config)
     first = {}
     for step in range(1, feed.timeline.steps + 1):
         for source, epoch, _ in zip(*(part.tolist() for part in feed.places(step)), strict=True):
@@ -251,7 +251,7 @@ def test_a_run_of_427_617_steps_is_accounted_for_at_once(folder):
 
 @pytest.mark.parametrize("method", ["truncate", "segment", "window"])
 def test_a_step_is_what_the_feed_reads(one, two, method):
-    feed = open_feed(RunConfig.from_dict(run_file([[3, one], [1, two]], method, "recycle")))
+    feed = open_training_data(RunConfig.from_dict(run_file([[3, one], [1, two]], method, "recycle")))
     leftovers = 0
     for step in (1, 12, 18, feed.timeline.steps):
         found = read_step(feed, step, ranks=2, rows=3)
@@ -267,9 +267,9 @@ def test_a_step_is_what_the_feed_reads(one, two, method):
                 assert [token for ids in sample["ids"] for token in ids] == tokens
                 assert {len(ids) for ids in sample["ids"][:-1]} <= {found["seqlen"]}
                 first = 0 if sample["source"] == 0 else 1000
-                stretches = sample["stretches"]
-                assert [first + at for part in stretches for at in range(part["start"], part["end"])] == tokens
-                assert {part["corpus"] for part in stretches} == {(one, two)[sample["source"]]}
+                token_spans = sample["stretches"]
+                assert [first + at for part in token_spans for at in range(part["start"], part["end"])] == tokens
+                assert {part["corpus"] for part in token_spans} == {(one, two)[sample["source"]]}
                 leftovers += not sample["fresh"]
                 assert sample["text"] is None
     assert method == "window" or leftovers
@@ -295,7 +295,7 @@ def test_a_step_in_documents_and_words(folder):
     }
     file = run_file([str(prefix)], curriculum_learning=curriculum, train_batch_size=5)
     file["data"]["seq_length"] = 301
-    feed = open_feed(RunConfig.from_dict(file))
+    feed = open_training_data(RunConfig.from_dict(file))
     for step in (1, 2):
         found = read_step(feed, step, rows=5)
         for sample in found["ranks"][0]["shown"]:
@@ -323,7 +323,7 @@ def test_on_the_command_line(folder, one, two, saved):
     assert "\n* truncate  recycle " in result.stdout
     assert picture.read_bytes().startswith(b"\x89PNG")
     step = script("--config", saved, "--step", 3, "--ranks", 4, "--rows", 1, "--json")
-    assert json.loads(step.stdout) == read_step(open_feed(RunConfig.load(saved)), 3, 4, 1)
+    assert json.loads(step.stdout) == read_step(open_training_data(RunConfig.load(saved)), 3, 4, 1)
     wrong = script("--config", saved, "--step", 3, "--ranks", 3)
     assert (wrong.returncode, wrong.stdout) == (1, "")
     assert wrong.stderr == (

@@ -5,7 +5,7 @@ import pytest
 
 from seqlen_curriculum.data.indexed import IndexedCorpus
 from seqlen_curriculum.data.leftovers import Epochs
-from seqlen_curriculum.data.sample_stream import Stream
+from seqlen_curriculum.data.sample_stream import SampleStream
 from seqlen_curriculum.data.samples import Samples
 from seqlen_curriculum.data.writer import CorpusWriter
 from seqlen_curriculum.errors import DataError
@@ -64,7 +64,7 @@ def positions(tmp_path_factory):
 
 def test_leftovers_of_leftovers(positions):
     # 10 tokens to train on, two samples of 4: inputs 0-3 and 4-7; the rest are the inputs 8 and 9.
-    stream = Stream(Samples([(positions, 0, 11)], 4, seed=3), Piecewise.constant(1))
+    stream = SampleStream(Samples([(positions, 0, 11)], 4, seed=3), Piecewise.constant(1))
     a, b = (4 * int(stream.sample(np.array([0]), np.array([number]))[0]) for number in (0, 1))
     # Rows 0, 1 use a and b. Left: 8 9, a+1 a+2 a+3, b+1 b+2 b+3. Row 2 is 8 9 a+1 a+2 and leaves the last three,
     # so the leftovers go on with 9 a+1 a+2; row 3 is a+3 b+1 b+2 b+3 and leaves b+1 b+2 b+3; row 4 is 9 a+1 a+2 b+1.
@@ -86,7 +86,7 @@ def test_leftovers_of_leftovers(positions):
 def test_the_rest_of_several_ranges_comes_first(positions):
     # Ranges of 5, 1 (nothing to train on), 3 and 6 tokens: rests of 0, 0, 2 and 1 tokens with samples of 4.
     ranges = [(positions, 0, 5), (positions, 50, 51), (positions, 100, 103), (positions, 200, 206)]
-    stream = Stream(Samples(ranges, 4, seed=1), pieces((1, 3), (3, 4)))
+    stream = SampleStream(Samples(ranges, 4, seed=1), pieces((1, 3), (3, 4)))
     inputs, _ = stream.read(np.arange(3), 4)
     first, second = inputs[0, 3], inputs[1, 3]
     assert {first, second} == {3, 203}
@@ -95,14 +95,14 @@ def test_the_rest_of_several_ranges_comes_first(positions):
 
 def test_a_row_without_leftovers_has_no_place_among_them(positions):
     # Uses 2, 4, 4, 2 of 4 tokens: rows 0 and 3 leave two each.
-    stream = Stream(Samples([(positions, 0, 17)], 4, seed=1), pieces((1, 2), (2, 4), (4, 2), (5, 4)))
+    stream = SampleStream(Samples([(positions, 0, 17)], 4, seed=1), pieces((1, 2), (2, 4), (4, 2), (5, 4)))
     inputs, _ = stream.read(np.arange(5), 4)
     assert inputs[4].tolist() == [*inputs[0, 2:], *inputs[3, 2:]]
     assert stream.place(np.arange(6))[0].tolist() == [0, 0, 0, 0, 0, 1]
 
 
 def test_only_the_rows_asked_for_are_resolved(positions):
-    stream = Stream(Samples([(positions, 0, 200)], 16, seed=1), pieces((1, 3), (30, 7), (60, 16)))
+    stream = SampleStream(Samples([(positions, 0, 200)], 16, seed=1), pieces((1, 3), (30, 7), (60, 16)))
     whole = stream.read(np.arange(100), 16)
     for first in (0, 11, 12, 40, 59, 99):
         rows = np.arange(first, min(first + 9, 100))
@@ -111,7 +111,7 @@ def test_only_the_rows_asked_for_are_resolved(positions):
 
 
 def test_an_id_that_the_model_does_not_have_is_found_among_leftovers(positions):
-    stream = Stream(Samples([(positions, 0, 17)], 4, seed=1, vocab_size=14), Piecewise.constant(1))
+    stream = SampleStream(Samples([(positions, 0, 17)], 4, seed=1, vocab_size=14), Piecewise.constant(1))
     targets = stream.read(np.arange(4), 1)[1]
     assert targets.max() == 13
     with pytest.raises(DataError, match=r"corpus: token 14 has id 14, outside the vocabulary of 14"):

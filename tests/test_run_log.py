@@ -13,7 +13,7 @@ from seqlen_curriculum.analysis.read_run import load_run
 from seqlen_curriculum.analysis.run import summarise
 from seqlen_curriculum.errors import DataError
 from seqlen_curriculum.run_folder import run_log as runlog
-from seqlen_curriculum.run_folder.run_log import RunLog, read_runlog
+from seqlen_curriculum.run_folder.run_log import RunLog, read_run_log
 
 ROOT = Path(__file__).parent.parent
 
@@ -49,16 +49,16 @@ def written(path, count):
 
 def test_records_come_back_in_order(tmp_path):
     path = written(tmp_path / "runlog.jsonl", 4)
-    assert [record["step"] for record in read_runlog(path)] == [1, 2, 2, 3, 4, 4]
+    assert [record["step"] for record in read_run_log(path)] == [1, 2, 2, 3, 4, 4]
 
 
 def test_rewind_drops_later_records_and_a_torn_line(tmp_path):
     path = written(tmp_path / "runlog.jsonl", 4)
     with path.open("a") as file:
         file.write('{"step": 5, "lo')
-    assert [record["step"] for record in read_runlog(path)][-1] == 4  # the torn line is not a record yet
+    assert [record["step"] for record in read_run_log(path)][-1] == 4  # the torn line is not a record yet
     assert RunLog.rewind(path, 2) == 4
-    assert [record["step"] for record in read_runlog(path)] == [1, 2, 2]
+    assert [record["step"] for record in read_run_log(path)] == [1, 2, 2]
     assert RunLog.rewind(path, 2) == 0
     assert RunLog.rewind(tmp_path / "none.jsonl", 2) == 0
 
@@ -81,7 +81,7 @@ def test_a_damaged_line_is_an_error_with_its_number(tmp_path):
     path = written(tmp_path / "runlog.jsonl", 1)
     path.write_text("oops\n" + path.read_text())
     with pytest.raises(DataError, match=r"runlog\.jsonl: line 1 is not"):
-        list(read_runlog(path))
+        list(read_run_log(path))
 
 
 def test_a_full_disk_is_told_in_words():
@@ -170,8 +170,8 @@ def test_a_line_finished_while_the_log_is_read_is_not_taken_for_two(tmp_path, mo
         return parsed(line)
 
     monkeypatch.setattr(runlog, "_parsed", finished_meanwhile)
-    assert [record["step"] for record in read_runlog(path)] == [1]
+    assert [record["step"] for record in read_run_log(path)] == [1]
     monkeypatch.undo()
     with path.open("a") as log:
         log.write(whole[30:])
-    assert [record["step"] for record in read_runlog(path)] == [1, 2]
+    assert [record["step"] for record in read_run_log(path)] == [1, 2]

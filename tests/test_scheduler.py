@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from seqlen_curriculum import ConfigError, CurriculumScheduler, Timeline
-from seqlen_curriculum.schedule.batch_size_warmup import RisingRows
+from seqlen_curriculum.schedule.batch_size_warmup import BatchSizeRamp
 
 LINEAR = {
     "enabled": True,
@@ -114,7 +114,7 @@ def test_a_ramp_in_tokens_is_solved_with_the_lengths_and_rows_of_the_run():
     total = pacing.settles_at
     assert Timeline(pacing, 1, 10**6).consumed_tokens(total) >= 66_040
     assert total > 127
-    rows = RisingRows(1, 1, 30_000, 2)
+    rows = BatchSizeRamp(1, 1, 30_000, 2)
     pacing = CurriculumScheduler(tokens, rows=rows).pacing
     assert Timeline(pacing, rows, 10**6).consumed_tokens(pacing.settles_at) >= 66_040
     assert pacing.settles_at < 127

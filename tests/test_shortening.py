@@ -6,7 +6,7 @@ import pytest
 from seqlen_curriculum.errors import ConfigError
 from seqlen_curriculum.schedule.curriculum_config import parse_curriculum
 from seqlen_curriculum.schedule.pacing import Discrete, Root
-from seqlen_curriculum.schedule.shortening import TRUNCATE, Cut
+from seqlen_curriculum.schedule.shortening import TRUNCATE, Shortening
 from seqlen_curriculum.schedule.timeline import Timeline, ramp_steps_for_fraction, ramp_steps_for_tokens
 
 
@@ -24,20 +24,28 @@ from seqlen_curriculum.schedule.timeline import Timeline, ramp_steps_for_fractio
     ],
 )
 def test_a_sample_of_ten_tokens(method, seqlen, rows, row_tokens, used):
-    cut = Cut(method, 10)
-    assert (cut.rows(seqlen), cut.row_tokens(seqlen), cut.used(seqlen)) == (rows, row_tokens, used)
-    for function in (cut.rows, cut.row_tokens, cut.used):
+    shortening = Shortening(method, 10)
+    assert (
+        shortening.rows_per_sample(seqlen),
+        shortening.tokens_per_row(seqlen),
+        shortening.used_tokens_per_sample(seqlen),
+    ) == (rows, row_tokens, used)
+    for function in (shortening.rows_per_sample, shortening.tokens_per_row, shortening.used_tokens_per_sample):
         assert function(np.array([seqlen, 10])).tolist() == [function(seqlen), function(10)]
-    assert 1 <= cut.least_used(seqlen) <= min(cut.used(length) for length in range(seqlen, 11))
+    assert (
+        1
+        <= shortening.least_used_tokens(seqlen)
+        <= min(shortening.used_tokens_per_sample(length) for length in range(seqlen, 11))
+    )
 
 
 def test_truncation_needs_no_full_length():
-    assert TRUNCATE.used(7) == 7
+    assert TRUNCATE.used_tokens_per_sample(7) == 7
 
 
 def test_segments_in_a_timeline():
     # lengths 3, 3, 6, 10, ...; 2 samples of 10 tokens: 6 rows of 3, 2 of 6, 2 of 10
-    timeline = Timeline(Discrete((3, 6, 10), (2, 3)), 2, 75, Cut("segment", 10))
+    timeline = Timeline(Discrete((3, 6, 10), (2, 3)), 2, 75, Shortening("segment", 10))
     steps = np.arange(1, 6)
     assert timeline.samples(steps).tolist() == [2] * 5
     assert timeline.rows(steps).tolist() == [6, 6, 2, 2, 2]
@@ -50,7 +58,7 @@ def test_segments_in_a_timeline():
 
 
 def test_windows_in_a_timeline():
-    timeline = Timeline(Discrete((3, 10), (2,)), 2, 75, Cut("window", 10))
+    timeline = Timeline(Discrete((3, 10), (2,)), 2, 75, Shortening("window", 10))
     assert timeline.consumed_tokens(np.arange(5)).tolist() == [0, 20, 40, 60, 80]
     assert (timeline.steps, timeline.shapes(), timeline.lengths()) == (4, [(2, 10)], [3, 10])
 
@@ -60,15 +68,15 @@ def test_ramps_given_in_tokens_and_as_a_share_count_the_tokens_of_the_method():
         return Root(2, 10, 2, steps)
 
     for method in ("truncate", "segment", "window"):
-        cut = Cut(method, 10)
+        shortening = Shortening(method, 10)
         for tokens in (1, 20, 99, 1000):
-            steps = ramp_steps_for_tokens(ramp, 2, tokens, cut)
-            assert Timeline(ramp(steps), 2, tokens, cut).consumed_tokens(steps) >= tokens
-            assert steps == 1 or Timeline(ramp(steps - 1), 2, tokens, cut).consumed_tokens(steps - 1) < tokens
-        steps = ramp_steps_for_fraction(ramp, 2, 1000, 0.5, cut)
-        assert steps <= 0.5 * Timeline(ramp(steps), 2, 1000, cut).steps
-        assert steps + 1 > 0.5 * Timeline(ramp(steps + 1), 2, 1000, cut).steps
-    assert ramp_steps_for_tokens(ramp, 2, 99, Cut("window", 10)) == 5  # 20 tokens a step
+            steps = ramp_steps_for_tokens(ramp, 2, tokens, shortening)
+            assert Timeline(ramp(steps), 2, tokens, shortening).consumed_tokens(steps) >= tokens
+            assert steps == 1 or Timeline(ramp(steps - 1), 2, tokens, shortening).consumed_tokens(steps - 1) < tokens
+        steps = ramp_steps_for_fraction(ramp, 2, 1000, 0.5, shortening)
+        assert steps <= 0.5 * Timeline(ramp(steps), 2, 1000, shortening).steps
+        assert steps + 1 > 0.5 * Timeline(ramp(steps + 1), 2, 1000, shortening).steps
+    assert ramp_steps_for_tokens(ramp, 2, 99, Shortening("window", 10)) == 5  # 20 tokens a step
 
 
 def _block(**changes):
@@ -84,8 +92,8 @@ def _block(**changes):
 
 
 def test_the_method_in_the_block():
-    assert parse_curriculum(_block()).cut() == Cut("truncate", 64)
-    assert parse_curriculum(_block(method="segment")).cut(128) == Cut("segment", 128)
+    assert parse_curriculum(_block()).shortening() == Shortening("truncate", 64)
+    assert parse_curriculum(_block(method="segment")).shortening(128) == Shortening("segment", 128)
     assert parse_curriculum(_block(method="window", restart_positions=True)).restart_positions
     with pytest.raises(ConfigError, match=r"curriculum_learning.method: 'windows' is not valid: .*'truncate'"):
         parse_curriculum(_block(method="windows"))

@@ -15,13 +15,13 @@ from seqlen_curriculum.run_folder.rollbacks import (
     Rollback,
     begun_by,
     is_skipped,
-    read_ledger,
+    read_rollbacks,
     same_course,
     skipped_window,
     steps_to_keep,
-    write_ledger,
+    write_rollbacks,
 )
-from seqlen_curriculum.training.spike_guard import Abandoned, Guard, LossesSoFar
+from seqlen_curriculum.training.spike_guard import LossesSoFar, RollbackRequested, SpikeGuard
 
 
 def rollback(first, last, **changes):
@@ -32,7 +32,7 @@ def rollback(first, last, **changes):
 def guard(on_spike, losses=(), rollbacks=(), at=(7, 32, 0.001)):
     """A guard with a threshold of 1.5 after some losses, at a (step, seqlen, lr)."""
     settings = TrainingConfig(train_tokens=1000, on_spike=on_spike, spike_ratio=1.5)
-    one = Guard(settings, rollbacks, LossesSoFar.of(losses, 1.5))
+    one = SpikeGuard(settings, rollbacks, LossesSoFar.of(losses, 1.5))
     one.begin(*at)
     return one
 
@@ -148,17 +148,17 @@ def test_what_is_not_finite_stops_the_run(on_spike, loss, broken, told):
 
 
 def test_a_rollback_is_asked_for_with_what_goes_on_record():
-    with pytest.raises(Abandoned) as raised:
+    with pytest.raises(RollbackRequested) as raised:
         guard("rollback", [3.0]).judge(6.0)
     assert raised.value.spike[:5] == (7, 32, 0.001, 6.0, 2.0)
     assert raised.value.spike.to_rollback(2, (4, 7)) == rollback(4, 7, loss=6.0, ratio=2.0, returned_to=2)
-    with pytest.raises(Abandoned) as raised:
+    with pytest.raises(RollbackRequested) as raised:
         guard("rollback", [3.0]).judge(math.inf)
     assert raised.value.spike.to_rollback(2, (4, 7)) == rollback(4, 7, loss=None, ratio=None, returned_to=2)
-    with pytest.raises(Abandoned, match="step 7: the gradient norm is nan"):
+    with pytest.raises(RollbackRequested, match="step 7: the gradient norm is nan"):
         guard("rollback").judge(3.0, "the gradient norm is nan")
-    with pytest.raises(Abandoned, match="step 7: the validation loss is nan"):
-        guard("rollback").give_up("the validation loss is nan")
+    with pytest.raises(RollbackRequested, match="step 7: the validation loss is nan"):
+        guard("rollback").stop_or_roll_back("the validation loss is nan")
 
 
 def test_the_guard_knows_the_skipped_steps():
@@ -173,10 +173,10 @@ def test_a_course_is_what_it_skips():
 
 
 def test_the_ledger_comes_back(tmp_path):
-    assert read_ledger(tmp_path) is None
+    assert read_rollbacks(tmp_path) is None
     rollbacks = [rollback(22, 25), rollback(1, 3, loss=None, ratio=None, returned_to=0, lr=1 / 3, seconds=0.1)]
-    write_ledger(tmp_path, rollbacks)
-    assert read_ledger(tmp_path) == rollbacks
+    write_rollbacks(tmp_path, rollbacks)
+    assert read_rollbacks(tmp_path) == rollbacks
     assert json.loads((tmp_path / "rollbacks.json").read_text())[0] == {
         "step": 25,
         "loss": 6.5,
@@ -193,7 +193,7 @@ def test_the_ledger_comes_back(tmp_path):
 def test_a_ledger_without_seconds_is_read(tmp_path):
     old = rollback(22, 25).model_dump(mode="json", exclude={"seconds"})
     (tmp_path / "rollbacks.json").write_text(json.dumps([old]))
-    assert read_ledger(tmp_path) == [rollback(22, 25, seconds=0.0)]
+    assert read_rollbacks(tmp_path) == [rollback(22, 25, seconds=0.0)]
 
 
 def test_the_seconds_of_abandoned_steps_by_hand(tmp_path):
@@ -217,7 +217,7 @@ def test_the_seconds_of_abandoned_steps_by_hand(tmp_path):
 def test_a_damaged_ledger_is_named(tmp_path, text):
     (tmp_path / "rollbacks.json").write_text(text)
     with pytest.raises(CheckpointError, match=r"rollbacks\.json: can't be read as a list of rollbacks"):
-        read_ledger(tmp_path)
+        read_rollbacks(tmp_path)
 
 
 def test_skipped_steps_stand_in_their_order():
@@ -227,7 +227,7 @@ def test_skipped_steps_stand_in_their_order():
 
 def test_an_unwritable_ledger_is_told_of(tmp_path):
     with pytest.raises(CheckpointError, match=r"rollbacks\.json: can't be written"):
-        write_ledger(tmp_path / "nowhere", [])
+        write_rollbacks(tmp_path / "nowhere", [])
 
 
 def checkpoint(save, step, rollbacks):

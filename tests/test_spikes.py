@@ -19,8 +19,8 @@ from seqlen_curriculum import RunConfig
 from seqlen_curriculum.analysis.stability import stability
 from seqlen_curriculum.data.from_config import open_run_data
 from seqlen_curriculum.data.indexed import IndexedCorpus
-from seqlen_curriculum.run_folder.rollbacks import LEDGER
-from seqlen_curriculum.run_folder.run_log import read_runlog
+from seqlen_curriculum.run_folder.rollbacks import ROLLBACKS
+from seqlen_curriculum.run_folder.run_log import read_run_log
 
 SPIKE, SKIPPED = 25, [22, 23, 24, 25]
 ROLLED_BACK = ("zero2", "zero3", "pipeline_zero1")
@@ -59,8 +59,8 @@ def overwrite(run, step):
     (prefix,) = run["data"]["train"]
     tokens = np.memmap(f"{prefix}.bin", dtype=IndexedCorpus(prefix).tokens.dtype, mode="r+")
     random = np.random.default_rng(0)
-    for _, stretches in feed.stretches(step):
-        for start, length in zip(stretches.start, stretches.length, strict=True):
+    for _, token_spans in feed.token_spans(step):
+        for start, length in zip(token_spans.start, token_spans.length, strict=True):
             tokens[start : start + length] = random.integers(0, 256, length)
     tokens.flush()
 
@@ -78,11 +78,11 @@ def runs(run_file):
     def run(name, *sets, resume="auto", **more):
         return {"config": str(run_file), "sets": sets, "save": f"{folder}/{name}", "resume": resume, **more}
 
-    assert run_and_kill(killed_command(folder), folder / "killed.log", (folder / "killed" / LEDGER).exists)
+    assert run_and_kill(killed_command(folder), folder / "killed.log", (folder / "killed" / ROLLBACKS).exists)
     shutil.copy(folder / "killed" / "runlog.jsonl", folder / "killed.jsonl")
     for engine in ROLLED_BACK:
         (folder / f"{engine}-planned").mkdir()
-        (folder / f"{engine}-planned" / LEDGER).write_text(json.dumps(PLANNED))
+        (folder / f"{engine}-planned" / ROLLBACKS).write_text(json.dumps(PLANNED))
     by_engine = [
         run(f"{engine}{kind}", *ENGINES[engine], *wanted)
         for engine in ROLLED_BACK
@@ -103,7 +103,7 @@ def runs(run_file):
         run("too-fast", *ZERO2, *too_fast, fails=True),
         run("restless", *ZERO2, *restless, fails=True),
         run("rested", *ENGINES["zero2"], *restless, goes_on_from=f"{folder}/restless"),
-        run("terminated", *ZERO2, *few, sigterm_at=f"{folder}/terminated/{LEDGER}"),
+        run("terminated", *ZERO2, *few, sigterm_at=f"{folder}/terminated/{ROLLBACKS}"),
         run("no-lock", *ZERO2, fails=True),
         run("no-pointer", *ZERO2, fails=True),
     ]
@@ -113,7 +113,7 @@ def runs(run_file):
 
 
 def raw(run, name="runlog.jsonl"):
-    return [{key: value for key, value in one.items() if key != "seconds"} for one in read_runlog(run / name)]
+    return [{key: value for key, value in one.items() if key != "seconds"} for one in read_run_log(run / name)]
 
 
 @pytest.mark.parametrize("engine", ROLLED_BACK)
@@ -152,7 +152,7 @@ def test_the_log_is_whole_and_names_the_skipped_steps(runs, run_file):
 
 
 def test_the_rollback_is_on_record(runs, run_file):
-    (rollback,) = json.loads((runs / "zero2" / LEDGER).read_text())
+    (rollback,) = json.loads((runs / "zero2" / ROLLBACKS).read_text())
     (spike,) = [record for record in records(runs / "log")[0] if record["step"] == SPIKE]  # the same run up to there
     assert {name: rollback[name] for name in ("step", "loss", "seqlen", "lr")} == {
         name: spike[name] for name in ("step", "loss", "seqlen", "lr")
@@ -178,14 +178,14 @@ def test_checkpoints_tell_their_course(runs, run):
         int(path.parent.name.removeprefix("global_step")): json.loads(path.read_text())["rollbacks"]
         for path in (runs / run).glob("global_step*/complete.json")
     }
-    ledger = json.loads((runs / run / LEDGER).read_text())
+    ledger = json.loads((runs / run / ROLLBACKS).read_text())
     assert seen == {0: [], 6: [], 12: [], 18: [], 24: ledger, 30: ledger, 36: ledger, 41: ledger}
 
 
 def assert_same_rollback(run, reference):
     assert_same_run(run, reference)
     assert raw(run) == raw(reference)
-    ours, theirs = (json.loads((save / LEDGER).read_text()) for save in (run, reference))
+    ours, theirs = (json.loads((save / ROLLBACKS).read_text()) for save in (run, reference))
     assert [{**one, "seconds": None} for one in ours] == [{**one, "seconds": None} for one in theirs]
 
 
@@ -198,7 +198,7 @@ def test_killed_amid_the_rollback_it_comes_out_the_same(runs):
 def test_killed_again_and_again(runs, run_file, tmp_path):
     shutil.copy(run_file, tmp_path)
     save = tmp_path / "killed"
-    dues = [partial(has_reached, save, 24), (save / LEDGER).exists]
+    dues = [partial(has_reached, save, 24), (save / ROLLBACKS).exists]
     dues += [partial(has_reached, save, step) for step in (27, 33, 38)]
     for number, due in enumerate(dues):
         log = tmp_path / f"{number}.log"
@@ -216,7 +216,7 @@ def test_only_told_of_by_default(runs):
     line = r"step (\d+): the loss [^;\n]*spike_ratio 1\.3\), at seqlen \d+ and lr \S+\s*\n"
     told = re.findall(line, (runs / "spikes.log").read_text())
     assert list(map(int, told)) == episodes
-    assert not (runs / "log" / LEDGER).exists()
+    assert not (runs / "log" / ROLLBACKS).exists()
     assert not (runs / "log" / "global_step0").exists()
 
 
@@ -245,8 +245,8 @@ def test_without_a_checkpoint_from_before_it_says_what_goes_on(runs):
     told = (runs / "too-new" / "error").read_text()
     assert "a rollback skips steps 18 to 25, and no checkpoint from before them is kept" in told
     assert 'Set training.spike_skip_steps to 7 or less, or training.on_spike to "log"' in told
-    assert not (runs / "too-new" / LEDGER).exists()
-    (rollback,) = json.loads((runs / "newer" / LEDGER).read_text())  # it was set to 7, in the same command
+    assert not (runs / "too-new" / ROLLBACKS).exists()
+    (rollback,) = json.loads((runs / "newer" / ROLLBACKS).read_text())  # it was set to 7, in the same command
     assert (rollback["returned_to"], rollback["skipped"]) == (18, [19, 25])
     assert raw(runs / "newer")[-1]["step"] == 41
 
@@ -269,7 +269,7 @@ def test_gives_up_on_what_spikes_again_and_again(runs):
     assert re.match(r"step \d+: the loss is (nan|inf), at seqlen", told)
     assert "after 10 rollbacks" in told
     assert "Lower optimizer.params.lr" in told
-    ledger = json.loads((runs / "too-fast" / LEDGER).read_text())
+    ledger = json.loads((runs / "too-fast" / ROLLBACKS).read_text())
     assert len(ledger) == 10
     assert {rollback["loss"] for rollback in ledger} == {None}
     steps, _ = records(runs / "too-fast")
@@ -291,12 +291,12 @@ def test_what_spikes_again_and_again_goes_on_when_only_told_of(runs):
     assert '"log"' not in (runs / "too-fast" / "error").read_text()  # NaN can't be gone on from
     log = [record for record in raw(runs / "rested") if "valid_loss" not in record]
     assert [record["step"] for record in log] == list(range(1, 42))
-    skipped = [one["skipped"][0] for one in json.loads((runs / "rested" / LEDGER).read_text())]
+    skipped = [one["skipped"][0] for one in json.loads((runs / "rested" / ROLLBACKS).read_text())]
     assert [record["step"] for record in log if "skipped" in record] == sorted(skipped)
 
 
 def test_sigterm_while_it_goes_back_saves_and_leaves_a_checkpoint_to_go_back_to(runs):
-    (rollback,) = json.loads((runs / "terminated" / LEDGER).read_text())
+    (rollback,) = json.loads((runs / "terminated" / ROLLBACKS).read_text())
     assert rollback["returned_to"] == 0
     log = raw(runs / "terminated")
     assert [record["step"] for record in log] == [1]

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from seqlen_curriculum.schedule.adjusted_pacing import bucketed
-from seqlen_curriculum.schedule.batch_size_warmup import RisingRows
+from seqlen_curriculum.schedule.batch_size_warmup import BatchSizeRamp
 from seqlen_curriculum.schedule.pacing import Custom, Discrete, Mixed, Root
 from seqlen_curriculum.schedule.timeline import Timeline, ramp_steps_for_fraction, ramp_steps_for_tokens
 
@@ -84,7 +84,9 @@ schedules = st.one_of(
 ).flatmap(lambda pacing: st.sampled_from([pacing, bucketed(pacing, pacing.lowest)]))
 
 batches = st.integers(1, 16) | st.builds(
-    lambda start, increment, increments, tokens: RisingRows(start, increment, tokens, start + increments * increment),
+    lambda start, increment, increments, tokens: BatchSizeRamp(
+        start, increment, tokens, start + increments * increment
+    ),
     st.integers(1, 8),
     st.integers(1, 4),
     st.integers(1, 12),
@@ -125,7 +127,7 @@ def test_arithmetic_equals_counting(pacing, rows, budget):
 
 def test_a_batch_size_warmup_by_hand():
     # lengths 8, 8, 16, 16, ...; 2 rows until 40 tokens are consumed, then 4: 16, 32, 64 (past 40), 128, 192
-    timeline = Timeline(Discrete((8, 16), (2,)), RisingRows(2, 2, 40, 4), train_tokens=180)
+    timeline = Timeline(Discrete((8, 16), (2,)), BatchSizeRamp(2, 2, 40, 4), train_tokens=180)
     assert timeline.rows(np.arange(1, 6)).tolist() == [2, 2, 2, 4, 4]
     assert timeline.consumed_tokens(np.arange(6)).tolist() == [0, 16, 32, 64, 128, 192]
     assert timeline.consumed_samples(np.arange(6)).tolist() == [0, 2, 4, 6, 10, 14]
@@ -137,13 +139,13 @@ def test_a_batch_size_warmup_by_hand():
 
 
 def test_a_batch_that_a_short_run_never_reaches():
-    timeline = Timeline(Discrete((8,), ()), RisingRows(2, 2, 10_000, 4), train_tokens=160)
+    timeline = Timeline(Discrete((8,), ()), BatchSizeRamp(2, 2, 10_000, 4), train_tokens=160)
     assert (timeline.steps, timeline.first_step_of_samples(4), timeline.shapes()) == (10, None, [(2, 8)])
 
 
 def test_a_long_run_of_many_shapes_costs_little():
     started = time.perf_counter()
-    timeline = Timeline(Root(8, 1024, 8, 270_000), RisingRows(16, 16, 40_000_000_000, 512), BUDGET)
+    timeline = Timeline(Root(8, 1024, 8, 270_000), BatchSizeRamp(16, 16, 40_000_000_000, 512), BUDGET)
     assert timeline.steps > 400_000
     assert 128 < len(timeline.shapes()) < 128 + 32
     assert time.perf_counter() - started < 0.2  # it takes a millisecond; a loaded machine may take more

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from seqlen_curriculum.errors import ConfigError
-from seqlen_curriculum.schedule.batch_size_warmup import RisingRows
+from seqlen_curriculum.schedule.batch_size_warmup import BatchSizeRamp
 from seqlen_curriculum.schedule.pacing import Discrete, Root
 from seqlen_curriculum.schedule.timeline import Timeline
 from seqlen_curriculum.schedule.token_lr import TokenCosine, TokenCosineParams
@@ -77,7 +77,7 @@ def test_a_warmup_in_samples_may_end_inside_a_step():
 
 def test_a_warmup_in_samples_counts_the_rows_of_a_batch_size_warmup():
     # rows 2, 2, 4, 4, ... of 8 tokens (4 from 20 tokens on): 7 samples are 2 + 2 + 3 of the third step, 56 tokens
-    timeline = Timeline(Discrete((8,), ()), RisingRows(2, 2, 20, 4), train_tokens=1600)
+    timeline = Timeline(Discrete((8,), ()), BatchSizeRamp(2, 2, 20, 4), train_tokens=1600)
     rate = TokenCosine(timeline, TokenCosineParams(warmup_samples=7), 1.0)
     assert rate.warmup_tokens == 56
     assert rate(np.array([1, 2])).tolist() == [2 / 7, 4 / 7]

@@ -20,7 +20,7 @@ from conftest import ROOT, launch, launch_command, start, wait_for_all
 from seqlen_curriculum import RunConfig, Timeline
 from seqlen_curriculum.data.from_config import open_run_data
 from seqlen_curriculum.errors import DIVERGED
-from seqlen_curriculum.run_folder.run_log import read_runlog
+from seqlen_curriculum.run_folder.run_log import read_run_log
 
 TRAIN = "scripts/train_gpt2.py"
 
@@ -29,14 +29,14 @@ def records(save):
     """(training records, evaluation records) of a run, each without its time."""
     both = [
         {name: value for name, value in record.items() if name != "seconds"}
-        for record in read_runlog(save / "runlog.jsonl")
+        for record in read_run_log(save / "runlog.jsonl")
     ]
     return [r for r in both if "loss" in r], [r for r in both if "valid_loss" in r]
 
 
 def samples_by_step(save):
     """(source, epoch, number) of each sample read at each step, in their order over the ranks."""
-    read = [record for path in save.glob("samples.rank*.jsonl") for record in read_runlog(path)]
+    read = [record for path in save.glob("samples.rank*.jsonl") for record in read_run_log(path)]
     steps = {}
     for record in sorted(read, key=lambda record: (record["step"], record["first_sample"])):
         steps.setdefault(record["step"], []).extend(map(tuple, record["samples"]))
@@ -169,7 +169,7 @@ def test_the_monitor_has_values_against_steps_and_against_tokens(reference):
 
 
 def has_reached(save, step):
-    return (save / "runlog.jsonl").exists() and any(r["step"] >= step for r in read_runlog(save / "runlog.jsonl"))
+    return (save / "runlog.jsonl").exists() and any(r["step"] >= step for r in read_run_log(save / "runlog.jsonl"))
 
 
 def run_and_kill(command, log, due):

@@ -10,13 +10,13 @@ from hypothesis import strategies as st
 
 from seqlen_curriculum.data.indexed import IndexedCorpus
 from seqlen_curriculum.data.samples import Samples
-from seqlen_curriculum.data.training_data import Feed
+from seqlen_curriculum.data.training_data import TrainingData
 from seqlen_curriculum.data.writer import CorpusWriter
 from seqlen_curriculum.errors import ConfigError
 from seqlen_curriculum.planning import data_use
-from seqlen_curriculum.schedule.batch_size_warmup import RisingRows
+from seqlen_curriculum.schedule.batch_size_warmup import BatchSizeRamp
 from seqlen_curriculum.schedule.pacing import Discrete, Mixed, Root
-from seqlen_curriculum.schedule.shortening import Cut
+from seqlen_curriculum.schedule.shortening import Shortening
 from seqlen_curriculum.schedule.timeline import Timeline
 
 NUM_TOKENS = 20_000
@@ -67,7 +67,7 @@ def cases(draw):
     weights = [draw(weight) for _ in ranges] if len(ranges) > 1 else None
     world = draw(st.sampled_from([1, 2, 4]))
     batch = world * draw(st.integers(1, 3))
-    rising = st.builds(RisingRows, st.just(world), st.just(world), st.integers(1, 50 * full), st.just(batch + world))
+    rising = st.builds(BatchSizeRamp, st.just(world), st.just(world), st.integers(1, 50 * full), st.just(batch + world))
     return Case(
         full,
         ranges,
@@ -91,8 +91,8 @@ def build(case, corpus):
         ranges = [(corpus, int(a), int(b)) for a, b in pairwise(bounds)]
         sources.append(Samples(ranges, case.seq_length, case.seed))
     tokens = max(int(case.epochs * min(source.num_tokens for source in sources)), 1)
-    timeline = Timeline(case.pacing, case.rows, tokens, Cut(case.method, case.seq_length))
-    return Feed(sources, timeline, case.recycle, case.weights)
+    timeline = Timeline(case.pacing, case.rows, tokens, Shortening(case.method, case.seq_length))
+    return TrainingData(sources, timeline, case.recycle, case.weights)
 
 
 def read_by_epoch(feed, world_size):
@@ -103,7 +103,7 @@ def read_by_epoch(feed, world_size):
         parts = [feed.read(step, rank * share, share) for rank in range(world_size)]
         inputs, targets = (np.concatenate(tokens) for tokens in zip(*parts, strict=True))
         assert np.array_equal(targets, inputs + 1)
-        assert inputs.shape == (timeline.rows(step), timeline.cut.row_tokens(timeline.seqlen(step)))
+        assert inputs.shape == (timeline.rows(step), timeline.shortening.tokens_per_row(timeline.seqlen(step)))
         by_sample = targets.reshape(timeline.samples(step), -1)
         places = feed.places(step)
         for source, epoch, tokens in zip(places.source.tolist(), places.epoch.tolist(), by_sample, strict=True):
@@ -144,7 +144,7 @@ def test_stretches_are_what_is_read(positions, case):
     for step in {1, (feed.timeline.steps + 1) // 2, feed.timeline.steps}:
         inputs, _ = feed.read(step)
         found = np.full((feed.timeline.samples(step), inputs.size // feed.timeline.samples(step)), -1)
-        for source, parts in feed.stretches(step):
+        for source, parts in feed.token_spans(step):
             for row, column, length, number, start in zip(*parts, strict=True):
                 _, first, end = feed.sources[source].ranges[number]
                 assert first <= start < start + length < end
@@ -155,7 +155,7 @@ def test_stretches_are_what_is_read(positions, case):
 
 def test_blends_are_read_in_proportion(positions):
     sources = [Samples([(positions, 0, 1001)], 10, 1), Samples([(positions, 2000, 2101)], 10, 1)]
-    feed = Feed(sources, Timeline(Discrete((4,), ()), 8, 4000), True, [0.75, 0.25])
+    feed = TrainingData(sources, Timeline(Discrete((4,), ()), 8, 4000), True, [0.75, 0.25])
     places = [feed.places(step) for step in range(1, feed.timeline.steps + 1)]
     source = np.concatenate([place.source for place in places])
     count = np.cumsum(source)
@@ -166,9 +166,9 @@ def test_blends_are_read_in_proportion(positions):
 
 
 def test_what_a_step_has_not(positions):
-    feed = Feed([Samples([(positions, 0, 1001)], 10, 1)], Timeline(Discrete((4,), ()), 8, 4000), False)
+    feed = TrainingData([Samples([(positions, 0, 1001)], 10, 1)], Timeline(Discrete((4,), ()), 8, 4000), False)
     assert feed.read(3, 6)[0].shape == (2, 4)
     with pytest.raises(IndexError, match=r"samples 6..9 are outside the 8 of step 3"):
         feed.read(3, 6, 3)
     with pytest.raises(ConfigError, match=r"data.train: 1 sources and 2 weights"):
-        Feed(feed.sources, feed.timeline, False, [1, 2])
+        TrainingData(feed.sources, feed.timeline, False, [1, 2])

@@ -18,7 +18,7 @@ from test_tuning_space import changed
 
 from seqlen_curriculum import CheckpointError, RunConfig
 from seqlen_curriculum.analysis.stability import ratios_to_best
-from seqlen_curriculum.config.equivalence import steps_alike
+from seqlen_curriculum.config.equivalence import count_identical_steps
 from seqlen_curriculum.data.writer import CorpusWriter
 from seqlen_curriculum.errors import DIVERGED
 from seqlen_curriculum.files import read_json
@@ -135,7 +135,7 @@ def test_a_probe_takes_over_what_it_shares_with_an_earlier_one(searches):
     first, second = read_json(searches / "whole" / "tuning.json")["probes"]
     runs = [searches / "whole" / "probes" / f"min16-T{one['total_steps']}" for one in (first, second)]
     configs = [RunConfig.load(run.with_suffix(".json")) for run in runs]
-    shared = steps_alike(*configs, first["until_step"])
+    shared = count_identical_steps(*configs, first["until_step"])
     assert shared > 0
     assert read_json(runs[1] / "run.json")["launches"][0]["first_step"] == shared + 1
     both = [[one for one in records(run)[0] if one["step"] <= shared] for run in runs]
@@ -149,7 +149,7 @@ def test_it_tells_what_it_found_and_what_it_cost(searches, config_file):
     configs = [
         RunConfig.load(searches / "killed" / "probes" / f"min16-T{one['total_steps']}.json") for one in (first, second)
     ]
-    shared = steps_alike(*configs, first["until_step"])
+    shared = count_identical_steps(*configs, first["until_step"])
     tokens = sum(
         cost_of(config, begin, one["until_step"]).tokens
         for config, begin, one in zip(configs, (1, shared + 1), (first, second), strict=True)

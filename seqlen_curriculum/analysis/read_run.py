@@ -11,7 +11,7 @@ from typing_extensions import TypedDict  # pydantic takes Python's own from 3.12
 
 from seqlen_curriculum.analysis.run import Run
 from seqlen_curriculum.errors import DataError
-from seqlen_curriculum.run_folder.run_log import read_runlog
+from seqlen_curriculum.run_folder.run_log import read_run_log
 
 __all__ = ["LOGS", "load_run", "read_run"]
 
@@ -62,7 +62,7 @@ def read_run(save: Path, name: str = "") -> Run:
     path = save / "runlog.jsonl"
     if not save.is_dir():
         raise DataError(f"{save}: there is no such folder; give the --save folder of a run")
-    records = list(read_runlog(path)) if path.exists() else []
+    records = list(read_run_log(path)) if path.exists() else []
     for record in records:
         _check(record, path)
     info, rollbacks = _object(save / "run.json", _Info), _object(save / "rollbacks.json", list[_Rollback])

@@ -13,31 +13,31 @@ import numpy as np
 
 from seqlen_curriculum.config.run import RunConfig
 from seqlen_curriculum.errors import ConfigError
-from seqlen_curriculum.schedule.piecewise import Steps
+from seqlen_curriculum.schedule.piecewise import IntArray
 
-__all__ = ["Course", "steps_alike", "trains_alike"]
+__all__ = ["ScheduledValues", "count_identical_steps", "trains_identically"]
 
 _SCHEDULES = ("curriculum_learning", "batch_size_warmup", "scheduler")
 
 
-class Course(NamedTuple):
+class ScheduledValues(NamedTuple):
     """All that the schedules of a run decide, (steps,) each; ``rate`` is None where it is DeepSpeed's own."""
 
-    seqlen: Steps
-    samples: Steps
+    seqlen: IntArray
+    samples: IntArray
     method: str
     rate: Any
 
     @classmethod
-    def of(cls, config: RunConfig, last_step: int) -> Course:
+    def of(cls, config: RunConfig, last_step: int) -> ScheduledValues:
         """Of steps 1 to ``last_step``. Raises ConfigError as ``RunConfig.timeline`` does."""
         timeline, steps = config.timeline(), np.arange(1, last_step + 1)
         rate = config.learning_rate(timeline)
-        method = config.cut.method
+        method = config.shortening.method
         return cls(timeline.seqlen(steps), timeline.samples(steps), method, rate(steps) if rate else None)
 
 
-def steps_alike(one: RunConfig, other: RunConfig, last_step: int) -> int:
+def count_identical_steps(one: RunConfig, other: RunConfig, last_step: int) -> int:
     """How many steps, at most ``last_step``, two runs that differ in their schedules alone train alike from the first on.
 
     0 where something else than the step decides: an ``adaptive`` schedule, or other rates of DeepSpeed's own. Raises
@@ -45,7 +45,7 @@ def steps_alike(one: RunConfig, other: RunConfig, last_step: int) -> int:
     """
     if one.adapts or other.adapts or one.deepspeed.get("scheduler") != other.deepspeed.get("scheduler"):
         return 0
-    ours, theirs = Course.of(one, last_step), Course.of(other, last_step)
+    ours, theirs = ScheduledValues.of(one, last_step), ScheduledValues.of(other, last_step)
     if ours.method != theirs.method or (ours.rate is None) != (theirs.rate is None):
         return 0
     unlike = (ours.seqlen != theirs.seqlen) | (ours.samples != theirs.samples)
@@ -54,13 +54,13 @@ def steps_alike(one: RunConfig, other: RunConfig, last_step: int) -> int:
     return int(np.argmax(unlike)) if unlike.any() else last_step
 
 
-def trains_alike(saved: Mapping[str, Any], ours: Mapping[str, Any], step: int) -> bool:
+def trains_identically(saved: Mapping[str, Any], ours: Mapping[str, Any], step: int) -> bool:
     """Whether two runs of these settings (``RunConfig.settings``) differ in schedules alone, and not up to ``step``."""
     changed = [name for name in {*saved, *ours} if saved.get(name) != ours.get(name)]
     if not all(_is_scheduled(name) for name in changed):
         return False
     try:
-        return steps_alike(_from_settings(saved), _from_settings(ours), step) == step
+        return count_identical_steps(_from_settings(saved), _from_settings(ours), step) == step
     except ConfigError:  # of another version
         return False
 

@@ -19,7 +19,7 @@ from seqlen_curriculum.config.training import TrainingConfig
 from seqlen_curriculum.errors import ConfigError
 from seqlen_curriculum.fields import Section, flat, misspelt_sections, parse_section
 from seqlen_curriculum.files import apply_override, read_json
-from seqlen_curriculum.schedule.batch_size_warmup import BatchSizeWarmup, RisingRows
+from seqlen_curriculum.schedule.batch_size_warmup import BatchSizeRamp, BatchSizeWarmup
 from seqlen_curriculum.schedule.curriculum_config import (
     AdaptiveCurriculum,
     CurriculumConfig,
@@ -27,7 +27,7 @@ from seqlen_curriculum.schedule.curriculum_config import (
     curriculum_problems,
 )
 from seqlen_curriculum.schedule.scheduler import CurriculumScheduler
-from seqlen_curriculum.schedule.shortening import Cut
+from seqlen_curriculum.schedule.shortening import Shortening
 from seqlen_curriculum.schedule.timeline import Timeline
 from seqlen_curriculum.schedule.token_lr import TokenCosine, TokenCosineConfig, is_token_cosine
 
@@ -118,7 +118,7 @@ class RunConfig:
         return self.keys.train_batch_size
 
     @property
-    def rows(self) -> int | RisingRows:
+    def rows(self) -> int | BatchSizeRamp:
         """The global batch, or its warmup. ConfigError without ``train_batch_size``."""
         return self.batch_size_warmup.rows(self.global_batch) if self.batch_size_warmup else self.global_batch
 
@@ -137,21 +137,21 @@ class RunConfig:
         curriculum = self.curriculum or constant_curriculum(_needed(self.data, "data").seq_length)
         bucket = self.training.seqlen_bucket if self.training else None
         rows = self.rows if self.keys.train_batch_size else None
-        scheduler = CurriculumScheduler(curriculum, rows, self.train_tokens, bucket, self.cut.seq_length)
+        scheduler = CurriculumScheduler(curriculum, rows, self.train_tokens, bucket, self.shortening.seq_length)
         if self.held:
             scheduler.hold(self.held, _needed(self.training, "training").eval_interval)
         return scheduler
 
     @property
-    def cut(self) -> Cut:
-        """What becomes of a sample."""
+    def shortening(self) -> Shortening:
+        """How a sample is shortened to a step's seqlen."""
         seq_length = self.data.seq_length if self.data else None
-        return self.curriculum.cut(seq_length) if self.curriculum else Cut(seq_length=seq_length or 0)
+        return self.curriculum.shortening(seq_length) if self.curriculum else Shortening(seq_length=seq_length or 0)
 
     def timeline(self) -> Timeline:
         """The whole run by arithmetic. ConfigError without ``train_batch_size`` or ``training.train_tokens``."""
         training = _needed(self.training, "training")
-        return Timeline(self.curriculum_scheduler().pacing, self.rows, training.train_tokens, self.cut)
+        return Timeline(self.curriculum_scheduler().pacing, self.rows, training.train_tokens, self.shortening)
 
     def learning_rate(self, timeline: Timeline, max_lr: float | None = None) -> TokenCosine | None:
         """The rate of every step, None when the schedule is DeepSpeed's own; ``max_lr`` of a user's own optimizer."""
@@ -221,7 +221,9 @@ class RunConfig:
         """Problems between sections; with ``complete`` (no section has a problem) also what building the schedule finds."""
         checks = (self._seq_length_fits(), self._budget_is_tokens(), self._batch_warmup_fits(), self._is_evaluated())
         found = [problem for problem in checks if problem]
-        found += engine_problems(self.keys, self.model, bool(self.training and self.training.compile), self.cut.method)
+        found += engine_problems(
+            self.keys, self.model, bool(self.training and self.training.compile), self.shortening.method
+        )
         if found or not complete or not self.training or not (self.data or self.curriculum):
             return found
         try:

@@ -7,15 +7,15 @@ from seqlen_curriculum.data.blend import Blend
 from seqlen_curriculum.data.indexed import IndexedCorpus
 from seqlen_curriculum.data.permutation import permute
 from seqlen_curriculum.data.samples import Samples, check_token_ids, open_split, split_bounds
-from seqlen_curriculum.data.training_data import Feed
+from seqlen_curriculum.data.training_data import TrainingData
 from seqlen_curriculum.data.writer import CorpusWriter
 
 __all__ = [
     "Blend",
     "CorpusWriter",
-    "Feed",
     "IndexedCorpus",
     "Samples",
+    "TrainingData",
     "check_token_ids",
     "open_split",
     "permute",

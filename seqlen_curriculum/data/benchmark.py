@@ -19,8 +19,9 @@ from tqdm import tqdm
 from seqlen_curriculum.config.run import RunConfig
 from seqlen_curriculum.data.indexed import HEADER, MAGIC, VERSION, IndexedCorpus
 from seqlen_curriculum.data.samples import Samples
-from seqlen_curriculum.data.training_data import Feed
+from seqlen_curriculum.data.training_data import TrainingData
 from seqlen_curriculum.errors import ConfigError
+from seqlen_curriculum.schedule.piecewise import IntArray
 
 __all__ = ["measure_finding", "measure_reading", "tell_finding", "tell_reading"]
 
@@ -37,7 +38,7 @@ def measure_finding(config: RunConfig, folder: Path, tokens: int, count: int) ->
     _write_corpus(folder / "sparse", tokens, lambda stream: stream.truncate(2 * tokens))
     started = time.perf_counter()
     feed = _feed(config, IndexedCorpus(folder / "sparse"))
-    feed.stretches(1)
+    feed.token_spans(1)
     start_seconds = time.perf_counter() - started
     steps, draw = feed.timeline.steps, np.random.default_rng(0)
     anywhere = [_milliseconds(feed, step) for step in draw.integers(1, steps + 1, count).tolist()]
@@ -103,7 +104,7 @@ class _Readers:
         starts = self._draw.integers(0, corpus.num_tokens - self._seqlen, self._rows)
         return _seconds(partial(_gather, corpus, starts, self._seqlen + 1))
 
-    def _opened(self) -> Feed:
+    def _opened(self) -> TrainingData:
         if not self._cold:
             return self._feed
         gc.collect()  # a page that is still mapped stays
@@ -111,7 +112,7 @@ class _Readers:
         return _feed(self._config, IndexedCorpus(self._prefix))
 
 
-def _gather(corpus: IndexedCorpus, starts: NDArray[np.int64], length: int) -> NDArray[Any]:
+def _gather(corpus: IndexedCorpus, starts: IntArray, length: int) -> NDArray[Any]:
     windows = as_strided(corpus.tokens, (corpus.num_tokens - length + 1, length), (2, 2), writeable=False)
     rows: NDArray[Any] = windows[starts]
     return rows
@@ -147,11 +148,11 @@ def tell_reading(records: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def _feed(config: RunConfig, corpus: IndexedCorpus) -> Feed:
+def _feed(config: RunConfig, corpus: IndexedCorpus) -> TrainingData:
     if config.data is None:
         raise ConfigError("data: section required, but not given")
     samples = Samples([(corpus, 0, corpus.num_tokens)], config.data.seq_length, seed=0, vocab_size=50257)
-    return Feed([samples], config.timeline(), recycle=config.data.leftovers == "recycle")
+    return TrainingData([samples], config.timeline(), recycle=config.data.leftovers == "recycle")
 
 
 def _constant(rows: int, seq_length: int, seqlen: int) -> RunConfig:
@@ -179,8 +180,8 @@ def _write_corpus(prefix: Path, tokens: int, fill: Callable[[Any], object]) -> N
     Path(f"{prefix}.idx").write_bytes(header + lengths.tobytes() + offsets.tobytes() + documents.tobytes())
 
 
-def _milliseconds(feed: Feed, step: int) -> float:
-    return 1e3 * _seconds(lambda: feed.stretches(step))
+def _milliseconds(feed: TrainingData, step: int) -> float:
+    return 1e3 * _seconds(lambda: feed.token_spans(step))
 
 
 def _seconds(work: Callable[[], object]) -> float:

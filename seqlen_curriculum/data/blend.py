@@ -13,13 +13,12 @@ from collections.abc import Sequence
 from fractions import Fraction
 
 import numpy as np
-from numpy.typing import NDArray
 
 from seqlen_curriculum.errors import ConfigError
+from seqlen_curriculum.schedule.piecewise import IntArray
 
 __all__ = ["Blend"]
 
-Numbers = NDArray[np.int64]
 _LONGEST_PERIOD = 2**16
 
 
@@ -41,13 +40,13 @@ class Blend:
         for places in self._places:
             self._before[places] = np.arange(len(places))
 
-    def place(self, samples: Numbers) -> tuple[Numbers, Numbers]:
+    def place(self, samples: IntArray) -> tuple[IntArray, IntArray]:
         """The corpus of each sample, and how many samples that corpus had before."""
         turn, slot = np.divmod(samples, self.period)
         corpus = self._corpus[slot]
         return corpus, turn * np.asarray(self.shares)[corpus] + self._before[slot]
 
-    def count(self, corpus: int, samples: Numbers) -> Numbers:
+    def count(self, corpus: int, samples: IntArray) -> IntArray:
         """How many of the first ``samples`` samples are of ``corpus``."""
         turns, rest = np.divmod(samples, self.period)
         return turns * self.shares[corpus] + np.searchsorted(self._places[corpus], rest, side="left")

@@ -11,13 +11,13 @@ from seqlen_curriculum.config.run import RunConfig
 from seqlen_curriculum.data.indexed import IndexedCorpus
 from seqlen_curriculum.data.samples import SPLITS, Samples, check_token_ids, open_split
 from seqlen_curriculum.data.tokenizer import read_tokenizer, tokenizer_files
-from seqlen_curriculum.data.training_data import Feed
+from seqlen_curriculum.data.training_data import TrainingData
 from seqlen_curriculum.errors import ConfigError, DataError
 
-__all__ = ["corpora_of", "open_feed", "open_run_data", "open_samples"]
+__all__ = ["corpora_of", "open_run_data", "open_samples", "open_training_data"]
 
 
-def open_run_data(config: RunConfig) -> tuple[Feed, Samples | None]:
+def open_run_data(config: RunConfig) -> tuple[TrainingData, Samples | None]:
     """(training data, validation samples) of a file with model, data and training sections; None if it never evaluates.
 
     Raises ConfigError, DataError.
@@ -30,16 +30,16 @@ def open_run_data(config: RunConfig) -> tuple[Feed, Samples | None]:
     for corpus in corpora:
         _check_vocabulary(corpus, config.model)
     _check_tokenizers(corpora, config.model)
-    return open_feed(config), open_samples(config, "valid") if config.training.eval_interval else None
+    return open_training_data(config), open_samples(config, "valid") if config.training.eval_interval else None
 
 
-def open_feed(config: RunConfig) -> Feed:
+def open_training_data(config: RunConfig) -> TrainingData:
     """The training data of a file with data and training sections; no token is looked at before it is read."""
     assert config.data is not None
     data, timeline = config.data, config.timeline()
     sources = [data.prefixes] if data.weights is None else [[prefix] for prefix in data.prefixes]
     samples = [open_samples(config, "train", source) for source in sources]
-    return Feed(samples, timeline, data.leftovers == "recycle", data.weights)
+    return TrainingData(samples, timeline, data.leftovers == "recycle", data.weights)
 
 
 def open_samples(config: RunConfig, which: str, prefixes: Sequence[str] | None = None) -> Samples:

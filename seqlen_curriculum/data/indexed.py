@@ -22,6 +22,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from seqlen_curriculum.config.data import corpus_prefix
 from seqlen_curriculum.errors import DataError
+from seqlen_curriculum.schedule.piecewise import IntArray
 
 __all__ = ["DTYPES", "HEADER", "MAGIC", "VERSION", "IndexedCorpus"]
 
@@ -39,8 +40,8 @@ class _Index(NamedTuple):
 
     dtype: np.dtype[Any]
     lengths: NDArray[np.int32]  # (N,) tokens
-    offsets: NDArray[np.int64]  # (N,) bytes
-    documents: NDArray[np.int64]  # (M,) sequences
+    offsets: IntArray  # (N,) bytes
+    documents: IntArray  # (M,) sequences
 
 
 class IndexedCorpus:
@@ -72,7 +73,7 @@ class IndexedCorpus:
         """Token position where ``document`` starts; ``num_documents`` gives ``num_tokens``. ``IndexError`` outside."""
         return int(self.document_starts(document, document)[0])
 
-    def document_starts(self, first: int, last: int) -> NDArray[np.int64]:
+    def document_starts(self, first: int, last: int) -> IntArray:
         """Where documents ``first`` to ``last`` start, as ``document_start`` tells of one: (last - first + 1,)."""
         for document in (first, last):
             if not 0 <= document <= self.num_documents:

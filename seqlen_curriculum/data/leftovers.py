@@ -11,7 +11,7 @@ epoch ends when what is left doesn't fill a sample. As each token read was eithe
 so epochs follow from a running sum alone. A token's way back from row to row is a bisection in another running sum, of one
 entry for each change of length: nothing is recorded, and any row of a run is resolved by itself.
 
-Shapes: n rows asked for; R runs, stretches of neighbouring tokens.
+Shapes: n rows asked for; R runs, token_spans of neighbouring tokens.
 """
 
 from __future__ import annotations
@@ -23,11 +23,10 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from seqlen_curriculum.schedule.piecewise import Piecewise
+from seqlen_curriculum.schedule.piecewise import IntArray, Piecewise
 
 __all__ = ["Epochs", "Leftovers", "Runs"]
 
-Numbers = NDArray[np.int64]
 _NEVER = 2**62
 
 
@@ -47,7 +46,7 @@ class Epochs:
             self._starts, self._epochs, self._rows = [], [], []
             self._next = 0, 0
 
-    def of(self, rows: Numbers) -> tuple[Numbers, Numbers]:
+    def of(self, rows: IntArray) -> tuple[IntArray, IntArray]:
         """The epoch of each of ``rows`` (n,), ascending, and the row where that epoch began."""
         while self._next[0] <= rows[-1]:
             self._grow()
@@ -75,16 +74,16 @@ class Epochs:
 
 
 class Runs(NamedTuple):
-    """Stretches of neighbouring tokens: ``length`` pairs from column ``column`` of row ``row``, of what ``id`` names.
+    """TokenSpans of neighbouring tokens: ``length`` pairs from column ``column`` of row ``row``, of what ``id`` names.
 
     ``id`` is a sample and ``start`` a column in it; or, where ``rest`` is true, the stream's rest and a position there.
     """
 
-    row: Numbers  # (R,) index in the rows asked for
-    column: Numbers
-    length: Numbers
-    id: Numbers
-    start: Numbers
+    row: IntArray  # (R,) index in the rows asked for
+    column: IntArray
+    length: IntArray
+    id: IntArray
+    start: IntArray
     rest: NDArray[np.bool_]
 
 
@@ -103,13 +102,15 @@ class Leftovers:
         self._before = left.total(self._first_row)
         self._rows_before = np.cumsum(np.where(kept, rows, 0))[kept] - rows[kept]
 
-    def runs(self, number: Numbers, start: Numbers, tokens: int, sample: Callable[[Numbers, Numbers], Numbers]) -> Runs:
+    def runs(
+        self, number: IntArray, start: IntArray, tokens: int, sample: Callable[[IntArray, IntArray], IntArray]
+    ) -> Runs:
         """The first ``tokens`` of each row: the ``number``-th (n,) of the epoch that began with row ``start`` (n,).
 
         ``sample(row, number)`` tells the sample that is the fresh row ``number`` for the row asked for.
         """
         zero = np.zeros_like(number)
-        todo: tuple[Numbers, ...] = (np.arange(len(number)), zero, zero + tokens, number, zero)
+        todo: tuple[IntArray, ...] = (np.arange(len(number)), zero, zero + tokens, number, zero)
         done: list[Runs] = []
         while len(todo[0]):
             row, column, length, number, at = todo
@@ -133,8 +134,8 @@ class Leftovers:
         return Runs(*(np.concatenate(parts) for parts in zip(*done, strict=True)))
 
     def _left_by(
-        self, row: Numbers, column: Numbers, length: Numbers, place: Numbers, start: Numbers
-    ) -> tuple[Numbers, ...]:
+        self, row: IntArray, column: IntArray, length: IntArray, place: IntArray, start: IntArray
+    ) -> tuple[IntArray, ...]:
         """The rows that left the leftovers ``[place, place + length)`` behind, part by part: as ``todo`` of ``runs``."""
         some = length > 0
         row, column, length = row[some], column[some], length[some]
@@ -157,8 +158,8 @@ class Leftovers:
             self._seq_length - self._per_row[piece] + low - its_first,
         )
 
-    def _leaver(self, place: Numbers) -> Numbers:
+    def _leaver(self, place: IntArray) -> IntArray:
         """How many rows left something before the one that left the token at ``place`` of the whole run's leftovers."""
         piece = np.searchsorted(self._before, place, side="right") - 1
-        leaver: Numbers = self._rows_before[piece] + (place - self._before[piece]) // self._per_row[piece]
+        leaver: IntArray = self._rows_before[piece] + (place - self._before[piece]) // self._per_row[piece]
         return leaver

@@ -14,6 +14,8 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from seqlen_curriculum.schedule.piecewise import IntArray
+
 __all__ = ["permute"]
 
 _ROUNDS = 6  # each mixes both halves; all 120 orders of 5 items come out equally often from 6 on, not with 4
@@ -22,7 +24,7 @@ _MASK = 2**64 - 1
 _WORTH_A_TABLE = 64  # entries for each index asked for: batches come again and again, a few indices don't pay
 
 
-def permute(index: ArrayLike, size: int, seed: int, epoch: ArrayLike = 0) -> NDArray[np.int64]:
+def permute(index: ArrayLike, size: int, seed: int, epoch: ArrayLike = 0) -> IntArray:
     """Where each of ``index`` goes in the permutation of ``range(size)`` keyed by ``seed`` and ``epoch``.
 
     ``index`` is an integer or array of them in ``0..size - 1``; ``epoch`` (0 or more) is one for all or one for each.
@@ -42,7 +44,7 @@ def permute(index: ArrayLike, size: int, seed: int, epoch: ArrayLike = 0) -> NDA
     return place.reshape(wanted.shape)
 
 
-def _check(index: NDArray[np.int64], size: int, epochs: NDArray[np.int64]) -> None:
+def _check(index: IntArray, size: int, epochs: IntArray) -> None:
     if not 1 <= size < 2**62:
         raise ValueError(f"size must be 1 or more, not {size}")
     if index.size and not 0 <= index.min() <= index.max() < size:
@@ -51,7 +53,7 @@ def _check(index: NDArray[np.int64], size: int, epochs: NDArray[np.int64]) -> No
         raise IndexError(f"epoch must be 0 or more, not {epochs.min()}")
 
 
-def _feistel(index: NDArray[np.int64], size: int, keys: NDArray[np.uint64]) -> NDArray[np.int64]:
+def _feistel(index: IntArray, size: int, keys: NDArray[np.uint64]) -> IntArray:
     """One pass over Z_a x Z_b; (n,) -> (n,), ``keys`` (n,) or (1,)."""
     a = math.isqrt(size - 1) + 1
     b = -(-size // a)
@@ -66,9 +68,7 @@ def _feistel(index: NDArray[np.int64], size: int, keys: NDArray[np.uint64]) -> N
     return left
 
 
-def _round(
-    half: NDArray[np.int64], values: int, modulus: int, keys: NDArray[np.uint64], number: int
-) -> NDArray[np.int64]:
+def _round(half: IntArray, values: int, modulus: int, keys: NDArray[np.uint64], number: int) -> IntArray:
     """What a round adds for each ``half``, below ``values``; looked up where a table of all halves is small."""
     if len(keys) == 1 and values <= _WORTH_A_TABLE * len(half):
         return np.take(_table(values, modulus, int(keys[0]), number), half)
@@ -76,11 +76,11 @@ def _round(
 
 
 @lru_cache(maxsize=8 * _ROUNDS)  # four epochs, say of four corpora
-def _table(values: int, modulus: int, key: int, number: int) -> NDArray[np.int64]:
+def _table(values: int, modulus: int, key: int, number: int) -> IntArray:
     return _hash(np.arange(values, dtype=np.int64), modulus, np.array([key], dtype=np.uint64), number)
 
 
-def _hash(half: NDArray[np.int64], modulus: int, keys: NDArray[np.uint64], number: int) -> NDArray[np.int64]:
+def _hash(half: IntArray, modulus: int, keys: NDArray[np.uint64], number: int) -> IntArray:
     """64 bits keyed by epoch and round, modulo. The round's key is hashed first: no round is another's shifted by one."""
     keyed = half.astype(np.uint64) + _mix(keys + np.uint64((number + 1) * _GOLDEN & _MASK))
     return (_mix(keyed) % np.uint64(modulus)).astype(np.int64)

@@ -18,6 +18,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from seqlen_curriculum.data.indexed import IndexedCorpus
 from seqlen_curriculum.errors import ConfigError, DataError
+from seqlen_curriculum.schedule.piecewise import IntArray
 
 __all__ = ["SPLITS", "Samples", "check_token_ids", "open_split", "split_bounds", "split_ranges"]
 
@@ -55,7 +56,7 @@ class Samples:
         if not self.num_samples:
             raise DataError(self._too_short())
 
-    def locate(self, ids: ArrayLike) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    def locate(self, ids: ArrayLike) -> tuple[IntArray, IntArray]:
         """Index of the corpus and token position in it of each sample; two arrays (B,). ``IndexError`` outside."""
         wanted = np.asarray(ids, dtype=np.int64)
         if wanted.size and not 0 <= wanted.min() <= wanted.max() < self.num_samples:
@@ -63,7 +64,7 @@ class Samples:
         corpus = np.searchsorted(self._bounds, wanted, side="right") - 1
         return corpus, self._firsts[corpus] + (wanted - self._bounds[corpus]) * self.seq_length
 
-    def locate_rest(self, places: ArrayLike) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    def locate_rest(self, places: ArrayLike) -> tuple[IntArray, IntArray, IntArray]:
         """Range, token position in its corpus, and tokens from there to that range's end, of places in the rest (B,).
 
         The rest is what no sample holds: fewer than ``seq_length`` tokens at the end of each range, laid end to end.
@@ -80,7 +81,7 @@ class Samples:
             raise ConfigError(f"seqlen: {seqlen} is outside 1..{self.seq_length}, the seq_length of the data")
         return self.gather(*self.locate(ids), seqlen + 1)
 
-    def gather(self, of_range: NDArray[np.int64], starts: NDArray[np.int64], length: int) -> NDArray[Any]:
+    def gather(self, of_range: IntArray, starts: IntArray, length: int) -> NDArray[Any]:
         """``length`` tokens from ``starts`` (B,) of the corpora of ranges ``of_range`` (B,), as (B, length), checked."""
         if len(self.ranges) == 1:
             tokens = self.ranges[0][0].gather(starts, length)
@@ -95,7 +96,7 @@ class Samples:
             raise _foreign_id(name, int(starts[row] + column), int(tokens[row, column]), self.vocab_size)
         return tokens
 
-    def foreign(self, tokens: NDArray[Any]) -> NDArray[np.int64]:
+    def foreign(self, tokens: NDArray[Any]) -> IntArray:
         """Indices (count, axes) of the ids in ``tokens`` that the model doesn't have."""
         # Seen as unsigned a negative id is huge: one pass finds both kinds of wrong id.
         unsigned = tokens.view(f"u{tokens.itemsize}")

@@ -12,29 +12,27 @@ import numpy as np
 from numpy.typing import NDArray
 
 from seqlen_curriculum.data.blend import Blend
-from seqlen_curriculum.data.sample_stream import Stream, Stretches
+from seqlen_curriculum.data.sample_stream import SampleStream, TokenSpans
 from seqlen_curriculum.data.samples import Samples
 from seqlen_curriculum.errors import ConfigError
-from seqlen_curriculum.schedule.piecewise import Piecewise
+from seqlen_curriculum.schedule.piecewise import IntArray, Piecewise
 from seqlen_curriculum.schedule.timeline import Timeline
 
-__all__ = ["Feed", "Places"]
-
-Numbers = NDArray[np.int64]
+__all__ = ["SampleIds", "TrainingData"]
 
 
-class Places(NamedTuple):
+class SampleIds(NamedTuple):
     """Which samples were asked for, (n,) each: of which source, in which of its epochs, its place there.
 
-    Numbers below ``sources[source].num_samples`` are fresh samples, those above are made of leftovers.
+    IntArray below ``sources[source].num_samples`` are fresh samples, those above are made of leftovers.
     """
 
-    source: Numbers
-    epoch: Numbers
-    number: Numbers
+    source: IntArray
+    epoch: IntArray
+    number: IntArray
 
 
-class Feed:
+class TrainingData:
     """The training data of a run: ``sources``, drawn in proportion to ``weights`` (one each; None for a single source).
 
     ``recycle`` reads what cuts leave over before the next epoch of a source begins; else it is dropped.
@@ -52,13 +50,13 @@ class Feed:
             )
         used = timeline.tokens_by_sample()
         self._streams = [
-            Stream(source, self.of_source(number, used) if recycle else None)
+            SampleStream(source, self.of_source(number, used) if recycle else None)
             for number, source in enumerate(self.sources)
         ]
 
-    def along(self, timeline: Timeline) -> Feed:
+    def along(self, timeline: Timeline) -> TrainingData:
         """The same data along another timeline: they read the same as long as these are equal."""
-        return Feed(self.sources, timeline, self.recycle, self._weights)
+        return TrainingData(self.sources, timeline, self.recycle, self._weights)
 
     def of_source(self, number: int, used: Piecewise) -> Piecewise:
         """``used`` by the samples of one source."""
@@ -66,14 +64,14 @@ class Feed:
         some = np.append(first[1:] > first[:-1], True)  # pieces too short for a sample of this source fall away
         return Piecewise(first[some], used.values[some])
 
-    def places(self, step: int, first: int = 0, count: int | None = None) -> Places:
+    def places(self, step: int, first: int = 0, count: int | None = None) -> SampleIds:
         """``count`` samples of ``step`` from its ``first`` on (all of them by default)."""
         source, rows = self._rows(step, first, count)
         epoch, number = np.empty((2, len(rows)), dtype=np.int64)
         for one in np.unique(source).tolist():
             of = source == one
             epoch[of], number[of] = self._streams[one].place(rows[of])
-        return Places(source, epoch, number)
+        return SampleIds(source, epoch, number)
 
     def read(self, step: int, first: int = 0, count: int | None = None) -> tuple[NDArray[Any], NDArray[Any]]:
         """Inputs and targets, both (n * K, S) as stored, of ``count`` samples of ``step`` from its ``first`` on.
@@ -82,7 +80,10 @@ class Feed:
         """
         source, rows = self._rows(step, first, count)
         seqlen = self.timeline.seqlen(step)
-        tokens, row_tokens = self.timeline.cut.used(seqlen), self.timeline.cut.row_tokens(seqlen)
+        tokens, row_tokens = (
+            self.timeline.shortening.used_tokens_per_sample(seqlen),
+            self.timeline.shortening.tokens_per_row(seqlen),
+        )
         if len(self._streams) == 1:
             inputs, targets = self._streams[0].read(rows, tokens)
         else:
@@ -93,18 +94,18 @@ class Feed:
                 inputs[of], targets[of] = self._streams[one].read(rows[of], tokens)
         return inputs.reshape(-1, row_tokens), targets.reshape(-1, row_tokens)
 
-    def stretches(self, step: int, first: int = 0, count: int | None = None) -> list[tuple[int, Stretches]]:
-        """Where ``read`` finds the tokens of each sample: (source, stretches of it) for each source of these samples."""
+    def token_spans(self, step: int, first: int = 0, count: int | None = None) -> list[tuple[int, TokenSpans]]:
+        """Where ``read`` finds the tokens of each sample: (source, token_spans of it) for each source of these samples."""
         source, rows = self._rows(step, first, count)
-        tokens = self.timeline.cut.used(self.timeline.seqlen(step))
+        tokens = self.timeline.shortening.used_tokens_per_sample(self.timeline.seqlen(step))
         found = []
         for one in np.unique(source).tolist():
             asked = np.flatnonzero(source == one)
-            parts = self._streams[one].stretches(rows[asked], tokens)
+            parts = self._streams[one].token_spans(rows[asked], tokens)
             found.append((one, parts._replace(row=asked[parts.row])))
         return found
 
-    def _rows(self, step: int, first: int, count: int | None) -> tuple[Numbers, Numbers]:
+    def _rows(self, step: int, first: int, count: int | None) -> tuple[IntArray, IntArray]:
         """The source of each sample, and its number among those of that source since the run began."""
         of_step = self.timeline.samples(step)
         count = of_step - first if count is None else count

@@ -16,6 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 from seqlen_curriculum.config.data import corpus_prefix
 from seqlen_curriculum.data.indexed import HEADER, MAGIC, VERSION, IndexedCorpus
 from seqlen_curriculum.errors import DataError
+from seqlen_curriculum.schedule.piecewise import IntArray
 
 __all__ = ["CorpusWriter", "TokenFiles", "publish", "store", "token_dtype"]
 
@@ -55,7 +56,7 @@ class TokenFiles:
         self._bin = _open_at(bin_path, num_tokens * self.dtype.itemsize)
         self._lengths = _open_at(lengths_path, num_documents * 4)
 
-    def add_tokens(self, tokens: ArrayLike, ends: Sequence[int] | NDArray[np.int64]) -> None:
+    def add_tokens(self, tokens: ArrayLike, ends: Sequence[int] | IntArray) -> None:
         """Append ``tokens`` (n,); a document ends before each position of ``ends``, ascending, in 0..n.
 
         Tokens after the last end belong to a document that a later call continues.
@@ -172,7 +173,7 @@ class CorpusWriter:
         flat = np.asarray(tokens)
         self.add_tokens(flat, [len(flat)])
 
-    def add_tokens(self, tokens: ArrayLike, ends: Sequence[int] | NDArray[np.int64]) -> None:
+    def add_tokens(self, tokens: ArrayLike, ends: Sequence[int] | IntArray) -> None:
         """Append ``tokens`` (n,); a document ends before each position of ``ends``, ascending, in 0..n.
 
         Tokens after the last end belong to a document that a later call continues.

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from seqlen_curriculum.errors import ConfigError, DataError
+from seqlen_curriculum.schedule.piecewise import IntArray
 
 __all__ = ["OVERLAP", "Limits", "Prepared", "Row", "Scores", "Task", "encode", "perplexity", "read_text"]
 
@@ -23,7 +24,7 @@ OVERLAP = 32
 class Row(NamedTuple):
     """Tokens of which the last ``targets`` are predicted, each from all tokens before it."""
 
-    tokens: NDArray[np.int64]
+    tokens: IntArray
     """One more than the model reads: the last is a target only."""
     targets: int
 
@@ -69,7 +70,7 @@ Task = Callable[[Any, Limits], Prepared]
 """A task whose text is read and checked: (tokenizer, limits) to rows."""
 
 
-def encode(tokenizer: Any, text: str) -> NDArray[np.int64]:
+def encode(tokenizer: Any, text: str) -> IntArray:
     """Tokens of ``text`` without special ones around it, as GPT-2 was trained."""
     return np.array(tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.int64)
 

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from seqlen_curriculum.errors import CheckpointError, ConfigError
 from seqlen_curriculum.files import read_json
 from seqlen_curriculum.run_folder.checkpoint_manifest import MANIFEST, checkpoint_folders, read_checkpoint
-from seqlen_curriculum.run_folder.rollbacks import begun_by, read_ledger, same_course
+from seqlen_curriculum.run_folder.rollbacks import begun_by, read_rollbacks, same_course
 
 __all__ = ["SIZES", "PretrainedModel", "model_folder", "no_size", "read_pretrained", "sizes_in", "vocabulary"]
 
@@ -168,7 +168,7 @@ def model_folder(path: Path) -> Path:
 
 
 def _newest_checkpoint(run: Path) -> Path:
-    rollbacks = read_ledger(run)
+    rollbacks = read_rollbacks(run)
     unusable = []
     for folder in reversed(checkpoint_folders(run)):
         try:

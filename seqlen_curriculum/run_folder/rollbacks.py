@@ -18,18 +18,18 @@ from seqlen_curriculum.fields import Count, CountOrZero, Section
 from seqlen_curriculum.files import replace_text
 
 __all__ = [
-    "LEDGER",
+    "ROLLBACKS",
     "Rollback",
     "begun_by",
     "is_skipped",
-    "read_ledger",
+    "read_rollbacks",
     "same_course",
     "skipped_window",
     "steps_to_keep",
-    "write_ledger",
+    "write_rollbacks",
 ]
 
-LEDGER = "rollbacks.json"
+ROLLBACKS = "rollbacks.json"
 
 
 class Rollback(Section):
@@ -92,9 +92,9 @@ def steps_to_keep(steps: Sequence[int], keep_last: int, skip_steps: int, always:
     return {*always, *steps[-keep_last:], old_enough[-1] if old_enough else steps[0]}
 
 
-def read_ledger(save: Path) -> list[Rollback] | None:
+def read_rollbacks(save: Path) -> list[Rollback] | None:
     """The rollbacks of the run in the folder ``save``, None if nothing was written of them. Raises CheckpointError."""
-    path = save / LEDGER
+    path = save / ROLLBACKS
     try:
         return _ROLLBACKS.validate_json(path.read_bytes())
     except FileNotFoundError:
@@ -105,9 +105,9 @@ def read_ledger(save: Path) -> list[Rollback] | None:
         ) from error
 
 
-def write_ledger(save: Path, rollbacks: Sequence[Rollback]) -> None:
+def write_rollbacks(save: Path, rollbacks: Sequence[Rollback]) -> None:
     """Replace the record by ``rollbacks``; on return the disk has it. Raises CheckpointError, the old one untouched."""
-    path = save / LEDGER
+    path = save / ROLLBACKS
     text = json.dumps([rollback.model_dump(mode="json") for rollback in rollbacks], indent=2, allow_nan=False)
     try:
         replace_text(path, text)

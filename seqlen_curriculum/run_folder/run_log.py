@@ -16,7 +16,7 @@ from typing import Any
 
 from seqlen_curriculum.errors import DataError
 
-__all__ = ["RunLog", "read_runlog"]
+__all__ = ["RunLog", "read_run_log"]
 
 
 class RunLog:
@@ -68,7 +68,7 @@ def _parsed(line: str) -> dict[str, Any] | None:
     return record if line.endswith("\n") and isinstance(record, dict) and "step" in record else None
 
 
-def read_runlog(path: str | Path) -> Iterator[dict[str, Any]]:
+def read_run_log(path: str | Path) -> Iterator[dict[str, Any]]:
     """The records of a log in order; a last line still being written is left out. Raises DataError on a damaged line."""
     with Path(path).open(encoding="utf-8", errors="replace") as file:
         for number, line in enumerate(file, start=1):

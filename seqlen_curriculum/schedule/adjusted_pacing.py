@@ -8,7 +8,7 @@ import numpy as np
 
 from seqlen_curriculum.errors import ConfigError
 from seqlen_curriculum.schedule.pacing import Pacing, StepFunction, lengths_by_run
-from seqlen_curriculum.schedule.piecewise import Steps
+from seqlen_curriculum.schedule.piecewise import IntArray
 
 __all__ = ["Bucketed", "Paused", "bucketed"]
 
@@ -35,14 +35,14 @@ class Bucketed(StepFunction):
     def highest(self) -> int:
         return self.inner.highest
 
-    def _lengths(self, steps: Steps) -> Steps:
+    def _lengths(self, steps: IntArray) -> IntArray:
         return self._rounded(self.inner(steps))
 
-    def _rounded(self, lengths: Steps) -> Steps:
+    def _rounded(self, lengths: IntArray) -> IntArray:
         down = np.maximum(lengths - lengths % self.bucket, self.lowest)
         return np.where(lengths == self.highest, self.highest, down)
 
-    def changes(self, last_step: int) -> tuple[Steps, Steps]:
+    def changes(self, last_step: int) -> tuple[IntArray, IntArray]:
         first_steps, lengths = self.inner.changes(last_step)
         return lengths_by_run(first_steps, self._rounded(lengths))
 
@@ -68,20 +68,20 @@ class Paused(StepFunction):
     def highest(self) -> int:
         return self.inner.highest
 
-    def clock(self, steps: Steps) -> Steps:
+    def clock(self, steps: IntArray) -> IntArray:
         """Which of the steps of ``inner`` each step is."""
         waited = np.clip(steps[:, None] - np.asarray(self.held, np.int64), 0, self.interval).sum(axis=1)
         return np.asarray(steps - waited, np.int64)
 
-    def _at_clock(self, times: Steps) -> Steps:
+    def _at_clock(self, times: IntArray) -> IntArray:
         """The first step at which the clock shows each of ``times``."""
         before = np.searchsorted(self.clock(np.asarray(self.held, np.int64)), times, side="left")
         return np.asarray(times + self.interval * before, np.int64)
 
-    def _lengths(self, steps: Steps) -> Steps:
+    def _lengths(self, steps: IntArray) -> IntArray:
         return self.inner(self.clock(steps))
 
-    def changes(self, last_step: int) -> tuple[Steps, Steps]:
+    def changes(self, last_step: int) -> tuple[IntArray, IntArray]:
         first_steps, lengths = self.inner.changes(last_step)
         return self._at_clock(first_steps), lengths
 

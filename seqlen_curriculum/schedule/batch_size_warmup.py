@@ -14,7 +14,7 @@ from seqlen_curriculum.errors import ConfigError
 from seqlen_curriculum.fields import Count, Section
 from seqlen_curriculum.schedule.piecewise import Piecewise
 
-__all__ = ["BatchSizeWarmup", "RisingRows", "lowest_rows", "rows_by_step"]
+__all__ = ["BatchSizeRamp", "BatchSizeWarmup", "lowest_rows", "rows_by_step"]
 
 BLOCK = "batch_size_warmup"
 
@@ -29,7 +29,7 @@ class BatchSizeWarmup(Section):
     tokens: Count
     """Consumed target tokens from which on a step has ``train_batch_size`` rows (GPT-3: 4e9)."""
 
-    def rows(self, train_batch_size: int) -> RisingRows:
+    def rows(self, train_batch_size: int) -> BatchSizeRamp:
         """The warmup that ends at ``train_batch_size``. ConfigError if no whole number of increments leads there."""
         if self.start >= train_batch_size:
             raise ConfigError(
@@ -41,7 +41,7 @@ class BatchSizeWarmup(Section):
                 f"{BLOCK}.increment: {self.increment} doesn't divide the {train_batch_size - self.start} rows from start "
                 f"{self.start} to train_batch_size {train_batch_size}; give a divisor"
             )
-        return RisingRows(self.start, self.increment, self.tokens, train_batch_size)
+        return BatchSizeRamp(self.start, self.increment, self.tokens, train_batch_size)
 
     def check_ranks(self, world_size: int, micro_batch: int = 1) -> None:
         """Every level must divide over the ranks, into whole micro-batches where their rows are fixed. ConfigError."""
@@ -59,7 +59,7 @@ class BatchSizeWarmup(Section):
 
 
 @dataclass(frozen=True)
-class RisingRows:
+class BatchSizeRamp:
     """``start`` rows, ``increment`` more for each equal share of ``tokens`` consumed, ``final`` once all are."""
 
     start: int
@@ -91,11 +91,11 @@ class RisingRows:
         return Piecewise(np.asarray(first_steps, np.int64), np.asarray(rows, np.int64))
 
 
-def rows_by_step(rows: int | RisingRows, lengths: Piecewise) -> Piecewise:
+def rows_by_step(rows: int | BatchSizeRamp, lengths: Piecewise) -> Piecewise:
     """Rows of each step of a run with these ``lengths``."""
     return Piecewise.constant(rows) if isinstance(rows, int) else rows.by_step(lengths)
 
 
-def lowest_rows(rows: int | RisingRows) -> int:
+def lowest_rows(rows: int | BatchSizeRamp) -> int:
     """Rows of the smallest step."""
     return rows if isinstance(rows, int) else rows.start

@@ -11,7 +11,7 @@ from pydantic import TypeAdapter, ValidationError, model_validator
 from seqlen_curriculum.errors import ConfigError
 from seqlen_curriculum.fields import Section, Seqlen, load_function, nearest, problems
 from seqlen_curriculum.schedule.adjusted_pacing import bucketed
-from seqlen_curriculum.schedule.batch_size_warmup import RisingRows
+from seqlen_curriculum.schedule.batch_size_warmup import BatchSizeRamp
 from seqlen_curriculum.schedule.pacing import Custom, Discrete, Mixed, Pacing, Root
 from seqlen_curriculum.schedule.schedule_config import (
     AdaptiveSchedule,
@@ -21,7 +21,7 @@ from seqlen_curriculum.schedule.schedule_config import (
     MixedSchedule,
     RootSchedule,
 )
-from seqlen_curriculum.schedule.shortening import Cut, Method
+from seqlen_curriculum.schedule.shortening import Method, Shortening
 from seqlen_curriculum.schedule.timeline import ramp_steps_for_fraction, ramp_steps_for_tokens
 
 __all__ = [
@@ -77,9 +77,9 @@ class _Curriculum(Section):
             )
         return self
 
-    def cut(self, seq_length: int | None = None) -> Cut:
+    def shortening(self, seq_length: int | None = None) -> Shortening:
         """What becomes of a sample of ``seq_length`` tokens (default: of the longest length)."""
-        return Cut(self.method, seq_length or self.max_difficulty)
+        return Shortening(self.method, seq_length or self.max_difficulty)
 
     def _range_of(self, schedule: LinearSchedule | CustomSchedule) -> tuple[int, int, int]:
         return self.min_difficulty, self.max_difficulty, schedule.difficulty_step
@@ -92,7 +92,7 @@ class RampCurriculum(_Curriculum):
 
     def pacing(
         self,
-        rows: int | RisingRows | None = None,
+        rows: int | BatchSizeRamp | None = None,
         train_tokens: int | None = None,
         bucket: int | None = None,
         seq_length: int | None = None,
@@ -100,7 +100,7 @@ class RampCurriculum(_Curriculum):
         """The ramp in multiples of ``bucket``. The rest, of the run, is needed unless the ramp is given in steps."""
         schedule = self.schedule_config
         bounds = self._range_of(schedule)
-        degree, cut = getattr(schedule, "root_degree", 1.0), self.cut(seq_length)
+        degree, shortening = getattr(schedule, "root_degree", 1.0), self.shortening(seq_length)
 
         def ramp(total_steps: int) -> Pacing:
             return bucketed(Root(*bounds, total_steps=total_steps, root_degree=degree), bucket)
@@ -108,9 +108,9 @@ class RampCurriculum(_Curriculum):
         if schedule.total_curriculum_step is not None:
             return ramp(schedule.total_curriculum_step)
         if rows is not None and schedule.total_curriculum_tokens is not None:
-            return ramp(ramp_steps_for_tokens(ramp, rows, schedule.total_curriculum_tokens, cut))
+            return ramp(ramp_steps_for_tokens(ramp, rows, schedule.total_curriculum_tokens, shortening))
         if rows is not None and train_tokens is not None and schedule.curriculum_fraction is not None:
-            return ramp(ramp_steps_for_fraction(ramp, rows, train_tokens, schedule.curriculum_fraction, cut))
+            return ramp(ramp_steps_for_fraction(ramp, rows, train_tokens, schedule.curriculum_fraction, shortening))
         raise ConfigError(
             f"{BLOCK}.schedule_config: a ramp given in tokens or as a fraction needs train_batch_size and, for a fraction, "
             "training.train_tokens; give them, or give total_curriculum_step"
@@ -149,7 +149,7 @@ class _PlainCurriculum(_Curriculum):
 
     def pacing(
         self,
-        rows: int | RisingRows | None = None,  # noqa: ARG002
+        rows: int | BatchSizeRamp | None = None,  # noqa: ARG002
         train_tokens: int | None = None,  # noqa: ARG002
         bucket: int | None = None,
         seq_length: int | None = None,  # noqa: ARG002

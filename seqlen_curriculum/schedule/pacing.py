@@ -1,6 +1,6 @@
 """Pacing functions: the sequence length of a step, as pure functions of the step.
 
-Steps are 1-based as in DeepSpeed: the first optimizer step is 1. Every function takes one step or an array of steps
+IntArray are 1-based as in DeepSpeed: the first optimizer step is 1. Every function takes one step or an array of steps
 and gives the same value for a step either way, to the last bit. Source: Section 4 of Li, Zhang and He, 2022 ("The
 Stability-Efficiency Dilemma"), and DeepSpeed's ``curriculum_scheduler.py``, whose formula this equals wherever that
 one is valid (lengths that are multiples of ``difficulty_step``).
@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from seqlen_curriculum.errors import ConfigError
-from seqlen_curriculum.schedule.piecewise import Steps
+from seqlen_curriculum.schedule.piecewise import IntArray
 
 __all__ = ["Custom", "Discrete", "Mixed", "Pacing", "Root", "StepFunction", "elementwise", "lengths_by_run"]
 
@@ -38,9 +38,9 @@ class Pacing(Protocol):
     @overload
     def __call__(self, steps: int) -> int: ...
     @overload
-    def __call__(self, steps: Steps) -> Steps: ...
+    def __call__(self, steps: IntArray) -> IntArray: ...
 
-    def changes(self, last_step: int) -> tuple[Steps, Steps]:
+    def changes(self, last_step: int) -> tuple[IntArray, IntArray]:
         """First step and length of each run of equal lengths, covering at least steps 1 to ``last_step``."""
         ...
 
@@ -64,13 +64,13 @@ class StepFunction(ABC):
     """Scalar and vectorised calls from one vectorised ``_lengths``."""
 
     @abstractmethod
-    def _lengths(self, steps: Steps) -> Steps: ...
+    def _lengths(self, steps: IntArray) -> IntArray: ...
 
     @overload
     def __call__(self, steps: int) -> int: ...
     @overload
-    def __call__(self, steps: Steps) -> Steps: ...
-    def __call__(self, steps: int | Steps) -> int | Steps:
+    def __call__(self, steps: IntArray) -> IntArray: ...
+    def __call__(self, steps: int | IntArray) -> int | IntArray:
         at = np.asarray(steps)
         if at.dtype.kind not in "iu":
             raise ConfigError(f"step: {steps!r} is not a whole number; steps count from 1")
@@ -97,7 +97,7 @@ class _Ladder(StepFunction):
     def highest(self) -> int:
         return self.max_difficulty
 
-    def _rounded(self, raw: npt.NDArray[np.float64]) -> Steps:
+    def _rounded(self, raw: npt.NDArray[np.float64]) -> IntArray:
         """Floor, round down to a multiple, never below ``lowest``, exactly the maximum where ``raw`` reaches it."""
         whole = np.floor(np.clip(raw, 0, self.max_difficulty)).astype(np.int64)
         rung = np.maximum(whole - whole % self.difficulty_step, self.lowest)
@@ -119,7 +119,7 @@ class Root(_Ladder):
     def settles_at(self) -> int:
         return self.total_steps
 
-    def _lengths(self, steps: Steps) -> Steps:
+    def _lengths(self, steps: IntArray) -> IntArray:
         progress = np.minimum(steps / self.total_steps, 1.0)
         if self.root_degree != 1:
             exponent = 1.0 / self.root_degree
@@ -127,7 +127,7 @@ class Root(_Ladder):
         raw = progress * (self.max_difficulty - self.min_difficulty) + self.min_difficulty
         return np.where(steps >= self.total_steps, self.max_difficulty, self._rounded(raw))
 
-    def changes(self, last_step: int) -> tuple[Steps, Steps]:  # noqa: ARG002 - the whole ramp costs no more
+    def changes(self, last_step: int) -> tuple[IntArray, IntArray]:  # noqa: ARG002 - the whole ramp costs no more
         """By bisection for every rung at once: the cost grows with log(T), not with T."""
         rungs = np.arange(self.lowest, self.max_difficulty, self.difficulty_step, dtype=np.int64)
         rungs = np.append(rungs, self.max_difficulty)
@@ -169,11 +169,11 @@ class Discrete(_Levels):
     def settles_at(self) -> int:
         return self.max_step[-1] + 1 if self.max_step else 1
 
-    def _lengths(self, steps: Steps) -> Steps:
+    def _lengths(self, steps: IntArray) -> IntArray:
         level = np.searchsorted(np.asarray(self.max_step, np.int64), steps, side="left")
         return np.asarray(self.difficulty, np.int64)[level]
 
-    def changes(self, last_step: int) -> tuple[Steps, Steps]:  # noqa: ARG002 - all of it is in the lists
+    def changes(self, last_step: int) -> tuple[IntArray, IntArray]:  # noqa: ARG002 - all of it is in the lists
         first_steps = np.asarray([1, *(step + 1 for step in self.max_step)], np.int64)
         return lengths_by_run(first_steps, np.asarray(self.difficulty, np.int64))
 
@@ -191,13 +191,13 @@ class Mixed(_Levels):
     def settles_at(self) -> None:
         return None
 
-    def _lengths(self, steps: Steps) -> Steps:
+    def _lengths(self, steps: IntArray) -> IntArray:
         ends = np.cumsum(self.steps, dtype=np.int64)
         in_cycle = np.maximum(steps - 1, 0) % ends[-1]  # step 0, before training, has the first length
-        lengths: Steps = np.asarray(self.difficulty, np.int64)[np.searchsorted(ends, in_cycle, side="right")]
+        lengths: IntArray = np.asarray(self.difficulty, np.int64)[np.searchsorted(ends, in_cycle, side="right")]
         return lengths
 
-    def changes(self, last_step: int) -> tuple[Steps, Steps]:
+    def changes(self, last_step: int) -> tuple[IntArray, IntArray]:
         ends = np.cumsum(self.steps, dtype=np.int64)
         cycles = np.arange(-(-last_step // int(ends[-1])), dtype=np.int64)
         first_steps = 1 + ends[-1] * cycles[:, None] + (ends - self.steps)
@@ -214,7 +214,7 @@ class Custom(_Ladder):
     def settles_at(self) -> None:
         return None
 
-    def _lengths(self, steps: Steps) -> Steps:
+    def _lengths(self, steps: IntArray) -> IntArray:
         return self._rounded(np.asarray([self._value(step) for step in steps.tolist()], np.float64))
 
     def _value(self, step: int) -> float:
@@ -227,12 +227,12 @@ class Custom(_Ladder):
             raise ConfigError(f"custom schedule: gave {value!r} at step {step}; it must give a finite number")
         return float(max(min(value, self.max_difficulty), 0))  # as integers: 10**400 is no float
 
-    def changes(self, last_step: int) -> tuple[Steps, Steps]:
+    def changes(self, last_step: int) -> tuple[IntArray, IntArray]:
         steps = np.arange(1, last_step + 1, dtype=np.int64)
         return lengths_by_run(steps, self(steps))
 
 
-def lengths_by_run(steps: Steps, lengths: Steps) -> tuple[Steps, Steps]:
+def lengths_by_run(steps: IntArray, lengths: IntArray) -> tuple[IntArray, IntArray]:
     """Keep only the entries where the length changes."""
     changed = np.append(True, lengths[1:] != lengths[:-1])
     return steps[changed], lengths[changed]

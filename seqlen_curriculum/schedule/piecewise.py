@@ -8,9 +8,9 @@ from typing import overload
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Piecewise", "Steps"]
+__all__ = ["IntArray", "Piecewise"]
 
-Steps = npt.NDArray[np.int64]
+IntArray = npt.NDArray[np.int64]
 
 
 class Piecewise:
@@ -19,7 +19,7 @@ class Piecewise:
     Questions may be asked for one step or an array of them, and are answered by bisection. Sums must fit 64 bits.
     """
 
-    def __init__(self, first_steps: Steps, values: Steps) -> None:
+    def __init__(self, first_steps: IntArray, values: IntArray) -> None:
         self.first_steps, self.values = first_steps, values
         spent = (first_steps[1:] - first_steps[:-1]) * values[:-1]
         self._before = np.concatenate(([0], np.cumsum(spent, dtype=np.int64)))  # the sum before each piece
@@ -29,7 +29,7 @@ class Piecewise:
         """``value`` at every step."""
         return cls(np.ones(1, np.int64), np.array([value], np.int64))
 
-    def map(self, function: Callable[[Steps], Steps]) -> Piecewise:
+    def map(self, function: Callable[[IntArray], IntArray]) -> Piecewise:
         """``function`` of the value at every step."""
         return Piecewise(self.first_steps, function(self.values))
 
@@ -40,14 +40,14 @@ class Piecewise:
         first_steps = np.union1d(self.first_steps, other.first_steps)
         return Piecewise(first_steps, self.at(first_steps) * other.at(first_steps))
 
-    def _piece(self, steps: int | Steps) -> Steps:
+    def _piece(self, steps: int | IntArray) -> IntArray:
         return np.maximum(np.searchsorted(self.first_steps, steps, side="right") - 1, 0)
 
     @overload
     def at(self, steps: int) -> int: ...
     @overload
-    def at(self, steps: Steps) -> Steps: ...
-    def at(self, steps: int | Steps) -> int | Steps:
+    def at(self, steps: IntArray) -> IntArray: ...
+    def at(self, steps: int | IntArray) -> int | IntArray:
         """The value of each step."""
         if len(self.values) == 1:  # the rows of nearly every run
             return int(self.values[0]) if isinstance(steps, int) else np.full_like(steps, self.values[0])
@@ -57,8 +57,8 @@ class Piecewise:
     @overload
     def total(self, steps: int) -> int: ...
     @overload
-    def total(self, steps: Steps) -> Steps: ...
-    def total(self, steps: int | Steps) -> int | Steps:
+    def total(self, steps: IntArray) -> IntArray: ...
+    def total(self, steps: int | IntArray) -> int | IntArray:
         """The sum from step 1 to the end of each step; 0 for step 0."""
         if len(self.values) == 1:
             return steps * int(self.values[0])

@@ -8,7 +8,7 @@ from typing import Any
 from seqlen_curriculum.errors import ConfigError
 from seqlen_curriculum.fields import Section
 from seqlen_curriculum.schedule.adjusted_pacing import Paused, bucketed
-from seqlen_curriculum.schedule.batch_size_warmup import RisingRows
+from seqlen_curriculum.schedule.batch_size_warmup import BatchSizeRamp
 from seqlen_curriculum.schedule.curriculum_config import BLOCK, CurriculumConfig, CustomCurriculum, parse_curriculum
 from seqlen_curriculum.schedule.pacing import Pacing
 
@@ -27,7 +27,7 @@ class CurriculumScheduler:
     def __init__(
         self,
         config: Mapping[str, Any] | CurriculumConfig,
-        rows: int | RisingRows | None = None,
+        rows: int | BatchSizeRamp | None = None,
         train_tokens: int | None = None,
         bucket: int | None = None,
         seq_length: int | None = None,

@@ -1,20 +1,20 @@
-"""What a day of length *s* makes of a full-length sample: its first tokens, segments, or windows of attention."""
+"""How a sample of ``seq_length`` tokens is shortened to the step's seqlen: first tokens, segments, or windows."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal, TypeAlias, TypeVar
 
-from seqlen_curriculum.schedule.piecewise import Steps
+from seqlen_curriculum.schedule.piecewise import IntArray
 
-__all__ = ["TRUNCATE", "Cut", "Method"]
+__all__ = ["TRUNCATE", "Method", "Shortening"]
 
 Method: TypeAlias = Literal["truncate", "segment", "window"]
-Seqlens = TypeVar("Seqlens", int, Steps)
+Seqlens = TypeVar("Seqlens", int, IntArray)
 
 
 @dataclass(frozen=True)
-class Cut:
+class Shortening:
     """How samples of ``seq_length`` tokens are cut; asked for one ``seqlen`` or an array of them, up to ``seq_length``.
 
     - ``truncate``: one row, the first ``seqlen`` tokens (the paper).
@@ -25,24 +25,24 @@ class Cut:
     method: Method = "truncate"
     seq_length: int = 0
 
-    def rows(self, seqlen: Seqlens) -> Seqlens:
+    def rows_per_sample(self, seqlen: Seqlens) -> Seqlens:
         """Rows that a sample gives."""
         one = seqlen // seqlen  # or an array of ones
         return self.seq_length // seqlen if self.method == "segment" else one
 
-    def row_tokens(self, seqlen: Seqlens) -> Seqlens:
+    def tokens_per_row(self, seqlen: Seqlens) -> Seqlens:
         """Target tokens of a row."""
         one = seqlen // seqlen
         return one * self.seq_length if self.method == "window" else seqlen
 
-    def used(self, seqlen: Seqlens) -> Seqlens:
+    def used_tokens_per_sample(self, seqlen: Seqlens) -> Seqlens:
         """Target tokens of a sample that are trained on, its first ones; what is over is its leftover."""
-        return self.rows(seqlen) * self.row_tokens(seqlen)
+        return self.rows_per_sample(seqlen) * self.tokens_per_row(seqlen)
 
-    def least_used(self, shortest: int) -> int:
+    def least_used_tokens(self, shortest: int) -> int:
         """A number of tokens that no length from ``shortest`` on uses less of."""
-        return self.seq_length // 2 + 1 if self.method == "segment" else self.row_tokens(shortest)
+        return self.seq_length // 2 + 1 if self.method == "segment" else self.tokens_per_row(shortest)
 
 
-TRUNCATE = Cut()
+TRUNCATE = Shortening()
 """The paper's method, whose arithmetic needs no ``seq_length``."""

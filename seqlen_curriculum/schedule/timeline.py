@@ -13,10 +13,10 @@ from typing import overload
 import numpy as np
 
 from seqlen_curriculum.errors import ConfigError
-from seqlen_curriculum.schedule.batch_size_warmup import RisingRows, lowest_rows, rows_by_step
+from seqlen_curriculum.schedule.batch_size_warmup import BatchSizeRamp, lowest_rows, rows_by_step
 from seqlen_curriculum.schedule.pacing import Pacing
-from seqlen_curriculum.schedule.piecewise import Piecewise, Steps
-from seqlen_curriculum.schedule.shortening import TRUNCATE, Cut
+from seqlen_curriculum.schedule.piecewise import IntArray, Piecewise
+from seqlen_curriculum.schedule.shortening import TRUNCATE, Shortening
 
 __all__ = ["Timeline", "ramp_steps_for_fraction", "ramp_steps_for_tokens"]
 
@@ -25,29 +25,31 @@ class Timeline:
     """Every step of a run that reads ``rows`` samples a step and stops at ``train_tokens`` consumed target tokens.
 
     ``steps`` is the first step at whose end ``consumed_tokens >= train_tokens``. Questions may be asked for one step or an
-    array of them, from 1 to the end of the run. ``rows`` is the global batch, or its warmup; ``cut`` tells what becomes of a
-    sample. Raises ConfigError for a budget too large to count in 64 bits.
+    array of them, from 1 to the end of the run. ``rows`` is the global batch, or its warmup; ``shortening``
+    says how a sample is shortened. Raises ConfigError for a budget too large to count in 64 bits.
     """
 
-    def __init__(self, pacing: Pacing, rows: int | RisingRows, train_tokens: int, cut: Cut = TRUNCATE) -> None:
-        self.pacing, self.cut = pacing, cut
+    def __init__(
+        self, pacing: Pacing, rows: int | BatchSizeRamp, train_tokens: int, shortening: Shortening = TRUNCATE
+    ) -> None:
+        self.pacing, self.shortening = pacing, shortening
         self.global_batch = rows if isinstance(rows, int) else rows.final
         self.train_tokens = train_tokens
         last_step = 1 << 16
         while True:
             self._lengths = self._within_budget(*pacing.changes(last_step), lowest_rows(rows))
-            used = self._lengths.map(cut.used)
+            used = self._lengths.map(shortening.used_tokens_per_sample)
             self._samples = rows_by_step(rows, used)
-            self._rows = self._samples.times(self._lengths.map(cut.rows))
+            self._rows = self._samples.times(self._lengths.map(shortening.rows_per_sample))
             self._tokens = self._samples.times(used)
             self.steps = self.steps_to(train_tokens)
             if pacing.settles_at is not None or self.steps <= last_step:
                 return
             last_step *= 2
 
-    def _within_budget(self, first_steps: Steps, lengths: Steps, fewest_samples: int) -> Piecewise:
+    def _within_budget(self, first_steps: IntArray, lengths: IntArray, fewest_samples: int) -> Piecewise:
         """Leave out what begins after any run of this budget has ended, where sums could overflow."""
-        used = self.cut.used(lengths)
+        used = self.shortening.used_tokens_per_sample(lengths)
         most_steps = -(-self.train_tokens // (fewest_samples * int(used.min())))
         if (most_steps + 1) * self.global_batch * int(used.max()) >= 2**63:
             raise ConfigError(
@@ -60,40 +62,40 @@ class Timeline:
     @overload
     def seqlen(self, steps: int) -> int: ...
     @overload
-    def seqlen(self, steps: Steps) -> Steps: ...
-    def seqlen(self, steps: int | Steps) -> int | Steps:
+    def seqlen(self, steps: IntArray) -> IntArray: ...
+    def seqlen(self, steps: int | IntArray) -> int | IntArray:
         """Tokens a row that each step trains on."""
         return self.pacing(steps)
 
     @overload
     def samples(self, steps: int) -> int: ...
     @overload
-    def samples(self, steps: Steps) -> Steps: ...
-    def samples(self, steps: int | Steps) -> int | Steps:
+    def samples(self, steps: IntArray) -> IntArray: ...
+    def samples(self, steps: int | IntArray) -> int | IntArray:
         """Samples that each step reads, over all ranks."""
         return self._samples.at(steps)
 
     @overload
     def rows(self, steps: int) -> int: ...
     @overload
-    def rows(self, steps: Steps) -> Steps: ...
-    def rows(self, steps: int | Steps) -> int | Steps:
+    def rows(self, steps: IntArray) -> IntArray: ...
+    def rows(self, steps: int | IntArray) -> int | IntArray:
         """Rows that each step trains on, over all ranks: its samples, or their segments."""
         return self._rows.at(steps)
 
     @overload
     def consumed_samples(self, steps: int) -> int: ...
     @overload
-    def consumed_samples(self, steps: Steps) -> Steps: ...
-    def consumed_samples(self, steps: int | Steps) -> int | Steps:
+    def consumed_samples(self, steps: IntArray) -> IntArray: ...
+    def consumed_samples(self, steps: int | IntArray) -> int | IntArray:
         """Samples read by the end of each step."""
         return self._samples.total(steps)
 
     @overload
     def consumed_tokens(self, steps: int) -> int: ...
     @overload
-    def consumed_tokens(self, steps: Steps) -> Steps: ...
-    def consumed_tokens(self, steps: int | Steps) -> int | Steps:
+    def consumed_tokens(self, steps: IntArray) -> IntArray: ...
+    def consumed_tokens(self, steps: int | IntArray) -> int | IntArray:
         """Target tokens trained on by the end of each step; step 0 has consumed none."""
         return self._tokens.total(steps)
 
@@ -116,7 +118,7 @@ class Timeline:
     def _within_run(self, step: int | None) -> int | None:
         return step if step is not None and step <= self.steps else None
 
-    def tokens_by_length(self) -> tuple[Steps, Steps]:
+    def tokens_by_length(self) -> tuple[IntArray, IntArray]:
         """Lengths in the order of use, one entry a change, and the target tokens trained on at each."""
         first_steps = self._lengths.first_steps
         used = first_steps <= self.steps
@@ -130,18 +132,18 @@ class Timeline:
     def shapes(self) -> list[tuple[int, int]]:
         """Every (rows, tokens of a row) the run will use, shortest first."""
         steps = self._tokens.first_steps[self._tokens.first_steps <= self.steps]
-        row_tokens = self.cut.row_tokens(self._lengths.at(steps)).tolist()
+        row_tokens = self.shortening.tokens_per_row(self._lengths.at(steps)).tolist()
         used = set(zip(row_tokens, self._rows.at(steps).tolist(), strict=True))
         return [(rows, tokens) for tokens, rows in sorted(used)]
 
     def tokens_by_sample(self) -> Piecewise:
         """Target tokens of every sample in the order of reading; the first sample is 1, as steps are."""
         first_samples = self.consumed_samples(self._lengths.first_steps - 1) + 1
-        return Piecewise(first_samples, self.cut.used(self._lengths.values))
+        return Piecewise(first_samples, self.shortening.used_tokens_per_sample(self._lengths.values))
 
 
 def ramp_steps_for_tokens(
-    pacing: Callable[[int], Pacing], rows: int | RisingRows, tokens: int, cut: Cut = TRUNCATE
+    pacing: Callable[[int], Pacing], rows: int | BatchSizeRamp, tokens: int, shortening: Shortening = TRUNCATE
 ) -> int:
     """The smallest T whose ramp consumes at least ``tokens`` target tokens by its own end, step T.
 
@@ -152,14 +154,18 @@ def ramp_steps_for_tokens(
     """
 
     def enough(total_steps: int) -> bool:
-        return Timeline(pacing(total_steps), rows, tokens, cut).consumed_tokens(total_steps) >= tokens
+        return Timeline(pacing(total_steps), rows, tokens, shortening).consumed_tokens(total_steps) >= tokens
 
-    smallest_step = lowest_rows(rows) * cut.least_used(pacing(1).lowest)
+    smallest_step = lowest_rows(rows) * shortening.least_used_tokens(pacing(1).lowest)
     return _smallest(enough, 1, max(-(-tokens // smallest_step), 1))
 
 
 def ramp_steps_for_fraction(
-    pacing: Callable[[int], Pacing], rows: int | RisingRows, train_tokens: int, fraction: float, cut: Cut = TRUNCATE
+    pacing: Callable[[int], Pacing],
+    rows: int | BatchSizeRamp,
+    train_tokens: int,
+    fraction: float,
+    shortening: Shortening = TRUNCATE,
 ) -> int:
     """The largest T with ``T <= fraction * steps``, where ``steps`` is the length of the run that this very T gives.
 
@@ -171,9 +177,9 @@ def ramp_steps_for_fraction(
     share = Fraction(str(fraction))  # the decimal as written: 0.29 of 100 steps is 29, in floats 28.999...
 
     def too_long(total_steps: int) -> bool:
-        return total_steps > share * Timeline(pacing(total_steps), rows, train_tokens, cut).steps
+        return total_steps > share * Timeline(pacing(total_steps), rows, train_tokens, shortening).steps
 
-    longest_run = -(-train_tokens // (lowest_rows(rows) * cut.least_used(pacing(1).lowest)))
+    longest_run = -(-train_tokens // (lowest_rows(rows) * shortening.least_used_tokens(pacing(1).lowest)))
     return max(_smallest(too_long, 1, longest_run + 1) - 1, 1)
 
 

@@ -19,7 +19,7 @@ from pydantic import Field, model_validator
 from seqlen_curriculum.errors import ConfigError
 from seqlen_curriculum.fields import Count, CountOrZero, Section
 from seqlen_curriculum.schedule.pacing import elementwise
-from seqlen_curriculum.schedule.piecewise import Steps
+from seqlen_curriculum.schedule.piecewise import IntArray
 from seqlen_curriculum.schedule.timeline import Timeline
 
 __all__ = ["TokenCosine", "TokenCosineConfig", "TokenCosineParams", "is_token_cosine"]
@@ -93,11 +93,11 @@ class TokenCosine:
         if params.warmup_samples:
             samples = min(params.warmup_samples, timeline.consumed_samples(after_the_run))
             step = timeline.steps_to_samples(samples)
-            sample_tokens = timeline.cut.used(timeline.seqlen(step))
+            sample_tokens = timeline.shortening.used_tokens_per_sample(timeline.seqlen(step))
             return timeline.consumed_tokens(step) - (timeline.consumed_samples(step) - samples) * sample_tokens
         return params.warmup_tokens or 0
 
-    def _warmup_progress(self, steps: Steps) -> npt.NDArray[np.float64]:
+    def _warmup_progress(self, steps: IntArray) -> npt.NDArray[np.float64]:
         """Share of the warmup done by the end of each step: above 1 after it, infinite where there is none."""
         params, timeline = self.params, self.timeline
         for length, done in (
@@ -112,8 +112,8 @@ class TokenCosine:
     @overload
     def __call__(self, steps: int) -> float: ...
     @overload
-    def __call__(self, steps: Steps) -> npt.NDArray[np.float64]: ...
-    def __call__(self, steps: int | Steps) -> float | npt.NDArray[np.float64]:
+    def __call__(self, steps: IntArray) -> npt.NDArray[np.float64]: ...
+    def __call__(self, steps: int | IntArray) -> float | npt.NDArray[np.float64]:
         """The rate of one step (1-based) or of an array of them, the same to the last bit either way."""
         at = np.atleast_1d(np.asarray(steps, np.int64))
         warmup = self._warmup_progress(at)

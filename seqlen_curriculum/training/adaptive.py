@@ -7,7 +7,7 @@ from dataclasses import replace
 from seqlen_curriculum.config.run import RunConfig
 from seqlen_curriculum.schedule.curriculum_config import AdaptiveCurriculum
 from seqlen_curriculum.training.lr_scheduler import TokenCosineLR
-from seqlen_curriculum.training.telemetry import say
+from seqlen_curriculum.training.telemetry import log_rank0
 from seqlen_curriculum.training.trainer import Trainer
 
 __all__ = ["Adaptive"]
@@ -28,7 +28,9 @@ class Adaptive:
         self._config = replace(self._config, held=(*self._config.held, step))
         self.follow(trainer)
         interval = trainer.settings.eval_interval
-        say(f"step {step}: the perplexity is {ratio:.3f} times its best before; lengths stay for {interval} steps")
+        log_rank0(
+            f"step {step}: the perplexity is {ratio:.3f} times its best before; lengths stay for {interval} steps"
+        )
         return step
 
     def follow(self, trainer: Trainer) -> None:

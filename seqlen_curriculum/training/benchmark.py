@@ -22,7 +22,7 @@ from seqlen_curriculum.errors import ConfigError
 from seqlen_curriculum.models.causal_lm import build_model
 from seqlen_curriculum.models.gpt2 import CausalLM, set_window
 from seqlen_curriculum.schedule.micro_batch import balanced_rows
-from seqlen_curriculum.schedule.shortening import Cut, Method
+from seqlen_curriculum.schedule.shortening import Method, Shortening
 from seqlen_curriculum.training.adam_moments import adam_moments
 from seqlen_curriculum.training.build import assemble
 from seqlen_curriculum.training.executor import Executor
@@ -101,8 +101,8 @@ def measure_throughput(
 
 
 def _case(seqlen: int, kind: str, full: int, samples: int, micro_batch: int, least: int) -> _Case:
-    cut = Cut(KINDS[kind], full)
-    rows, row_tokens = samples * cut.rows(seqlen), cut.row_tokens(seqlen)
+    shortening = Shortening(KINDS[kind], full)
+    rows, row_tokens = samples * shortening.rows_per_sample(seqlen), shortening.tokens_per_row(seqlen)
     balanced = balanced_rows(rows, micro_batch, full, row_tokens, least)
     return _Case(seqlen, kind, rows, row_tokens, micro_batch if kind == "fixed" else balanced)
 

@@ -19,7 +19,7 @@ from seqlen_curriculum.training.engine import engine_of
 from seqlen_curriculum.training.executor import DataParallel, Executor, Pipeline, SequenceParallel, TensorParallel
 from seqlen_curriculum.training.pipeline import GPT2Stages
 from seqlen_curriculum.training.sequence_parallel import split_attention
-from seqlen_curriculum.training.telemetry import say
+from seqlen_curriculum.training.telemetry import log_rank0
 from seqlen_curriculum.training.tensor_parallel import prepare, whole
 
 __all__ = ["assemble", "write_model"]
@@ -52,7 +52,9 @@ def assemble(config: RunConfig, model: CausalLM | AnyCausalLM) -> tuple[Executor
 def _engine(config: RunConfig, model: torch.nn.Module, mpu: Any = None) -> Any:
     engine, *_ = engine_of(config, model=model, model_parameters=model.parameters(), mpu=mpu)
     if engine.zero_optimization_stage() == 0 and (engine.fp16_enabled() or engine.bfloat16_enabled()):
-        say("warning: half precision at ZeRO stage 0 updates weights unlike fp32; set zero_optimization.stage to 1")
+        log_rank0(
+            "warning: half precision at ZeRO stage 0 updates weights unlike fp32; set zero_optimization.stage to 1"
+        )
     return engine
 
 

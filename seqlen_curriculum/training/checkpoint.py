@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from deepspeed import comm as dist
 
-from seqlen_curriculum.config.equivalence import trains_alike
+from seqlen_curriculum.config.equivalence import trains_identically
 from seqlen_curriculum.errors import CheckpointError, SeqlenCurriculumError
 from seqlen_curriculum.files import replace_text
 from seqlen_curriculum.run_folder.checkpoint_manifest import (
@@ -28,16 +28,16 @@ from seqlen_curriculum.run_folder.checkpoint_manifest import (
 )
 from seqlen_curriculum.run_folder.evaluations import Evaluations
 from seqlen_curriculum.run_folder.rollbacks import (
-    LEDGER,
+    ROLLBACKS,
     Rollback,
     begun_by,
-    read_ledger,
+    read_rollbacks,
     same_course,
     steps_to_keep,
-    write_ledger,
+    write_rollbacks,
 )
 from seqlen_curriculum.training.reshard import load_resharded
-from seqlen_curriculum.training.telemetry import say
+from seqlen_curriculum.training.telemetry import log_rank0
 
 __all__ = ["Checkpoints", "on_rank_0"]
 
@@ -104,7 +104,7 @@ class Checkpoints:
             own = None if path.parent == self.save_folder else self.newest()
             return own or self._read(path)
 
-        self.rollbacks = on_rank_0(lambda: read_ledger(self.save_folder))
+        self.rollbacks = on_rank_0(lambda: read_rollbacks(self.save_folder))
         finders: dict[str, Callable[[], Checkpoint | None]] = {"none": lambda: None, "auto": self.newest}
         found = on_rank_0(finders.get(resume, named))
         if found is not None:
@@ -119,19 +119,19 @@ class Checkpoints:
             try:
                 return self._read(folder)
             except CheckpointError as error:
-                say(f"passing over an unusable checkpoint: {error}")
+                log_rank0(f"passing over an unusable checkpoint: {error}")
         return None
 
-    def abandon_for(self, rollbacks: Sequence[Rollback], returned_to: Checkpoint) -> None:
+    def discard_newer_than(self, rollbacks: Sequence[Rollback], returned_to: Checkpoint) -> None:
         """Write ``rollbacks`` down, and only then drop the checkpoints that have not seen the last of them. On all ranks."""
 
         def drop() -> None:
             of_the_last_course = self.complete()
-            write_ledger(self.save_folder, rollbacks)
+            write_rollbacks(self.save_folder, rollbacks)
             replace_text(self.save_folder / "latest", returned_to.folder.name)
             for checkpoint in of_the_last_course:
-                if not _has_seen(checkpoint, rollbacks):
-                    say(f"deleting a checkpoint of the abandoned course: {checkpoint.folder}")
+                if not includes_rollbacks(checkpoint, rollbacks):
+                    log_rank0(f"deleting a checkpoint of the abandoned course: {checkpoint.folder}")
                     shutil.rmtree(checkpoint.folder, ignore_errors=True)  # what is left is passed over
 
         on_rank_0(drop)
@@ -166,7 +166,7 @@ class Checkpoints:
                 f"continue with the saved zero_optimization {checkpoint.zero} on {checkpoint.data_ranks} data-parallel ranks"
             )
         saved_by = f"{checkpoint.data_ranks} data-parallel ranks under ZeRO stage {checkpoint.zero_stage}"
-        say(f"{checkpoint.folder}: saved by {saved_by}, continuing on {ranks} under stage {stage}")
+        log_rank0(f"{checkpoint.folder}: saved by {saved_by}, continuing on {ranks} under stage {stage}")
         load_resharded(engine, checkpoint.folder, checkpoint.zero_stage, checkpoint.data_ranks)
 
     def _check_same_run(self, checkpoint: Checkpoint) -> None:
@@ -175,7 +175,7 @@ class Checkpoints:
             if saved != ours:
                 raise CheckpointError(f"{checkpoint.folder}: saved with {key} {saved}; set it to {saved}, not {ours}")
         changed = differences(checkpoint.run, self.run)
-        if changed and not trains_alike(checkpoint.run, self.run, checkpoint.step):
+        if changed and not trains_identically(checkpoint.run, self.run, checkpoint.step):
             listed = "".join(f"\n  - {name}: {line}{_HOW.get(name, '')}" for name, line in changed.items())
             raise CheckpointError(
                 f"{checkpoint.folder}: made by another run; restore these settings, or start anew in another --save:{listed}"
@@ -190,7 +190,7 @@ class Checkpoints:
         manifest = {"step": step, **sharding, "run": self.run, **state, "files": sizes}
         replace_text(unfinished / MANIFEST, json.dumps(manifest, indent=2))
         if final.exists():
-            say(f"replacing an unusable checkpoint: {final}")
+            log_rank0(f"replacing an unusable checkpoint: {final}")
             shutil.rmtree(final)
         os.rename(unfinished, final)
 
@@ -228,9 +228,9 @@ class Checkpoints:
     def _read(self, folder: Path) -> Checkpoint:
         """``read_checkpoint`` of this course only."""
         checkpoint = read_checkpoint(folder)
-        if self.rollbacks is not None and not _has_seen(checkpoint, self.rollbacks):
+        if self.rollbacks is not None and not includes_rollbacks(checkpoint, self.rollbacks):
             raise CheckpointError(
-                f"{folder}: belongs to the course that a rollback abandoned, by {self.save_folder / LEDGER}"
+                f"{folder}: belongs to the course that a rollback abandoned, by {self.save_folder / ROLLBACKS}"
             )
         return checkpoint
 
@@ -252,7 +252,7 @@ def on_rank_0(function: Callable[[], T]) -> T:
     return value
 
 
-def _has_seen(checkpoint: Checkpoint, rollbacks: Sequence[Rollback]) -> bool:
+def includes_rollbacks(checkpoint: Checkpoint, rollbacks: Sequence[Rollback]) -> bool:
     """Whether it was trained with the steps skipped that ``rollbacks`` skip before it, and no others."""
     return same_course(checkpoint.rollbacks, begun_by(rollbacks, checkpoint.step))
 

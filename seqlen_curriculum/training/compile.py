@@ -7,7 +7,7 @@ import torch.fx.experimental._config
 from deepspeed import comm as dist
 from torch import nn
 
-from seqlen_curriculum.training.telemetry import say
+from seqlen_curriculum.training.telemetry import log_rank0
 
 __all__ = ["compile_blocks"]
 
@@ -22,7 +22,9 @@ def compile_blocks(blocks: nn.ModuleList, device: torch.device) -> None:
     missing = torch.tensor(float(bool(problem)), device=device)
     dist.all_reduce(missing)  # ranks that differ would still train, each with other rounding
     if missing > 0:
-        say(f"training.compile: {problem or 'another rank has no working compiler'}; training without compilation")
+        log_rank0(
+            f"training.compile: {problem or 'another rank has no working compiler'}; training without compilation"
+        )
         return
     # Else a length that happens to equal another size of the model is taken for that size, and gets a graph of its own.
     torch.fx.experimental._config.use_duck_shape = False

@@ -15,7 +15,7 @@ from deepspeed.utils import groups
 from torch.nn import Parameter
 
 from seqlen_curriculum.training.accumulate import accumulate, set_accumulation
-from seqlen_curriculum.training.tensor_parallel import is_cut
+from seqlen_curriculum.training.tensor_parallel import is_sharded
 
 __all__ = ["DataParallel", "Executor", "Pipeline", "SequenceParallel", "StepResult", "TensorParallel"]
 
@@ -60,7 +60,7 @@ class DataParallel:
         self.engine.train()
         return loss
 
-    def rehearse(self, micro_batch: MicroBatch) -> None:
+    def dry_run(self, micro_batch: MicroBatch) -> None:
         """Forward and backward of a loss that weighs nothing, without a step."""
         self.engine.set_gradient_accumulation_boundary(False)
         self.engine.backward(self.engine(*micro_batch) * 0)
@@ -84,7 +84,7 @@ class TensorParallel(DataParallel):
 
     def counted(self, parameters: Sequence[Parameter]) -> list[Parameter]:
         """This rank's parts of the blocks; the first rank also what every rank has."""
-        return [p for p in parameters if self.leads or is_cut(p)]
+        return [p for p in parameters if self.leads or is_sharded(p)]
 
     def _norm(self, parameters: Sequence[Parameter]) -> torch.Tensor:
         """Of all ranks' parts."""
@@ -110,9 +110,9 @@ class SequenceParallel(DataParallel):
         """The mean loss of this rank's part of (inputs, targets)."""
         return super().evaluate(self._own(micro_batch))
 
-    def rehearse(self, micro_batch: MicroBatch) -> None:
+    def dry_run(self, micro_batch: MicroBatch) -> None:
         """Forward and backward of a loss that weighs nothing, without a step."""
-        super().rehearse(self._own(micro_batch))
+        super().dry_run(self._own(micro_batch))
 
     def _own(self, micro_batch: MicroBatch) -> MicroBatch:
         """(inputs, targets, first position) of this rank's part, of S / parts tokens."""
@@ -165,7 +165,7 @@ class Pipeline:
 
         return step
 
-    def rehearse(self, micro_batch: MicroBatch) -> None:
+    def dry_run(self, micro_batch: MicroBatch) -> None:
         """Forward and backward of losses that weigh nothing, one micro-batch a stage in flight, without a step."""
         engine, loss_fn, stages = self.engine, self.engine.module.loss_fn, self.engine.num_stages
         set_accumulation(engine, len(micro_batch[0]), stages)

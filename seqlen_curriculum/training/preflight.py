@@ -38,7 +38,7 @@ def preflight(executor: Executor, rows: int, seqlen: int) -> None:
     devices = [executor.engine.device] if executor.engine.device.type != "cpu" else []
     with torch.random.fork_rng(devices=devices, device_type=get_accelerator().device_name().split(":")[0]):
         try:
-            executor.rehearse((tokens, tokens))
+            executor.dry_run((tokens, tokens))
             problem = ""
         except (RuntimeError, MemoryError) as error:
             problem = _if_out_of_memory(error)

@@ -17,7 +17,7 @@ from seqlen_curriculum.config.model import ModelConfig
 from seqlen_curriculum.config.run import RunConfig
 from seqlen_curriculum.data.samples import Samples
 from seqlen_curriculum.data.tokenizer import read_tokenizer, tokenizer_files
-from seqlen_curriculum.data.training_data import Feed
+from seqlen_curriculum.data.training_data import TrainingData
 from seqlen_curriculum.errors import CheckpointError
 from seqlen_curriculum.files import lock_folder
 from seqlen_curriculum.models.causal_lm import build_model
@@ -25,16 +25,16 @@ from seqlen_curriculum.models.gpt2 import CausalLM, set_window
 from seqlen_curriculum.models.pretrained import copy_tokenizer
 from seqlen_curriculum.run_folder.checkpoint_manifest import Checkpoint
 from seqlen_curriculum.run_folder.evaluations import Evaluations
-from seqlen_curriculum.run_folder.rollbacks import LEDGER
-from seqlen_curriculum.run_folder.run_log import RunLog, read_runlog
+from seqlen_curriculum.run_folder.rollbacks import ROLLBACKS
+from seqlen_curriculum.run_folder.run_log import RunLog, read_run_log
 from seqlen_curriculum.training.adaptive import Adaptive
 from seqlen_curriculum.training.build import assemble
 from seqlen_curriculum.training.checkpoint import Checkpoints, on_rank_0
 from seqlen_curriculum.training.compile import compile_blocks
-from seqlen_curriculum.training.rollback import losses_so_far, roll_back, tell_of_skipped
+from seqlen_curriculum.training.rollback import log_skipped_steps, read_losses, roll_back
 from seqlen_curriculum.training.run_info import record_launch
-from seqlen_curriculum.training.spike_guard import Abandoned, Guard
-from seqlen_curriculum.training.telemetry import Telemetry, say
+from seqlen_curriculum.training.spike_guard import RollbackRequested, SpikeGuard
+from seqlen_curriculum.training.telemetry import Telemetry, log_rank0
 from seqlen_curriculum.training.trainer import StopSignals, Trainer
 
 __all__ = ["pretrain", "refuse_other_run"]
@@ -44,7 +44,7 @@ _RUNLOG = "runlog.jsonl"
 
 def pretrain(
     config: RunConfig,
-    train: Feed,
+    train: TrainingData,
     valid: Samples | None,
     save: Path,
     resume: str = "auto",
@@ -75,7 +75,7 @@ def pretrain(
     on_rank_0(lambda: refuse_other_run(save, resume, checkpoint))
     first_step = checkpoint.step + 1 if checkpoint else 1
     on_rank_0(lambda: record_launch(save, config.as_file(), dist.get_world_size(), first_step))
-    tell_of_skipped(checkpoints.rollbacks or (), first_step - 1)
+    log_skipped_steps(checkpoints.rollbacks or (), first_step - 1)
     torch.manual_seed(training.seed)  # the same weights on every rank
     model = build_model(model_config, read_weights=checkpoint is None)
     executor, write_weights = assemble(config, model)
@@ -97,7 +97,7 @@ def pretrain(
         _rewind_logs(save, done_steps)
         if training.on_spike == "rollback":
             checkpoints.save(engine, done_steps, write, evaluations)  # if it isn't there: to go back to before the next
-        so_far = losses_so_far(save / _RUNLOG, training.spike_ratio)
+        so_far = read_losses(save / _RUNLOG, training.spike_ratio)
         telemetry = Telemetry(save / _RUNLOG if rank == 0 else None, engine.monitor, done_steps, timeline)
         trainer = Trainer(
             executor=executor,
@@ -107,7 +107,7 @@ def pretrain(
             micro_batch=micro_batch,
             settings=training,
             telemetry=telemetry,
-            guard=Guard(training, checkpoints.rollbacks or (), so_far),
+            guard=SpikeGuard(training, checkpoints.rollbacks or (), so_far),
             signals=signals,
             save=lambda step, evaluations: checkpoints.save(engine, step, write, evaluations),
             evaluations=evaluations,
@@ -131,18 +131,18 @@ def pretrain(
         while True:
             try:
                 return train_from(checkpoint)
-            except Abandoned as abandoned:
+            except RollbackRequested as abandoned:
                 checkpoint = roll_back(checkpoints, save / _RUNLOG, abandoned.spike)
 
 
-def _data_settings(train: Feed) -> dict[str, Any]:
+def _data_settings(train: TrainingData) -> dict[str, Any]:
     """What of the data makes the run the run it is; not where it lies."""
     corpora = [corpus for source in train.sources for corpus, _, _ in source.ranges]
     fingerprints = {f"data.train.{number}": corpus.fingerprint() for number, corpus in enumerate(corpora)}
     return {**fingerprints, "data.train_samples": [source.num_samples for source in train.sources]}
 
 
-def tokenizer_of(train: Feed, model: ModelConfig) -> Path | None:
+def tokenizer_of(train: TrainingData, model: ModelConfig) -> Path | None:
     """Where the tokenizer lies: that which ``prepare_data.py`` left beside the first corpus, else ``model.hf_checkpoint``'s.
 
     None without either. Raises ConfigError if it is damaged.
@@ -172,12 +172,12 @@ def refuse_other_run(save: Path, resume: str, checkpoint: Checkpoint | None) -> 
 
     Nor does one that begins anew skip another one's steps. Raises CheckpointError.
     """
-    if resume == "none" and (save / LEDGER).exists():
+    if resume == "none" and (save / ROLLBACKS).exists():
         raise CheckpointError(
-            f"{save / LEDGER}: tells the skipped steps of a run, and --resume none begins another; choose another --save or "
-            "delete this file, or give --resume auto to train the run that skips them"
+            f"{save / ROLLBACKS}: lists the skipped steps of a run, and --resume none starts another; choose another "
+            "--save, delete this file, or give --resume auto to train the run that skips them"
         )
-    first = next(read_runlog(save / _RUNLOG), None) if (save / _RUNLOG).exists() else None
+    first = next(read_run_log(save / _RUNLOG), None) if (save / _RUNLOG).exists() else None
     if first is None or (checkpoint is not None and checkpoint.folder.parent == save):
         return
     start = checkpoint.step + 1 if checkpoint else 1
@@ -195,7 +195,7 @@ def _rewind_logs(save: Path, done_steps: int) -> None:
     if dist.get_rank() == 0:
         dropped = RunLog.rewind(save / _RUNLOG, done_steps)
         if dropped:
-            say(f"continuing after step {done_steps}: {dropped} later records of {_RUNLOG} will be written again")
+            log_rank0(f"continuing after step {done_steps}: {dropped} later records of {_RUNLOG} will be written again")
         for path in save.glob("samples.rank*.jsonl"):
             RunLog.rewind(path, done_steps)
     dist.barrier()

@@ -7,31 +7,31 @@ from pathlib import Path
 
 from seqlen_curriculum.errors import DivergenceError
 from seqlen_curriculum.run_folder.checkpoint_manifest import Checkpoint
-from seqlen_curriculum.run_folder.rollbacks import LEDGER, Rollback, skipped_window
-from seqlen_curriculum.run_folder.run_log import read_runlog
+from seqlen_curriculum.run_folder.rollbacks import ROLLBACKS, Rollback, skipped_window
+from seqlen_curriculum.run_folder.run_log import read_run_log
 from seqlen_curriculum.training.checkpoint import Checkpoints, on_rank_0
 from seqlen_curriculum.training.spike_guard import MOST_ROLLBACKS, REMEDIES, LossesSoFar, Spike
-from seqlen_curriculum.training.telemetry import say
+from seqlen_curriculum.training.telemetry import log_rank0
 
-__all__ = ["losses_so_far", "roll_back", "seconds_after", "tell_of_skipped"]
+__all__ = ["log_skipped_steps", "read_losses", "roll_back", "seconds_after"]
 
 
-def losses_so_far(log: Path, spike_ratio: float) -> LossesSoFar:
+def read_losses(log: Path, spike_ratio: float) -> LossesSoFar:
     """What the run log tells of the losses up to now, the same on all ranks."""
 
     def read() -> LossesSoFar:
-        records = read_runlog(log) if log.exists() else ()
+        records = read_run_log(log) if log.exists() else ()
         return LossesSoFar.of((record["loss"] for record in records if "loss" in record), spike_ratio)
 
     return on_rank_0(read)
 
 
-def tell_of_skipped(rollbacks: Sequence[Rollback], done_steps: int) -> None:
+def log_skipped_steps(rollbacks: Sequence[Rollback], done_steps: int) -> None:
     """Say which steps after ``done_steps`` will be passed over, if any."""
     ahead = [(max(first, done_steps + 1), last) for first, last in (one.skipped for one in rollbacks)]
     ranges = ", ".join(f"{first} to {last}" for first, last in ahead if first <= last)
     if ranges:
-        say(f"steps that will be passed over, as {LEDGER} or the checkpoint tells: {ranges}")
+        log_rank0(f"steps that will be passed over, as {ROLLBACKS} or the checkpoint tells: {ranges}")
 
 
 def roll_back(checkpoints: Checkpoints, log: Path, spike: Spike) -> Checkpoint:
@@ -45,7 +45,7 @@ def roll_back(checkpoints: Checkpoints, log: Path, spike: Spike) -> Checkpoint:
     if len(done) >= MOST_ROLLBACKS:
         or_go_on = '; or set training.on_spike to "log", which only tells of it, and give the same command'
         raise DivergenceError(
-            f"{spike.told}; after {MOST_ROLLBACKS} rollbacks, see {checkpoints.save_folder / LEDGER}, the guard gives up: "
+            f"{spike.told}; after {MOST_ROLLBACKS} rollbacks, see {checkpoints.save_folder / ROLLBACKS}, the guard stops: "
             f"it is not the data of single steps. {REMEDIES}{or_go_on if spike.is_finite else ''}"
         )
     kept = on_rank_0(checkpoints.complete)
@@ -56,9 +56,9 @@ def roll_back(checkpoints: Checkpoints, log: Path, spike: Spike) -> Checkpoint:
             + _ways_on(spike, kept)
         )
     newest = old_enough[-1]
-    say(f"{spike.told}; going back to step {newest.step}, to skip steps {first} to {last}")
+    log_rank0(f"{spike.told}; going back to step {newest.step}, to skip steps {first} to {last}")
     seconds = on_rank_0(lambda: seconds_after(log, newest.step))
-    checkpoints.abandon_for([*done, spike.to_rollback(newest.step, (first, last), seconds)], newest)
+    checkpoints.discard_newer_than([*done, spike.to_rollback(newest.step, (first, last), seconds)], newest)
     return newest
 
 
@@ -72,4 +72,4 @@ def _ways_on(spike: Spike, kept: Sequence[Checkpoint]) -> str:
 
 def seconds_after(log: Path, step: int) -> float:
     """Spent on the steps and evaluations logged after ``step``."""
-    return float(sum(record.get("seconds", 0.0) for record in read_runlog(log) if record["step"] > step))
+    return float(sum(record.get("seconds", 0.0) for record in read_run_log(log) if record["step"] > step))

@@ -13,7 +13,7 @@ from seqlen_curriculum.config.run import TrainingConfig
 from seqlen_curriculum.errors import DivergenceError
 from seqlen_curriculum.run_folder.rollbacks import Rollback, is_skipped
 
-__all__ = ["MOST_ROLLBACKS", "REMEDIES", "Abandoned", "Guard", "LossesSoFar", "Spike"]
+__all__ = ["MOST_ROLLBACKS", "REMEDIES", "LossesSoFar", "RollbackRequested", "Spike", "SpikeGuard"]
 
 REMEDIES = (
     "Lower optimizer.params.lr, lengthen the curriculum, raise its min_difficulty or check the precision settings, then "
@@ -80,7 +80,7 @@ class Spike(NamedTuple):
         )
 
 
-class Abandoned(Exception):  # noqa: N818 - no error: the loop above goes on from an earlier checkpoint
+class RollbackRequested(Exception):  # noqa: N818 - no error: the loop above goes on from an earlier checkpoint
     """The course of training since some checkpoint is given up because of ``spike``."""
 
     def __init__(self, spike: Spike) -> None:
@@ -88,7 +88,7 @@ class Abandoned(Exception):  # noqa: N818 - no error: the loop above goes on fro
         self.spike = spike
 
 
-class Guard:
+class SpikeGuard:
     """Judges each step of a course by what all ranks have agreed on, so all of them judge alike."""
 
     def __init__(self, settings: TrainingConfig, rollbacks: Sequence[Rollback], so_far: LossesSoFar) -> None:
@@ -103,11 +103,11 @@ class Guard:
     def judge(self, loss: float, broken: str | None = None) -> str | None:
         """A line to say, if there is one, of the step's ``loss``; ``broken`` tells what else forbids to go on.
 
-        Raises DivergenceError or Abandoned, as ``training.on_spike`` asks.
+        Raises DivergenceError or RollbackRequested, as ``training.on_spike`` asks.
         """
         broken = broken if math.isfinite(loss) else f"the loss is {loss}"
         if broken is not None:
-            self.give_up(broken, loss)
+            self.stop_or_roll_back(broken, loss)
         before, threshold = self._so_far, self._settings.spike_ratio
         self._so_far = before.then(loss, threshold)
         if not self._so_far.spiking:
@@ -119,7 +119,7 @@ class Guard:
         )
         what += f" the least before it, {before.least:.4f} (training.spike_ratio {threshold})"
         if self._settings.on_spike != "log":
-            self.give_up(what, loss, is_finite=True)
+            self.stop_or_roll_back(what, loss, is_finite=True)
         return None if before.spiking else self._spike(what, loss, is_finite=True).told
 
     def judge_perplexity(self, ratio: float) -> None:
@@ -133,11 +133,11 @@ class Guard:
                 f"not saved. {REMEDIES}"
             )
 
-    def give_up(self, what: str, loss: float = math.nan, is_finite: bool = False) -> None:
-        """Don't go on from this step. Raises Abandoned where rollbacks are asked for, else DivergenceError."""
+    def stop_or_roll_back(self, what: str, loss: float = math.nan, is_finite: bool = False) -> None:
+        """Don't go on from this step. Raises RollbackRequested where rollbacks are asked for, else DivergenceError."""
         spike = self._spike(what, loss, is_finite)
         if self._settings.on_spike == "rollback":
-            raise Abandoned(spike)
+            raise RollbackRequested(spike)
         or_go_on = ' or "log", which only tells of it' if is_finite else ""
         raise DivergenceError(
             f"{spike.told}; training stops, this step is not saved and the last checkpoint is intact. {REMEDIES}; or set "

@@ -12,14 +12,14 @@ from tqdm import tqdm
 from seqlen_curriculum.run_folder.run_log import RunLog
 from seqlen_curriculum.schedule.timeline import Timeline
 
-__all__ = ["Telemetry", "say"]
+__all__ = ["Telemetry", "log_rank0"]
 
 _TRAIN_VALUES = ("loss", "lr", "seqlen", "grad_norm", "seconds")
 _MOMENTS = ("variance_norm", "variance_max", "momentum_norm", "momentum_max")
 _VALID_VALUES = ("valid_loss", "valid_ppl")
 
 
-def say(message: str) -> None:
+def log_rank0(message: str) -> None:
     """One line for the person at the terminal, above the bar; on rank 0 only."""
     if dist.get_rank() == 0:
         tqdm.write(message, file=sys.stderr)
@@ -80,7 +80,9 @@ class Telemetry:
             return
         self._log.write(record)
         self._to_monitor("Valid", record, _VALID_VALUES)
-        say(f"step {record['step']}: validation loss {record['valid_loss']:.4f}, perplexity {record['valid_ppl']:.2f}")
+        log_rank0(
+            f"step {record['step']}: validation loss {record['valid_loss']:.4f}, perplexity {record['valid_ppl']:.2f}"
+        )
 
     def follow(self, timeline: Timeline) -> None:
         """The steps to come are those of ``timeline``."""

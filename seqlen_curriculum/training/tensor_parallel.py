@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from seqlen_curriculum.config.run import RunConfig
 from seqlen_curriculum.models.gpt2 import CausalLM
 
-__all__ = ["is_cut", "prepare", "whole"]
+__all__ = ["is_sharded", "prepare", "whole"]
 
 _PARTITION = {
     "use_default_specs": False,
@@ -56,7 +56,7 @@ def _linear(conv: Conv1D) -> nn.Linear:
     return linear
 
 
-def is_cut(parameter: Tensor) -> bool:
+def is_sharded(parameter: Tensor) -> bool:
     """Whether AutoTP left each rank a part of it."""
     return bool(getattr(parameter, "tensor_model_parallel", False))
 
@@ -68,7 +68,7 @@ def whole(name: str, parameter: Tensor) -> Tensor:
     DeepSpeed's own GatherReplacedLayerParams would leave a copy where the parameter was a view of ZeRO's buffer, and no
     later step would reach it.
     """
-    if not is_cut(parameter):
+    if not is_sharded(parameter):
         return parameter.detach()
     group = groups.get_tensor_model_parallel_group()
     shards = [torch.empty_like(parameter) for _ in range(dist.get_world_size(group))]

@@ -20,21 +20,20 @@ from deepspeed import comm as dist
 
 from seqlen_curriculum.config.run import TrainingConfig
 from seqlen_curriculum.data.samples import Samples
-from seqlen_curriculum.data.training_data import Feed
+from seqlen_curriculum.data.training_data import TrainingData
 from seqlen_curriculum.run_folder.evaluations import Evaluations
 from seqlen_curriculum.run_folder.run_log import RunLog
 from seqlen_curriculum.schedule.micro_batch import balanced_rows
+from seqlen_curriculum.schedule.piecewise import IntArray
 from seqlen_curriculum.schedule.timeline import Timeline
 from seqlen_curriculum.training.adam_moments import adam_moments
 from seqlen_curriculum.training.engine import begin_step, skip_step
 from seqlen_curriculum.training.executor import Executor
 from seqlen_curriculum.training.preflight import preflight
-from seqlen_curriculum.training.spike_guard import Guard
-from seqlen_curriculum.training.telemetry import Telemetry, say
+from seqlen_curriculum.training.spike_guard import SpikeGuard
+from seqlen_curriculum.training.telemetry import Telemetry, log_rank0
 
 __all__ = ["StopSignals", "Trainer", "row_seed"]
-
-Ids = npt.NDArray[np.int64]
 
 
 def row_seed(seed: int, step: int, row: int) -> int:
@@ -53,12 +52,12 @@ class Trainer:
 
     executor: Executor
     timeline: Timeline
-    train_data: Feed
+    train_data: TrainingData
     valid_samples: Samples | None
     micro_batch: int
     settings: TrainingConfig
     telemetry: Telemetry
-    guard: Guard
+    guard: SpikeGuard
     signals: StopSignals
     save: Callable[[int, Evaluations], None]  # checkpoint of a step, called on all ranks
     evaluations: Evaluations  # those so far
@@ -75,7 +74,7 @@ class Trainer:
     def train(self, first_step: int) -> bool:
         """Run from ``first_step`` to the budget. True when it is reached, False when a signal or ``until_step`` came first.
 
-        Raises DivergenceError, and Abandoned where the guard is to go back.
+        Raises DivergenceError, and RollbackRequested where the guard is to go back.
         """
         if self.settings.preflight and first_step <= self.timeline.steps:
             preflight(self.executor, *self._largest_micro_batch())
@@ -89,13 +88,13 @@ class Trainer:
             if asked_for or self._due(step, self.settings.save_interval):
                 self.save(step, self.evaluations)
         if step >= self.timeline.steps:
-            say(f"finished: {step} steps, {self.timeline.consumed_tokens(step):,} tokens")
+            log_rank0(f"finished: {step} steps, {self.timeline.consumed_tokens(step):,} tokens")
             return True
         if step < first_step:
-            say(f"nothing to do: step {step} is done, and --until-step asks for no later one")
+            log_rank0(f"nothing to do: step {step} is done, and --until-step asks for no later one")
             return False
         why = "by a signal" if stop else "as --until-step asks"
-        say(f"stopped after step {step} {why}, and saved; the same command continues")
+        log_rank0(f"stopped after step {step} {why}, and saved; the same command continues")
         return False
 
     @property
@@ -113,15 +112,15 @@ class Trainer:
         begin_step(self.engine)
         seqlen, rate = self.engine.curriculum_scheduler.get_current_difficulty(), self.engine.get_lr()[0]
         if not self.guard.begin(step, seqlen, rate):
-            return self._pass_over(step, stop)
+            return self._skip_step(step, stop)
         micro_batches, seeds = self._micro_batches(step)
         self.set_window(seqlen)
         result = self.executor.train(micro_batches, seeds)
         norm = self._checked(result.grad_norm)
-        loss, (stop, broken) = self._agree(result.loss, stop, norm is not None and not math.isfinite(norm))
+        loss, (stop, broken) = self._reduce_over_ranks(result.loss, stop, norm is not None and not math.isfinite(norm))
         told = self.guard.judge(loss, f"the gradient norm is {norm}" if broken else None)
         if told:
-            say(told)
+            log_rank0(told)
         due = self._due(step, self.settings.variance_interval)
         moments = adam_moments(self.executor) if due else {}
         record = {
@@ -138,7 +137,7 @@ class Trainer:
         self.telemetry.step(record)
         return stop
 
-    def _pass_over(self, step: int, stop: bool) -> bool:
+    def _skip_step(self, step: int, stop: bool) -> bool:
         """Count the step begun as done: its tokens are consumed, nothing is trained on them. Returns as ``_step``."""
         rows = self.timeline.rows(step)
         skip_step(self.engine, rows // self.executor.data_ranks * self.engine.dp_world_size)
@@ -150,7 +149,7 @@ class Trainer:
             "skipped": True,
         }
         self.telemetry.skipped_step(record)
-        return self._agree(torch.zeros((), device=self.engine.device), stop)[1][0]
+        return self._reduce_over_ranks(torch.zeros((), device=self.engine.device), stop)[1][0]
 
     def _micro_batches(self, step: int) -> tuple[list[tuple[torch.Tensor, torch.Tensor]], list[int]]:
         """This rank's (inputs, targets), both (micro rows, S), of ``step``, and the seed of each."""
@@ -169,7 +168,7 @@ class Trainer:
         """Rows of a micro-batch of rows of so many tokens, where this rank's step has ``rows``."""
         if self.settings.micro_batch == "fixed":
             return self.micro_batch
-        full, least = self.timeline.cut.seq_length, self.executor.least_micro_batches
+        full, least = self.timeline.shortening.seq_length, self.executor.least_micro_batches
         return balanced_rows(rows, self.micro_batch, full, row_tokens, least)
 
     def _largest_micro_batch(self) -> tuple[int, int]:
@@ -180,7 +179,7 @@ class Trainer:
             shapes.append((self.micro_batch, self.valid_samples.seq_length))
         return max(shapes, key=lambda shape: (shape[0] * shape[1], shape[1]))
 
-    def _agree(self, loss: torch.Tensor, *asked: bool) -> tuple[float, list[bool]]:
+    def _reduce_over_ranks(self, loss: torch.Tensor, *asked: bool) -> tuple[float, list[bool]]:
         """The loss averaged over ranks and what any rank asked for, in one reduction."""
         shared = torch.stack([loss, *(torch.tensor(float(one), dtype=loss.dtype, device=loss.device) for one in asked)])
         dist.all_reduce(shared)
@@ -202,9 +201,9 @@ class Trainer:
         for chunk, weight in _eval_chunks(ids, self.executor.data_rank, self.executor.data_ranks, self.micro_batch):
             tokens = self._on_device(samples.read(chunk, samples.seq_length))
             total += self.executor.evaluate((tokens[:, :-1], tokens[:, 1:])) * weight
-        valid_loss = self._agree(total)[0] / rows
+        valid_loss = self._reduce_over_ranks(total)[0] / rows
         if not math.isfinite(valid_loss):
-            self.guard.give_up(f"the validation loss is {valid_loss}")
+            self.guard.stop_or_roll_back(f"the validation loss is {valid_loss}")
         ratio = self.evaluations.ratio(valid_loss)
         self.telemetry.evaluation(
             {
@@ -245,7 +244,7 @@ class StopSignals:
             signal.signal(number, handler)
 
 
-def _eval_chunks(ids: Ids, rank: int, ranks: int, most_rows: int) -> Iterator[tuple[Ids, int]]:
+def _eval_chunks(ids: IntArray, rank: int, ranks: int, most_rows: int) -> Iterator[tuple[IntArray, int]]:
     """A rank's (ids to read together, rows that their loss, averaged over ranks, stands for).
 
     All ranks get equally many chunks of equal size, as engines want whose forward is a joint work. Rows that don't divide

@@ -20,12 +20,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from seqlen_curriculum.analysis.stability import ratios_to_best
-from seqlen_curriculum.config.equivalence import steps_alike
+from seqlen_curriculum.config.equivalence import count_identical_steps
 from seqlen_curriculum.config.run import RunConfig
 from seqlen_curriculum.errors import DIVERGED, CheckpointError, SeqlenCurriculumError
 from seqlen_curriculum.files import is_locked, lock_of, replace_text, try_lock
 from seqlen_curriculum.run_folder.checkpoint_manifest import Checkpoint, checkpoint_folders, read_checkpoint
-from seqlen_curriculum.run_folder.run_log import RunLog, read_runlog
+from seqlen_curriculum.run_folder.run_log import RunLog, read_run_log
 
 __all__ = ["ProbeRun", "Trial", "inherit"]
 
@@ -67,7 +67,7 @@ class ProbeRun:
 
     def records(self) -> list[dict[str, Any]]:
         """Of its log, none before it has begun."""
-        return list(read_runlog(self.save / _LOG)) if (self.save / _LOG).exists() else []
+        return list(read_run_log(self.save / _LOG)) if (self.save / _LOG).exists() else []
 
     def last_step(self) -> int:
         """The last one in its log; 0 before it has begun."""
@@ -194,7 +194,7 @@ def inherit(run: ProbeRun, donors: Sequence[ProbeRun], until_step: int) -> int:
 
 def _usable(run: ProbeRun, donors: Sequence[ProbeRun], until_step: int) -> Iterator[tuple[ProbeRun, Checkpoint]]:
     for donor in donors:
-        alike = steps_alike(run.config, donor.config, until_step)
+        alike = count_identical_steps(run.config, donor.config, until_step)
         for folder in checkpoint_folders(donor.save):
             try:
                 checkpoint = read_checkpoint(folder)

@@ -8,7 +8,7 @@ from seqlen_curriculum.analysis.read_run import read_run
 from seqlen_curriculum.analysis.write_report import check_folder, write_report
 from seqlen_curriculum.tuning.cost import cost_of
 from seqlen_curriculum.tuning.search import Candidate, Outcome, Space
-from seqlen_curriculum.tuning.study import Finding, Tuning
+from seqlen_curriculum.tuning.study import ProbeResult, Study
 
 __all__ = ["describe_cost", "describe_costs", "describe_finding", "describe_outcome", "describe_space", "write_page"]
 
@@ -23,7 +23,7 @@ def describe_space(space: Space) -> str:
     )
 
 
-def describe_costs(tuning: Tuning) -> str:
+def describe_costs(tuning: Study) -> str:
     """What a probe of each T costs at most, from the first length."""
     space, full = tuning.space, tuning.full_cost()
     lines = ["", f"{'T':>12} {'steps':>8} {'tokens':>15} {'of training':>12} {'of compute':>11}"]
@@ -37,7 +37,7 @@ def describe_costs(tuning: Tuning) -> str:
     return "\n".join(lines)
 
 
-def describe_finding(finding: Finding) -> str:
+def describe_finding(finding: ProbeResult) -> str:
     """One line of a probe that is through."""
     (length, total), trial = finding.probe.candidate, finding.trial
     assert trial is not None
@@ -51,14 +51,14 @@ def describe_finding(finding: Finding) -> str:
     return f"probe {finding.number}: min_difficulty {length}, T {total:,}: {how}{ratio}"
 
 
-def describe_cost(tuning: Tuning) -> str:
+def describe_cost(tuning: Study) -> str:
     """What all probes cost, against the training they tune."""
     spent, full = tuning.cost(), tuning.full_cost()
     shares = f"{spent.tokens / full.tokens:.1%} of the training's; with evaluations {spent.flops / full.flops:.1%}"
     return f"cost              {spent.tokens:,} tokens, {shares} of its compute; {tuning.seconds:,.0f} s"
 
 
-def describe_outcome(tuning: Tuning, outcome: Outcome) -> str:
+def describe_outcome(tuning: Study, outcome: Outcome) -> str:
     """The answer, and what it means."""
     if outcome.best is None:
         return "result            none found"
@@ -70,7 +70,7 @@ def describe_outcome(tuning: Tuning, outcome: Outcome) -> str:
     return told + (largest if total == tuning.space.totals[-1] else "")
 
 
-def write_page(tuning: Tuning) -> Path | None:
+def write_page(tuning: Study) -> Path | None:
     """A report of all probes, named by their verdicts, in the folder ``report``; None if there is nothing to show."""
     last = {finding.probe.candidate: finding for finding in tuning.findings}
     runs = [read_run(run.save, _name(last[candidate])) for candidate, run in tuning.runs().items()]
@@ -83,7 +83,7 @@ def write_page(tuning: Tuning) -> Path | None:
     return write_report(begun, folder)
 
 
-def _name(finding: Finding) -> str:
+def _name(finding: ProbeResult) -> str:
     (length, total), trial = finding.probe.candidate, finding.trial
     verdict = "stable" if trial and trial.stable else "fluctuates"
     return f"min {length}, T {total}: {verdict}"

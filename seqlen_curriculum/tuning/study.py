@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, ValidationError
 
-from seqlen_curriculum.config.equivalence import steps_alike
+from seqlen_curriculum.config.equivalence import count_identical_steps
 from seqlen_curriculum.config.run import RunConfig
 from seqlen_curriculum.errors import CheckpointError
 from seqlen_curriculum.fields import Count, CountOrZero, Section
@@ -25,16 +25,16 @@ from seqlen_curriculum.tuning.probes import ProbeRun, Trial, inherit
 from seqlen_curriculum.tuning.search import BudgetSpent, Candidate, Outcome, Probe, tune, upcoming
 from seqlen_curriculum.tuning.space import Settings, scheduled, space_of
 
-__all__ = ["Finding", "Tuning"]
+__all__ = ["ProbeResult", "Study"]
 
 _STATE, _RESULT, _PROBES = "tuning.json", "tuned.json", "probes"
 _SAVE_SECONDS = 5.0
 
-Watch = Callable[["Finding", Trial], None]
+Watch = Callable[["ProbeResult", Trial], None]
 
 
 @dataclass(frozen=True)
-class Finding:
+class ProbeResult:
     """A probe and, once it is through, how it came out."""
 
     number: int
@@ -47,7 +47,7 @@ class Finding:
         return {**self.probe.candidate._asdict(), "until_step": self.probe.until_step, **self.trial._asdict()}
 
     @classmethod
-    def read(cls, number: int, record: _Record) -> Finding:
+    def read(cls, number: int, record: _Record) -> ProbeResult:
         """From ``tuning.json``."""
         candidate = Candidate(record.min_difficulty, record.total_steps)
         return cls(number, Probe(candidate, record.until_step), Trial(record.stable, record.step, record.ratio))
@@ -76,7 +76,7 @@ class _State(Section):
 
 
 @dataclass
-class Tuning:
+class Study:
     """The search for the run of the file ``raw`` in the folder ``save``. ``launcher`` begins the command of ``script``."""
 
     raw: Mapping[str, Any]
@@ -88,7 +88,7 @@ class Tuning:
     """Not to be exceeded by all probes together."""
     most_seconds: float
     """After so many, over all calls, the running probe is stopped."""
-    findings: list[Finding] = field(default_factory=list)
+    findings: list[ProbeResult] = field(default_factory=list)
     seconds: float = 0.0
 
     def __post_init__(self) -> None:
@@ -111,7 +111,7 @@ class Tuning:
                 "give what it was begun with, or another folder"
             )
         self.seconds = state.seconds
-        self.findings = [Finding.read(number, record) for number, record in enumerate(state.probes, start=1)]
+        self.findings = [ProbeResult.read(number, record) for number, record in enumerate(state.probes, start=1)]
 
     def run(self, watch: Watch) -> Outcome:
         """Search; ``watch`` is told how each probe stands, and at last how it came out.
@@ -188,14 +188,14 @@ class Tuning:
             self.seconds = before + time.monotonic() - started
             if time.monotonic() - self._saved_at > _SAVE_SECONDS:
                 self._write()
-            watch(Finding(number, question), trial)
+            watch(ProbeResult(number, question), trial)
             if self.seconds > self.most_seconds:
                 raise BudgetSpent
 
         until_step = min(question.until_step, run.config.timeline().steps)
         trial = run.train(until_step, self.launcher, self.script, watched)
         self.seconds = before + time.monotonic() - started
-        self.findings.append(Finding(number, question, trial))
+        self.findings.append(ProbeResult(number, question, trial))
         self._write()
         watch(self.findings[-1], trial)
         return trial.stable
@@ -208,7 +208,7 @@ class Tuning:
         for following in nexts:
             if isinstance(following, Probe) and following.candidate != question.candidate:
                 other = self.run_of(following.candidate).config
-                steps.add(steps_alike(config, other, min(question.until_step, following.until_step)))
+                steps.add(count_identical_steps(config, other, min(question.until_step, following.until_step)))
         return sorted(steps - {0, question.until_step})
 
     def _probe_training(self) -> dict[str, Any]:

@@ -9,11 +9,11 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from tqdm import tqdm
 
 from seqlen_curriculum.data.indexed import IndexedCorpus
 from seqlen_curriculum.errors import ConfigError, DataError
+from seqlen_curriculum.schedule.piecewise import IntArray
 
 __all__ = ["corpus_warnings", "describe_corpora", "inspect_corpora"]
 
@@ -64,7 +64,7 @@ def _blocks(corpus: IndexedCorpus, total: int, block: int, what: str) -> Iterato
             bar.update(end - first)
 
 
-def _document_lengths(corpus: IndexedCorpus) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def _document_lengths(corpus: IndexedCorpus) -> tuple[IntArray, IntArray]:
     """Each length in tokens, ascending, and how many documents have it, (D,) both: D**2 is at most twice the tokens."""
     lengths, counts = np.empty((2, 0), dtype=np.int64)
     for first, end in _blocks(corpus, corpus.num_documents, _DOCUMENTS, "documents"):
@@ -76,7 +76,7 @@ def _document_lengths(corpus: IndexedCorpus) -> tuple[NDArray[np.int64], NDArray
     return lengths, counts
 
 
-def _median(lengths: NDArray[np.int64], counts: NDArray[np.int64]) -> float:
+def _median(lengths: IntArray, counts: IntArray) -> float:
     ends = np.cumsum(counts)
     middle = np.array([ends[-1] - 1, ends[-1]]) // 2
     return float(lengths[np.searchsorted(ends, middle, side="right")].mean())

@@ -10,16 +10,16 @@ from typing import Any
 import numpy as np
 
 from seqlen_curriculum.data.indexed import IndexedCorpus
-from seqlen_curriculum.data.training_data import Feed
+from seqlen_curriculum.data.training_data import TrainingData
 from seqlen_curriculum.errors import ConfigError, DataError
 
 __all__ = ["check_step", "describe_step", "read_step"]
 
 _SHOWN = 100  # characters at either end of a text
-_PARTS = 4  # stretches of a sample, or rows of it, that are shown
+_PARTS = 4  # token_spans of a sample, or rows of it, that are shown
 
 
-def check_step(feed: Feed, step: int, ranks: int, rows: int) -> None:
+def check_step(feed: TrainingData, step: int, ranks: int, rows: int) -> None:
     """Raise ConfigError, naming the flag, for a step that the run hasn't or that doesn't divide over ``ranks``."""
     steps = feed.timeline.steps
     if not 1 <= step <= steps:
@@ -34,7 +34,7 @@ def check_step(feed: Feed, step: int, ranks: int, rows: int) -> None:
         raise ConfigError(f"--rows: {rows} is not a number of samples to show; give 1 or more")
 
 
-def read_step(feed: Feed, step: int, ranks: int = 1, rows: int = 4) -> dict[str, Any]:
+def read_step(feed: TrainingData, step: int, ranks: int = 1, rows: int = 4) -> dict[str, Any]:
     """One JSON-able object: what each of ``ranks`` data-parallel ranks reads at ``step``, up to ``rows`` samples of each.
 
     ``step, seqlen, method, samples, sample_rows, row_tokens`` (a sample becomes so many rows of so many tokens), ``ranks``
@@ -49,10 +49,10 @@ def read_step(feed: Feed, step: int, ranks: int = 1, rows: int = 4) -> dict[str,
     return {
         "step": step,
         "seqlen": seqlen,
-        "method": timeline.cut.method,
+        "method": timeline.shortening.method,
         "samples": samples,
-        "sample_rows": timeline.cut.rows(seqlen),
-        "row_tokens": timeline.cut.row_tokens(seqlen),
+        "sample_rows": timeline.shortening.rows_per_sample(seqlen),
+        "row_tokens": timeline.shortening.tokens_per_row(seqlen),
         "ranks": [
             {
                 "rank": rank,
@@ -65,10 +65,10 @@ def read_step(feed: Feed, step: int, ranks: int = 1, rows: int = 4) -> dict[str,
     }
 
 
-def _samples(feed: Feed, step: int, first: int, count: int) -> list[dict[str, Any]]:
+def _samples(feed: TrainingData, step: int, first: int, count: int) -> list[dict[str, Any]]:
     seqlen = feed.timeline.seqlen(step)
     inputs = feed.read(step, first, count)[0].reshape(count, -1)  # (samples, tokens of a sample)
-    stretches = _stretches(feed, step, first, count)
+    token_spans = _stretches(feed, step, first, count)
     found = []
     for sample, (source, epoch, number) in enumerate(
         zip(*map(np.ndarray.tolist, feed.places(step, first, count)), strict=True)
@@ -80,18 +80,18 @@ def _samples(feed: Feed, step: int, first: int, count: int) -> list[dict[str, An
                 "epoch": epoch,
                 "number": number,
                 "fresh": number < feed.sources[source].num_samples,
-                "stretches": stretches[sample],
+                "stretches": token_spans[sample],
                 "ids": ids,
-                "text": _texts(stretches[sample][0]["corpus"], ids),
+                "text": _texts(token_spans[sample][0]["corpus"], ids),
             }
         )
     return found
 
 
-def _stretches(feed: Feed, step: int, first: int, count: int) -> list[list[dict[str, Any]]]:
-    """The stretches of each sample from its first column on."""
+def _stretches(feed: TrainingData, step: int, first: int, count: int) -> list[list[dict[str, Any]]]:
+    """The token_spans of each sample from its first column on."""
     by_sample: list[list[tuple[int, dict[str, Any]]]] = [[] for _ in range(count)]
-    for source, parts in feed.stretches(step, first, count):
+    for source, parts in feed.token_spans(step, first, count):
         for row, column, length, of_range, start in zip(*map(np.ndarray.tolist, parts), strict=True):
             by_sample[row].append((column, _stretch(feed.sources[source].ranges[of_range][0], start, start + length)))
     return [[part for _, part in sorted(parts, key=lambda part: part[0])] for parts in by_sample]

@@ -8,15 +8,14 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from seqlen_curriculum.config.data import DataConfig
 from seqlen_curriculum.config.run import RunConfig
-from seqlen_curriculum.data.from_config import corpora_of, open_feed
+from seqlen_curriculum.data.from_config import corpora_of, open_training_data
 from seqlen_curriculum.data.leftovers import Epochs
 from seqlen_curriculum.data.samples import SPLITS, Samples, split_ranges
-from seqlen_curriculum.data.training_data import Feed
-from seqlen_curriculum.schedule.piecewise import Piecewise
+from seqlen_curriculum.data.training_data import TrainingData
+from seqlen_curriculum.schedule.piecewise import IntArray, Piecewise
 from seqlen_curriculum.schedule.shortening import Method
 from seqlen_curriculum.schedule.timeline import Timeline
 
@@ -46,7 +45,7 @@ def account(config: RunConfig) -> dict[str, Any]:
     summary: dict[str, Any] = {"seq_length": config.data.seq_length, "splits": _splits(config.data)}
     if config.training is None or config.keys.train_batch_size is None:
         return summary
-    feed = open_feed(config)
+    feed = open_training_data(config)
     sources = [_source(feed, number, config.data.weights) for number in range(len(feed.sources))]
     second = [source["epoch_steps"][1] for source in sources if len(source["epoch_steps"]) > 1]
     return summary | {
@@ -74,7 +73,7 @@ def _splits(data: DataConfig) -> dict[str, list[dict[str, Any]]]:
     return splits
 
 
-def _source(feed: Feed, number: int, weights: Sequence[float] | None) -> dict[str, Any]:
+def _source(feed: TrainingData, number: int, weights: Sequence[float] | None) -> dict[str, Any]:
     source, timeline = feed.sources[number], feed.timeline
     use = source_use(feed, number, timeline, feed.recycle)
     prefix, more = source.ranges[0][0].prefix, len(source.ranges) - 1
@@ -90,13 +89,13 @@ def _source(feed: Feed, number: int, weights: Sequence[float] | None) -> dict[st
     }
 
 
-def _step_of(feed: Feed, number: int, row: int) -> int:
+def _step_of(feed: TrainingData, number: int, row: int) -> int:
     """The step that reads sample ``row`` of a source, counted from 0 over the whole run."""
     steps = range(feed.timeline.steps + 1)
     return bisect_left(steps, row + 1, key=lambda step: _drawn(feed, number, feed.timeline, step))
 
 
-def _drawn(feed: Feed, number: int, timeline: Timeline, step: int) -> int:
+def _drawn(feed: TrainingData, number: int, timeline: Timeline, step: int) -> int:
     """Samples of a source that are read by the end of ``step``."""
     return int(feed.blend.count(number, np.asarray(timeline.consumed_samples(step))))
 
@@ -106,7 +105,7 @@ class SourceUse(NamedTuple):
 
     rows: int
     """Samples drawn."""
-    begins: NDArray[np.int64]
+    begins: IntArray
     """The sample, counted from 0 over the run, that each of the first epochs begins with."""
     epochs: float
     """Epochs done, and the part of the last one: of its fresh samples, or of its tokens where they are recycled."""
@@ -117,7 +116,7 @@ class SourceUse(NamedTuple):
     """Tokens trained on in samples made of leftovers."""
 
 
-def source_use(feed: Feed, number: int, timeline: Timeline, recycle: bool) -> SourceUse:
+def source_use(feed: TrainingData, number: int, timeline: Timeline, recycle: bool) -> SourceUse:
     """What a run of ``timeline`` makes of source ``number`` of ``feed``, whose own timeline and recycling don't count."""
     source, rows = feed.sources[number], _drawn(feed, number, timeline, timeline.steps)
     used = feed.of_source(number, timeline.tokens_by_sample())
@@ -145,7 +144,7 @@ def _recycled(source: Samples, used: Piecewise, rows: int) -> SourceUse:
     )
 
 
-def _epoch_begins(source: Samples, used: Piecewise, rows: int) -> NDArray[np.int64]:
+def _epoch_begins(source: Samples, used: Piecewise, rows: int) -> IntArray:
     """The rows that epochs begin with. No epoch has fewer than its fresh rows, so rows as far apart find them all."""
     some = np.append(np.arange(0, rows, source.num_samples), rows - 1)
     return np.unique(Epochs(source.num_samples, source.num_tokens, source.seq_length, used).of(some)[1])
@@ -160,10 +159,10 @@ def _ways(config: RunConfig) -> list[tuple[Method, str]]:
     return ways
 
 
-def _way(feed: Feed, config: RunConfig, method: Method, leftovers: str) -> dict[str, Any]:
+def _way(feed: TrainingData, config: RunConfig, method: Method, leftovers: str) -> dict[str, Any]:
     """The run for the same budget, cut by ``method``."""
     timeline = feed.timeline
-    if config.curriculum is not None and method != config.cut.method:
+    if config.curriculum is not None and method != config.shortening.method:
         changed = config.curriculum.model_copy(update={"method": method, "restart_positions": False})
         timeline = replace(config, curriculum=changed).timeline()
     uses = [source_use(feed, number, timeline, leftovers == "recycle") for number in range(len(feed.sources))]
@@ -171,7 +170,7 @@ def _way(feed: Feed, config: RunConfig, method: Method, leftovers: str) -> dict[
     return {
         "method": method,
         "leftovers": leftovers,
-        "configured": method == config.cut.method and (leftovers == "recycle") == feed.recycle,
+        "configured": method == config.shortening.method and (leftovers == "recycle") == feed.recycle,
         "steps": timeline.steps,
         "read_tokens": read,
         "trained_tokens": trained,

@@ -22,6 +22,7 @@ from seqlen_curriculum.data.preparation.texts import Part, Tally, parts
 from seqlen_curriculum.data.tokenizer import end_of_text_id, vocab_size
 from seqlen_curriculum.data.writer import token_dtype
 from seqlen_curriculum.errors import DataError
+from seqlen_curriculum.schedule.piecewise import IntArray
 
 __all__ = ["Encoded", "Encoder", "encode"]
 
@@ -30,7 +31,7 @@ class Encoded(NamedTuple):
     """The tokens of one batch of pieces."""
 
     tokens: NDArray[Any]  # (n,) in the corpus's dtype
-    ends: NDArray[np.int64]  # (documents,) positions where a document ends, its end-of-text token included
+    ends: IntArray  # (documents,) positions where a document ends, its end-of-text token included
     text_bytes: int
     input_bytes: int
     left_out: Counter[str]

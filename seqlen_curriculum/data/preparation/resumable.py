@@ -17,11 +17,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
-import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from seqlen_curriculum.data.writer import TokenFiles, publish, store
 from seqlen_curriculum.errors import DataError
+from seqlen_curriculum.schedule.piecewise import IntArray
 
 __all__ = ["Partial", "Progress", "publish_finished"]
 
@@ -120,7 +120,7 @@ class Partial:
         self._files = TokenFiles(self._part(".bin"), self._part(".lengths"), vocab_size, *counts)
         self._saved_bytes = now.text_bytes
 
-    def add(self, tokens: ArrayLike, ends: NDArray[np.int64], text_bytes: int, left_out: Mapping[str, int]) -> None:
+    def add(self, tokens: ArrayLike, ends: IntArray, text_bytes: int, left_out: Mapping[str, int]) -> None:
         """Append what one batch gave, see ``TokenFiles.add_tokens``; after a shard it is there for the next try."""
         assert self._files is not None
         now, files = self.progress, self._files
