@@ -31,7 +31,7 @@ def plan(config: RunConfig, at: Iterable[int] = ()) -> dict[str, Any]:
     {steps, lengths, flops}``. Raises ConfigError.
     """
     timeline = config.timeline()
-    rate = config.learning_rate(timeline)
+    rate = config.plan.learning_rate()
     full_length = config.data.seq_length if config.data else max(timeline.lengths())
     full_steps = {
         "full_length_step": timeline.first_step_at(full_length),
@@ -189,7 +189,7 @@ def draw(configs: Mapping[str, RunConfig], path: Path) -> None:
 def _curves(config: RunConfig) -> dict[str, tuple[Any, str]]:
     """Values by name, at up to 2,000 steps of a run, and how they are drawn."""
     timeline = config.timeline()
-    rate = config.learning_rate(timeline)
+    rate = config.plan.learning_rate()
     steps = np.unique(np.linspace(1, timeline.steps, 2000).astype(np.int64))
     rows = timeline.rows(steps)
     curves: dict[str, tuple[Any, str]] = {"step": (steps, ""), "consumed tokens": (timeline.consumed_tokens(steps), "")}

@@ -154,7 +154,7 @@ def plain_torch(steps):
     """The run of ``train`` with both ranks' rows in one batch and neither DeepSpeed nor our code around torch's Adam."""
     config = RunConfig.from_dict(run(**CALM))
     network, timeline = model(), config.timeline()
-    rate, optimizer, seen = config.learning_rate(timeline), torch.optim.AdamW(network.parameters(), weight_decay=0), []
+    rate, optimizer, seen = config.plan.learning_rate(), torch.optim.AdamW(network.parameters(), weight_decay=0), []
     for step in range(1, steps + 1):
         generator = torch.Generator().manual_seed(1000 + step)
         tokens = torch.randint(0, 128, (2, 2, timeline.seqlen(step) + 1), generator=generator).flatten(0, 1)

@@ -444,5 +444,5 @@ def test_every_shipped_config_loads_and_plans(path):
     config = RunConfig.load(path, require=("model", "data", "training"))
     timeline = config.timeline()
     assert timeline.first_step_at(config.data.seq_length) is not None
-    assert config.learning_rate(timeline)(timeline.steps) == config.scheduler.params.min_lr
+    assert config.plan.learning_rate()(timeline.steps) == config.scheduler.params.min_lr
     assert path.parent.name == "configs" or "_source" in config.deepspeed  # where a study's numbers come from

@@ -58,7 +58,7 @@ def test_table_2_from_the_shipped_files(name, steps, at, tokens, full):
 def test_the_recipes_of_table_4_from_the_shipped_files(name, rows, rate, least_rate, decay_tokens, tokens, lengths):
     config = RunConfig.load(ROOT / "configs" / "paper" / f"{name}.json")
     timeline = config.timeline()
-    lr = config.learning_rate(timeline)
+    lr = config.plan.learning_rate()
     assert (timeline.rows(1), timeline.rows(timeline.steps)) == rows
     assert (timeline.seqlen(1), timeline.seqlen(timeline.steps)) == lengths
     assert timeline.consumed_tokens(timeline.steps - 1) < tokens <= timeline.consumed_tokens(timeline.steps)

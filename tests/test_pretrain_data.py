@@ -63,7 +63,7 @@ def test_every_step_has_the_planned_rows_and_samples(trained, blended_run):
     save, output, _ = trained
     config = RunConfig.from_dict(blended_run)
     timeline, (train, _) = config.timeline(), open_run_data(config)
-    rate, (steps, _) = config.learning_rate(timeline), records(save)
+    rate, (steps, _) = config.plan.learning_rate(), records(save)
     planned = [
         (step, timeline.seqlen(step), timeline.rows(step), timeline.consumed_tokens(step), rate(step))
         for step in range(1, timeline.steps + 1)

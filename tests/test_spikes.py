@@ -130,7 +130,7 @@ def test_a_rollback_is_the_run_that_skips_these_steps_from_the_start(runs, engin
 def test_the_log_is_whole_and_names_the_skipped_steps(runs, run_file):
     config = RunConfig.load(run_file)
     timeline = config.timeline()
-    rate = config.learning_rate(timeline)
+    rate = config.plan.learning_rate()
     log = [record for record in raw(runs / "zero2") if "valid_loss" not in record]
     assert [record["step"] for record in log] == list(range(1, 42))
     for record in log:

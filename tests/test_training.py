@@ -92,7 +92,7 @@ def fixed_reference(tmp_path_factory, fixed_file):
 def test_every_step_is_the_planned_one(reference, tiny_run):
     config = RunConfig.from_dict(tiny_run)
     timeline = config.timeline()
-    rate = config.learning_rate(timeline)
+    rate = config.plan.learning_rate()
     steps, evaluations = records(reference)
     assert [
         {name: record[name] for name in ("step", "seqlen", "rows", "consumed_tokens", "lr")} for record in steps

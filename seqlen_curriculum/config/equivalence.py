@@ -1,4 +1,4 @@
-"""Whether two runs train alike up to a step: then a checkpoint of one serves the other as its own.
+"""Whether two runs are identical up to a step: then a checkpoint of one serves the other as its own.
 
 Training is a function of the step, so runs of different schedules share what they have in common: the beginning of two
 ramps from the same length, say, up to the step at which the steeper one leaves it.
@@ -21,7 +21,7 @@ _SCHEDULES = ("curriculum_learning", "batch_size_warmup", "scheduler")
 
 
 class ScheduledValues(NamedTuple):
-    """All that the schedules of a run decide, (steps,) each; ``rate`` is None where it is DeepSpeed's own."""
+    """What the schedules of a run decide, (steps,) each; ``rate`` is None where it is DeepSpeed's own."""
 
     seqlen: IntArray
     samples: IntArray
@@ -30,32 +30,31 @@ class ScheduledValues(NamedTuple):
 
     @classmethod
     def of(cls, config: RunConfig, last_step: int) -> ScheduledValues:
-        """Of steps 1 to ``last_step``. Raises ConfigError as ``RunConfig.timeline`` does."""
-        timeline, steps = config.timeline(), np.arange(1, last_step + 1)
-        rate = config.learning_rate(timeline)
+        """Return the values of steps 1 to ``last_step``. Raises ConfigError as ``RunConfig.plan`` does."""
+        timeline, rate, steps = config.plan.timeline, config.plan.learning_rate(), np.arange(1, last_step + 1)
         method = config.shortening.method
         return cls(timeline.seqlen(steps), timeline.samples(steps), method, rate(steps) if rate else None)
 
 
 def count_identical_steps(one: RunConfig, other: RunConfig, last_step: int) -> int:
-    """How many steps, at most ``last_step``, two runs that differ in their schedules alone train alike from the first on.
+    """Return how many leading steps, at most ``last_step``, are identical in two runs that differ in their schedules alone.
 
     0 where something else than the step decides: an ``adaptive`` schedule, or other rates of DeepSpeed's own. Raises
     ConfigError for a run without ``train_batch_size`` or ``training.train_tokens``.
     """
     if one.adapts or other.adapts or one.deepspeed.get("scheduler") != other.deepspeed.get("scheduler"):
         return 0
-    ours, theirs = ScheduledValues.of(one, last_step), ScheduledValues.of(other, last_step)
-    if ours.method != theirs.method or (ours.rate is None) != (theirs.rate is None):
+    first, second = ScheduledValues.of(one, last_step), ScheduledValues.of(other, last_step)
+    if first.method != second.method or (first.rate is None) != (second.rate is None):
         return 0
-    unlike = (ours.seqlen != theirs.seqlen) | (ours.samples != theirs.samples)
-    if ours.rate is not None:
-        unlike |= ours.rate != theirs.rate
-    return int(np.argmax(unlike)) if unlike.any() else last_step
+    differs = (first.seqlen != second.seqlen) | (first.samples != second.samples)
+    if first.rate is not None:
+        differs |= first.rate != second.rate
+    return int(np.argmax(differs)) if differs.any() else last_step
 
 
 def trains_identically(saved: Mapping[str, Any], ours: Mapping[str, Any], step: int) -> bool:
-    """Whether two runs of these settings (``RunConfig.settings``) differ in schedules alone, and not up to ``step``."""
+    """Return whether two runs (``RunConfig.settings``) differ in schedules alone, and not up to ``step``."""
     changed = [name for name in {*saved, *ours} if saved.get(name) != ours.get(name)]
     if not all(_is_scheduled(name) for name in changed):
         return False
@@ -66,14 +65,14 @@ def trains_identically(saved: Mapping[str, Any], ours: Mapping[str, Any], step: 
 
 
 def _is_scheduled(setting: str) -> bool:
-    """Whether a setting matters by the lengths, rows and rates it gives, all of which are compared."""
+    """Return whether a setting matters only through the lengths, rows and rates it gives, all of which are compared."""
     if setting in ("training.train_tokens", "training.seqlen_bucket"):
         return True
     return setting.partition(".")[0] in _SCHEDULES and setting != "curriculum_learning.restart_positions"
 
 
 def _from_settings(settings: Mapping[str, Any]) -> RunConfig:
-    """The schedules of a run, read back from its settings."""
+    """Read the schedules of a run back from its settings."""
     tree: dict[str, Any] = {}
     for name, value in settings.items():
         *parents, key = name.split(".")

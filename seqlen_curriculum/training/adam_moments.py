@@ -83,7 +83,7 @@ def _own_state(executor: Executor) -> Iterator[tuple[Tensor, Tensor]]:
     if not any(_VARIANCE in state for state in base.state.values()):  # not Adam's
         return
     parameters = list(engine.module.parameters())
-    own = executor.counted(parameters)
+    own = executor.unique_parameters(parameters)
     all_own = len(own) == len(parameters)  # then the flat tensors that hold them are taken whole
     for state in base.state.values() if all_own else (_fragment(base, parameter) for parameter in own):
         if _VARIANCE in state and state[_VARIANCE].numel():

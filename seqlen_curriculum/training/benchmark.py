@@ -24,7 +24,7 @@ from seqlen_curriculum.models.gpt2 import CausalLM, set_window
 from seqlen_curriculum.schedule.micro_batch import balanced_rows
 from seqlen_curriculum.schedule.shortening import Method, Shortening
 from seqlen_curriculum.training.adam_moments import adam_moments
-from seqlen_curriculum.training.build import assemble
+from seqlen_curriculum.training.build import build_executor
 from seqlen_curriculum.training.executor import Executor
 
 __all__ = ["KINDS", "measure_throughput"]
@@ -66,10 +66,10 @@ def measure_throughput(
     rows, micro_batch, _ = batch_shape(config.keys, dist.get_world_size())
     torch.manual_seed(0)  # the same weights on every rank
     model = build_model(model_config)
-    executor, _ = assemble(config, model)
+    executor, _ = build_executor(config.keys, config.deepspeed, model, config.curriculum_scheduler())
     draw = torch.Generator().manual_seed(executor.data_rank)  # ranks that share rows draw the same
     cases = [
-        _case(seqlen, kind, full, rows, micro_batch, executor.least_micro_batches)
+        _case(seqlen, kind, full, rows, micro_batch, config.keys.pipeline_stages)
         for seqlen in sorted({*lengths, full})
         for kind in kinds
     ]

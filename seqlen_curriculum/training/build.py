@@ -1,9 +1,8 @@
-"""From a configuration and a model to the executor that trains it, and the function that exports its weights."""
+"""From a plan and a model to the executor that trains it, and the function that exports its weights."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,45 +11,60 @@ import deepspeed
 import torch
 from deepspeed import comm as dist
 
-from seqlen_curriculum.config.run import RunConfig
+from seqlen_curriculum.config.deepspeed import DeepSpeedKeys
 from seqlen_curriculum.models.causal_lm import AnyCausalLM, save_model
 from seqlen_curriculum.models.gpt2 import CausalLM
-from seqlen_curriculum.training.engine import engine_of
+from seqlen_curriculum.schedule.scheduler import CurriculumScheduler
+from seqlen_curriculum.training.engine import Rate, build_engine
 from seqlen_curriculum.training.executor import DataParallel, Executor, Pipeline, SequenceParallel, TensorParallel
 from seqlen_curriculum.training.pipeline import GPT2Stages
 from seqlen_curriculum.training.sequence_parallel import split_attention
 from seqlen_curriculum.training.telemetry import log_rank0
-from seqlen_curriculum.training.tensor_parallel import prepare, whole
+from seqlen_curriculum.training.tensor_parallel import gather_parameter, prepare
 
-__all__ = ["assemble", "write_model"]
+__all__ = ["build_executor", "write_model"]
 
 
-def assemble(config: RunConfig, model: CausalLM | AnyCausalLM) -> tuple[Executor, Callable[[Path], None]]:
-    """The executor that the file's degrees ask for, and what writes its weights as a Hugging Face folder, on all ranks.
+def build_executor(
+    keys: DeepSpeedKeys,
+    deepspeed_config: Mapping[str, Any],
+    model: CausalLM | AnyCausalLM,
+    scheduler: CurriculumScheduler,
+    rate: Rate | None = None,
+) -> tuple[Executor, Callable[[Path], None]]:
+    """Return the executor that the degrees in ``keys`` ask for, and what writes its weights as a Hugging Face folder.
 
-    ``config`` is that of ``for_ranks``. ``model`` is changed as its engine needs it. Raises ConfigError.
+    ``deepspeed_config`` is DeepSpeed's part of the file, with its batch keys for these ranks; ``rate`` as ``build_engine``
+    takes it. ``model`` is changed as its engine needs it; the writer is called on all ranks. Raises ConfigError.
     """
-    keys, write = config.keys, partial(write_model, model)
+    write = partial(write_model, model)
     if isinstance(model, AnyCausalLM):
-        return DataParallel(_engine(config, model)), write
+        return DataParallel(_engine(deepspeed_config, model, scheduler, rate)), write
     if keys.pipeline_stages > 1:
         stages = GPT2Stages(model, keys.pipeline_stages)
-        return Pipeline(_engine(config, stages)), partial(stages.save_hf, model)
+        return Pipeline(_engine(deepspeed_config, stages, scheduler, rate)), partial(stages.save_hf, model)
     if keys.tensor_parallel_size > 1:
-        config, mpu = prepare(config, model)
-        return TensorParallel(_engine(config, model, mpu)), write
+        partitioned, mpu = prepare(deepspeed_config, keys.tensor_parallel_size, model)
+        return TensorParallel(_engine(partitioned, model, scheduler, rate, mpu)), write
     if keys.sequence_ranks > 1:
         group = split_attention(model, keys.sequence_ranks)
-        # DeepSpeed is to take the ranks of a sequence for ranks with rows of their own.
-        rows = config.deepspeed["train_batch_size"] * keys.sequence_ranks
-        told = {key: value for key, value in config.deepspeed.items() if key != "sequence_parallel_size"}
-        engine = _engine(replace(config, deepspeed={**told, "train_batch_size": rows}), model)
-        return SequenceParallel(engine, group), write
-    return DataParallel(_engine(config, model)), write
+        # DeepSpeed is to count the ranks of a sequence as ranks with rows of their own: 8 rows on 4 ranks, 2 ranks a
+        # sequence, are 4 rows a rank, which DeepSpeed knows as 16 rows on 4 ranks.
+        rows = deepspeed_config["train_batch_size"] * keys.sequence_ranks
+        rest = {key: value for key, value in deepspeed_config.items() if key != "sequence_parallel_size"}
+        return SequenceParallel(_engine({**rest, "train_batch_size": rows}, model, scheduler, rate), group), write
+    return DataParallel(_engine(deepspeed_config, model, scheduler, rate)), write
 
 
-def _engine(config: RunConfig, model: torch.nn.Module, mpu: Any = None) -> Any:
-    engine, *_ = engine_of(config, model=model, model_parameters=model.parameters(), mpu=mpu)
+def _engine(
+    deepspeed_config: Mapping[str, Any],
+    model: torch.nn.Module,
+    scheduler: CurriculumScheduler,
+    rate: Rate | None,
+    mpu: Any = None,
+) -> Any:
+    weights = model.parameters()
+    engine, *_ = build_engine(deepspeed_config, scheduler, rate, model=model, model_parameters=weights, mpu=mpu)
     if engine.zero_optimization_stage() == 0 and (engine.fp16_enabled() or engine.bfloat16_enabled()):
         log_rank0(
             "warning: half precision at ZeRO stage 0 updates weights unlike fp32; set zero_optimization.stage to 1"
@@ -59,11 +73,11 @@ def _engine(config: RunConfig, model: torch.nn.Module, mpu: Any = None) -> Any:
 
 
 def write_model(model: CausalLM | AnyCausalLM, folder: Path) -> None:
-    """The weights as a Hugging Face folder, gathered one by one where ranks have parts of them."""
+    """Write the weights as a Hugging Face folder, gathered one by one where ranks have parts of them."""
     weights: dict[str, torch.Tensor] = {}
     for name, parameter in model.named_parameters():
         with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
-            weight = whole(name, parameter)
+            weight = gather_parameter(name, parameter)
             if dist.get_rank() == 0:
                 weights[name] = weight.cpu().clone()
     if dist.get_rank() == 0:

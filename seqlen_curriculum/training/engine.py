@@ -6,9 +6,11 @@ import argparse
 import inspect
 import math
 import os
-from collections.abc import Callable, Mapping
+import traceback
+from collections.abc import Callable, Collection, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import deepspeed
 import torch
@@ -16,16 +18,25 @@ from deepspeed.pipe import PipelineModule
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from torch.optim import Optimizer
 
+from seqlen_curriculum.config.plan import RunPlan
 from seqlen_curriculum.config.run import RunConfig
-from seqlen_curriculum.errors import ConfigError
+from seqlen_curriculum.errors import ConfigError, SeqlenCurriculumError
+from seqlen_curriculum.schedule.scheduler import CurriculumScheduler
+from seqlen_curriculum.schedule.token_lr import TokenCosine
 from seqlen_curriculum.training.lr_scheduler import TokenCosineLR
 from seqlen_curriculum.training.pipeline import follow_shapes
+from seqlen_curriculum.training.versions import check_deepspeed_version
 
-__all__ = ["begin_step", "engine_of", "initialize", "skip_step"]
+__all__ = ["Rate", "begin_step", "build_engine", "follow_plan", "initialize", "skip_step"]
+
+Rate: TypeAlias = Callable[[float], TokenCosine | None]
+"""The rate of every step, given the largest ``lr`` of the optimizer."""
+_REFUSING_PACKAGES = ("deepspeed", "pydantic", "torch")
+"""Whose errors in ``deepspeed.initialize`` are about the configuration."""
 
 
 def initialize(*args: Any, curriculum_kwarg: str | None = None, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
-    """Same arguments but one, same return as ``deepspeed.initialize``: (engine, optimizer, dataloader, lr_scheduler).
+    """Return (engine, optimizer, dataloader, lr_scheduler), as ``deepspeed.initialize`` does, with one argument more.
 
     ``config`` is a path, a dict or a ``RunConfig``; ``args.deepspeed_config`` serves when it is None. Our sections are
     taken out before DeepSpeed sees the rest. The engine gains ``curriculum_scheduler``, whose
@@ -33,7 +44,7 @@ def initialize(*args: Any, curriculum_kwarg: str | None = None, **kwargs: Any) -
     curriculum nor a data section); a ``TokenCosineLR`` follows the engine's steps by itself, counting the tokens of steps
     that fp16 skipped. Under a ``batch_size_warmup`` the loop reads ``RunConfig.timeline().rows(step)`` rows a step and
     hands them to ``accumulate``, so ``config`` must be a ``RunConfig``. With ``curriculum_kwarg`` each training forward
-    hands the model today's length under that keyword, for models that truncate inside; DeepSpeed up to 0.19.7 did so as
+    hands the model the step's length under that keyword, for models that truncate inside; DeepSpeed up to 0.19.7 did so as
     ``curriculum_seqlen``. A pipeline's ``train_batch`` and ``eval_batch`` follow shapes that change. Raises ConfigError,
     also for what DeepSpeed refuses.
     """
@@ -42,26 +53,34 @@ def initialize(*args: Any, curriculum_kwarg: str | None = None, **kwargs: Any) -
     run = _run_config(named, given.pop("config", None), given.pop("config_params", None))
     if run.adapts:
         raise ConfigError(
-            "curriculum_learning.schedule_type: adaptive goes by the evaluations of a run, which DeepSpeed's engine doesn't "
-            "know of; train with scripts/train_gpt2.py, or use fixed_linear"
+            "curriculum_learning.schedule_type: adaptive follows the evaluations of a run, which DeepSpeed's engine doesn't "
+            "do; train with scripts/train_gpt2.py, or use fixed_linear"
         )
-    return engine_of(run, curriculum_kwarg, args=_without_config(named), **given)
-
-
-def engine_of(run: RunConfig, curriculum_kwarg: str | None = None, **given: Any) -> tuple[Any, Any, Any, Any]:
-    """``initialize`` for a loop that does all that ``run`` asks for; ``given`` is for ``deepspeed.initialize``.
-
-    Returns and raises as ``initialize``.
-    """
     run = run if run.keys.train_batch_size else run.for_ranks(_ranks(run, given))
-    if run.scheduler is not None:
-        if given.get("lr_scheduler") is not None:
-            raise ConfigError("scheduler: the file asks for TokenCosineLR and lr_scheduler= is given too; keep one")
-        given["lr_scheduler"] = _lr_scheduler(run)
+    if run.scheduler is not None and given.get("lr_scheduler") is not None:
+        raise ConfigError("scheduler: the file asks for TokenCosineLR and lr_scheduler= is given too; keep one")
     scheduler = run.curriculum_scheduler() if run.curriculum or run.data else None
+    rate = run.plan.learning_rate if run.scheduler is not None else None
+    return build_engine(run.deepspeed, scheduler, rate, curriculum_kwarg, args=_without_config(named), **given)
+
+
+def build_engine(
+    deepspeed_config: Mapping[str, Any],
+    scheduler: CurriculumScheduler | None,
+    rate: Rate | None = None,
+    curriculum_kwarg: str | None = None,
+    **given: Any,
+) -> tuple[Any, Any, Any, Any]:
+    """Build DeepSpeed's engine, which follows ``scheduler`` and ``rate``; ``given`` is for ``deepspeed.initialize``.
+
+    Without ``rate`` the learning rate is left to DeepSpeed. Returns and raises as ``initialize``.
+    """
+    if rate is not None:
+        given["lr_scheduler"] = partial(_token_lr, rate)
     if curriculum_kwarg is not None:
         _check_takes_length(given.get("model"), curriculum_kwarg, scheduler is not None)
-    engine, *others = _deepspeed_initialize(config=dict(run.deepspeed), **given)
+    check_deepspeed_version()
+    engine, *others = _deepspeed_initialize(config=dict(deepspeed_config), **given)
     _free_shared_memory(engine)
     engine.curriculum_scheduler = scheduler
     if isinstance(engine, PipelineEngine):
@@ -75,7 +94,7 @@ def engine_of(run: RunConfig, curriculum_kwarg: str | None = None, **given: Any)
 
 
 def _ranks(run: RunConfig, given: Mapping[str, Any]) -> int:
-    """The ranks of the launch, as far as the file's degrees and the user's own ``mpu`` or ``PipelineModule`` tell."""
+    """Return the number of ranks, by the file's degrees and the user's own ``mpu`` or ``PipelineModule``."""
     model, mpu = given.get("model"), given.get("mpu")
     mpu = model.mpu() if isinstance(model, PipelineModule) else mpu
     if mpu is not None:
@@ -83,14 +102,33 @@ def _ranks(run: RunConfig, given: Mapping[str, Any]) -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def _token_lr(rate: Rate, optimizer: Optimizer) -> TokenCosineLR:
+    """Build the scheduler of the optimizer that DeepSpeed has made, or was given."""
+    token_cosine = rate(max(group["lr"] for group in optimizer.param_groups))
+    assert token_cosine is not None
+    return TokenCosineLR(optimizer, token_cosine)
+
+
 def _deepspeed_initialize(**arguments: Any) -> tuple[Any, ...]:
-    """DeepSpeed judges its own keys with assertions and bare errors; tell whose words they are."""
+    """Call ``deepspeed.initialize``, and raise ConfigError where it refuses its own keys.
+
+    DeepSpeed and the optimizers it calls refuse a value by an assertion or a bare error. The same kinds of error raised by
+    this package's code or the user's, which DeepSpeed calls back, are bugs or errors of their own and pass unchanged.
+    """
     try:
         return tuple(deepspeed.initialize(**arguments))
     except (AssertionError, AttributeError, KeyError, TypeError, ValueError) as error:
+        if isinstance(error, SeqlenCurriculumError) or not _is_raised_by(error, _REFUSING_PACKAGES):
+            raise
         raise ConfigError(
             f"DeepSpeed refuses its part of the configuration: {type(error).__name__}: {error}"
         ) from error
+
+
+def _is_raised_by(error: BaseException, packages: Collection[str]) -> bool:
+    """Return whether the code that raised ``error`` belongs to one of ``packages``."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return str(frame.f_globals.get("__name__")).partition(".")[0] in packages
 
 
 def _free_shared_memory(engine: Any) -> None:
@@ -121,24 +159,12 @@ def _run_config(args: argparse.Namespace | None, *configs: object) -> RunConfig:
 
 
 def _without_config(args: argparse.Namespace | None) -> argparse.Namespace | None:
-    """DeepSpeed refuses a config given twice, and would read our sections from the file."""
+    """Drop the path: DeepSpeed refuses a config given twice, and would read our sections from the file."""
     return argparse.Namespace(**{**vars(args), "deepspeed_config": None}) if args is not None else None
 
 
-def _lr_scheduler(run: RunConfig) -> Any:
-    """What DeepSpeed calls with the optimizer it has made, or was given."""
-    timeline = run.timeline()
-
-    def build(optimizer: Optimizer) -> TokenCosineLR:
-        rate = run.learning_rate(timeline, max_lr=max(group["lr"] for group in optimizer.param_groups))
-        assert rate is not None
-        return TokenCosineLR(optimizer, rate)
-
-    return build
-
-
 def _check_takes_length(model: Any, keyword: str, has_lengths: bool) -> None:
-    """ConfigError if the model can't be told today's length, or there is none to tell."""
+    """Raise ConfigError if the model takes no length, or there is none to pass."""
     if not has_lengths:
         raise ConfigError(
             f"curriculum_kwarg: {keyword!r} asks for the step's length, but no section gives it; add curriculum_learning "
@@ -171,8 +197,17 @@ def begin_step(engine: Any) -> None:
         engine.lr_scheduler.seek(step)
 
 
+def follow_plan(engine: Any, plan: RunPlan) -> None:
+    """Put the lengths and rates of ``plan`` in force for the steps to come."""
+    engine.curriculum_scheduler = plan.scheduler
+    if isinstance(engine.lr_scheduler, TokenCosineLR):
+        rate = plan.learning_rate(engine.lr_scheduler.rate.max_lr)
+        assert rate is not None
+        engine.lr_scheduler.rate = rate
+
+
 def skip_step(engine: Any, rows: int) -> None:
-    """Count the step begun, of ``rows`` rows as the engine counts them, as done: rates move on, nothing is trained."""
+    """Count the step begun, of ``rows`` rows as the engine counts them, as done: the rate advances, nothing is trained."""
     if engine.lr_scheduler is not None:
         engine.lr_scheduler.step()
     engine.global_steps += 1
@@ -180,10 +215,11 @@ def skip_step(engine: Any, rows: int) -> None:
 
 
 def _hand_over_length(keyword: str) -> Callable[[Any, Any, dict[str, Any]], tuple[Any, dict[str, Any]]]:
-    """The hook that adds today's length, which ``_follow_steps`` has set, to the keywords of a training forward."""
+    """Return the hook that adds the length set by ``_follow_steps`` to the keywords of a training forward."""
 
     def hook(engine: Any, inputs: Any, keywords: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        today = {keyword: engine.curriculum_scheduler.get_current_difficulty()} if _trains(engine) else {}
-        return inputs, {**keywords, **today}
+        if _trains(engine):
+            keywords = {**keywords, keyword: engine.curriculum_scheduler.get_current_difficulty()}
+        return inputs, keywords
 
     return hook

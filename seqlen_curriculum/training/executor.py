@@ -1,4 +1,4 @@
-"""How an engine does one optimizer step and one evaluation: data, tensor or sequence parallel, or a pipeline.
+"""One optimizer step and one evaluation of an engine: data, tensor or sequence parallel, or a pipeline.
 
 Shapes: ``B`` rows of a micro-batch, ``S`` seqlen.
 """
@@ -15,7 +15,7 @@ from deepspeed.utils import groups
 from torch.nn import Parameter
 
 from seqlen_curriculum.training.accumulate import accumulate, set_accumulation
-from seqlen_curriculum.training.tensor_parallel import is_sharded
+from seqlen_curriculum.training.tensor_parallel import check_sharded, is_sharded
 
 __all__ = ["DataParallel", "Executor", "Pipeline", "SequenceParallel", "StepResult", "TensorParallel"]
 
@@ -32,28 +32,27 @@ class StepResult(NamedTuple):
 class DataParallel:
     """Every rank has the whole model (or gathers it) and rows of its own."""
 
-    least_micro_batches = 1
     leads = True
 
     def __init__(self, engine: Any) -> None:
         self.engine, self.data_rank, self.data_ranks = engine, dist.get_rank(), engine.dp_world_size
         self.replica = self.data_rank  # which copy of the weights this rank has, where ZeRO doesn't shard them
 
-    def counted(self, parameters: Sequence[Parameter]) -> list[Parameter]:
-        """Those of this rank's ``parameters`` that it counts, so that the ranks of a replica count each element once."""
+    def unique_parameters(self, parameters: Sequence[Parameter]) -> list[Parameter]:
+        """Return those of this rank's ``parameters`` that no other rank of its replica counts: each element counts once."""
         return list(parameters)
 
     def train(self, micro_batches: Sequence[MicroBatch], seeds: Sequence[int]) -> StepResult:
-        """One optimizer step on equal ``micro_batches`` of (inputs, targets), both (B, S); dropout draws from ``seeds``."""
+        """Do an optimizer step on equal ``micro_batches`` of (inputs, targets), (B, S); dropout draws from ``seeds``."""
         loss = accumulate(self.engine, micro_batches, seeds)
-        unsharded_norm = self._unsharded_grad_norm()
+        # In fp32 without ZeRO DeepSpeed keeps no norm: take it here, where gradients are averaged and not yet clipped.
+        own_norm = None if _keeps_norm(self.engine) else self._norm(list(self.engine.module.parameters()))
         self.engine.step()
-        return StepResult(
-            loss, _number(self.engine.get_global_grad_norm() if unsharded_norm is None else unsharded_norm)
-        )
+        norm = self.engine.get_global_grad_norm() if own_norm is None else own_norm
+        return StepResult(loss, None if norm is None else float(norm))
 
     def evaluate(self, micro_batch: MicroBatch) -> torch.Tensor:
-        """This rank's mean loss of (inputs, targets), without dropout and gradients."""
+        """Return this rank's mean loss of (inputs, targets), without dropout and gradients."""
         self.engine.eval()
         with torch.no_grad():
             loss: torch.Tensor = self.engine(*micro_batch)
@@ -61,40 +60,37 @@ class DataParallel:
         return loss
 
     def dry_run(self, micro_batch: MicroBatch) -> None:
-        """Forward and backward of a loss that weighs nothing, without a step."""
+        """Run forward and backward of the loss multiplied by zero, without a step."""
         self.engine.set_gradient_accumulation_boundary(False)
         self.engine.backward(self.engine(*micro_batch) * 0)
         self.engine.set_gradient_accumulation_boundary(None)  # DeepSpeed counts itself again
-
-    def _unsharded_grad_norm(self) -> torch.Tensor | None:
-        """The gradient norm where DeepSpeed keeps none. Gradients are averaged by now."""
-        return None if _keeps_norm(self.engine) else self._norm(list(self.engine.module.parameters()))
 
     def _norm(self, parameters: Sequence[Parameter]) -> torch.Tensor:
         return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
 
 
 class TensorParallel(DataParallel):
-    """Each rank has a part of every block; ranks of the same blocks share the rows, and with them the seeds."""
+    """Each rank has a part of every block; the ranks of a model share the rows, and with them the seeds."""
 
     def __init__(self, engine: Any) -> None:
         super().__init__(engine)
+        check_sharded(engine.module)
         self.data_rank, self.leads = groups.get_data_parallel_rank(), groups.get_tensor_model_parallel_rank() == 0
         self.replica = self.data_rank
 
-    def counted(self, parameters: Sequence[Parameter]) -> list[Parameter]:
-        """This rank's parts of the blocks; the first rank also what every rank has."""
+    def unique_parameters(self, parameters: Sequence[Parameter]) -> list[Parameter]:
+        """Return this rank's parts of the blocks; on the first rank also what every rank has."""
         return [p for p in parameters if self.leads or is_sharded(p)]
 
     def _norm(self, parameters: Sequence[Parameter]) -> torch.Tensor:
-        """Of all ranks' parts."""
-        square = super()._norm(self.counted(parameters)).square()
+        """Return the norm over all ranks' parts."""
+        square = super()._norm(self.unique_parameters(parameters)).square()
         dist.all_reduce(square, group=groups.get_tensor_model_parallel_group())
         return square.sqrt()
 
 
 class SequenceParallel(DataParallel):
-    """The ranks of ``group`` share the rows and each has the part of every sequence that is as its rank in the group."""
+    """The ranks of ``group`` share the rows; rank *p* of the group has part *p* of every sequence."""
 
     def __init__(self, engine: Any, group: Any) -> None:
         super().__init__(engine)
@@ -103,19 +99,19 @@ class SequenceParallel(DataParallel):
         self.leads = self.part == 0
 
     def train(self, micro_batches: Sequence[MicroBatch], seeds: Sequence[int]) -> StepResult:
-        """One optimizer step on equal ``micro_batches`` of whole rows; parts draw dropout of their own."""
+        """Do one optimizer step on equal ``micro_batches`` of whole rows; each part draws its own dropout."""
         return super().train([self._own(rows) for rows in micro_batches], [seed ^ self.part for seed in seeds])
 
     def evaluate(self, micro_batch: MicroBatch) -> torch.Tensor:
-        """The mean loss of this rank's part of (inputs, targets)."""
+        """Return the mean loss of this rank's part of (inputs, targets)."""
         return super().evaluate(self._own(micro_batch))
 
     def dry_run(self, micro_batch: MicroBatch) -> None:
-        """Forward and backward of a loss that weighs nothing, without a step."""
+        """Run forward and backward of the loss multiplied by zero, without a step."""
         super().dry_run(self._own(micro_batch))
 
     def _own(self, micro_batch: MicroBatch) -> MicroBatch:
-        """(inputs, targets, first position) of this rank's part, of S / parts tokens."""
+        """Return (inputs, targets, first position) of this rank's part, of S / parts tokens."""
         inputs, targets = micro_batch[:2]
         length = inputs.shape[1] // self.parts
         own = slice(self.part * length, (self.part + 1) * length)
@@ -130,34 +126,33 @@ class Pipeline:
         self.data_rank, self.data_ranks = engine.grid.get_data_parallel_id(), engine.grid.data_parallel_size
         self.replica = self.data_rank
         self.leads = engine.is_first_stage()  # of the ranks that read the same rows, the one to log them
-        # Fewer would leave stages idle all the time; more were slower at short lengths, by the benchmark.
-        self.least_micro_batches = engine.num_stages
         self._unsharded_norm: torch.Tensor | None = None
         if not _keeps_norm(engine):
+            # Replaced on the engine: between the reduction of the gradients and the step there is no other place.
             engine._take_model_step = self._measured(engine._take_model_step)
 
     def train(self, micro_batches: Sequence[MicroBatch], seeds: Sequence[int]) -> StepResult:
-        """One optimizer step on equal ``micro_batches`` of (inputs, targets), both (B, S); dropout draws from ``seeds``."""
+        """Do an optimizer step on equal ``micro_batches`` of (inputs, targets), (B, S); dropout draws from ``seeds``."""
         set_accumulation(self.engine, len(micro_batches[0][0]), len(micro_batches))
         torch.manual_seed(seeds[0] ^ self.stage)
         loss = self.engine.train_batch(iter(micro_batches))
         norm = self.engine.get_global_grad_norm() if self._unsharded_norm is None else self._unsharded_norm
-        return StepResult(loss.double(), _number(norm))
+        return StepResult(loss.double(), None if norm is None else float(norm))
 
     def evaluate(self, micro_batch: MicroBatch) -> torch.Tensor:
-        """The mean loss of (inputs, targets) over the ranks of the last stage, the same on all ranks."""
+        """Return the mean loss of (inputs, targets) over the ranks of the last stage, the same on all ranks."""
         loss: torch.Tensor = self.engine.eval_batch(iter([micro_batch]), num_micro_batches=1)
         return loss.squeeze()
 
-    def counted(self, parameters: Sequence[Parameter]) -> list[Parameter]:
-        """Those of this stage's ``parameters`` that no earlier stage has too."""
+    def unique_parameters(self, parameters: Sequence[Parameter]) -> list[Parameter]:
+        """Return those of this stage's ``parameters`` that no earlier stage has too."""
         return [p for p in parameters if not p.ds_pipe_replicated]  # type: ignore[attr-defined]
 
     def _measured(self, take_step: Callable[..., None]) -> Callable[..., None]:
-        """``take_step`` that first notes the gradient norm of all stages."""
+        """Return ``take_step`` that first takes the gradient norm over all stages."""
 
         def step(*args: Any, **kwargs: Any) -> None:
-            own = self.counted(list(self.engine.module.parameters()))
+            own = self.unique_parameters(list(self.engine.module.parameters()))
             square = torch.nn.utils.get_total_norm([p.grad for p in own if p.grad is not None]).square()
             dist.all_reduce(square, group=self.engine.grid.get_pipe_parallel_group())
             self._unsharded_norm = square.sqrt()
@@ -166,7 +161,7 @@ class Pipeline:
         return step
 
     def dry_run(self, micro_batch: MicroBatch) -> None:
-        """Forward and backward of losses that weigh nothing, one micro-batch a stage in flight, without a step."""
+        """Run forward and backward of losses multiplied by zero, one micro-batch per stage in flight, without a step."""
         engine, loss_fn, stages = self.engine, self.engine.module.loss_fn, self.engine.num_stages
         set_accumulation(engine, len(micro_batch[0]), stages)
         engine.reset_activation_shape()
@@ -192,9 +187,5 @@ Executor = DataParallel | Pipeline
 
 
 def _keeps_norm(engine: Any) -> bool:
-    """Whether ``get_global_grad_norm`` has one to give: not in fp32 without ZeRO."""
+    """Return whether DeepSpeed keeps a gradient norm: not in fp32 without ZeRO."""
     return bool(engine.zero_optimization() or engine.fp16_enabled() or engine.bfloat16_enabled())
-
-
-def _number(norm: Any) -> float | None:
-    return None if norm is None else float(norm)

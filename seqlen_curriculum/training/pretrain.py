@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,7 +10,6 @@ import deepspeed
 import torch
 from deepspeed import comm as dist
 
-from seqlen_curriculum.config.deepspeed import batch_shape
 from seqlen_curriculum.config.model import ModelConfig
 from seqlen_curriculum.config.run import RunConfig
 from seqlen_curriculum.data.samples import Samples
@@ -27,8 +24,7 @@ from seqlen_curriculum.run_folder.checkpoint_manifest import Checkpoint
 from seqlen_curriculum.run_folder.evaluations import Evaluations
 from seqlen_curriculum.run_folder.rollbacks import ROLLBACKS
 from seqlen_curriculum.run_folder.run_log import RunLog, read_run_log
-from seqlen_curriculum.training.adaptive import Adaptive
-from seqlen_curriculum.training.build import assemble
+from seqlen_curriculum.training.build import build_executor
 from seqlen_curriculum.training.checkpoint import Checkpoints, on_rank_0
 from seqlen_curriculum.training.compile import compile_blocks
 from seqlen_curriculum.training.rollback import log_skipped_steps, read_losses, roll_back
@@ -56,94 +52,144 @@ def pretrain(
 
     ``save`` is the run's folder: checkpoints, ``runlog.jsonl``, ``run.json`` (what it was trained with), and
     ``rollbacks.json`` once there was one. ``resume``: ``auto`` continues from the newest complete checkpoint in ``save`` if
-    there is one, ``none`` wants a folder without a run, a path names a checkpoint folder of the same run, which a folder
+    there is one, ``none`` requires a folder without a run, a path names a checkpoint folder of the same run, which a folder
     without one of its own starts from. Call it on every rank, under the ``deepspeed`` launcher, with the model, data and
     training sections given. Raises ConfigError, DataError, CheckpointError, DivergenceError.
     """
-    model_config, training = config.model, config.training
-    assert model_config is not None
-    assert training is not None
-    deepspeed.init_distributed()
-    config = config.for_ranks(dist.get_world_size())
-    rank, save = dist.get_rank(), save.resolve()
-    skip_steps = training.spike_skip_steps if training.on_spike == "rollback" else 0
-    checkpoints = Checkpoints(
-        save, training.keep_last, {**config.settings(), **_data_settings(train)}, skip_steps, training.save_steps
-    )
-    on_rank_0(lambda: lock_folder(save, "--save", "training into it"))
-    checkpoint = checkpoints.find(resume)
-    on_rank_0(lambda: refuse_other_run(save, resume, checkpoint))
-    first_step = checkpoint.step + 1 if checkpoint else 1
-    on_rank_0(lambda: record_launch(save, config.as_file(), dist.get_world_size(), first_step))
-    log_skipped_steps(checkpoints.rollbacks or (), first_step - 1)
-    torch.manual_seed(training.seed)  # the same weights on every rank
-    model = build_model(model_config, read_weights=checkpoint is None)
-    executor, write_weights = assemble(config, model)
-    write = with_tokenizer(write_weights, on_rank_0(lambda: tokenizer_of(train, model_config)))
-    engine = executor.engine
-    if training.compile:
-        compile_blocks(model.lm.transformer.h, engine.device)
-    _, micro_batch, _ = batch_shape(config.keys, dist.get_world_size())
-    logs_samples = training.log_sample_ids and executor.leads
-    windowed = config.curriculum if config.curriculum is not None and config.curriculum.method == "window" else None
-    signals = StopSignals()
+    return _Pretraining(config, train, valid, save, resume, until_step).run()
 
-    def train_from(checkpoint: Checkpoint | None) -> bool:
-        if checkpoint is not None:
-            checkpoints.load(engine, checkpoint)
-        done_steps, evaluations = (checkpoint.step, checkpoint.evaluations) if checkpoint else (0, Evaluations())
-        planned = replace(config, held=tuple(evaluations.held))
-        timeline = planned.timeline()
-        _rewind_logs(save, done_steps)
-        if training.on_spike == "rollback":
-            checkpoints.save(engine, done_steps, write, evaluations)  # if it isn't there: to go back to before the next
-        so_far = read_losses(save / _RUNLOG, training.spike_ratio)
-        telemetry = Telemetry(save / _RUNLOG if rank == 0 else None, engine.monitor, done_steps, timeline)
-        trainer = Trainer(
-            executor=executor,
-            timeline=timeline,
-            train_data=train.along(timeline),
-            valid_samples=valid,
-            micro_batch=micro_batch,
-            settings=training,
-            telemetry=telemetry,
-            guard=SpikeGuard(training, checkpoints.rollbacks or (), so_far),
-            signals=signals,
-            save=lambda step, evaluations: checkpoints.save(engine, step, write, evaluations),
-            evaluations=evaluations,
-            sample_log=RunLog(save / f"samples.rank{rank}.jsonl") if logs_samples else None,
-            until_step=until_step,
+
+class _Pretraining:
+    """The run in the folder ``save``: prepared once, then trained from a checkpoint as often as rollbacks return to one."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        train: TrainingData,
+        valid: Samples | None,
+        save: Path,
+        resume: str,
+        until_step: int | None,
+    ) -> None:
+        deepspeed.init_distributed()
+        config = config.for_ranks(dist.get_world_size())
+        assert config.model is not None
+        assert config.training is not None
+        self.plan, self.settings = config.plan, config.training
+        self.train_data, self.valid_samples, self.until_step = train, valid, until_step
+        self.save, self.signals = save.resolve(), StopSignals()
+        self.log = self.save / _RUNLOG
+        self.checkpoints = Checkpoints(
+            self.save,
+            self.settings.keep_last,
+            {**config.settings(), **_data_settings(train)},
+            self.settings.spike_skip_steps if self.settings.on_spike == "rollback" else 0,
+            self.settings.save_steps,
         )
-        if config.adapts:
-            trainer.adapt = Adaptive(planned)
-            trainer.adapt.follow(trainer)
-        if windowed is not None:
-            assert isinstance(model, CausalLM)  # the configuration says so
-            trainer.set_window = partial(set_window, model, restart_positions=windowed.restart_positions)
+        self.checkpoint = self._claim_folder(config, resume)
+        self._build(config, config.model)
+
+    def _claim_folder(self, config: RunConfig, resume: str) -> Checkpoint | None:
+        """Lock the folder, record the launch in it, and return the checkpoint to continue from. Raises CheckpointError."""
+        on_rank_0(lambda: lock_folder(self.save, "--save", "training into it"))
+        checkpoint = self.checkpoints.find(resume)
+        on_rank_0(lambda: refuse_other_run(self.save, resume, checkpoint))
+        done_steps = checkpoint.step if checkpoint else 0
+        on_rank_0(lambda: record_launch(self.save, config.as_file(), dist.get_world_size(), done_steps + 1))
+        log_skipped_steps(self.checkpoints.rollbacks or (), done_steps)
+        return checkpoint
+
+    def _build(self, config: RunConfig, model_config: ModelConfig) -> None:
+        """Build the model, and the executor that trains it."""
+        self.tokenizer = on_rank_0(lambda: tokenizer_of(self.train_data, model_config))
+        torch.manual_seed(self.settings.seed)  # the same weights on every rank
+        self.model = build_model(model_config, read_weights=self.checkpoint is None)
+        rate = self.plan.learning_rate if self.plan.lr_params is not None else None
+        self.executor, self._write_weights = build_executor(
+            config.keys, config.deepspeed, self.model, self.plan.scheduler, rate
+        )
+        if self.settings.compile:
+            compile_blocks(self.model.lm.transformer.h, self.executor.engine.device)
+
+    def run(self) -> bool:
+        """Train to the end, returning to a checkpoint wherever the spike guard asks for it."""
+        with self.signals:  # also while a checkpoint is loaded again
+            while True:
+                try:
+                    return self.train_from(self.checkpoint)
+                except RollbackRequested as request:
+                    self.checkpoint = roll_back(self.checkpoints, self.log, request.spike)
+
+    def train_from(self, checkpoint: Checkpoint | None) -> bool:
+        """Train from ``checkpoint``, or from the first step, until the budget, a signal or ``until_step`` (False)."""
+        if checkpoint is not None:
+            self.checkpoints.load(self.executor.engine, checkpoint)
+        done_steps, evaluations = (checkpoint.step, checkpoint.evaluations) if checkpoint else (0, Evaluations())
+        self._rewind_logs(done_steps)
+        if self.settings.on_spike == "rollback":
+            self.save_checkpoint(done_steps, evaluations)  # a rollback needs one from before the first spike
+        trainer = self._trainer(done_steps, evaluations)
         try:
             return trainer.train(done_steps + 1)
         finally:
-            telemetry.close()
-            if trainer.sample_log is not None:
-                trainer.sample_log.close()
+            trainer.close()
 
-    with signals:  # also while it goes back
-        while True:
-            try:
-                return train_from(checkpoint)
-            except RollbackRequested as abandoned:
-                checkpoint = roll_back(checkpoints, save / _RUNLOG, abandoned.spike)
+    def _trainer(self, done_steps: int, evaluations: Evaluations) -> Trainer:
+        plan, engine, rank = self.plan.holding(*evaluations.held), self.executor.engine, dist.get_rank()
+        logs_samples = self.settings.log_sample_ids and self.executor.leads
+        losses = read_losses(self.log, self.settings.spike_ratio)
+        return Trainer(
+            executor=self.executor,
+            plan=plan,
+            train_data=self.train_data,
+            valid_samples=self.valid_samples,
+            settings=self.settings,
+            telemetry=Telemetry(self.log if rank == 0 else None, engine.monitor, done_steps, plan.timeline),
+            guard=SpikeGuard(self.settings, self.checkpoints.rollbacks or (), losses),
+            signals=self.signals,
+            save=self.save_checkpoint,
+            evaluations=evaluations,
+            sample_log=RunLog(self.save / f"samples.rank{rank}.jsonl") if logs_samples else None,
+            set_window=self._set_window if plan.shortening.method == "window" else None,
+            until_step=self.until_step,
+        )
+
+    def _set_window(self, seqlen: int | None) -> None:
+        assert isinstance(self.model, CausalLM)  # config/compatibility.py refuses other models
+        set_window(self.model, seqlen, restart_positions=self.plan.scheduler.config.restart_positions)
+
+    def save_checkpoint(self, step: int, evaluations: Evaluations) -> None:
+        """Save a checkpoint of ``step`` on all ranks. Raises CheckpointError."""
+        self.checkpoints.save(self.executor.engine, step, self._write_model, evaluations)
+
+    def _write_model(self, folder: Path) -> None:
+        """Write the weights and the tokenizer's files, so that ``folder`` is all that text needs."""
+        self._write_weights(folder)
+        if self.tokenizer is not None:
+            on_rank_0(partial(copy_tokenizer, self.tokenizer, folder))
+
+    def _rewind_logs(self, done_steps: int) -> None:
+        """Drop the records after the checkpoint: training writes them again, with the same values."""
+        if dist.get_rank() == 0:
+            dropped = RunLog.rewind(self.log, done_steps)
+            if dropped:
+                log_rank0(
+                    f"continuing after step {done_steps}: {dropped} later records of {_RUNLOG} will be written again"
+                )
+            for path in self.save.glob("samples.rank*.jsonl"):
+                RunLog.rewind(path, done_steps)
+        dist.barrier()
 
 
 def _data_settings(train: TrainingData) -> dict[str, Any]:
-    """What of the data makes the run the run it is; not where it lies."""
+    """Return what of the data identifies the run: its content, not its paths."""
     corpora = [corpus for source in train.sources for corpus, _, _ in source.ranges]
     fingerprints = {f"data.train.{number}": corpus.fingerprint() for number, corpus in enumerate(corpora)}
     return {**fingerprints, "data.train_samples": [source.num_samples for source in train.sources]}
 
 
 def tokenizer_of(train: TrainingData, model: ModelConfig) -> Path | None:
-    """Where the tokenizer lies: that which ``prepare_data.py`` left beside the first corpus, else ``model.hf_checkpoint``'s.
+    """Return the tokenizer's path: what ``prepare_data.py`` left beside the first corpus, else ``model.hf_checkpoint``'s.
 
     None without either. Raises ConfigError if it is damaged.
     """
@@ -156,22 +202,8 @@ def tokenizer_of(train: TrainingData, model: ModelConfig) -> Path | None:
     return path
 
 
-def with_tokenizer(write_weights: Callable[[Path], None], tokenizer: Path | None) -> Callable[[Path], None]:
-    """``write_weights`` that adds the tokenizer's files, so that the folder it writes is all that text needs."""
-
-    def write(folder: Path) -> None:
-        write_weights(folder)
-        if tokenizer is not None:
-            on_rank_0(lambda: copy_tokenizer(tokenizer, folder))
-
-    return write
-
-
 def refuse_other_run(save: Path, resume: str, checkpoint: Checkpoint | None) -> None:
-    """A run that doesn't continue from a checkpoint in ``save`` must not write over another one's log there.
-
-    Nor does one that begins anew skip another one's steps. Raises CheckpointError.
-    """
+    """Raise CheckpointError where the run would overwrite another run's log in ``save``, or skip another run's steps."""
     if resume == "none" and (save / ROLLBACKS).exists():
         raise CheckpointError(
             f"{save / ROLLBACKS}: lists the skipped steps of a run, and --resume none starts another; choose another "
@@ -188,14 +220,3 @@ def refuse_other_run(save: Path, resume: str, checkpoint: Checkpoint | None) -> 
             f"from; --resume {resume} would begin another with step {start} over it. Choose another folder, move this one "
             "away, or give the --resume CHECKPOINT that it began with"
         )
-
-
-def _rewind_logs(save: Path, done_steps: int) -> None:
-    """Records after the checkpoint are written again, with the same values, as training continues."""
-    if dist.get_rank() == 0:
-        dropped = RunLog.rewind(save / _RUNLOG, done_steps)
-        if dropped:
-            log_rank0(f"continuing after step {done_steps}: {dropped} later records of {_RUNLOG} will be written again")
-        for path in save.glob("samples.rank*.jsonl"):
-            RunLog.rewind(path, done_steps)
-    dist.barrier()

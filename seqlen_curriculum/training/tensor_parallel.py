@@ -1,4 +1,4 @@
-"""GPT-2 under DeepSpeed's AutoTP: each block's layers cut over the ranks of a group, heads and all.
+"""GPT-2 under DeepSpeed's AutoTP: each block's layers are partitioned over the ranks of a group, by heads in attention.
 
 As in Megatron, a block's two inner layers are cut by output and its two projections back by input; embeddings, norms and
 the head stay whole. Ranks of a group draw the same dropout masks, in attention too: heads of different ranks share theirs.
@@ -6,7 +6,8 @@ the head stay whole. Ranks of a group draw the same dropout masks, in attention 
 
 from __future__ import annotations
 
-from dataclasses import replace
+import re
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -15,12 +16,12 @@ from deepspeed.utils import groups
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from seqlen_curriculum.config.run import RunConfig
 from seqlen_curriculum.models.gpt2 import CausalLM
+from seqlen_curriculum.training.versions import TESTED
 
-__all__ = ["is_sharded", "prepare", "whole"]
+__all__ = ["check_sharded", "gather_parameter", "is_sharded", "prepare"]
 
-_PARTITION = {
+_PARTITION: dict[str, Any] = {
     "use_default_specs": False,
     "layer_specs": [
         # Queries, keys and values lie one after the other: each is cut by itself, or a rank would get no values.
@@ -31,12 +32,11 @@ _PARTITION = {
 }
 
 
-def prepare(config: RunConfig, model: CausalLM) -> tuple[RunConfig, Any]:
-    """Make ``model`` one that AutoTP can cut; the configuration that says how, and ``mpu``, both for ``initialize``.
+def prepare(deepspeed_config: Mapping[str, Any], degree: int, model: CausalLM) -> tuple[dict[str, Any], Any]:
+    """Change ``model`` so that AutoTP can partition it; return the configuration for that, and ``mpu`` for ``initialize``.
 
     With ``mpu`` DeepSpeed counts the ranks that read the same rows once.
     """
-    degree = config.keys.tensor_parallel_size
     groups._init_tp_mesh_device(tensor_model_parallel_size=degree)
     for block in model.lm.transformer.h:
         block.attn.split_size //= degree  # AutoTP itself divides the number of heads
@@ -44,12 +44,12 @@ def prepare(config: RunConfig, model: CausalLM) -> tuple[RunConfig, Any]:
             for name, layer in list(layers.named_children()):
                 if isinstance(layer, Conv1D):
                     setattr(layers, name, _linear(layer))
-    section = {**config.deepspeed["tensor_parallel"], "partition_config": _PARTITION}
-    return replace(config, deepspeed={**config.deepspeed, "tensor_parallel": section}), groups
+    section = {**deepspeed_config["tensor_parallel"], "partition_config": _PARTITION}
+    return {**deepspeed_config, "tensor_parallel": section}, groups
 
 
 def _linear(conv: Conv1D) -> nn.Linear:
-    """The same function: AutoTP cuts nn.Linear, whose weight is (out, in) where Conv1D's is (in, out)."""
+    """Return the same function as nn.Linear, which AutoTP can partition: its weight is (out, in), Conv1D's is (in, out)."""
     linear = nn.Linear(conv.nx, conv.nf, device="meta")
     linear.weight = nn.Parameter(conv.weight.detach().t().contiguous())
     linear.bias = conv.bias
@@ -57,13 +57,25 @@ def _linear(conv: Conv1D) -> nn.Linear:
 
 
 def is_sharded(parameter: Tensor) -> bool:
-    """Whether AutoTP left each rank a part of it."""
+    """Return whether AutoTP left each rank a part of ``parameter``."""
+    # AutoTP sets the mark on what it shards and on nothing else; check_sharded makes sure that it still does.
     return bool(getattr(parameter, "tensor_model_parallel", False))
 
 
+def check_sharded(model: nn.Module) -> None:
+    """Raise RuntimeError unless AutoTP marked the weights of ``_PARTITION``: else shards would be saved as whole weights."""
+    patterns = [pattern for spec in _PARTITION["layer_specs"] for pattern in spec["patterns"]]
+    for name, parameter in model.named_parameters():
+        if any(re.fullmatch(pattern, name) for pattern in patterns) and not is_sharded(parameter):
+            raise RuntimeError(
+                f"{name}: this version of DeepSpeed doesn't mark weights that AutoTP shards as tensor_model_parallel; "
+                f"install {TESTED}"
+            )
+
+
 @torch.no_grad()
-def whole(name: str, parameter: Tensor) -> Tensor:
-    """The parameter ``name`` as the Hugging Face model has it; all ranks call it, in the same order.
+def gather_parameter(name: str, parameter: Tensor) -> Tensor:
+    """Return the parameter ``name`` as the Hugging Face model has it; all ranks call it, in the same order.
 
     DeepSpeed's own GatherReplacedLayerParams would leave a copy where the parameter was a view of ZeRO's buffer, and no
     later step would reach it.
@@ -73,6 +85,8 @@ def whole(name: str, parameter: Tensor) -> Tensor:
     group = groups.get_tensor_model_parallel_group()
     shards = [torch.empty_like(parameter) for _ in range(dist.get_world_size(group))]
     dist.all_gather(shards, parameter.detach().contiguous(), group=group)
+    # Linear weights are (out, in). c_attn is cut by output, each of Q, K and V by itself: with 2 ranks the shards are
+    # [Q0 K0 V0] and [Q1 K1 V1], to be joined as [Q0 Q1 K0 K1 V0 V1]. c_proj is cut by input, the others by output.
     axis, matrices = (1 if "c_proj" in name else 0), (3 if "c_attn" in name else 1)
     chunks = [shard.chunk(matrices, axis) for shard in shards]
     return torch.cat([chunk[matrix] for matrix in range(matrices) for chunk in chunks], axis).t()

@@ -1,0 +1,98 @@
+"""Problems between the sections of a run's file, and what is allowed but ill-advised."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from seqlen_curriculum.config.compatibility import engine_problems, length_problems
+from seqlen_curriculum.errors import ConfigError
+
+if TYPE_CHECKING:
+    from seqlen_curriculum.config.run import RunConfig
+
+__all__ = ["conflicts", "warnings"]
+
+_JUMPING = ("fixed_discrete", "fixed_mixed", "custom")
+"""Schedule types whose lengths may jump."""
+
+
+def conflicts(config: RunConfig, complete: bool) -> list[str]:
+    """Return one line per problem between sections; with ``complete`` (every section is valid) the schedule is built too."""
+    problems = [*_length_problems(config), *_budget_problems(config), *_evaluation_problems(config)]
+    compiled = bool(config.training and config.training.compile)
+    problems += engine_problems(config.keys, config.model, compiled, config.shortening.method)
+    can_plan = complete and config.training and config.keys.train_batch_size and (config.data or config.curriculum)
+    if problems or not can_plan:
+        return problems
+    try:
+        if config.keys.optimizer:
+            config.plan.learning_rate()
+        lengths = {row_tokens for _, row_tokens in config.plan.timeline.shapes()}
+    except ConfigError as error:
+        return error.problems
+    return length_problems(config.keys, sorted({*lengths, config.data.seq_length} if config.data else lengths))
+
+
+def _length_problems(config: RunConfig) -> Iterator[str]:
+    seq_length = config.data.seq_length if config.data else None
+    max_difficulty = config.curriculum.max_difficulty if config.curriculum else 0
+    if seq_length and max_difficulty > seq_length:
+        yield (
+            f"curriculum_learning.max_difficulty: {max_difficulty} is above data.seq_length {seq_length}; lower it or raise "
+            "data.seq_length"
+        )
+    elif config.model and (seq_length or max_difficulty) > config.model.max_position_embeddings:
+        key = "data.seq_length" if seq_length else "curriculum_learning.max_difficulty"
+        fix = "take another model.hf_checkpoint" if config.model.initial else "raise model.max_position_embeddings"
+        positions = config.model.max_position_embeddings
+        yield f"{key}: {seq_length or max_difficulty} is above the model's {positions} positions; lower it or {fix}"
+
+
+def _budget_problems(config: RunConfig) -> Iterator[str]:
+    rows = config.keys.train_batch_size
+    if config.training and rows and config.training.train_tokens < rows:
+        yield (
+            f"training.train_tokens: {config.training.train_tokens} is less than one token for each of the {rows} rows of "
+            "a step; give the budget in tokens"
+        )
+    try:
+        if config.batch_size_warmup and rows:
+            config.batch_size_warmup.rows(rows)
+    except ConfigError as error:
+        yield str(error)
+
+
+def _evaluation_problems(config: RunConfig) -> Iterator[str]:
+    if config.adapts and config.training and not config.training.eval_interval:
+        yield (
+            "training.eval_interval: 0 never evaluates, and curriculum_learning.schedule_type adaptive follows the "
+            "evaluations; give the steps between them, or use fixed_linear"
+        )
+
+
+def warnings(config: RunConfig) -> list[str]:
+    """Return one line for each setting that is allowed but ill-advised."""
+    curriculum = config.curriculum
+    if curriculum is None or curriculum.min_difficulty == curriculum.max_difficulty:
+        return []
+    lines = []
+    if config.adapts:
+        lines.append(
+            "curriculum_learning.schedule_type adaptive: a plan is that of a run that never fluctuates; each evaluation "
+            "that does holds the lengths for training.eval_interval steps more"
+        )
+    if config.batch_size_warmup:
+        lines.append(
+            "batch_size_warmup and curriculum_learning are both on, and each makes the first steps smaller. The paper "
+            "(Section 5.1) advises against it: a batch size warmup gave no stability benefit, because fewer full-length "
+            "sequences are not simpler ones, and the batch must stay a multiple of the data-parallel size. Leave "
+            "batch_size_warmup out"
+        )
+    if config.training and config.training.on_spike != "log" and curriculum.schedule_type in _JUMPING:
+        lines.append(
+            f'training.on_spike: "{config.training.on_spike}" compares each loss with the least before it, at any length, '
+            f'and the lengths of curriculum_learning.schedule_type "{curriculum.schedule_type}" may jump, where a higher '
+            'loss is no spike. Raise training.spike_ratio above what the lengths alone cause, or set on_spike to "log"'
+        )
+    return lines
