@@ -5,7 +5,6 @@ Every other key of DeepSpeed's is handed on as it is, and its values are DeepSpe
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Mapping
 from typing import Annotated, Any
@@ -13,7 +12,7 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
 from seqlen_curriculum.errors import ConfigError
-from seqlen_curriculum.fields import Count, CountOrZero, Section
+from seqlen_curriculum.fields import Count, CountOrZero, Section, suggest
 
 __all__ = ["DeepSpeedKeys", "batch_shape", "with_bf16", "without_max_grad_norm"]
 
@@ -29,9 +28,9 @@ class _Nested(_Open):
     @classmethod
     def _not_misspelt(cls, data: Any) -> Any:
         for name in data if isinstance(data, dict) else ():
-            meant = difflib.get_close_matches(str(name), cls.model_fields, n=1, cutoff=0.85)
+            meant = suggest(str(name), cls.model_fields, cutoff=0.85)
             if meant and name not in cls.model_fields:
-                raise ValueError(f"{name} is unknown; did you mean '{meant[0]}'?")
+                raise ValueError(f"{name} is unknown; did you mean '{meant}'?")
         return data
 
 

@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeAlias
 from pydantic import TypeAdapter, ValidationError, model_validator
 
 from seqlen_curriculum.errors import ConfigError
-from seqlen_curriculum.fields import Section, Seqlen, load_function, nearest, problems
+from seqlen_curriculum.fields import Section, Seqlen, describe_errors, load_function, nearest
 from seqlen_curriculum.schedule.adjusted_pacing import bucketed
 from seqlen_curriculum.schedule.batch_size_warmup import BatchSizeRamp
 from seqlen_curriculum.schedule.pacing import Custom, Discrete, Mixed, Pacing, Root
@@ -238,7 +238,7 @@ def curriculum_problems(block: object) -> tuple[CurriculumConfig | None, list[st
     try:
         return TypeAdapter(_TYPES[kind]).validate_python(dict(block)), []
     except ValidationError as error:
-        return None, problems(error, _TYPES[kind], BLOCK)
+        return None, describe_errors(error, _TYPES[kind], BLOCK)
 
 
 def parse_curriculum(block: Mapping[str, Any]) -> CurriculumConfig:

@@ -7,7 +7,6 @@ the first step's rate is above zero and the last one's is ``min_lr``.
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Mapping
 from typing import Literal, overload
@@ -17,7 +16,7 @@ import numpy.typing as npt
 from pydantic import Field, model_validator
 
 from seqlen_curriculum.errors import ConfigError
-from seqlen_curriculum.fields import Count, CountOrZero, Section
+from seqlen_curriculum.fields import Count, CountOrZero, Section, suggest
 from seqlen_curriculum.schedule.pacing import elementwise
 from seqlen_curriculum.schedule.piecewise import IntArray
 from seqlen_curriculum.schedule.timeline import Timeline
@@ -61,7 +60,7 @@ class TokenCosineConfig(Section):
 def is_token_cosine(scheduler: object) -> bool:
     """Whether a ``scheduler`` section means ours, also where the name is nearly right."""
     kind = scheduler.get("type") if isinstance(scheduler, Mapping) else None
-    return isinstance(kind, str) and bool(difflib.get_close_matches(kind.lower(), ["tokencosinelr"], cutoff=0.8))
+    return isinstance(kind, str) and suggest(kind.lower(), ["tokencosinelr"], cutoff=0.8) is not None
 
 
 class TokenCosine:
