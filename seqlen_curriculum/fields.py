@@ -1,7 +1,7 @@
 """Strict base classes of configuration sections and flags, their types of values, and the text of their errors.
 
 Sections forbid unknown keys, never coerce a string to a number, and reject NaN and infinity. Counts may be written
-as whole floats, so that ``"train_tokens": 157e9`` and ``--set training.train_tokens=2e9`` mean what they say.
+as whole floats, so that ``"train_tokens": 157e9`` and ``--set training.train_tokens=2e9`` are integers.
 """
 
 from __future__ import annotations
@@ -38,13 +38,14 @@ def _whole(value: object) -> object:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
+# Upper limits turn a slip such as 1e30 into an error here instead of an overflow of 64 bits later.
 Count = Annotated[int, BeforeValidator(_whole), Field(ge=1, le=10**15)]
 Seqlen = Annotated[int, BeforeValidator(_whole), Field(ge=1, le=2**24)]
 CountOrZero = Annotated[int, BeforeValidator(_whole), Field(ge=0, le=10**15)]
 
 
 def load_function(path: str) -> Callable[[int], float]:
-    """Import the function that ``package.module:function`` names. Raises ValueError saying which part is wrong."""
+    """Import the function that ``package.module:function`` names. Raises ValueError if it can't."""
     module_name, _, name = path.partition(":")
     if not module_name or not name:
         raise ValueError(f"{path!r} is not an import path; write 'package.module:function'")
@@ -123,6 +124,7 @@ def suggest(name: str, valid: Iterable[str], cutoff: float = 0.6) -> str | None:
 def nearest(name: str, valid: Iterable[str]) -> str:
     """Return ``"; did you mean 'x'?"`` for the valid names that contain or resemble ``name``, else list them all."""
     names = sorted(valid)
+    # A part of a name is meant more often than a similar one: "117m" is gpt2-117m, and "linear" is fixed_linear.
     close = [other for other in names if name and name in other]
     if not close and (meant := suggest(name, names)):
         close = [meant]
@@ -154,14 +156,16 @@ def describe_errors(error: ValidationError, section: type[BaseModel], where: str
 def _describe(detail: Any, section: type[BaseModel], where: str) -> str:
     path, value, message = detail["loc"], detail["input"], detail["msg"].removeprefix("Value error, ")
     key = ".".join([*filter(None, [where]), *map(str, path)])
-    if issubclass(section, Flags):
+    if issubclass(
+        section, Flags
+    ):  # a flag is a field of the group itself; the rest of the path is an index into its list
         key = flag(str(path[0])) if path else ""
     if detail["type"] == "extra_forbidden":
         parent = _section_at(section, path[:-1])
         return f"{key}: unknown key" + nearest(str(path[-1]), parent.model_fields if parent else ())
     if detail["type"] == "missing":
         return f"{key}: required, but not given"
-    if detail["type"] == "value_error":
+    if detail["type"] == "value_error":  # a message of our own, which states value and fix itself
         return f"{key}: {message}" if key else message
     if detail["type"] in ("model_type", "dict_type"):
         return f"{key}: {value!r} is not an object; write {{...}}"

@@ -134,6 +134,7 @@ BAD = {
     "weight as text": (changed(data__train=[["1", "a"]]), "data.train: ['1', 'a'] is not a [weight, prefix]"),
     "blended twice": (changed(data__train=[[1, "a"], [2, "a"]]), "train names 'a' twice"),
     "valid twice": (changed(data__valid=["a", "a"]), "valid names 'a' twice"),
+    "valid of nothing": (changed(data__valid=[]), "data.valid: [] is not valid"),
     "valid and split": (changed(data__valid=["a"], data__split="9,1"), "isn't used where valid names corpora"),
     "windows compiled": (
         changed(curriculum_learning__method="window", training__compile=True),

@@ -91,9 +91,9 @@ def test_segments_and_recycling():
     assert (summary["steps"], summary["consumed_tokens"], summary["full_length_step"]) == (5, 88, 4)
     assert (summary["sample_tokens"], summary["leftover_tokens"], summary["shapes"]) == (100, 12, 3)
     assert "dropped_tokens" not in summary
-    told = describe(summary)
-    assert "tokens of samples 100, read later 12 (12.0%)" in told
-    assert "rows of a step    6 to 2, 3 shapes" in told
+    text = describe(summary)
+    assert "tokens of samples 100, read later 12 (12.0%)" in text
+    assert "rows of a step    6 to 2, 3 shapes" in text
 
 
 def test_json_on_the_command_line():
@@ -220,7 +220,7 @@ def test_compute_is_compared_with_the_full_length_of_the_data():
         (["configs/tiny_cpu.json", "--png", "/dev/null/plan.png"], "--png /dev/null: can't be written to"),
     ],
 )
-def test_mistakes_are_told_in_one_line(arguments, message):
+def test_mistakes_are_reported_in_one_line(arguments, message):
     result = run_plan(*arguments)
     assert result.returncode == 1
     assert result.stderr.startswith("error: ")

@@ -20,6 +20,7 @@ def corpus_prefix(path: str | os.PathLike[str]) -> str:
 
 def _corpora(value: object) -> list[str] | list[tuple[float, str]]:
     """Return ``["wiki", ...]`` unchanged and the pairs of ``[[0.7, "wiki"], ...]`` as tuples. Raises ValueError."""
+    # Checked by hand, because pydantic reports a mistake in a union of lists once for each of its members.
     if not isinstance(value, list) or not value or not all(isinstance(item, (str, list)) for item in value):
         raise ValueError(f"{value!r} is not valid: give a list of corpus prefixes, or of [weight, prefix] pairs")
     if all(isinstance(item, str) for item in value):

@@ -29,6 +29,7 @@ class _Nested(_Open):
     @model_validator(mode="before")
     @classmethod
     def _not_misspelt(cls, data: Any) -> Any:
+        # The cutoff is high, because most of DeepSpeed's keys aren't declared here and must pass unchanged.
         undeclared = [name for name in data if name not in cls.model_fields] if isinstance(data, dict) else []
         for name in undeclared:
             meant = suggest(str(name), cls.model_fields, cutoff=0.85)
@@ -56,6 +57,7 @@ class _Zero(_Nested):
 
 
 class _Pipeline(_Nested):
+    # "auto" is DeepSpeed's default, which is no pipeline here.
     stages: Annotated[Count, BeforeValidator(lambda value: 1 if value == "auto" else value)] = 1
 
 
@@ -150,6 +152,7 @@ def batch_shape(keys: DeepSpeedKeys, world_size: int) -> tuple[int, int, int]:
     """
     world_size = keys.data_ranks(world_size)
     micro, accumulation = keys.train_micro_batch_size_per_gpu, keys.gradient_accumulation_steps
+    # Without train_batch_size a missing part counts as 1.
     total = keys.train_batch_size or (micro or 1) * (accumulation or 1) * world_size
     rows, ragged = divmod(total, world_size)
     if ragged:
@@ -196,5 +199,6 @@ def without_max_grad_norm(config: Mapping[str, Any], problems: list[str]) -> dic
         problems.append(
             f"optimizer.params.max_grad_norm: {norm} differs from gradient_clipping {clipping}; keep the latter"
         )
+    # Both are new mappings: the caller's file is never changed.
     rest = {name: value for name, value in params.items() if name != "max_grad_norm"}
     return {**config, "gradient_clipping": clipping, "optimizer": {**optimizer, "params": rest}}

@@ -159,6 +159,7 @@ class ModelConfig(Section):
         Attention counts as if it were not causal, as in both sources. Recomputation for activation checkpointing doesn't
         count.
         """
+        # GPT-2 117M at seqlen 1024: 6 * (124.5M - 0.8M) + 12 * 12 * 768 * 1024 = 742M + 113M = 855M FLOPs per token.
         looked_up = self.max_position_embeddings * self.hidden_size
         if self.initial is not None and not self.is_gpt2:
             looked_up = self.initial.looked_up_count()
@@ -181,6 +182,7 @@ def _with_sizes_of_folder(data: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(f"hf_checkpoint: {error}; {reason}") from error
     except SeqlenCurriculumError as error:
         raise ValueError(f"hf_checkpoint: {error}") from error
+    # A size that config.json lacks may be written out in the section; one that both have must be the same in both.
     missing = [size for size in SIZES if size not in sizes and size not in data]
     if missing:
         raise ValueError(f"hf_checkpoint: {path}: {no_size(missing[0], pretrained.config)}")

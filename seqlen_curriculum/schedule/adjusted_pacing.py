@@ -88,6 +88,7 @@ class Paused(StepFunction):
         return self.inner(self.clock(steps))
 
     def changes(self, last_step: int) -> tuple[IntArray, IntArray]:
+        # Pauses only delay the changes of the inner pacing, so those up to last_step of it are enough.
         first_steps, lengths = self.inner.changes(last_step)
         return self._at_clock(first_steps), lengths
 
@@ -98,6 +99,7 @@ def bucketed(pacing: Pacing, bucket: int | None) -> Pacing:
         return pacing
     if bucket > pacing.highest:
         raise ConfigError(f"training.seqlen_bucket: {bucket} is above the longest length {pacing.highest}; lower it")
+    # Lengths 70 and 100 in buckets of 64: 70 becomes 128, above the longest length. A constant length is never rounded.
     lowest = ceil_div(pacing.lowest, bucket) * bucket
     if lowest > pacing.highest > pacing.lowest:
         raise ConfigError(

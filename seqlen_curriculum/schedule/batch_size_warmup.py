@@ -86,6 +86,8 @@ class BatchSizeRamp:
 
         Where samples are shortened in another way, ``lengths`` are the used tokens of a sample, and rows are samples.
         """
+        # Rows 2, 4, 6 with 20 tokens per level, lengths 4, 4, 4, 8: steps of 8 tokens reach 20 at step 3, with 24 consumed;
+        # step 4 has 4 rows of 8 tokens and reaches 56, past 40; step 5 has 6 rows.
         first_steps, rows, consumed = [1], [self.start], 0
         while rows[-1] < self.final:
             level = (rows[-1] - self.start) // self.increment

@@ -124,6 +124,7 @@ class RampCurriculum(_Curriculum):
         # T is solved with the bucketed ramp, whose lengths the run has: a coarser ramp needs more steps for as many tokens.
         if schedule.total_curriculum_step is not None:
             return ramp(schedule.total_curriculum_step)
+        # A schedule has exactly one duration; what remains is whether the run gives what it depends on.
         if rows is not None and schedule.total_curriculum_tokens is not None:
             return ramp(ramp_steps_for_tokens(ramp, rows, schedule.total_curriculum_tokens, shortening))
         if rows is not None and train_tokens is not None and schedule.curriculum_fraction is not None:
@@ -257,6 +258,7 @@ def curriculum_problems(block: object) -> tuple[CurriculumConfig | None, list[st
     """Return the parsed block, or None and one line for each of its problems."""
     if not isinstance(block, Mapping):
         return None, [f"{BLOCK}: {block!r} is not an object; write {{...}}"]
+    # The type is looked up here and not by a tagged union, so that a misspelt one is an error with a suggestion.
     kind = block.get("schedule_type")
     if kind is None:
         return None, [f"{BLOCK}.schedule_type: required, but not given{nearest('', _TYPES)}"]

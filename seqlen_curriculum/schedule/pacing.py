@@ -128,6 +128,7 @@ class Root(_Ladder):
         if self.root_degree != 1:
             exponent = 1.0 / self.root_degree
             progress = elementwise(lambda x: x**exponent, progress)
+        # T 100, 8 to 1024: step 50 is half of 1016 above 8, 516.0, which rounds down to 512.
         raw = progress * (self.max_difficulty - self.min_difficulty) + self.min_difficulty
         return np.where(steps >= self.total_steps, self.max_difficulty, self._rounded(raw))
 
@@ -230,6 +231,7 @@ class Custom(_Ladder):
             value: Any = self.function(step)
         except Exception as error:
             raise ConfigError(f"custom schedule: raised {type(error).__name__} at step {step}: {error}") from error
+        # True would be a length of 1, and NaN passes every comparison of a clamp: both are mistakes of the function.
         number = isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
         if not number or not abs(value) < math.inf:
             raise ConfigError(f"custom schedule: returned {value!r} at step {step}; return a finite number")

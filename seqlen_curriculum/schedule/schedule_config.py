@@ -72,6 +72,7 @@ class DiscreteSchedule(Section):
 
     @model_validator(mode="after")
     def _stages_match(self) -> DiscreteSchedule:
+        # [128, 1024] needs [20000]: 128 up to step 20,000, and 1024 without an end.
         if len(self.difficulty) != len(self.max_step) + 1:
             raise ValueError(
                 f"difficulty has {len(self.difficulty)} entries and max_step {len(self.max_step)}; "

@@ -49,6 +49,7 @@ class CurriculumScheduler:
 
         ``steps`` (1-based, ascending) are at least ``interval`` apart: evaluations of an ``adaptive`` schedule.
         """
+        # Unwrapped first: pauses of pauses would count earlier ones twice.
         inner = self._pacing.inner if isinstance(self._pacing, Paused) else self.pacing
         self._pacing = Paused(inner, tuple(steps), interval) if steps else inner
 

@@ -40,6 +40,7 @@ class Timeline:
         last_step = 1 << 16
         while True:
             self._lengths = self._within_budget(*pacing.changes(last_step), lowest_rows(rows))
+            # By step: tokens used of a sample, samples read, rows they are cut into, and tokens of all of them.
             used = self._lengths.map(shortening.used_tokens_per_sample)
             self._samples = rows_by_step(rows, used)
             self._rows = self._samples.times(self._lengths.map(shortening.rows_per_sample))
@@ -121,6 +122,7 @@ class Timeline:
         """Return the first step that reads ``samples`` samples over all ranks, or None if the run has none."""
         return self._within_run(self._samples.first_step_of(samples))
 
+    # The pieces reach beyond the run, because its number of steps is known only after they are summed.
     def _within_run(self, step: int | None) -> int | None:
         return step if step is not None and step <= self.steps else None
 

@@ -86,7 +86,9 @@ class TokenCosine:
     def _tokens_at_end_of_warmup(self) -> int:
         """Return the consumed tokens at the end of the warmup, which may be inside a step if it is given in samples."""
         params, timeline = self.params, self.timeline
-        after_the_run = timeline.steps + 1  # a warmup that never ends needs no exact end
+        # A warmup may be far longer than the run, as 1e15 steps are, whose tokens don't fit 64 bits. Its exact end then
+        # doesn't matter, only that it is after the run: it is the end of the step after the last one.
+        after_the_run = timeline.steps + 1
         if params.warmup_steps is not None:
             return timeline.consumed_tokens(min(params.warmup_steps, after_the_run))
         if params.warmup_samples:
@@ -100,6 +102,7 @@ class TokenCosine:
     def _warmup_progress(self, steps: IntArray) -> npt.NDArray[np.float64]:
         """Return the share of the warmup done by the end of each step: above 1 after it, infinite without a warmup."""
         params, timeline = self.params, self.timeline
+        # At most one of the three lengths is given; 0 is no warmup, like none.
         for length, done in (
             (params.warmup_steps, steps),
             (params.warmup_samples, timeline.consumed_samples(steps)),
@@ -123,5 +126,6 @@ class TokenCosine:
         cosine = 0.5 * (1.0 + elementwise(lambda x: math.cos(math.pi * x), progress))
         rate = self.params.min_lr + (self.max_lr - self.params.min_lr) * cosine
         rate = np.where(progress >= 1.0, self.params.min_lr, rate)  # whatever the C library's cos(pi) is
+        # The cosine begins after the warmup: a step whose end is exactly that of the warmup has exactly max_lr.
         rate = np.where(warmup <= 1.0, self.max_lr * np.minimum(warmup, 1.0), rate)
         return float(rate[0]) if isinstance(steps, int) else rate
