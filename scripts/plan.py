@@ -1,4 +1,4 @@
-"""Show a run before it starts: steps to the budget, tokens, lengths, learning rate, data and compute; and draw it.
+"""Plan a run before it starts: steps to the token budget, sequence lengths, learning rate, data and compute.
 
 Example:
   python scripts/plan.py configs/paper/gpt2_117m_bsz512_seqlen1k_slw60k.json --at 200000 --png plan.png
@@ -19,14 +19,25 @@ from seqlen_curriculum.files import picture_path
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", nargs="?", metavar="FILE", help="the run's JSON file")
-    parser.add_argument("--compare", nargs="+", default=[], metavar="FILE", help="several files instead, side by side")
-    parser.add_argument("--at", nargs="+", type=int, default=[], metavar="STEP", help="steps to add to the milestones")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override, as training.seed=7")
+    parser.add_argument(
+        "--compare", nargs="+", default=[], metavar="FILE", help="compare several files instead, one line each"
+    )
+    parser.add_argument(
+        "--at", nargs="+", type=int, default=[], metavar="STEP", help="further steps to list among the milestones"
+    )
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="override a value, as in training.seed=7"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
-    parser.add_argument("--png", type=Path, metavar="PATH", help="draw seqlen, LR and rows against steps and tokens")
+    parser.add_argument(
+        "--png",
+        type=Path,
+        metavar="PATH",
+        help="draw sequence length, learning rate and rows into a .png, .pdf or .svg file",
+    )
     args = parser.parse_args()
     if bool(args.config) == bool(args.compare):
-        raise ConfigError("FILE, --compare: give one of them, the file of a run or those of several")
+        raise ConfigError("FILE, --compare: give either the file of one run, or --compare with those of several")
     names = short_names("--compare", args.compare or [args.config])
     png = picture_path("--png", args.png) if args.png else None
 

@@ -1,13 +1,13 @@
-"""Every error this package raises for a user's mistake.
+"""The errors that this package raises for mistakes a user can fix.
 
 SeqlenCurriculumError
 ├── ConfigError       a value in the configuration, a flag or a schedule (also a ``ValueError``)
 ├── DataError         a corpus, its files or its tokens, or a batch (also a ``ValueError``)
-├── CheckpointError   a checkpoint that can't be written, read or continued
-└── DivergenceError   the loss stopped being finite, or spiked where that is to stop the run
+├── CheckpointError   a checkpoint that can't be written, read or resumed from
+└── DivergenceError   the loss stopped being finite, or spiked in a run that stops at spikes
 
-Each message names the field or file, the value found and what to do. Programs catch the root; scripts print
-the message without a traceback and exit with status 1, of a DivergenceError with status 3.
+Each message names the field or file, its value and the fix. Programs catch the base class. Scripts print the message
+without a traceback and exit with status 1, or 3 for a DivergenceError.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from collections.abc import Sequence
 __all__ = ["DIVERGED", "CheckpointError", "ConfigError", "DataError", "DivergenceError", "SeqlenCurriculumError"]
 
 DIVERGED = 3
-"""Exit status of a training that diverged; 1 is a mistake in the command or the configuration."""
+"""Exit status of a run that diverged. A launcher that restarts failed runs can distinguish it from a mistake, status 1."""
 
 
 class SeqlenCurriculumError(Exception):
-    """Root of the errors a user can cause and mend."""
+    """Base class of all user-facing errors."""
 
 
 class ConfigError(SeqlenCurriculumError, ValueError):
@@ -39,7 +39,7 @@ class ConfigError(SeqlenCurriculumError, ValueError):
 
 
 class DataError(SeqlenCurriculumError, ValueError):
-    """A corpus that can't be read, is damaged, or doesn't fit the model or the run; a batch of unknown shapes."""
+    """A corpus that is missing, damaged, or doesn't fit the model or the run; a batch of unknown shapes."""
 
 
 class CheckpointError(SeqlenCurriculumError, RuntimeError):

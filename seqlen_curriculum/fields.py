@@ -1,7 +1,7 @@
-"""The strict base of every configuration section, its types of values, and how its problems are told.
+"""Strict base classes of configuration sections and flags, their types of values, and the text of their errors.
 
 Sections forbid unknown keys, never coerce a string to a number, and reject NaN and infinity. Counts may be written
-as whole floats, so that ``"train_tokens": 157e9`` and ``--set training.train_tokens=2e9`` mean what they say.
+as whole floats, so that ``"train_tokens": 157e9`` and ``--set training.train_tokens=2e9`` are integers.
 """
 
 from __future__ import annotations
@@ -13,52 +13,59 @@ from typing import Annotated, Any, TypeVar, cast
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from seqlen_curriculum.errors import ConfigError
+
 __all__ = [
     "Count",
     "CountOrZero",
+    "Flags",
     "ImportPath",
     "Section",
     "Seqlen",
+    "describe_errors",
+    "flag",
     "flat",
     "load_function",
     "misspelt_sections",
     "nearest",
     "parse_section",
-    "problems",
+    "suggest",
 ]
 
 
 def _whole(value: object) -> object:
-    """``2e9`` to ``2000000000``; anything else unchanged for pydantic to judge."""
+    """Return ``2e9`` as ``2000000000``, and anything else unchanged for pydantic to judge."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
+# Upper limits turn a slip such as 1e30 into an error here instead of an overflow of 64 bits later.
 Count = Annotated[int, BeforeValidator(_whole), Field(ge=1, le=10**15)]
 Seqlen = Annotated[int, BeforeValidator(_whole), Field(ge=1, le=2**24)]
 CountOrZero = Annotated[int, BeforeValidator(_whole), Field(ge=0, le=10**15)]
 
 
 def load_function(path: str) -> Callable[[int], float]:
-    """The function that ``package.module:function`` names; ValueError says which part is wrong."""
+    """Import the function that ``package.module:function`` names. Raises ValueError if it can't."""
     module_name, _, name = path.partition(":")
     if not module_name or not name:
         raise ValueError(f"{path!r} is not an import path; write 'package.module:function'")
     try:
         function = getattr(importlib.import_module(module_name), name)
     except Exception as error:  # importing runs the user's module, which may raise anything
-        told = f"{type(error).__name__}: {error}"
-        raise ValueError(f"{path!r} can't be imported ({told}); is its folder on PYTHONPATH?") from error
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{path!r} can't be imported ({reason}); is its folder on PYTHONPATH?") from error
     if not callable(function):
         raise ValueError(f"{path!r} is a {type(function).__name__}, not a function")
     return cast("Callable[[int], float]", function)
 
 
-def _import_path(path: str) -> str:
+def _importable(path: str) -> str:
     load_function(path)
     return path
 
 
-ImportPath = Annotated[str, AfterValidator(_import_path)]
+ImportPath = Annotated[str, AfterValidator(_importable)]
+"""Imported once when the configuration is checked, so that a wrong path is an error before the run starts."""
 
 
 class Section(BaseModel):
@@ -67,28 +74,40 @@ class Section(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
 
 
+class Flags(Section):
+    """Base of a group of command-line flags: the field ``top_p`` is checked as the flag ``--top-p``.
+
+    Limits are those of the fields, as in ``top_p: float = Field(default=1.0, gt=0, le=1)``. A validator of several
+    fields raises ValueError with a message that names the flags. The constructor raises one ConfigError that lists all
+    problems.
+    """
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise ConfigError(describe_errors(error, type(self))) from None
+
+
+def flag(field: str) -> str:
+    """Return the command-line flag of a field: ``--top-p`` for ``top_p``."""
+    return "--" + field.replace("_", "-")
+
+
 S = TypeVar("S", bound=Section)
 
 
-def parse_section(section: type[S], value: object, name: str, found: list[str]) -> S | None:
-    """``value`` as a checked ``section``; None, and its problems added to ``found``, where it has any."""
+def parse_section(section: type[S], value: object, name: str, problems: list[str]) -> S | None:
+    """Return ``value`` as a checked ``section``, or None after adding its problems to ``problems``."""
     try:
         return section.model_validate(value)
     except ValidationError as error:
-        found += problems(error, section, name)
+        problems += describe_errors(error, section, name)
         return None
 
 
-def misspelt_sections(raw: Mapping[str, Any], known: Iterable[str]) -> list[str]:
-    """DeepSpeed ignores top-level keys it doesn't know, so a misspelt section would be lost in silence."""
-    names = set(known)
-    others = [str(name) for name in raw if name not in names and not str(name).startswith("_")]  # _data is a comment
-    close = {name: difflib.get_close_matches(name, names, n=1, cutoff=0.8) for name in others}
-    return [f"{name}: unknown section; did you mean '{match[0]}'?" for name, match in close.items() if match]
-
-
 def flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The leaves of nested mappings: ``("model.num_layers", 12), ...``."""
+    """Yield the leaves of nested mappings: ``("model.num_layers", 12), ...``."""
     for name, value in tree.items():
         if isinstance(value, Mapping):
             yield from flat(value, f"{prefix}{name}.")
@@ -96,37 +115,65 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
             yield prefix + name, value
 
 
+def suggest(name: str, valid: Iterable[str], cutoff: float = 0.6) -> str | None:
+    """Return the valid name most similar to ``name``, or None if all similarities are below ``cutoff`` (0 to 1)."""
+    matches = difflib.get_close_matches(name, list(valid), n=1, cutoff=cutoff)
+    return matches[0] if matches else None
+
+
 def nearest(name: str, valid: Iterable[str]) -> str:
-    """``"; did you mean 'x'?"`` for the closest valid names, else the list of valid names."""
+    """Return ``"; did you mean 'x'?"`` for the valid names that contain or resemble ``name``, else list them all."""
     names = sorted(valid)
-    close = [other for other in names if name and name in other] or difflib.get_close_matches(name, names, n=1)
+    # A part of a name is meant more often than a similar one: "117m" is gpt2-117m, and "linear" is fixed_linear.
+    close = [other for other in names if name and name in other]
+    if not close and (meant := suggest(name, names)):
+        close = [meant]
     if close:
         return "; did you mean " + " or ".join(f"'{other}'" for other in close) + "?"
     return f"; valid names: {', '.join(names)}"
 
 
-def problems(error: ValidationError, section: type[BaseModel], where: str) -> list[str]:
-    """One line for each problem of ``error``: the key in full, the value found, what is expected."""
-    return [_line(detail, section, where) for detail in error.errors(include_url=False)]
+def misspelt_sections(raw: Mapping[str, Any], known: Iterable[str]) -> list[str]:
+    """Return one problem for each top-level key that looks like a misspelt section.
+
+    DeepSpeed ignores top-level keys it doesn't know, so a misspelt section would be lost in silence. Keys that resemble
+    no section are left to DeepSpeed, and those with a leading underscore (``_data``) are comments.
+    """
+    names = set(known)
+    problems = []
+    for key in map(str, raw):
+        meant = None if key in names or key.startswith("_") else suggest(key, names, cutoff=0.8)
+        if meant:
+            problems.append(f"{key}: unknown section; did you mean '{meant}'?")
+    return problems
 
 
-def _line(detail: Any, section: type[BaseModel], where: str) -> str:
-    key = ".".join([*filter(None, [where]), *map(str, detail["loc"])])
+def describe_errors(error: ValidationError, section: type[BaseModel], where: str = "") -> list[str]:
+    """Return one line for each problem of ``error``: the full key or flag, the value, and what is expected."""
+    return [_describe(detail, section, where) for detail in error.errors(include_url=False)]
+
+
+def _describe(detail: Any, section: type[BaseModel], where: str) -> str:
+    path, value, message = detail["loc"], detail["input"], detail["msg"].removeprefix("Value error, ")
+    key = ".".join([*filter(None, [where]), *map(str, path)])
+    if issubclass(
+        section, Flags
+    ):  # a flag is a field of the group itself; the rest of the path is an index into its list
+        key = flag(str(path[0])) if path else ""
     if detail["type"] == "extra_forbidden":
-        parent = _section_at(section, detail["loc"][:-1])
-        return f"{key}: unknown key" + nearest(str(detail["loc"][-1]), parent.model_fields if parent else ())
+        parent = _section_at(section, path[:-1])
+        return f"{key}: unknown key" + nearest(str(path[-1]), parent.model_fields if parent else ())
     if detail["type"] == "missing":
         return f"{key}: required, but not given"
-    message = detail["msg"].removeprefix("Value error, ")
-    if detail["type"] == "value_error":
-        return f"{key}: {message}"
+    if detail["type"] == "value_error":  # a message of our own, which states value and fix itself
+        return f"{key}: {message}" if key else message
     if detail["type"] in ("model_type", "dict_type"):
-        return f"{key}: {detail['input']!r} is not an object; write {{...}}"
-    return f"{key}: {detail['input']!r} is not valid: {message[0].lower()}{message[1:]}"
+        return f"{key}: {value!r} is not an object; write {{...}}"
+    return f"{key}: {value!r} is not valid: {message[0].lower()}{message[1:]}"
 
 
 def _section_at(section: type[BaseModel], path: tuple[int | str, ...]) -> type[BaseModel] | None:
-    """The section class that holds the key at ``path`` below ``section``."""
+    """Return the section class that holds the key at ``path`` below ``section``."""
     for name in path:
         field = section.model_fields.get(str(name))
         annotation = field.annotation if field else None

@@ -1,13 +1,14 @@
-"""A run before it starts: its milestones as numbers, as text and as a picture. Needs no torch."""
+"""Plan a run before it starts: its milestones as numbers, as text and as a picture. Needs no torch."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from seqlen_curriculum.config.model import ModelConfig
 from seqlen_curriculum.config.run import RunConfig
@@ -15,62 +16,72 @@ from seqlen_curriculum.errors import ConfigError
 from seqlen_curriculum.schedule.timeline import Timeline
 from seqlen_curriculum.schedule.token_lr import TokenCosine
 
-__all__ = ["compare", "data_use", "describe", "draw", "plan"]
+__all__ = ["compare", "compute_use", "data_use", "describe", "draw", "milestones", "plan"]
 
-_AGAINST = ("step", "consumed tokens")
-_FATES = {"dropped_tokens": "dropped", "leftover_tokens": "read later"}
+_LEFT_OVER = {"dropped_tokens": "dropped", "leftover_tokens": "read later"}
+"""The tokens that shortening leaves over: key in a plan, and what happens to them."""
+
+_STEP, _TOKENS, _SEQLEN, _RATE, _ROWS = (
+    "step",
+    "consumed tokens",
+    "sequence length (tokens)",
+    "learning rate",
+    "rows per step",
+)
+_DRAWSTYLES = {_SEQLEN: "steps-pre", _RATE: "default", _ROWS: "steps-pre"}
+"""Drawn from top to bottom. Lengths and rows jump from one step to the next."""
 
 
 def plan(config: RunConfig, at: Iterable[int] = ()) -> dict[str, Any]:
-    """The run as one JSON-able object; ``at`` adds steps to ``milestones``. Tokens are target tokens of all ranks.
+    """Return the run as one object that JSON can hold; ``at`` adds steps to ``milestones``. Raises ConfigError.
 
-    ``steps, consumed_tokens, full_length_step, full_batch_step, lengths`` (how many), ``shapes`` (how many pairs of rows
-    and their tokens), ``milestones [{step, seqlen, rows, consumed_tokens, lr}]``, and where the file says enough:
-    ``sample_tokens`` and ``dropped_tokens`` or ``leftover_tokens`` of them (data section), ``parameters, flops,
-    flops_of_full_length`` (model section; the latter is the same budget at constant full length), ``without_seqlen_bucket
-    {steps, lengths, flops}``. Raises ConfigError.
+    Tokens are target tokens of all ranks. Always there: ``steps, consumed_tokens, full_length_step, full_batch_step,
+    lengths`` (how many), ``shapes`` (how many pairs of rows and tokens per row), ``milestones [{step, seqlen, rows,
+    consumed_tokens, lr}]``. With a data section: ``sample_tokens``, and ``dropped_tokens`` or ``leftover_tokens`` of them.
+    With a model section: ``parameters, flops, flops_of_full_length`` (the same tokens at full length). With
+    ``training.seqlen_bucket``: ``without_seqlen_bucket {steps, lengths, flops}``.
     """
     timeline = config.timeline()
     rate = config.plan.learning_rate()
     full_length = config.data.seq_length if config.data else max(timeline.lengths())
-    full_steps = {
-        "full_length_step": timeline.first_step_at(full_length),
-        "full_batch_step": timeline.first_step_of_samples(timeline.global_batch),
-    }
-    steps = sorted({*_key_steps(timeline, rate), *filter(None, full_steps.values()), *_asked(at, timeline)})
+    full_length_step = timeline.first_step_at(full_length)
+    full_batch_step = timeline.first_step_of_samples(timeline.global_batch)
+    reached = [step for step in (full_length_step, full_batch_step) if step is not None]
     summary: dict[str, Any] = {
         "steps": timeline.steps,
         "consumed_tokens": timeline.consumed_tokens(timeline.steps),
-        **full_steps,
+        "full_length_step": full_length_step,
+        "full_batch_step": full_batch_step,
         "lengths": len(timeline.lengths()),
         "shapes": len(timeline.shapes()),
-        "milestones": [_milestone(timeline, rate, step) for step in steps],
+        "milestones": milestones(timeline, rate, [*at, *reached]),
     }
     if config.data:
         summary |= data_use(timeline, config.data.seq_length, config.data.leftovers == "recycle")
     if config.model:
-        summary |= _compute(timeline, config.model, full_length)
+        summary |= compute_use(timeline, config.model, full_length)
     if config.training and config.training.seqlen_bucket:
         without = plan(replace(config, training=config.training.model_copy(update={"seqlen_bucket": None})))
-        summary["without_seqlen_bucket"] = {
-            name: without[name] for name in ("steps", "lengths", "flops") if name in without
-        }
+        compared = [name for name in ("steps", "lengths", "flops") if name in without]
+        summary["without_seqlen_bucket"] = {name: without[name] for name in compared}
     return summary
 
 
-def _key_steps(timeline: Timeline, rate: TokenCosine | None) -> set[int]:
-    """First and last step, end of the LR warmup, and every tenth of the budget."""
-    tenths = {timeline.steps_to(timeline.train_tokens * tenth // 10) for tenth in range(1, 10)}
-    warmup = {timeline.steps_to(rate.warmup_tokens)} if rate else set()
-    return {step for step in {1, timeline.steps} | tenths | warmup if 1 <= step <= timeline.steps}
+def milestones(timeline: Timeline, rate: TokenCosine | None, at: Iterable[int] = ()) -> list[dict[str, Any]]:
+    """Return ``{step, seqlen, rows, consumed_tokens, lr}`` of the key steps of a run and of the steps ``at``.
 
-
-def _asked(steps: Iterable[int], timeline: Timeline) -> set[int]:
-    asked = set(steps)
+    Key steps are the first and the last one, the end of the learning rate warmup, and every tenth of the budget. Raises
+    ConfigError for a step outside the run.
+    """
+    asked = set(at)
     outside = sorted(step for step in asked if not 1 <= step <= timeline.steps)
     if outside:
-        raise ConfigError(f"--at: {outside[0]} is not a step of this run; its steps are 1 to {timeline.steps}")
-    return asked
+        raise ConfigError(f"--at: {outside[0]} is not a step of this run; give steps from 1 to {timeline.steps}")
+    # A small budget has tenths of 0 tokens, at step 0, and a long warmup ends after the run: neither is a step of it.
+    tenths = {timeline.steps_to(timeline.train_tokens * tenth // 10) for tenth in range(1, 10)}
+    warmup = {timeline.steps_to(rate.warmup_tokens)} if rate else set()
+    steps = {step for step in {1, timeline.steps} | tenths | warmup if 1 <= step <= timeline.steps} | asked
+    return [_milestone(timeline, rate, step) for step in sorted(steps)]
 
 
 def _milestone(timeline: Timeline, rate: TokenCosine | None, step: int) -> dict[str, Any]:
@@ -84,14 +95,16 @@ def _milestone(timeline: Timeline, rate: TokenCosine | None, step: int) -> dict[
 
 
 def data_use(timeline: Timeline, seq_length: int, recycle: bool) -> dict[str, int]:
-    """Each sample stands for ``seq_length`` tokens; what a cut leaves over is dropped, or read later."""
+    """Return the tokens of the samples that a run reads, ``seq_length`` each, and how many of them it doesn't train on."""
+    # 4 samples of 1024 tokens at seqlen 256, truncated: 4096 tokens are read, 1024 trained on and 3072 left over.
     read = timeline.consumed_samples(timeline.steps) * seq_length
-    left = read - timeline.consumed_tokens(timeline.steps)
-    return {"sample_tokens": read, "leftover_tokens" if recycle else "dropped_tokens": left}
+    left_over = read - timeline.consumed_tokens(timeline.steps)
+    return {"sample_tokens": read, "leftover_tokens" if recycle else "dropped_tokens": left_over}
 
 
-def _compute(timeline: Timeline, model: ModelConfig, full_length: int) -> dict[str, float]:
-    """Training FLOPs of the run, and of as many tokens at full length."""
+def compute_use(timeline: Timeline, model: ModelConfig, full_length: int) -> dict[str, float]:
+    """Return the parameters of a model, the training FLOPs of a run, and those of as many tokens at full length."""
+    # Attention makes a token at a short length cheaper, so each length counts with its own tokens.
     lengths, tokens = timeline.tokens_by_length()
     flops = float(np.sum(tokens * model.flops_per_token(lengths)))
     full = float(np.sum(tokens)) * model.flops_per_token(full_length)
@@ -99,7 +112,15 @@ def _compute(timeline: Timeline, model: ModelConfig, full_length: int) -> dict[s
 
 
 def describe(summary: dict[str, Any]) -> str:
-    """The plan as text for a terminal."""
+    """Return a plan as text for a terminal: facts, then a table of milestones."""
+    rows = [f"{'step':>10} {'seqlen':>7} {'rows':>6} {'consumed tokens':>18} {'lr':>12}"]
+    for m in summary["milestones"]:
+        lr = "DeepSpeed's" if m["lr"] is None else f"{m['lr']:.4e}"
+        rows.append(f"{m['step']:>10,} {m['seqlen']:>7,} {m['rows']:>6,} {m['consumed_tokens']:>18,} {lr:>12}")
+    return "\n".join([*_facts(summary), "", *rows])
+
+
+def _facts(summary: dict[str, Any]) -> list[str]:
     full = summary["full_length_step"]
     lines = [
         f"steps             {summary['steps']:,}",
@@ -109,11 +130,10 @@ def describe(summary: dict[str, Any]) -> str:
     ]
     if summary["milestones"][0]["rows"] != summary["milestones"][-1]["rows"]:
         lines.append(_rows_line(summary))
-    if "sample_tokens" in summary:
-        fate, left = next((fate, summary[key]) for key, fate in _FATES.items() if key in summary)
-        lines.append(
-            f"tokens of samples {summary['sample_tokens']:,}, {fate} {left:,} ({left / summary['sample_tokens']:.1%})"
-        )
+    for key, what in _LEFT_OVER.items():
+        if key in summary:
+            tokens, left_over = summary["sample_tokens"], summary[key]
+            lines.append(f"tokens of samples {tokens:,}, {what} {left_over:,} ({left_over / tokens:.1%})")
     if "flops" in summary:
         ratio = summary["flops"] / summary["flops_of_full_length"]
         lines.append(
@@ -124,86 +144,81 @@ def describe(summary: dict[str, Any]) -> str:
         without = summary["without_seqlen_bucket"]
         flops = f", {without['flops']:.3g} FLOPs" if "flops" in without else ""
         lines.append(f"without bucket    {without['steps']:,} steps, {without['lengths']} lengths used{flops}")
-    return "\n".join([*lines, "", *_table(summary["milestones"])])
+    return lines
 
 
 def _rows_line(summary: dict[str, Any]) -> str:
-    first, last = (summary["milestones"][index]["rows"] for index in (0, -1))
+    first, last = summary["milestones"][0]["rows"], summary["milestones"][-1]["rows"]
     full = summary["full_batch_step"]
-    reached = {None: " (the full batch is never reached)", 1: ""}.get(full, f" (from step {full or 0:,})")
+    if full is None:
+        reached = " (the full batch is never reached)"
+    elif full == 1:  # rows change only because samples are cut into segments
+        reached = ""
+    else:
+        reached = f" (from step {full:,})"
     return f"rows of a step    {first:,} to {last:,}{reached}, {summary['shapes']} shapes of rows and their tokens"
 
 
-def _table(milestones: Sequence[dict[str, Any]]) -> list[str]:
-    rows = [f"{'step':>10} {'seqlen':>7} {'rows':>6} {'consumed tokens':>18} {'lr':>12}"]
-    for m in milestones:
-        lr = "DeepSpeed's" if m["lr"] is None else f"{m['lr']:.4e}"
-        rows.append(f"{m['step']:>10,} {m['seqlen']:>7,} {m['rows']:>6,} {m['consumed_tokens']:>18,} {lr:>12}")
-    return rows
-
-
 def compare(plans: Mapping[str, dict[str, Any]]) -> str:
-    """Plans by name, a line each, as text for a terminal."""
+    """Return plans by name as text for a terminal, one line per plan."""
     width = max(map(len, plans))
-    return "\n".join([f"{'':{width}}" + _COMPARED, *(f"{name:{width}}{_compared(one)}" for name, one in plans.items())])
-
-
-_COMPARED = f" {'steps':>9} {'tokens':>17} {'full length at':>14} {'lengths':>7} {'left over':>9} {'FLOPs':>9}"
-
-
-def _compared(summary: dict[str, Any]) -> str:
-    full = summary["full_length_step"]
-    at = "never" if full is None else f"{full:,}"
-    left = next((summary[key] / summary["sample_tokens"] for key in _FATES if key in summary), None)
-    share = "" if left is None else f"{left:.1%}"
-    flops = f"{summary['flops']:.3g}" if "flops" in summary else ""
-    counts = f" {summary['steps']:>9,} {summary['consumed_tokens']:>17,} {at:>14} {summary['lengths']:>7}"
-    return f"{counts} {share:>9} {flops:>9}"
+    head = (
+        f"{'':{width}} {'steps':>9} {'tokens':>17} {'full length at':>14} {'lengths':>7} {'left over':>9} {'FLOPs':>9}"
+    )
+    lines = [head]
+    for name, summary in plans.items():
+        full = summary["full_length_step"]
+        full_at = "never" if full is None else f"{full:,}"
+        counts = f"{summary['steps']:>9,} {summary['consumed_tokens']:>17,} {full_at:>14} {summary['lengths']:>7}"
+        shares = [f"{summary[key] / summary['sample_tokens']:.1%}" for key in _LEFT_OVER if key in summary]
+        flops = f"{summary['flops']:.3g}" if "flops" in summary else ""
+        lines.append(f"{name:{width}} {counts} {''.join(shares):>9} {flops:>9}")
+    return "\n".join(lines)
 
 
 def draw(configs: Mapping[str, RunConfig], path: Path) -> None:
-    """Seqlen, learning rate and changing rows against steps and consumed tokens, over each other; a picture by suffix."""
+    """Draw sequence length, learning rate and changing rows of runs against steps and consumed tokens.
+
+    All runs share the axes. The suffix of ``path`` chooses the format of the picture.
+    """
     from matplotlib.figure import Figure  # slow to import, and only needed here
 
     runs = {name: _curves(config) for name, config in configs.items()}
-    rising = any(rows[0] != rows[-1] for rows in (run["rows of a step"][0] for run in runs.values()))
-    drawn = {label: style for run in runs.values() for label, (_, style) in run.items() if style}
-    labels = {label: style for label, style in drawn.items() if rising or label != "rows of a step"}
+    labels = [label for label in _DRAWSTYLES if any(label in run for run in runs.values())]
+    if all(run[_ROWS][0] == run[_ROWS][-1] for run in runs.values()):
+        labels.remove(_ROWS)
     figure = Figure(figsize=(10, 3 * len(labels)), layout="constrained")
-    axes = figure.subplots(len(labels), 2, sharex="col", squeeze=False)
-    for row, (label, style) in zip(axes, labels.items(), strict=True):
-        for axis, against in zip(row, _AGAINST, strict=True):
+    axes = figure.subplots(len(labels), 2, sharex="col", squeeze=False)  # (labels, x axes)
+    for row, label in zip(axes, labels, strict=True):
+        for axis, xlabel in zip(row, (_STEP, _TOKENS), strict=True):
             for name, run in runs.items():
                 if label in run:
-                    axis.plot(run[against][0], run[label][0], drawstyle=style, label=name, lw=1.2, alpha=0.8)
+                    axis.plot(run[xlabel], run[label], drawstyle=_DRAWSTYLES[label], label=name, lw=1.2, alpha=0.8)
             axis.set_ylim(bottom=0)
             axis.grid(alpha=0.3)
-            axis.set(ylabel=label, xlabel=against)
+            axis.set(ylabel=label, xlabel=xlabel)
     if len(runs) > 1:
         figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
     else:
-        figure.suptitle(_title(next(iter(configs.values()))))
+        (run,) = runs.values()
+        first, last = run[_ROWS][0], run[_ROWS][-1]
+        rows = f"{last:,}" if first == last else f"{first:,} to {last:,}"
+        figure.suptitle(f"{run[_STEP][-1]:,} steps, {run[_TOKENS][-1]:,} tokens, {rows} rows per step")
     figure.savefig(path)
 
 
-def _curves(config: RunConfig) -> dict[str, tuple[Any, str]]:
-    """Values by name, at up to 2,000 steps of a run, and how they are drawn."""
+def _curves(config: RunConfig) -> dict[str, NDArray[Any]]:
+    """Return the values to draw by the label of their axis, each (n,), at up to 2,000 steps of a run."""
     timeline = config.timeline()
     rate = config.plan.learning_rate()
+    # First and last step are always among them; a run of fewer than 2,000 steps has each step once.
     steps = np.unique(np.linspace(1, timeline.steps, 2000).astype(np.int64))
-    rows = timeline.rows(steps)
-    curves: dict[str, tuple[Any, str]] = {"step": (steps, ""), "consumed tokens": (timeline.consumed_tokens(steps), "")}
-    curves["seqlen (tokens)"] = (timeline.seqlen(steps), "steps-pre")
+    curves: dict[str, NDArray[Any]] = {
+        _STEP: steps,
+        _TOKENS: timeline.consumed_tokens(steps),
+        _SEQLEN: timeline.seqlen(steps),
+        _ROWS: timeline.rows(steps),
+    }
     if rate:
-        curves["learning rate"] = (rate(steps), "default")
-    curves["rows of a step"] = (rows, "steps-pre")
+        curves[_RATE] = rate(steps)
     return curves
-
-
-def _title(config: RunConfig) -> str:
-    timeline = config.timeline()
-    first, last = timeline.rows(1), timeline.rows(timeline.steps)
-    rising = f"{first:,} to " if first != last else ""
-    return (
-        f"{timeline.steps:,} steps, {timeline.consumed_tokens(timeline.steps):,} tokens, {rising}{last:,} rows a step"
-    )

@@ -1,4 +1,4 @@
-"""A clock that stands still: by hand, against counting step by step, and in what a run reads."""
+"""Pauses and buckets of a pacing: by hand, against counting step by step, and in the samples that a run reads."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from seqlen_curriculum import ConfigError, CurriculumScheduler
 from seqlen_curriculum.schedule.adjusted_pacing import Paused, bucketed
-from seqlen_curriculum.schedule.pacing import Discrete, Root
+from seqlen_curriculum.schedule.pacing import Custom, Discrete, Mixed, Root
 
 
 def test_a_held_ramp_by_hand():
@@ -72,3 +72,72 @@ def test_the_scheduler_is_linear_until_it_is_held():
 def test_a_ratio_that_would_always_hold_is_refused():
     with pytest.raises(ConfigError, match=r"perplexity_ratio: 1\.0 is not valid: input should be greater than 1"):
         CurriculumScheduler(adaptive(perplexity_ratio=1.0))
+
+
+@pytest.mark.parametrize(
+    ("pacing", "bucket", "expected"),
+    [
+        (Discrete((8, 70, 100, 64, 99), (1, 2, 3, 4)), 64, [64, 64, 100, 64, 64]),  # 100 is the longest, 99 is not
+        (Discrete((8, 70, 100, 64, 99), (1, 2, 3, 4)), 1, [8, 70, 100, 64, 99]),
+        (Mixed((130, 1000), (2, 1)), 64, [192, 192, 1000, 192, 192]),  # never below 130: up to 192
+        (Custom(8, 100, 1, function=lambda step: 20 * step), 32, [32, 32, 32, 64, 100]),
+        (Root(8, 100, 8, 5), 48, [48, 48, 48, 48, 100]),  # 26.4, 44.8, 63.2, 81.6 of the ramp
+        (Discrete((100,), ()), 64, [100] * 5),  # nothing to round: the longest stays
+    ],
+)
+def test_bucketed_by_hand(pacing, bucket, expected):
+    assert bucketed(pacing, bucket)(np.arange(1, 6)).tolist() == expected
+
+
+def test_no_bucket_is_no_change():
+    pacing = Root(8, 64, 8, 10)
+    assert bucketed(pacing, None) is pacing
+
+
+@pytest.mark.parametrize(
+    ("pacing", "bucket", "message"),
+    [
+        (Root(8, 100, 8, 10), 101, "training.seqlen_bucket: 101 is above the longest length 100"),
+        (Discrete((100,), ()), 101, "training.seqlen_bucket: 101 is above the longest length 100"),
+        (
+            Mixed((70, 100), (1, 1)),
+            64,
+            "training.seqlen_bucket: 64 .*70 to 128.* 100",
+        ),
+    ],
+)
+def test_a_bucket_that_leaves_no_length_is_an_error(pacing, bucket, message):
+    with pytest.raises(ConfigError, match=message):
+        bucketed(pacing, bucket)
+
+
+ramps = st.builds(
+    lambda low, span, rung, total, degree: Root(low, low + span + rung, rung, total, degree),
+    st.integers(1, 300),
+    st.integers(0, 3000),
+    st.integers(1, 200),
+    st.integers(1, 10**7),
+    st.floats(0.05, 20),
+)
+
+
+@given(ramps, st.data())
+def test_a_bucketed_ramp_keeps_its_promises(ramp, data):
+    bucket = data.draw(
+        st.integers(1, max(ramp.max_difficulty // 2, 1)).filter(
+            lambda n: -(-ramp.lowest // n) * n <= ramp.max_difficulty
+        )
+    )
+    pacing = bucketed(ramp, bucket)
+    first_steps, _ = ramp.changes(0)
+    steps = np.unique([*first_steps, *(first_steps[1:] - 1), ramp.total_steps + 1])
+    before, lengths = ramp(steps), pacing(steps)
+    assert np.all((lengths % bucket == 0) | (lengths == ramp.max_difficulty))
+    assert np.all((lengths <= before) | (lengths == pacing.lowest))
+    assert np.all((before - lengths < bucket) & (np.diff(lengths, prepend=0) >= 0))
+    assert np.all(lengths >= ramp.lowest)
+    assert pacing(ramp.total_steps) == ramp.max_difficulty
+    assert (pacing.settles_at, pacing.highest) == (ramp.total_steps, ramp.max_difficulty)
+    changed_at, changed_to = pacing.changes(0)
+    assert np.array_equal(pacing(changed_at), changed_to)
+    assert np.array_equal(pacing(changed_at[1:] - 1), changed_to[:-1])

@@ -35,11 +35,11 @@ MISTAKES = {
     "more stages than layers": ({"pipeline": {"stages": 3}}, "pipeline.stages: 3 is above model.num_layers 2"),
     "pipeline under ZeRO-2": (
         {"pipeline": {"stages": 2}, "zero_optimization": {"stage": 2}},
-        "zero_optimization.stage: 2 doesn't work in a pipeline",
+        "zero_optimization.stage: 2 .*pipeline.stages 2",
     ),
     "half precision pipeline": (
         {"pipeline": {"stages": 2}, "bf16": {"enabled": True}},
-        "half precision in a pipeline needs stage 1",
+        "zero_optimization.stage: half precision with pipeline.stages 2",
     ),
     "pipeline of shards": (
         {"pipeline": {"stages": 2}, "sequence_parallel_size": 2},
@@ -47,7 +47,7 @@ MISTAKES = {
     ),
     "DeepSpeed's older name of bf16": (
         {"pipeline": {"stages": 2}, "bfloat16": {"enabled": True}},
-        "half precision in a pipeline needs stage 1",
+        "zero_optimization.stage: half precision with pipeline.stages 2",
     ),
     "both names of bf16": (
         {"bfloat16": {"enabled": True}, "bf16": {"enabled": True}},
@@ -81,11 +81,11 @@ MISTAKES = {
     ),
     "layers cut otherwise": (
         {"tensor_parallel": {"autotp_size": 2, "partition_config": {"use_default_specs": True}}},
-        "tensor_parallel.partition_config: the model section's GPT-2 is cut in a way of its own",
+        "tensor_parallel.partition_config: {'use_default_specs': True}",
     ),
     "compiled under ZeRO-3": (
         {"zero_optimization": {"stage": 3}, "training": {"train_tokens": 9_000, "compile": True}},
-        "training.compile: ZeRO-3 gathers weights",
+        "training.compile: true .*zero_optimization.stage 3",
     ),
 }
 

@@ -1,4 +1,4 @@
-"""Which steps two runs share: by hand, and what settings alone tell of them."""
+"""Which leading steps two runs share, by hand and from their stored settings."""
 
 import pytest
 
@@ -51,7 +51,7 @@ def test_steps_alike_by_hand(one, other, steps):
     assert count_identical_steps(one, other, 12) == steps
 
 
-def test_stored_settings_tell_as_much():
+def test_stored_settings_are_enough():
     ours, other = run(40).settings(), run(80).settings()
     assert trains_identically(other, ours, 7)
     assert not trains_identically(other, ours, 8)
@@ -80,5 +80,5 @@ WARMUP = {"type": "WarmupLR", "params": {"warmup_num_steps": 10}}
         ),
     ],
 )
-def test_what_lengths_rows_and_rates_do_not_tell_makes_another_run(saved, ours):
+def test_differences_outside_the_schedules_make_another_run(saved, ours):
     assert not trains_identically(saved.settings(), ours.settings(), 2)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from seqlen_curriculum.config.model import PRESETS, ModelConfig
-from seqlen_curriculum.fields import problems
+from seqlen_curriculum.fields import describe_errors
 
 SIZES: dict[str, Any] = {
     "num_layers": 2,
@@ -31,7 +31,7 @@ def model(**keys: Any) -> ModelConfig:
 def refusals(keys: dict[str, Any]) -> list[str]:
     with pytest.raises(ValidationError) as caught:
         ModelConfig.model_validate(keys)
-    return problems(caught.value, ModelConfig, "model")
+    return describe_errors(caught.value, ModelConfig, "model")
 
 
 def test_preset_fills_every_size() -> None:

@@ -9,7 +9,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from seqlen_curriculum.errors import ConfigError
-from seqlen_curriculum.schedule.adjusted_pacing import bucketed
 from seqlen_curriculum.schedule.pacing import Custom, Discrete, Mixed, Root
 
 
@@ -100,43 +99,6 @@ def test_mixed_equals_repeating_its_list(turns, last_step):
     assert lengths[np.searchsorted(first_steps, np.arange(1, last_step + 1), side="right") - 1].tolist() == expected
 
 
-@pytest.mark.parametrize(
-    ("pacing", "bucket", "expected"),
-    [
-        (Discrete((8, 70, 100, 64, 99), (1, 2, 3, 4)), 64, [64, 64, 100, 64, 64]),  # 100 is the longest, 99 is not
-        (Discrete((8, 70, 100, 64, 99), (1, 2, 3, 4)), 1, [8, 70, 100, 64, 99]),
-        (Mixed((130, 1000), (2, 1)), 64, [192, 192, 1000, 192, 192]),  # never below 130: up to 192
-        (Custom(8, 100, 1, function=lambda step: 20 * step), 32, [32, 32, 32, 64, 100]),
-        (Root(8, 100, 8, 5), 48, [48, 48, 48, 48, 100]),  # 26.4, 44.8, 63.2, 81.6 of the ramp
-        (Discrete((100,), ()), 64, [100] * 5),  # nothing to round: the longest stays
-    ],
-)
-def test_bucketed_by_hand(pacing, bucket, expected):
-    assert bucketed(pacing, bucket)(np.arange(1, 6)).tolist() == expected
-
-
-def test_no_bucket_is_no_change():
-    pacing = Root(8, 64, 8, 10)
-    assert bucketed(pacing, None) is pacing
-
-
-@pytest.mark.parametrize(
-    ("pacing", "bucket", "message"),
-    [
-        (Root(8, 100, 8, 10), 101, "training.seqlen_bucket: 101 is above the longest length 100"),
-        (Discrete((100,), ()), 101, "training.seqlen_bucket: 101 is above the longest length 100"),
-        (
-            Mixed((70, 100), (1, 1)),
-            64,
-            "training.seqlen_bucket: 64 lifts the shortest length 70 to 128, above the longest 100",
-        ),
-    ],
-)
-def test_a_bucket_that_leaves_no_length_is_an_error(pacing, bucket, message):
-    with pytest.raises(ConfigError, match=message):
-        bucketed(pacing, bucket)
-
-
 def test_custom_is_clamped_and_rounded():
     pacing = Custom(8, 64, 8, function=lambda step: [-5, 0, 13.9, 63, 64, 1e300][step])
     assert pacing(np.arange(6)).tolist() == [8, 8, 8, 56, 64, 64]
@@ -205,25 +167,3 @@ def test_every_ramp_is_what_a_custom_function_of_it_would_be(ramp):
     custom = Custom(ramp.min_difficulty, ramp.max_difficulty, ramp.difficulty_step, function=lambda step: ramp(step))
     steps = np.arange(0, 20)
     assert np.array_equal(custom(steps), ramp(steps))
-
-
-@given(ramps, st.data())
-def test_a_bucketed_ramp_keeps_its_promises(ramp, data):
-    bucket = data.draw(
-        st.integers(1, max(ramp.max_difficulty // 2, 1)).filter(
-            lambda n: -(-ramp.lowest // n) * n <= ramp.max_difficulty
-        )
-    )
-    pacing = bucketed(ramp, bucket)
-    first_steps, _ = ramp.changes(0)
-    steps = np.unique([*first_steps, *(first_steps[1:] - 1), ramp.total_steps + 1])
-    before, lengths = ramp(steps), pacing(steps)
-    assert np.all((lengths % bucket == 0) | (lengths == ramp.max_difficulty))
-    assert np.all((lengths <= before) | (lengths == pacing.lowest))
-    assert np.all((before - lengths < bucket) & (np.diff(lengths, prepend=0) >= 0))
-    assert np.all(lengths >= ramp.lowest)
-    assert pacing(ramp.total_steps) == ramp.max_difficulty
-    assert (pacing.settles_at, pacing.highest) == (ramp.total_steps, ramp.max_difficulty)
-    changed_at, changed_to = pacing.changes(0)
-    assert np.array_equal(pacing(changed_at), changed_to)
-    assert np.array_equal(pacing(changed_at[1:] - 1), changed_to[:-1])

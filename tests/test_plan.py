@@ -91,9 +91,9 @@ def test_segments_and_recycling():
     assert (summary["steps"], summary["consumed_tokens"], summary["full_length_step"]) == (5, 88, 4)
     assert (summary["sample_tokens"], summary["leftover_tokens"], summary["shapes"]) == (100, 12, 3)
     assert "dropped_tokens" not in summary
-    told = describe(summary)
-    assert "tokens of samples 100, read later 12 (12.0%)" in told
-    assert "rows of a step    6 to 2, 3 shapes" in told
+    text = describe(summary)
+    assert "tokens of samples 100, read later 12 (12.0%)" in text
+    assert "rows of a step    6 to 2, 3 shapes" in text
 
 
 def test_json_on_the_command_line():
@@ -134,8 +134,8 @@ def test_plans_side_by_side(tmp_path):
     result = run_plan("--compare", *files, "--json", "--at", 5)
     assert [plan_["steps"] for plan_ in json.loads(result.stdout).values()] == [300_000, 330_000]
     for arguments, problem in (
-        ([], "FILE, --compare: give one of them"),
-        ([files[0], "--compare", *files], "FILE, --compare: give one of them"),
+        ([], "FILE, --compare: give either"),
+        ([files[0], "--compare", *files], "FILE, --compare: give either"),
         (["--compare", *files, files[0]], "is given twice; name each once"),
     ):
         result = run_plan(*arguments)
@@ -215,12 +215,12 @@ def test_compute_is_compared_with_the_full_length_of_the_data():
         (["nowhere.json"], "nowhere.json: can't be read"),
         (["configs/tiny_cpu.json", "--set", "model.preset=gpt3-1b"], "did you mean 'gpt3-1.3b'?"),
         (["configs/tiny_cpu.json", "--at", "0"], "--at: 0 is not a step"),
-        (["configs/tiny_cpu.json", "--at", "611"], "--at: 611 is not a step of this run; its steps are 1 to 610"),
+        (["configs/tiny_cpu.json", "--at", "611"], "--at: 611 is not a step of this run; give steps from 1 to 610"),
         (["configs/tiny_cpu.json", "--png", "plan.foo"], "--png plan.foo: not the name of a picture"),
         (["configs/tiny_cpu.json", "--png", "/dev/null/plan.png"], "--png /dev/null: can't be written to"),
     ],
 )
-def test_mistakes_are_told_in_one_line(arguments, message):
+def test_mistakes_are_reported_in_one_line(arguments, message):
     result = run_plan(*arguments)
     assert result.returncode == 1
     assert result.stderr.startswith("error: ")

@@ -1,4 +1,4 @@
-"""DeepSpeed's block and DeepSpeed's scheduler class: what is accepted, what is refused, and the old methods."""
+"""The methods of DeepSpeed's scheduler class, and the lengths of every schedule type that a block may name."""
 
 import copy
 
@@ -132,7 +132,7 @@ def test_custom_set_on_the_scheduler():
         scheduler.get_difficulty(1)
     scheduler.set_custom_get_difficulty(lambda step: 10 * step)
     assert [scheduler.get_difficulty(t) for t in (0, 1, 500)] == [8, 10, 1024]
-    with pytest.raises(ConfigError, match="takes no function"):
+    with pytest.raises(ConfigError, match="schedule_type: 'fixed_linear'"):
         CurriculumScheduler(LINEAR).set_custom_get_difficulty(lambda _step: 8)
 
 
@@ -146,85 +146,6 @@ def test_a_ramp_in_tokens_or_as_a_fraction_needs_the_run():
     assert CurriculumScheduler(tokens, rows=1).pacing.settles_at == 127
     scheduler = CurriculumScheduler(fraction, rows=1, train_tokens=10_000_000)
     assert scheduler.pacing.settles_at == int(0.3 * Timeline(scheduler.pacing, 1, 10_000_000).steps)
-
-
-BAD = {
-    "length 0": (block(min_difficulty=0), "min_difficulty: 0 is not valid"),
-    "negative length": (block(min_difficulty=-3), "min_difficulty: -3 is not valid"),
-    "empty ramp": (block({"total_curriculum_step": 0, "difficulty_step": 8}), "total_curriculum_step: 0 is not valid"),
-    "no rung": (block({"total_curriculum_step": 9, "difficulty_step": 0}), "difficulty_step: 0 is not valid"),
-    "min above max": (block(min_difficulty=2048), "min_difficulty 2048 is above max_difficulty 1024"),
-    "rung above max": (
-        block({"total_curriculum_step": 9, "difficulty_step": 2000}),
-        "difficulty_step 2000 lifts min_difficulty 8 to 2000, above max_difficulty 1024",
-    ),
-    "negative root": (
-        block({**LINEAR["schedule_config"], "root_degree": -1}, schedule_type="fixed_root"),
-        "root_degree: -1 is not valid",
-    ),
-    "root missing": (block(schedule_type="fixed_root"), "root_degree: required"),
-    "typo": (
-        block({"total_curriculum_steps": 9, "difficulty_step": 8}),
-        "unknown key; did you mean 'total_curriculum_step'?",
-    ),
-    "unknown type": (block(schedule_type="linear"), "did you mean 'fixed_linear'?"),
-    "no type": ({"min_difficulty": 8}, "schedule_type: required"),
-    "other metric": (block(curriculum_type="vocab"), "curriculum_type: 'vocab' is not valid"),
-    "string number": (block(min_difficulty="8"), "min_difficulty: '8' is not valid"),
-    "boolean number": (block(min_difficulty=True), "min_difficulty: True is not valid"),
-    "half a token": (block(min_difficulty=8.5), "min_difficulty: 8.5 is not valid"),
-    "two durations": (
-        block({"total_curriculum_step": 9, "curriculum_fraction": 0.3, "difficulty_step": 8}),
-        "total_curriculum_step and curriculum_fraction are given; give exactly one",
-    ),
-    "no duration": (block({"difficulty_step": 8}), "none is given; give exactly one"),
-    "fraction above 1": (
-        block({"curriculum_fraction": 1.5, "difficulty_step": 8}),
-        "curriculum_fraction: 1.5 is not valid",
-    ),
-    "stages don't match": (
-        block({"difficulty": [8, 16], "max_step": [5, 10]}, schedule_type="fixed_discrete"),
-        "difficulty has 2 entries and max_step 2",
-    ),
-    "stages go back": (
-        block({"difficulty": [8, 16, 32], "max_step": [10, 10]}, schedule_type="fixed_discrete"),
-        "does not increase",
-    ),
-    "stage outside": (
-        block({"difficulty": [8, 4096], "max_step": [10]}, schedule_type="fixed_discrete"),
-        r"\[4096\] lie outside min_difficulty 8 to max_difficulty 1024",
-    ),
-    "turns don't match": (
-        block({"difficulty": [8, 16], "steps": [5]}, schedule_type="fixed_mixed"),
-        "difficulty has 2 entries and steps 1; give each length its steps",
-    ),
-    "turn outside": (
-        block({"difficulty": [4, 16], "steps": [5, 5]}, schedule_type="fixed_mixed"),
-        r"\[4\] lie outside min_difficulty 8 to max_difficulty 1024",
-    ),
-    "turn of no steps": (
-        block({"difficulty": [8, 16], "steps": [5, 0]}, schedule_type="fixed_mixed"),
-        "steps.1: 0 is not valid",
-    ),
-    "empty turns": (block({"difficulty": [], "steps": []}, schedule_type="fixed_mixed"), "difficulty: "),
-    "empty stages": (block({"difficulty": [], "max_step": []}, schedule_type="fixed_discrete"), "difficulty: "),
-    "no such function": (block({"function": "math:nothing"}, schedule_type="custom"), "can't be imported"),
-    "not a function": (block({"function": "math:pi"}, schedule_type="custom"), "is a float, not a function"),
-    "not a path": (block({"function": "math"}, schedule_type="custom"), "write 'package.module:function'"),
-}
-
-
-@pytest.mark.parametrize(("bad", "message"), BAD.values(), ids=BAD)
-def test_malformed_blocks_are_refused_by_name(bad, message):
-    with pytest.raises(ConfigError, match=message):
-        CurriculumScheduler(bad)
-
-
-def test_all_problems_are_reported_at_once():
-    with pytest.raises(ConfigError) as caught:
-        CurriculumScheduler(block({"difficulty_steps": 8}, min_difficulty=0, colour="red"))
-    assert len(caught.value.problems) == 4
-    assert "4 problems" in str(caught.value)
 
 
 numbers = st.integers(-2, 40) | st.floats(-2, 40) | st.sampled_from([10**6, True, "8", None])

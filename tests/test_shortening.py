@@ -1,10 +1,8 @@
-"""What a length makes of a sample, by hand."""
+"""How a sample is shortened to a length, by hand."""
 
 import numpy as np
 import pytest
 
-from seqlen_curriculum.errors import ConfigError
-from seqlen_curriculum.schedule.curriculum_config import parse_curriculum
 from seqlen_curriculum.schedule.pacing import Discrete, Root
 from seqlen_curriculum.schedule.shortening import TRUNCATE, Shortening
 from seqlen_curriculum.schedule.timeline import Timeline, ramp_steps_for_fraction, ramp_steps_for_tokens
@@ -77,25 +75,3 @@ def test_ramps_given_in_tokens_and_as_a_share_count_the_tokens_of_the_method():
         assert steps <= 0.5 * Timeline(ramp(steps), 2, 1000, shortening).steps
         assert steps + 1 > 0.5 * Timeline(ramp(steps + 1), 2, 1000, shortening).steps
     assert ramp_steps_for_tokens(ramp, 2, 99, Shortening("window", 10)) == 5  # 20 tokens a step
-
-
-def _block(**changes):
-    return {
-        "enabled": True,
-        "curriculum_type": "seqlen",
-        "min_difficulty": 8,
-        "max_difficulty": 64,
-        "schedule_type": "fixed_linear",
-        "schedule_config": {"total_curriculum_step": 10, "difficulty_step": 8},
-        **changes,
-    }
-
-
-def test_the_method_in_the_block():
-    assert parse_curriculum(_block()).shortening() == Shortening("truncate", 64)
-    assert parse_curriculum(_block(method="segment")).shortening(128) == Shortening("segment", 128)
-    assert parse_curriculum(_block(method="window", restart_positions=True)).restart_positions
-    with pytest.raises(ConfigError, match=r"curriculum_learning.method: 'windows' is not valid: .*'truncate'"):
-        parse_curriculum(_block(method="windows"))
-    with pytest.raises(ConfigError, match=r'restart_positions: true goes with method "window"'):
-        parse_curriculum(_block(method="segment", restart_positions=True))

@@ -1,30 +1,32 @@
-"""What engines can't do together, and degrees that don't divide: told from the configuration alone."""
+"""Combinations of engines, models and degrees that can't train, found from the configuration alone."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 from seqlen_curriculum.config.deepspeed import DeepSpeedKeys
 from seqlen_curriculum.config.model import ModelConfig
 from seqlen_curriculum.schedule.shortening import Method
 
-__all__ = ["engine_problems", "length_problems"]
+__all__ = ["EngineChecks", "engine_problems", "length_problems"]
 
 
 def engine_problems(keys: DeepSpeedKeys, model: ModelConfig | None, compiled: bool, method: Method) -> list[str]:
-    """One line for each reason why this model could not be trained so; ``compiled`` is ``training.compile``."""
+    """Return one line per reason why this model can't be trained as configured; ``compiled`` is ``training.compile``."""
+    checks = EngineChecks(keys, model, compiled, method)
     return [
-        *_precision(keys),
-        *_pipeline(keys, model),
-        *_tensor(keys, model),
-        *_heads(keys, model),
-        *(_compiled(keys, method) if compiled else ()),
-        *_other_than_gpt2(keys, model, compiled, method),
+        *checks.precision(),
+        *checks.pipeline(),
+        *checks.tensor_parallel(),
+        *checks.heads(),
+        *checks.compilation(),
+        *checks.architecture(),
     ]
 
 
 def length_problems(keys: DeepSpeedKeys, lengths: Sequence[int]) -> list[str]:
-    """Of the lengths that a run trains and evaluates at: those that can't be cut over the ranks of a sequence."""
+    """Return a problem if some of the ``lengths`` of a run don't divide over the ranks that share a sequence."""
     degree = keys.sequence_ranks
     ragged = [length for length in lengths if length % degree]
     if not ragged:
@@ -36,75 +38,99 @@ def length_problems(keys: DeepSpeedKeys, lengths: Sequence[int]) -> list[str]:
     ]
 
 
-def _precision(keys: DeepSpeedKeys) -> Iterator[str]:
-    enabled = keys.enabled_precisions
-    if len(enabled) > 1:
-        told = " and ".join(f"{name}.enabled" for name in enabled)
-        yield f"{told}: a run has one precision; keep one of them"
+@dataclass(frozen=True)
+class EngineChecks:
+    """The checks of one run; each method yields one line per problem."""
 
+    keys: DeepSpeedKeys
+    model: ModelConfig | None
+    compiled: bool
+    """``training.compile``."""
+    method: Method
 
-def _pipeline(keys: DeepSpeedKeys, model: ModelConfig | None) -> Iterator[str]:
-    stages = keys.pipeline_stages
-    if stages == 1:
-        return
-    if model and stages > model.num_layers:
-        yield f"pipeline.stages: {stages} is above model.num_layers {model.num_layers}; every stage needs a layer, lower it"
-    if keys.zero_stage >= 2:
-        yield f"zero_optimization.stage: {keys.zero_stage} doesn't work in a pipeline (pipeline.stages {stages}); set 0 or 1"
-    if keys.zero_stage == 0 and set(keys.enabled_precisions) & {"bf16", "fp16"}:
-        yield "zero_optimization.stage: half precision in a pipeline needs stage 1, whose checkpoints DeepSpeed can load"
-    for name, degree in keys.degrees.items():
-        if name != "pipeline.stages" and degree > 1:
-            yield f"{name}: {degree} doesn't work together with pipeline.stages {stages}; set one of them to 1"
+    @property
+    def is_half_without_zero(self) -> bool:
+        """Whether 16-bit weights are trained without ZeRO."""
+        return self.keys.zero_stage == 0 and bool({"bf16", "fp16"} & set(self.keys.enabled_precisions))
 
+    def precision(self) -> Iterator[str]:
+        enabled = self.keys.enabled_precisions
+        if len(enabled) > 1:
+            names = " and ".join(f"{name}.enabled" for name in enabled)
+            yield f"{names}: a run has one precision; keep one of them"
 
-def _tensor(keys: DeepSpeedKeys, model: ModelConfig | None) -> Iterator[str]:
-    section, degree = keys.tensor_parallel, keys.tensor_parallel_size
-    if section is None or degree == 1:
-        return
-    if keys.zero_stage == 0 and set(keys.enabled_precisions) & {"bf16", "fp16"}:
-        yield (
-            f"zero_optimization.stage: half precision with tensor_parallel.autotp_size {degree} needs stage 1; without ZeRO "
-            "DeepSpeed clips by a norm that leaves out the other ranks' weights"
-        )
-    if keys.sequence_ranks > 1:
-        yield (
-            f"tensor_parallel.autotp_size: {degree} doesn't work together with sequence_parallel_size "
-            f"{keys.sequence_parallel_size}; set one of them to 1"
-        )
-    for name in ("partition_config", "preset_model"):
-        if model and getattr(section, name) is not None:
-            yield f"tensor_parallel.{name}: the model section's GPT-2 is cut in a way of its own; leave it out"
+    def pipeline(self) -> Iterator[str]:
+        stages, zero_stage = self.keys.pipeline_stages, self.keys.zero_stage
+        if stages == 1:
+            return
+        if self.model and stages > self.model.num_layers:
+            yield (
+                f"pipeline.stages: {stages} is above model.num_layers {self.model.num_layers}, and every stage needs a "
+                "layer; lower it"
+            )
+        if zero_stage >= 2:  # DeepSpeed's pipeline engine accumulates whole gradients, which ZeRO-2 and 3 divide
+            yield f"zero_optimization.stage: {zero_stage} doesn't work with pipeline.stages {stages}; set it to 0 or 1"
+        if self.is_half_without_zero:
+            yield (
+                f"zero_optimization.stage: half precision with pipeline.stages {stages} needs stage 1, whose checkpoints "
+                "DeepSpeed can load; set it to 1"
+            )
+        for name, degree in self.keys.degrees.items():
+            if name != "pipeline.stages" and degree > 1:
+                yield f"{name}: {degree} doesn't work together with pipeline.stages {stages}; set one of them to 1"
 
+    def tensor_parallel(self) -> Iterator[str]:
+        section, degree = self.keys.tensor_parallel, self.keys.tensor_parallel_size
+        if section is None or degree == 1:
+            return
+        if self.is_half_without_zero:
+            yield (
+                f"zero_optimization.stage: half precision with tensor_parallel.autotp_size {degree} needs stage 1, because "
+                "without ZeRO DeepSpeed clips by a norm that omits the other ranks' weights; set it to 1"
+            )
+        if self.keys.sequence_ranks > 1:
+            yield (
+                f"tensor_parallel.autotp_size: {degree} doesn't work together with sequence_parallel_size "
+                f"{self.keys.sequence_parallel_size}; set one of them to 1"
+            )
+        for name in ("partition_config", "preset_model"):
+            value = getattr(section, name)
+            if self.model and value is not None:
+                yield (
+                    f"tensor_parallel.{name}: {value!r} isn't used, because the model section's GPT-2 has its own "
+                    "partitioning; remove it"
+                )
 
-def _heads(keys: DeepSpeedKeys, model: ModelConfig | None) -> Iterator[str]:
-    for name, degree in keys.degrees.items():
-        if model and name != "pipeline.stages" and model.num_attention_heads % degree:
-            heads = model.num_attention_heads
-            yield f"{name}: {degree} doesn't divide the {heads} heads of model.num_attention_heads; give a divisor"
+    def heads(self) -> Iterator[str]:
+        # Tensor-parallel ranks divide the heads of each layer. Ulysses ranks divide the sequence, but exchange it for
+        # heads in attention: with 12 heads over 4 ranks each computes 3 heads of the whole sequence.
+        for name, degree in self.keys.degrees.items():
+            if self.model and name != "pipeline.stages" and self.model.num_attention_heads % degree:
+                yield (
+                    f"{name}: {degree} doesn't divide the {self.model.num_attention_heads} heads of "
+                    "model.num_attention_heads; set it to a divisor"
+                )
 
+    def compilation(self) -> Iterator[str]:
+        if self.compiled and self.method == "window":
+            yield (
+                'training.compile: true compiles one graph per length with curriculum_learning.method "window"; set it to '
+                'false, or method to "segment"'
+            )
+        if self.compiled and self.keys.zero_stage == 3:
+            yield (
+                "training.compile: true doesn't work with zero_optimization.stage 3, which gathers weights inside every "
+                "block and so breaks it into dozens of graphs; set the stage to 2 or compile to false"
+            )
 
-def _compiled(keys: DeepSpeedKeys, method: Method) -> Iterator[str]:
-    if method == "window":
-        yield (
-            'training.compile: each length of curriculum_learning.method "window" would be a graph of its own; set compile '
-            'to false, or method to "segment"'
-        )
-    if keys.zero_stage == 3:
-        yield (
-            "training.compile: ZeRO-3 gathers weights inside every block, which breaks it into dozens of graphs; set "
-            "zero_optimization.stage to 2 or compile to false"
-        )
-
-
-def _other_than_gpt2(keys: DeepSpeedKeys, model: ModelConfig | None, compiled: bool, method: Method) -> Iterator[str]:
-    if model is None or model.initial is None or model.is_gpt2:
-        return
-    told = f"a {model.initial.model_type} (model.hf_checkpoint), only a GPT-2"
-    for name, degree in keys.degrees.items():
-        if degree > 1:
-            yield f"{name}: {degree} can't cut {told}; set it to 1: ZeRO 0 to 3 and offload train every model"
-    if compiled:
-        yield f"training.compile: can't compile {told}; set it to false"
-    if method == "window":
-        yield f'curriculum_learning.method: "window" can\'t be put into {told}; set it to "truncate" or "segment"'
+    def architecture(self) -> Iterator[str]:
+        if self.model is None or self.model.initial is None or self.model.is_gpt2:
+            return
+        model = f"the {self.model.initial.model_type} of model.hf_checkpoint, only with a GPT-2"
+        for name, degree in self.keys.degrees.items():
+            if degree > 1:
+                yield f"{name}: {degree} doesn't work with {model}; set it to 1 (ZeRO 0 to 3 and offload train every model)"
+        if self.compiled:
+            yield f"training.compile: true doesn't work with {model}; set it to false"
+        if self.method == "window":
+            yield f'curriculum_learning.method: "window" doesn\'t work with {model}; set it to "truncate" or "segment"'

@@ -1,11 +1,11 @@
-"""The ``data`` section of a run's file: which corpora, in which proportions, cut how."""
+"""The ``data`` section: which corpora are read, in which proportions, and the full length of a sample."""
 
 from __future__ import annotations
 
 import os
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from seqlen_curriculum.fields import Section, Seqlen
 
@@ -13,66 +13,61 @@ __all__ = ["DataConfig", "corpus_prefix"]
 
 
 def corpus_prefix(path: str | os.PathLike[str]) -> str:
-    """``path`` without a ``.bin`` or ``.idx`` at its end."""
+    """Return ``path`` without a ``.bin`` or ``.idx`` at its end."""
     name = os.fspath(path)
     return name[:-4] if name.endswith((".bin", ".idx")) else name
 
 
 def _corpora(value: object) -> list[str] | list[tuple[float, str]]:
-    """``["wiki", ...]`` as it is, ``[[0.7, "wiki"], ...]`` with tuples for pairs; ValueError for anything else."""
+    """Return ``["wiki", ...]`` unchanged and the pairs of ``[[0.7, "wiki"], ...]`` as tuples. Raises ValueError."""
+    # Checked by hand, because pydantic reports a mistake in a union of lists once for each of its members.
     if not isinstance(value, list) or not value or not all(isinstance(item, (str, list)) for item in value):
         raise ValueError(f"{value!r} is not valid: give a list of corpus prefixes, or of [weight, prefix] pairs")
     if all(isinstance(item, str) for item in value):
         return value
     for item in value:
-        pair = isinstance(item, list) and len(item) == 2 and isinstance(item[1], str)
-        number = pair and isinstance(item[0], (int, float)) and not isinstance(item[0], bool)
-        if not number or not 0 < item[0] < 1e15:
+        is_pair = isinstance(item, list) and len(item) == 2 and isinstance(item[1], str)
+        has_number = is_pair and isinstance(item[0], (int, float)) and not isinstance(item[0], bool)
+        if not has_number or not 0 < item[0] < 1e15:
             raise ValueError(
-                f"{item!r} is no [weight, prefix] with a weight above 0; give every corpus one, as in "
-                '[[0.7, "wiki"], [0.3, "books"]], or none'
+                f"{item!r} is not a [weight, prefix] pair with a weight above 0; give every corpus a weight, as in "
+                '[[0.7, "wiki"], [0.3, "books"]], or give none'
             )
     return [(float(weight), prefix) for weight, prefix in value]
-
-
-def _some(prefixes: list[str]) -> list[str]:
-    if not prefixes:
-        raise ValueError("[] names no corpus; name one, or leave the key out")
-    return prefixes
 
 
 class DataConfig(Section):
     """The ``data`` section."""
 
     train: Annotated[list[str] | list[tuple[float, str]], BeforeValidator(_corpora)]
-    """Prefixes of Megatron ``.bin/.idx`` pairs; several are read as one corpus, each weighing by its size. Or
+    """Prefixes of Megatron ``.bin/.idx`` pairs; several are read as one corpus, in proportion to their sizes. Or
     ``[[weight, prefix], ...]``: samples are taken in proportion to the weights, whatever the sizes."""
     seq_length: Seqlen
     """Full length of a sample in tokens."""
     split: str = Field(default="949,50,1", pattern=r"^\s*(\d+\.?\d*|\.\d+)(\s*[,/]\s*(\d+\.?\d*|\.\d+)){0,2}\s*$")
     """Shares of the documents for training, validation and test, as in Megatron."""
-    valid: Annotated[list[str], AfterValidator(_some)] | None = None
-    """Prefixes of corpora for validation alone; those of ``train`` are then read whole and ``split`` isn't used."""
-    test: Annotated[list[str], AfterValidator(_some)] | None = None
-    """Prefixes of corpora for testing alone, instead of the last share of ``split``."""
+    valid: Annotated[list[str], Field(min_length=1)] | None = None
+    """Prefixes of corpora for validation only. The corpora of ``train`` are then read whole and ``split`` isn't used."""
+    test: Annotated[list[str], Field(min_length=1)] | None = None
+    """Prefixes of corpora for testing only, instead of the last share of ``split``."""
     leftovers: Literal["drop", "recycle"] = "drop"
-    """What becomes of the tokens that a cut leaves over: ``drop``, as in the paper; ``recycle``: read as further samples
-    before the next epoch begins, so that fewer than ``seq_length`` tokens an epoch are lost."""
+    """What happens to the tokens that shortening leaves over. ``drop`` skips them, as in the paper. ``recycle`` reads them
+    as further samples before the next epoch begins, so that fewer than ``seq_length`` tokens per epoch are lost."""
 
     @model_validator(mode="after")
     def _each_corpus_once(self) -> DataConfig:
-        seen: dict[str, str] = {}
+        seen: dict[str, str] = {}  # real path to key: "wiki", "./wiki.bin" and a link to either are one corpus
         for name, prefixes in (("train", self.prefixes), ("valid", self.valid or []), ("test", self.test or [])):
             for prefix in prefixes:
                 place = os.path.realpath(corpus_prefix(prefix))
                 if seen.get(place) == name:
-                    raise ValueError(f"{name} names {prefix!r} twice; each corpus is read once an epoch, so keep one")
+                    raise ValueError(f"{name} names {prefix!r} twice; each corpus is read once per epoch, so keep one")
                 if place in seen:
                     raise ValueError(f"{name} names {prefix!r}, which {seen[place]} names too; keep it in one of them")
                 seen[place] = name
         if self.valid is not None and "split" in self.model_fields_set:
             raise ValueError(
-                f'split: "{self.split}" isn\'t used where valid names corpora of its own; leave one of them out'
+                f'split: "{self.split}" isn\'t used where valid names corpora of its own; remove one of them'
             )
         return self
 
@@ -83,6 +78,6 @@ class DataConfig(Section):
 
     @property
     def weights(self) -> list[float] | None:
-        """Their weights as written; None where sizes decide."""
+        """The weights of the training corpora as written; None if their sizes decide."""
         pairs = [item[0] for item in self.train if not isinstance(item, str)]
         return pairs or None

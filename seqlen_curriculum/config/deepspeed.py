@@ -1,11 +1,10 @@
-"""DeepSpeed's own keys that a run is planned from: checked here, so that a mistake shows before any work is done.
+"""The DeepSpeed keys that a run is planned from, checked before any work begins.
 
-Every other key of DeepSpeed's is handed on as it is, and its values are DeepSpeed's to judge.
+All other keys are passed to DeepSpeed unchanged, which checks their values itself.
 """
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Mapping
 from typing import Annotated, Any
@@ -13,25 +12,29 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
 from seqlen_curriculum.errors import ConfigError
-from seqlen_curriculum.fields import Count, CountOrZero, Section
+from seqlen_curriculum.fields import Count, CountOrZero, Section, suggest
 
 __all__ = ["DeepSpeedKeys", "batch_shape", "with_bf16", "without_max_grad_norm"]
 
 
 class _Open(Section):
-    """A section of DeepSpeed's: keys that aren't declared are kept."""
+    """A section of DeepSpeed's: keys that aren't declared here are kept."""
 
     model_config = ConfigDict(extra="allow")
 
 
 class _Nested(_Open):
+    """A section below the top level: an undeclared key that resembles a declared one is an error."""
+
     @model_validator(mode="before")
     @classmethod
     def _not_misspelt(cls, data: Any) -> Any:
-        for name in data if isinstance(data, dict) else ():
-            meant = difflib.get_close_matches(str(name), cls.model_fields, n=1, cutoff=0.85)
-            if meant and name not in cls.model_fields:
-                raise ValueError(f"{name} is unknown; did you mean '{meant[0]}'?")
+        # The cutoff is high, because most of DeepSpeed's keys aren't declared here and must pass unchanged.
+        undeclared = [name for name in data if name not in cls.model_fields] if isinstance(data, dict) else []
+        for name in undeclared:
+            meant = suggest(str(name), cls.model_fields, cutoff=0.85)
+            if meant:
+                raise ValueError(f"{name} is unknown; did you mean '{meant}'?")
         return data
 
 
@@ -54,6 +57,7 @@ class _Zero(_Nested):
 
 
 class _Pipeline(_Nested):
+    # "auto" is DeepSpeed's default, which is no pipeline here.
     stages: Annotated[Count, BeforeValidator(lambda value: 1 if value == "auto" else value)] = 1
 
 
@@ -65,7 +69,7 @@ class _TensorParallel(_Nested):
 
 
 class DeepSpeedKeys(_Open):
-    """The part of a DeepSpeed config that this package reads."""
+    """The keys of a DeepSpeed config that this package reads."""
 
     train_batch_size: Count | None = None
     """Rows of one optimizer step over all ranks: it fixes the run whatever the number of ranks."""
@@ -97,7 +101,7 @@ class DeepSpeedKeys(_Open):
 
     @property
     def pipeline_stages(self) -> int:
-        """Ranks that a model's layers are cut over; 1 where there is no pipeline."""
+        """Ranks that the layers of a model are divided over; 1 without a pipeline."""
         return self.pipeline.stages if self.pipeline else 1
 
     @property
@@ -112,7 +116,7 @@ class DeepSpeedKeys(_Open):
 
     @property
     def degrees(self) -> dict[str, int]:
-        """How many ranks share a model or a sequence, by the key that says so."""
+        """How many ranks share a model or a sequence, by the key that sets it."""
         return {
             "pipeline.stages": self.pipeline_stages,
             "tensor_parallel.autotp_size": self.tensor_parallel_size,
@@ -121,39 +125,44 @@ class DeepSpeedKeys(_Open):
 
     @property
     def model_cuts(self) -> dict[str, int]:
-        """Those of ``degrees`` that cut the model itself into parts."""
+        """Those of ``degrees`` above 1 that split the model itself."""
         return {key: degree for key, degree in self.degrees.items() if degree > 1 and key != "sequence_parallel_size"}
 
     @property
     def enabled_precisions(self) -> list[str]:
-        """The sections that switch a precision other than fp32 on."""
+        """The sections that enable a precision other than fp32."""
         sections = {"fp16": self.fp16, "bf16": self.bf16, "amp": self.amp, "torch_autocast": self.torch_autocast}
         return [name for name, section in sections.items() if section and section.get("enabled")]
 
     def data_ranks(self, world_size: int) -> int:
-        """Ranks that read rows of their own: all of them over those that share a model or a sequence. ConfigError."""
+        """Return the data-parallel ranks: all ranks over those that share a model or a sequence. Raises ConfigError."""
+        # 16 ranks with 4 pipeline stages: 4 ranks share a copy of the model and read the same rows, so 4 are data-parallel.
         ranks, ragged = divmod(world_size, math.prod(self.degrees.values()))
         if ragged:
-            told = " x ".join(f"{name} {degree}" for name, degree in self.degrees.items() if degree > 1)
-            raise ConfigError(f"{told}: doesn't divide the {world_size} ranks; start a multiple of it or lower it")
+            product = " x ".join(f"{name} {degree}" for name, degree in self.degrees.items() if degree > 1)
+            raise ConfigError(f"{product}: doesn't divide the {world_size} ranks; start a multiple of it or lower it")
         return ranks
 
 
 def batch_shape(keys: DeepSpeedKeys, world_size: int) -> tuple[int, int, int]:
-    """Rows of a rank, of a micro-batch, and micro-batches of a step, for ``world_size`` ranks. ConfigError.
+    """Return (rows per rank, rows per micro-batch, micro-batches per step) for ``world_size`` ranks. Raises ConfigError.
 
-    Ranks that share a model or a sequence count once.
+    Ranks that share a model or a sequence count once. DeepSpeed's rule, of which any part may be left out:
+    ``train_batch_size = train_micro_batch_size_per_gpu * gradient_accumulation_steps * data-parallel ranks``.
     """
     world_size = keys.data_ranks(world_size)
     micro, accumulation = keys.train_micro_batch_size_per_gpu, keys.gradient_accumulation_steps
+    # Without train_batch_size a missing part counts as 1.
     total = keys.train_batch_size or (micro or 1) * (accumulation or 1) * world_size
     rows, ragged = divmod(total, world_size)
     if ragged:
-        raise ConfigError(f"train_batch_size: {total} rows don't divide over {world_size} ranks; make it a multiple")
+        raise ConfigError(
+            f"train_batch_size: {total} rows don't divide over {world_size} ranks; use a multiple of {world_size}"
+        )
     if micro and accumulation and micro * accumulation != rows:
         raise ConfigError(
             f"gradient_accumulation_steps: {accumulation} x train_micro_batch_size_per_gpu {micro} x {world_size} ranks is "
-            f"{accumulation * micro * world_size}, not train_batch_size {total}; leave one of them out"
+            f"{accumulation * micro * world_size}, not train_batch_size {total}; remove one of them"
         )
     for key, value in (("train_micro_batch_size_per_gpu", micro), ("gradient_accumulation_steps", accumulation)):
         if value and rows % value:
@@ -161,21 +170,25 @@ def batch_shape(keys: DeepSpeedKeys, world_size: int) -> tuple[int, int, int]:
                 f"{key}: {value} doesn't divide the {rows} rows of a rank (train_batch_size {total} over {world_size} "
                 "ranks); give a divisor"
             )
+    # 64 rows per rank: micro-batches of 8 make 8 accumulation steps; without either key one micro-batch has all rows.
     micro = micro or rows // (accumulation or 1)
     return rows, micro, rows // micro
 
 
-def with_bf16(config: Mapping[str, Any], found: list[str]) -> dict[str, Any]:
-    """Move ``bfloat16``, DeepSpeed's older name, to ``bf16``."""
+def with_bf16(config: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
+    """Return ``config`` with ``bfloat16``, DeepSpeed's older name, as ``bf16``; add a problem if both are given."""
     if "bfloat16" not in config:
         return dict(config)
     if "bf16" in config:
-        found.append("bfloat16: DeepSpeed's older name of bf16, which is given too; keep the latter")
+        problems.append("bfloat16: DeepSpeed's older name of bf16, which is given too; keep the latter")
     return {**{name: value for name, value in config.items() if name != "bfloat16"}, "bf16": config["bfloat16"]}
 
 
-def without_max_grad_norm(config: Mapping[str, Any], found: list[str]) -> dict[str, Any]:
-    """Move ``optimizer.params.max_grad_norm``, which old files hold and DeepSpeed refuses, to ``gradient_clipping``."""
+def without_max_grad_norm(config: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
+    """Return ``config`` with ``optimizer.params.max_grad_norm`` as ``gradient_clipping``; add a problem if they differ.
+
+    DeepSpeed rejects ``max_grad_norm``, which old files still have.
+    """
     optimizer = config.get("optimizer")
     params = optimizer.get("params") if isinstance(optimizer, Mapping) else None
     if not isinstance(optimizer, Mapping) or not isinstance(params, Mapping) or "max_grad_norm" not in params:
@@ -183,8 +196,9 @@ def without_max_grad_norm(config: Mapping[str, Any], found: list[str]) -> dict[s
     norm = params["max_grad_norm"]
     clipping = config.get("gradient_clipping", norm)
     if clipping != norm:
-        found.append(
+        problems.append(
             f"optimizer.params.max_grad_norm: {norm} differs from gradient_clipping {clipping}; keep the latter"
         )
+    # Both are new mappings: the caller's file is never changed.
     rest = {name: value for name, value in params.items() if name != "max_grad_norm"}
     return {**config, "gradient_clipping": clipping, "optimizer": {**optimizer, "params": rest}}

@@ -1,6 +1,6 @@
-"""The shape of a model: presets, the ``model`` section, and what it counts to (parameters, FLOPs).
+"""The ``model`` section: presets, sizes, and the counts that follow from them (parameters, FLOPs).
 
-Needs no torch, so a run can be planned where no model could be built.
+Needs no torch, so a run can be planned on a machine that couldn't build the model.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pydantic import Field, model_validator
 from seqlen_curriculum.errors import CheckpointError, SeqlenCurriculumError
 from seqlen_curriculum.fields import Count, Section, Seqlen, nearest
 from seqlen_curriculum.run_folder.model_folder import SIZES, PretrainedModel, no_size, read_pretrained
+from seqlen_curriculum.schedule.piecewise import ceil_div
 
 if TYPE_CHECKING:
     import numpy as np
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["PRESETS", "VOCAB_MULTIPLE", "ModelConfig"]
 
 VOCAB_MULTIPLE = 128
-"""The head's width is rounded up to this, as in Megatron: 50257 words make 50304 rows, which tensor cores divide well."""
+"""The vocabulary is padded to a multiple of this, as in Megatron: 50257 tokens make 50304 rows, which suit tensor cores."""
 
 
 def _shape(
@@ -51,18 +52,18 @@ PRESETS: dict[str, dict[str, int]] = {
     "gpt3-125m": _shape(12, 768, 12, 2048),  # the paper's third model
     "gpt3-1.3b": _shape(24, 2048, 16, 2048),  # 16 heads of 128; the GPT-3 paper's 24 don't divide 2048
 }
-"""Name to shape. Parameter counts include the padding of the vocabulary."""
+"""Sizes by name. The parameter counts include the padding of the vocabulary."""
 
 
 class ModelConfig(Section):
-    """The ``model`` section: a preset, the five sizes, a preset with some of them overridden, or a model to go on from."""
+    """The ``model`` section: a preset, the five sizes, a preset with some sizes overridden, or a pretrained model."""
 
     preset: str | None = None
-    """A name of ``PRESETS``; it gives every size below that isn't written out."""
+    """A name in ``PRESETS``; it sets every size below that isn't written out."""
 
     hf_checkpoint: str | None = None
-    """Folder of a Hugging Face causal language model, ours or anybody's, whose architecture and weights training starts
-    from. It gives the five sizes; written out as well they must be the same."""
+    """Folder of any Hugging Face causal language model whose architecture and weights training starts from. It sets the
+    five sizes; those that are written out too must be the same."""
 
     num_layers: Count
     """Transformer blocks."""
@@ -80,24 +81,31 @@ class ModelConfig(Section):
     """Token ids the data uses, ``0`` to ``vocab_size - 1``; 50257 for GPT-2's BPE."""
 
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Probability, for embeddings, attention and residuals alike. The paper's Megatron recipe has 0.1. Of a GPT-2: others,
-    of ``hf_checkpoint``, have their own in their ``config.json``."""
+    """Probability for embeddings, attention and residuals of a GPT-2. The paper's Megatron recipe has 0.1. Other
+    architectures of ``hf_checkpoint`` have their own in ``config.json``."""
 
     activation_checkpointing: bool = False
-    """Keep only each block's input and recompute the rest in backward: less memory, about a third more compute."""
+    """Keep only each block's input and recompute the rest in the backward pass: less memory, about a third more compute."""
 
     @model_validator(mode="before")
     @classmethod
     def _fill_sizes(cls, data: Any) -> Any:
-        return _with_sizes_of_folder(_with_sizes_of_preset(data)) if isinstance(data, dict) else data
+        if not isinstance(data, dict):
+            return data
+        name = data.get("preset")
+        if isinstance(name, str):
+            if name not in PRESETS:
+                raise ValueError(f"preset '{name}' is unknown{nearest(name, PRESETS)}")
+            data = {**PRESETS[name], **data}  # a size that is written out overrides the preset's
+        return _with_sizes_of_folder(data)
 
     @model_validator(mode="after")
     def _dropout_is_known(self) -> ModelConfig:
         if self.dropout and not self.is_gpt2:
             assert self.initial is not None
             raise ValueError(
-                f"dropout {self.dropout} is not used by a {self.initial.model_type}, whose own is in its config.json; leave "
-                "it out"
+                f"dropout {self.dropout} is not used by a {self.initial.model_type}, which has its own in config.json; "
+                "remove the key"
             )
         return self
 
@@ -112,28 +120,29 @@ class ModelConfig(Section):
 
     @cached_property
     def initial(self) -> PretrainedModel | None:
-        """The model in ``hf_checkpoint``. CheckpointError, ConfigError if it has changed since."""
+        """The model in ``hf_checkpoint``. Raises CheckpointError, or ConfigError if it has changed since."""
         return read_pretrained(Path(self.hf_checkpoint)) if self.hf_checkpoint else None
 
     @property
     def is_gpt2(self) -> bool:
-        """Whether it is a GPT-2, which every engine trains; other architectures train data-parallel."""
+        """Whether the model is a GPT-2, which every engine trains. Other architectures train data-parallel only."""
         return self.initial is None or self.initial.is_plain_gpt2
 
     @property
     def padded_vocab_size(self) -> int:
-        """Rows of the word embedding and of the tied head: ``vocab_size`` rounded up to ``VOCAB_MULTIPLE``, of a GPT-2."""
+        """Rows of the word embedding and the tied head: for a GPT-2, ``vocab_size`` rounded up to ``VOCAB_MULTIPLE``."""
         if not self.is_gpt2:
             return self.vocab_size
-        return -(-self.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+        return ceil_div(self.vocab_size, VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
     def parameter_count(self) -> int:
-        """Exact number of trained parameters; the tied head counts once, padded vocabulary rows count."""
+        """Return the exact number of trained parameters. The tied head counts once; padded vocabulary rows count."""
         if self.initial is not None and not self.is_gpt2:
             return self.initial.parameter_count()
         width = self.hidden_size
         inner = (self.initial and self.initial.config.get("n_inner")) or 4 * width
-        # A block: qkv 3w^2+3w, projection w^2+w, MLP w*i+i and i*w+w, two layer norms 4w.
+        # A block: qkv 3w^2+3w, projection w^2+w, MLP w*i+i and i*w+w, two layer norms 4w. With w = 768 and i = 4w these
+        # are 12w^2 + 13w = 7,087,872; GPT-2 117M has 12 of them, 38.6M of words and 0.8M of positions: 124.5M in all.
         block = 4 * width**2 + 9 * width + 2 * width * inner + inner
         embeddings = (self.padded_vocab_size + self.max_position_embeddings) * width
         return embeddings + self.num_layers * block + 2 * width  # + the last layer norm
@@ -143,12 +152,14 @@ class ModelConfig(Section):
     @overload
     def flops_per_token(self, seqlen: NDArray[Any]) -> NDArray[np.float64]: ...
     def flops_per_token(self, seqlen: Any) -> Any:
-        """Training FLOPs (forward and backward) of one token in a sequence of ``seqlen`` tokens; arrays elementwise.
+        """Return the training FLOPs (forward and backward) of one token in a sequence of ``seqlen`` tokens, elementwise.
 
         ``6 N + 12 num_layers hidden_size seqlen`` (PaLM, appendix B; Megatron's formula to within biases). ``N`` leaves
         out position embeddings, which are looked up, and counts the word embedding once, for the head's product.
-        Attention counts as if not causal, as both do; recomputation for activation checkpointing is not counted.
+        Attention counts as if it were not causal, as in both sources. Recomputation for activation checkpointing doesn't
+        count.
         """
+        # GPT-2 117M at seqlen 1024: 6 * (124.5M - 0.8M) + 12 * 12 * 768 * 1024 = 742M + 113M = 855M FLOPs per token.
         looked_up = self.max_position_embeddings * self.hidden_size
         if self.initial is not None and not self.is_gpt2:
             looked_up = self.initial.looked_up_count()
@@ -156,36 +167,29 @@ class ModelConfig(Section):
         return 6.0 * multiplied + 12.0 * self.num_layers * self.hidden_size * seqlen
 
 
-def _with_sizes_of_preset(data: dict[str, Any]) -> dict[str, Any]:
-    name = data.get("preset")
-    if not isinstance(name, str):
-        return data
-    if name not in PRESETS:
-        raise ValueError(f"preset '{name}' is unknown{nearest(name, PRESETS)}")
-    return {**PRESETS[name], **data}
-
-
 def _with_sizes_of_folder(data: dict[str, Any]) -> dict[str, Any]:
+    """Return a section with the sizes of its ``hf_checkpoint``. Raises ValueError for a size that differs or is missing."""
     path = data.get("hf_checkpoint")
     if not isinstance(path, str):
         return data
     if not path:
-        raise ValueError("hf_checkpoint: '' names no folder; name one, or leave it out for a new model")
+        raise ValueError("hf_checkpoint: '' names no folder; give one, or remove the key to start a new model")
     try:
-        found = read_pretrained(Path(path))
-        sizes = found.sizes()
+        pretrained = read_pretrained(Path(path))
+        sizes = pretrained.sizes()
     except CheckpointError as error:
-        more = "a run that began from a folder needs it, with its files, each time it goes on"
-        raise ValueError(f"hf_checkpoint: {error}; {more}") from error
+        reason = "a run that started from a folder needs its files each time it is resumed"
+        raise ValueError(f"hf_checkpoint: {error}; {reason}") from error
     except SeqlenCurriculumError as error:
         raise ValueError(f"hf_checkpoint: {error}") from error
+    # A size that config.json lacks may be written out in the section; one that both have must be the same in both.
     missing = [size for size in SIZES if size not in sizes and size not in data]
     if missing:
-        raise ValueError(f"hf_checkpoint: {path}: {no_size(missing[0], found.config)}")
+        raise ValueError(f"hf_checkpoint: {path}: {no_size(missing[0], pretrained.config)}")
     for size, value in sizes.items():
         if data.get(size, value) != value:
             raise ValueError(
-                f"{size}: {data[size]} is not that of hf_checkpoint {path}, {value}; leave out the size, and the preset "
-                "that gives it, or name another folder"
+                f"{size}: {data[size]} is not that of hf_checkpoint {path}, {value}; remove the size, and the preset that "
+                "sets it, or give another folder"
             )
     return {**data, **sizes}
