@@ -16,7 +16,8 @@ from seqlen_curriculum.errors import CheckpointError, ConfigError
 from seqlen_curriculum.export.model_card import Facts, model_card
 from seqlen_curriculum.files import move, new_folder
 from seqlen_curriculum.models.pretrained import copy_tokenizer, load_model, load_tokenizer, model_folder, quiet
-from seqlen_curriculum.run_folder.checkpoint_manifest import MANIFEST, Checkpoint, read_checkpoint
+from seqlen_curriculum.run_folder import MANIFEST
+from seqlen_curriculum.run_folder.checkpoint_manifest import Checkpoint, read_checkpoint
 from seqlen_curriculum.run_folder.model_folder import sizes_in
 
 __all__ = ["DTYPES", "export"]
