@@ -103,7 +103,13 @@ def test_no_run_writes_over_anothers_log(tmp_path, resume, start, log_begins, re
 
     if log_begins is not None:
         (tmp_path / "runlog.jsonl").write_text(json.dumps({"step": log_begins}) + "\n")
-    checkpoint = None if start is None else Checkpoint(tmp_path.parent / "elsewhere", start, 1, 0, {}, {})
+    checkpoint = (
+        None
+        if start is None
+        else Checkpoint(
+            folder=tmp_path.parent / "elsewhere", step=start, data_ranks=1, zero_stage=0, zero={}, run={}, files={}
+        )
+    )
     if refused:
         with pytest.raises(CheckpointError, match=f"began with step {log_begins}"):
             refuse_other_run(tmp_path, resume, checkpoint)

@@ -114,7 +114,7 @@ def test_sizes_that_contradict_name_both(folders):
     assert "hidden_size: 64 is not that of hf_checkpoint" in told
     assert ModelConfig.model_validate(section(folders / "llama", num_layers=2)).num_layers == 2
     told = refusal({"hf_checkpoint": str(folders / "bloom")})
-    assert "config.json tells no max_position_embeddings (as max_position_embeddings or n_positions" in told
+    assert "config.json has no max_position_embeddings (as max_position_embeddings or n_positions" in told
     assert "set model.max_position_embeddings" in told
 
 
@@ -132,7 +132,7 @@ def test_what_is_no_causal_language_model_is_refused(folders, tmp_path):
     config = json.loads((parts / "config.json").read_text())
     nested = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "text_config": config}
     (parts / "config.json").write_text(json.dumps(nested))
-    assert "tells no num_layers but in the text_config" in refusal({"hf_checkpoint": str(parts)})
+    assert "num_layers only in the text_config" in refusal({"hf_checkpoint": str(parts)})
 
 
 def test_folders_that_are_not_whole_are_refused(folders, tmp_path):

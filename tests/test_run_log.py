@@ -138,7 +138,7 @@ DAMAGES = {
     "launches of no list": ("run.json", '{"config": {}, "launches": 5}', "run.json: can't be read (launches: "),
     "a launch of nothing": ("run.json", '{"config": {}, "launches": [{}]}', "(launches.0.started: Field required)"),
     "no JSON": ("run.json", "{", "run.json: can't be read ("),
-    "a rollback of nothing": ("rollbacks.json", "[{}]", "(0.step: Field required); move it away"),
+    "a rollback of nothing": ("rollbacks.json", "[{}]", "(0.step: Field required)"),
     "rollbacks of no list": ("rollbacks.json", "{}", "rollbacks.json: can't be read ("),
     "no seconds": ("runlog.jsonl", '{"step": 5, "loss": 2.0}', "the record of step 5 has seqlen None"),
     "a loss of NaN": ("runlog.jsonl", json.dumps({**step_record(5), "loss": math.nan}), "step 5 has loss nan"),

@@ -8,15 +8,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from seqlen_curriculum.analysis.stability import ratios_to_best
 from seqlen_curriculum.config.run import TrainingConfig
 from seqlen_curriculum.errors import CheckpointError, DivergenceError
+from seqlen_curriculum.run_folder.ratios import ratios_to_best
 from seqlen_curriculum.run_folder.rollbacks import (
     Rollback,
     begun_by,
     is_skipped,
     read_rollbacks,
-    same_course,
+    skip_same_steps,
     skipped_window,
     steps_to_keep,
     write_rollbacks,
@@ -166,10 +166,10 @@ def test_the_guard_knows_the_skipped_steps():
     assert [one.begin(step, 32, 0.001) for step in (4, 5, 8, 9)] == [True, False, False, True]
 
 
-def test_a_course_is_what_it_skips():
-    assert same_course([rollback(22, 25)], [rollback(22, 25, loss=None, returned_to=3, seconds=7.5)])
-    assert not same_course([rollback(22, 25)], [rollback(21, 25)])
-    assert not same_course([rollback(22, 25)], [])
+def test_runs_are_alike_that_skip_the_same_steps():
+    assert skip_same_steps([rollback(22, 25)], [rollback(22, 25, loss=None, returned_to=3, seconds=7.5)])
+    assert not skip_same_steps([rollback(22, 25)], [rollback(21, 25)])
+    assert not skip_same_steps([rollback(22, 25)], [])
 
 
 def test_the_ledger_comes_back(tmp_path):
@@ -216,7 +216,7 @@ def test_the_seconds_of_abandoned_steps_by_hand(tmp_path):
 @pytest.mark.parametrize("text", ["", "{}", "[1]", '[{"step": 3}]'])
 def test_a_damaged_ledger_is_named(tmp_path, text):
     (tmp_path / "rollbacks.json").write_text(text)
-    with pytest.raises(CheckpointError, match=r"rollbacks\.json: can't be read as a list of rollbacks"):
+    with pytest.raises(CheckpointError, match=r"rollbacks\.json: can't be read"):
         read_rollbacks(tmp_path)
 
 

@@ -259,7 +259,7 @@ def test_a_checkpoint_from_elsewhere_brings_its_skipped_steps(runs):
 
 
 def test_skipped_steps_ahead_are_told_of_when_a_run_starts(runs):
-    told = re.findall(r"steps that will be passed over, .* tells: (.*\d)\s*\n", (runs / "spikes.log").read_text())
+    told = re.findall(r"steps to skip, .*: (.*\d)\s*\n", (runs / "spikes.log").read_text())
     assert told.count("22 to 25") >= len(ROLLED_BACK)  # planned
     assert "25 to 25" in told  # from-elsewhere begins with it
 
@@ -287,7 +287,7 @@ def test_gives_up_on_what_spikes_again_and_again(runs):
 def test_what_spikes_again_and_again_goes_on_when_only_told_of(runs):
     told = (runs / "restless" / "error").read_text()
     assert "after 10 rollbacks" in told
-    assert told.endswith('or set training.on_spike to "log", which only tells of it, and give the same command')
+    assert 'or set training.on_spike to "log"' in told
     assert '"log"' not in (runs / "too-fast" / "error").read_text()  # NaN can't be gone on from
     log = [record for record in raw(runs / "rested") if "valid_loss" not in record]
     assert [record["step"] for record in log] == list(range(1, 42))

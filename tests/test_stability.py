@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import pearsonr
 
-from seqlen_curriculum.analysis.stability import describe_stability, ratios_to_best, stability
+from seqlen_curriculum.analysis.stability import describe_stability, stability
+from seqlen_curriculum.run_folder.ratios import ratios_to_best
 
 
 def training(losses, **columns):

@@ -17,11 +17,11 @@ from test_training import records
 from test_tuning_space import changed
 
 from seqlen_curriculum import CheckpointError, RunConfig
-from seqlen_curriculum.analysis.stability import ratios_to_best
 from seqlen_curriculum.config.equivalence import count_identical_steps
 from seqlen_curriculum.data.writer import CorpusWriter
 from seqlen_curriculum.errors import DIVERGED
 from seqlen_curriculum.files import read_json
+from seqlen_curriculum.run_folder.ratios import ratios_to_best
 from seqlen_curriculum.run_folder.run_log import RunLog
 from seqlen_curriculum.tuning.cost import cost_of
 from seqlen_curriculum.tuning.probes import ProbeRun

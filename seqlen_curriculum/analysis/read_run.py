@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Annotated, Any, NotRequired
-
-from pydantic import Field, TypeAdapter, ValidationError
-from typing_extensions import TypedDict  # pydantic takes Python's own from 3.12 on
+from typing import Any
 
 from seqlen_curriculum.analysis.run import Run
-from seqlen_curriculum.errors import DataError
+from seqlen_curriculum.errors import CheckpointError, DataError
+from seqlen_curriculum.run_folder import ROLLBACKS, RUN_INFO, RUN_LOG
+from seqlen_curriculum.run_folder.rollbacks import Rollback, read_rollbacks
+from seqlen_curriculum.run_folder.run_info import read_run_info
 from seqlen_curriculum.run_folder.run_log import read_run_log
 
 __all__ = ["LOGS", "load_run", "read_run"]
 
-LOGS = ("runlog.jsonl", "run.json", "rollbacks.json")
+LOGS = (RUN_LOG, RUN_INFO, ROLLBACKS)
 """The files of a run folder that a report is made of."""
 _OF_A_STEP = ("step", "seqlen", "rows", "consumed_tokens")
 _NUMBERS = {
@@ -26,47 +26,39 @@ _NUMBERS = {
 """What a record must hold, by the key that tells its kind."""
 
 
-class _Launch(TypedDict):
-    started: str
-    ranks: int
-    first_step: int
-    versions: dict[str, str]
-    device: dict[str, Any]
-
-
-class _Info(TypedDict):
-    config: dict[str, Any]
-    launches: list[_Launch]
-
-
-class _Rollback(TypedDict):
-    step: int
-    loss: float | None
-    ratio: float | None
-    returned_to: int
-    skipped: Annotated[list[int], Field(min_length=2, max_length=2)]
-    seconds: NotRequired[float]
-
-
 def load_run(save: Path, name: str = "") -> Run:
     """The run in the folder ``save``. Raises DataError where there is no run, or none that has made a step."""
     run = read_run(save, name)
     if not run.steps:
-        path = save / "runlog.jsonl"
+        path = save / RUN_LOG
         raise DataError(f"{path}: no training step here yet; give the --save folder of a run that has started")
     return run
 
 
 def read_run(save: Path, name: str = "") -> Run:
     """``load_run`` of a run that may still be about to make its first step."""
-    path = save / "runlog.jsonl"
+    path = save / RUN_LOG
     if not save.is_dir():
         raise DataError(f"{save}: there is no such folder; give the --save folder of a run")
     records = list(read_run_log(path)) if path.exists() else []
     for record in records:
         _check(record, path)
-    info, rollbacks = _object(save / "run.json", _Info), _object(save / "rollbacks.json", list[_Rollback])
-    return Run(name or save.resolve().name, records, info or {}, rollbacks)
+    try:
+        info, rollbacks = read_run_info(save), read_rollbacks(save)
+    except CheckpointError as error:
+        raise DataError(str(error)) from error
+    return Run(
+        name or save.resolve().name,
+        records,
+        info.model_dump() if info else {},
+        None if rollbacks is None else [_as_reported(rollback) for rollback in rollbacks],
+    )
+
+
+def _as_reported(rollback: Rollback) -> dict[str, Any]:
+    """What a report has of a rollback; ``seconds`` where the file has them."""
+    reported = {"step", "loss", "ratio", "returned_to", "skipped", "seconds"}
+    return rollback.model_dump(mode="json", include=reported, exclude_unset=True)
 
 
 def _check(record: dict[str, Any], path: Path) -> None:
@@ -81,18 +73,3 @@ def _check(record: dict[str, Any], path: Path) -> None:
 
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and math.isfinite(value)
-
-
-def _object(path: Path, kind: Any) -> Any:
-    """What a JSON file of ``kind`` holds, None where there is no file. Raises DataError."""
-    try:
-        return TypeAdapter(kind).validate_json(path.read_bytes())
-    except FileNotFoundError:
-        return None
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        told = f"{where}: {first['msg']}" if where else first["msg"]
-        raise DataError(f"{path}: can't be read ({told}); move it away to do without") from error
-    except OSError as error:
-        raise DataError(f"{path}: can't be read ({error.strerror}); move it away to do without") from error

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from seqlen_curriculum.analysis.stability import ratios_to_best, stability
+from seqlen_curriculum.analysis.stability import stability
+from seqlen_curriculum.run_folder.ratios import ratios_to_best
 
 __all__ = ["Run", "Series", "summarise"]
 

@@ -11,22 +11,16 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
+from seqlen_curriculum.run_folder.ratios import perplexity_ratios, ratios_to_best
 from seqlen_curriculum.schedule.schedule_config import SIGNIFICANT
 
-__all__ = ["SPIKE", "describe_stability", "ratios_to_best", "stability"]
+__all__ = ["SPIKE", "describe_stability", "stability"]
 
 SPIKE = 1.2
 """A step of a larger loss ratio is a spike (Table 1)."""
 _VARIANCES = ("variance_norm", "variance_max")
-
-
-def ratios_to_best(values: ArrayLike) -> NDArray[np.float64]:
-    """Each of ``values`` (n,) over the least of those before it, (n,); the first has none before it: NaN."""
-    column = np.asarray(values, dtype=np.float64)
-    best = np.minimum.accumulate(column)[:-1]
-    return np.concatenate([np.full(min(1, column.size), np.nan), column[1:] / best])
 
 
 def stability(steps: Sequence[dict[str, Any]], evaluations: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
@@ -38,8 +32,8 @@ def stability(steps: Sequence[dict[str, Any]], evaluations: Sequence[dict[str, A
     ``variance_max``: {r, p, steps}} of Pearson between it and the loss ratio.
     """
     ratios = ratios_to_best([record["loss"] for record in steps])
-    # The perplexity in the log is cut off at exp(20); the loss is not.
-    perplexity = ratios_to_best([math.exp(min(record["valid_loss"], 700)) for record in evaluations])
+    # From the loss: the perplexity in the log is cut off at exp(20).
+    perplexity = perplexity_ratios([record["valid_loss"] for record in evaluations])
     told = ("step", "seqlen", "lr", "loss")
     spikes = [
         {**{name: record[name] for name in told}, "ratio": float(ratio)}

@@ -16,9 +16,10 @@ from numpy.typing import ArrayLike, NDArray
 from seqlen_curriculum.config.data import corpus_prefix
 from seqlen_curriculum.data.indexed import HEADER, MAGIC, VERSION, IndexedCorpus
 from seqlen_curriculum.errors import DataError
+from seqlen_curriculum.files import move, replace, sync
 from seqlen_curriculum.schedule.piecewise import IntArray
 
-__all__ = ["CorpusWriter", "TokenFiles", "publish", "store", "token_dtype"]
+__all__ = ["CorpusWriter", "TokenFiles", "publish", "token_dtype"]
 
 _CODES = {np.dtype("<u2"): 8, np.dtype("<i4"): 4}
 _MAX_DOCUMENT_TOKENS = 2**31 - 1  # lengths are i32 in the format
@@ -113,7 +114,7 @@ class TokenFiles:
                 start = int(stops[-1])
             for first in range(0, count + 1, _BLOCK):  # one sequence a document
                 index.write(np.arange(first, min(first + _BLOCK, count + 1), dtype="<i8").tobytes())
-            _sync_and_close(index)
+        sync(Path(path))
 
     def close(self) -> None:
         """Close both files, whatever state they are in."""
@@ -192,7 +193,7 @@ class CorpusWriter:
         """A file ``PREFIX + suffix`` that moves into place with the pair, before the .idx."""
         if suffix not in self._beside:
             self._beside.append(suffix)
-        store(self._temporary(suffix), content)
+        replace(Path(self._temporary(suffix)), lambda unfinished: unfinished.write_bytes(content))
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -224,13 +225,6 @@ class CorpusWriter:
         return f"{self.prefix}{suffix}.{os.getpid()}.tmp"
 
 
-def store(path: str, content: bytes) -> None:
-    """Write a file that is durable afterwards."""
-    with open(path, "wb") as stream:
-        stream.write(content)
-        _sync_and_close(stream)
-
-
 def publish(files: Mapping[str, str], prefix: str) -> None:
     """Move each file to ``prefix`` and its suffix, in order; those that are gone were moved before."""
     # An older .idx must not stand beside the new .bin, not even for a moment.
@@ -238,8 +232,7 @@ def publish(files: Mapping[str, str], prefix: str) -> None:
         Path(prefix + ".idx").unlink(missing_ok=True)
     for suffix, path in files.items():
         if os.path.exists(path):
-            os.replace(path, prefix + suffix)
-    _sync_folder(Path(prefix).parent)
+            move(Path(path), Path(prefix + suffix))
 
 
 def _open_at(path: str, size: int) -> BinaryIO:
@@ -250,19 +243,3 @@ def _open_at(path: str, size: int) -> BinaryIO:
     stream.truncate(size)
     stream.seek(size)
     return stream
-
-
-def _sync_and_close(stream: BinaryIO) -> None:
-    stream.flush()
-    os.fsync(stream.fileno())
-    stream.close()
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make the renames themselves durable, where the system lets a folder be opened."""
-    if os.name == "posix":
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

@@ -1,14 +1,12 @@
-"""A checkpoint's ``complete.json``: what a checkpoint folder ``global_step<N>`` holds, and whether all of it is there.
+"""A checkpoint's ``complete.json``: what the folder ``global_step<N>`` holds.
 
-It is written last of all, with the step, over how many ranks the data was spread and under which ZeRO stage, the settings
-that make the run what it is, the rollbacks that its weights have seen, and the size of every file. A folder without it, or
-with a file of another size, is not a checkpoint.
+It is written last of all. A folder without it, or with a file that is missing or of another size, is no checkpoint.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,74 +14,95 @@ from pydantic import Field
 
 from seqlen_curriculum.errors import CheckpointError
 from seqlen_curriculum.fields import Count, CountOrZero, Section
+from seqlen_curriculum.files import replace_text
+from seqlen_curriculum.run_folder import CHECKPOINT_PREFIX, MANIFEST
 from seqlen_curriculum.run_folder.evaluations import Evaluations
-from seqlen_curriculum.run_folder.rollbacks import Rollback
+from seqlen_curriculum.run_folder.rollbacks import Rollback, begun_by, skip_same_steps
 
-__all__ = ["MANIFEST", "Checkpoint", "checkpoint_folders", "differences", "read_checkpoint"]
-
-MANIFEST = "complete.json"
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A complete checkpoint on disk. ``run`` holds the settings it was made under, ``rollbacks`` those begun by its step,
-    ``evaluations`` what is to be known of those up to it."""
-
-    folder: Path
-    step: int
-    data_ranks: int
-    zero_stage: int
-    zero: dict[str, Any]
-    run: dict[str, Any]
-    rollbacks: Sequence[Rollback] = ()
-    evaluations: Evaluations = field(default_factory=Evaluations)
+__all__ = [
+    "Checkpoint",
+    "Manifest",
+    "checkpoint_folders",
+    "differences",
+    "file_sizes",
+    "read_checkpoint",
+    "write_manifest",
+]
 
 
-class _Manifest(Section):
-    """``complete.json``."""
+class Manifest(Section):
+    """The content of ``complete.json``."""
 
     step: CountOrZero
+    """The last step that was trained."""
     data_ranks: Count
+    """Data-parallel ranks that the optimizer's state was sharded over."""
     zero_stage: Annotated[int, Field(ge=0, le=3)]
     zero: dict[str, Any]
+    """The ``zero_optimization`` section."""
     run: dict[str, Any]
+    """The settings that decide what is trained, ``RunConfig.settings``."""
     rollbacks: list[Rollback] = Field(default_factory=list)
+    """Those whose skipped steps begin by ``step``: the weights depend on them."""
     evaluations: Evaluations = Field(default_factory=Evaluations)
+    """Those up to ``step``."""
     files: dict[str, int]
+    """``file_sizes`` of the folder, all its files but this one."""
+
+
+class Checkpoint(Manifest):
+    """A complete checkpoint on disk: its manifest, and the folder that it was read from."""
+
+    folder: Path
+
+    def includes_rollbacks(self, rollbacks: Iterable[Rollback]) -> bool:
+        """Return whether it was trained with the steps skipped that ``rollbacks`` skip up to it, and no others."""
+        return skip_same_steps(self.rollbacks, begun_by(rollbacks, self.step))
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
     """Verify a checkpoint folder against its ``complete.json``. Raises CheckpointError."""
     if not folder.is_dir():
-        raise CheckpointError(f"{folder}: there is no such checkpoint folder; give one named global_step<N>")
+        raise CheckpointError(f"{folder}: there is no such checkpoint folder; give one named {CHECKPOINT_PREFIX}<N>")
     try:
-        manifest = _Manifest.model_validate_json((folder / MANIFEST).read_bytes())
+        manifest = Manifest.model_validate_json((folder / MANIFEST).read_bytes())
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{folder}: no readable {MANIFEST}, so it is no complete checkpoint") from error
     for name, size in manifest.files.items():
         path = folder / name
-        found = path.stat().st_size if path.exists() else None
-        if found != size:
-            state = "is missing" if found is None else f"has {found} bytes"
-            raise CheckpointError(f"{folder}: {name} {state}, {size} bytes were saved")
-    return Checkpoint(folder, **{name: getattr(manifest, name) for name in _Manifest.model_fields if name != "files"})
+        if not path.exists():
+            raise CheckpointError(f"{folder}: {name} is missing, {size} bytes were saved")
+        if path.stat().st_size != size:
+            raise CheckpointError(f"{folder}: {name} has {path.stat().st_size} bytes, {size} bytes were saved")
+    return Checkpoint(folder=folder, **dict(manifest))
+
+
+def file_sizes(folder: Path) -> dict[str, int]:
+    """Return the size in bytes of each file below ``folder``, by its path from there."""
+    paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    return {str(path.relative_to(folder)): path.stat().st_size for path in paths}
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write ``complete.json`` into ``folder``. Raises OSError."""
+    replace_text(folder / MANIFEST, json.dumps(manifest.model_dump(mode="json"), indent=2))
 
 
 def checkpoint_folders(save: Path) -> list[Path]:
-    """What looks like checkpoints of the run in ``save``, oldest first."""
-    return sorted(save.glob("global_step*"), key=_step_of)
+    """Return the folders in ``save`` that are named like checkpoints, oldest first, whole or not."""
+
+    def step(folder: Path) -> int:
+        digits = folder.name.removeprefix(CHECKPOINT_PREFIX)
+        return int(digits) if digits.isdigit() else -1
+
+    return sorted(save.glob(f"{CHECKPOINT_PREFIX}*"), key=step)
 
 
-def differences(saved: Mapping[str, Any], ours: Mapping[str, Any]) -> dict[str, str]:
-    """Each setting that differs, and how."""
-    keys = sorted({*saved, *ours})
+def differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> dict[str, str]:
+    """Return each setting that differs between a checkpoint and the current run, and how."""
+    keys = sorted({*saved, *current})
     return {
-        key: f"{saved.get(key)!r} in the checkpoint, {ours.get(key)!r} now"
+        key: f"{saved.get(key)!r} in the checkpoint, {current.get(key)!r} now"
         for key in keys
-        if saved.get(key) != ours.get(key)
+        if saved.get(key) != current.get(key)
     }
-
-
-def _step_of(folder: Path) -> int:
-    digits = folder.name.removeprefix("global_step")
-    return int(digits) if digits.isdigit() else -1

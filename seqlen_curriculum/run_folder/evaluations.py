@@ -1,30 +1,30 @@
-"""What of a run's evaluations decides about the steps to come: state, which its checkpoints hold."""
+"""What a run's evaluations decide about later steps. Checkpoints hold it, so a resumed run decides the same."""
 
 from __future__ import annotations
 
-import math
 from typing import Annotated
 
 from pydantic import Field
 
 from seqlen_curriculum.fields import Count, Section
+from seqlen_curriculum.run_folder.ratios import perplexity_ratio
 
 __all__ = ["Evaluations"]
 
 
 class Evaluations(Section):
-    """Those up to a step."""
+    """A summary of the evaluations up to a step."""
 
     least_loss: Annotated[float, Field(ge=0)] | None = None
-    """The least validation loss in nats, None before the first."""
+    """The least validation loss in nats per token, None before the first evaluation."""
     held: list[Count] = Field(default_factory=list)
-    """Steps after whose evaluation the lengths of an ``adaptive`` schedule stood still for an interval."""
+    """Steps after whose evaluation an ``adaptive`` schedule kept the sequence length for an interval."""
 
     def ratio(self, loss: float) -> float:
-        """The perplexity of one more, of this ``loss``, over the best before it; 0 if there is none."""
-        return math.exp(min(loss - self.least_loss, 700)) if self.least_loss is not None else 0.0
+        """Return the perplexity of an evaluation of this ``loss`` over the best before it; 0 for the first evaluation."""
+        return perplexity_ratio(loss, self.least_loss) if self.least_loss is not None else 0.0
 
     def then(self, loss: float, held: int | None = None) -> Evaluations:
-        """With one more; ``held`` is its step where the lengths stand still after it."""
+        """Return the summary with one more evaluation; ``held`` is its step where the sequence length stays after it."""
         least = loss if self.least_loss is None else min(loss, self.least_loss)
-        return Evaluations(least_loss=least, held=[*self.held, *([] if held is None else [held])])
+        return Evaluations(least_loss=least, held=self.held if held is None else [*self.held, held])

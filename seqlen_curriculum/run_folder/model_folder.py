@@ -1,4 +1,4 @@
-"""A folder that Hugging Face's models are loaded from: one of our checkpoints, a run's folder, anybody's; without torch."""
+"""A folder with a causal language model in Hugging Face's format: a checkpoint, a run's or anybody's; read without torch."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from safetensors import SafetensorError, safe_open
 
 from seqlen_curriculum.errors import CheckpointError, ConfigError
 from seqlen_curriculum.files import read_json
-from seqlen_curriculum.run_folder.checkpoint_manifest import MANIFEST, checkpoint_folders, read_checkpoint
-from seqlen_curriculum.run_folder.rollbacks import begun_by, read_rollbacks, same_course
+from seqlen_curriculum.run_folder import CHECKPOINT_PREFIX, MANIFEST
+from seqlen_curriculum.run_folder.checkpoint_manifest import checkpoint_folders, read_checkpoint
+from seqlen_curriculum.run_folder.rollbacks import read_rollbacks
 
 __all__ = ["SIZES", "PretrainedModel", "model_folder", "no_size", "read_pretrained", "sizes_in", "vocabulary"]
 
@@ -27,17 +28,19 @@ SIZES = {
     "max_position_embeddings": ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length"),
     "vocab_size": ("vocab_size",),
 }
-"""Our names of a model's sizes, and those of Hugging Face's models."""
+"""The model section's names of a model's sizes, and the names that Hugging Face's architectures use."""
 _CAUSAL = ("ForCausalLM", "LMHeadModel")
+"""Ends of the names of architectures."""
 _BUFFERS = (".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias", ".inv_freq")
-"""Ends of names of what older folders hold beside the weights."""
+"""Ends of the names of tensors that older folders hold beside the weights."""
 _INCIDENTAL = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache")
+"""Keys of ``config.json`` that change without the model."""
 _BLOCK_BYTES, _BLOCKS = 4096, 64
 
 
 @dataclass(frozen=True)
 class PretrainedModel:
-    """A causal language model in ``folder``: what its files say of it, without its weights' values."""
+    """A causal language model in ``folder``, as its files describe it; the weights' values are not read."""
 
     folder: Path
     config: dict[str, Any]
@@ -49,38 +52,44 @@ class PretrainedModel:
 
     @property
     def model_type(self) -> str:
-        """transformers' name of the architecture, such as ``llama``."""
+        """The architecture's name in transformers, such as ``llama``."""
         return str(self.config["model_type"])
 
     @property
     def is_plain_gpt2(self) -> bool:
-        """Whether it is what ``build_gpt2`` builds, but for its sizes and activation."""
-        odd = self.config.get("add_cross_attention") or self.config.get("tie_word_embeddings") is False
-        return self.model_type == "gpt2" and not odd
+        """Whether ``build_gpt2`` builds this architecture; sizes and activation may differ."""
+        is_variant = self.config.get("add_cross_attention") or self.config.get("tie_word_embeddings") is False
+        return self.model_type == "gpt2" and not is_variant
 
     def sizes(self) -> dict[str, int]:
-        """Those of our five sizes that ``config.json`` tells; the vocabulary without padding."""
-        told, true = sizes_in(self.config), vocabulary(self.folder)
-        return told if true is None else {**told, "vocab_size": true}
+        """Return the sizes that ``config.json`` gives, by the names in ``SIZES``; the vocabulary without padding."""
+        sizes, vocab_size = sizes_in(self.config), vocabulary(self.folder)
+        return sizes if vocab_size is None else {**sizes, "vocab_size": vocab_size}
 
     def parameter_count(self) -> int:
-        """Trained parameters, a tied head counted once."""
+        """Return the number of trained parameters, a tied head counted once."""
         return sum(math.prod(shape) for name, shape in self.shapes.items() if not name.endswith(_BUFFERS))
 
     def looked_up_count(self) -> int:
-        """Parameters of a word embedding that the head does not multiply with; 0 where they are one."""
-        table = (self.config.get("vocab_size"), self.sizes().get("hidden_size"))
-        return math.prod(table) if list(self.shapes.values()).count(table) > 1 else 0  # type: ignore[arg-type]
+        """Return the parameters of a word embedding that the head does not multiply with; 0 if the head is tied to it."""
+        vocab_size, hidden_size = self.config.get("vocab_size"), self.sizes().get("hidden_size")
+        if vocab_size is None or hidden_size is None:
+            return 0
+        # An untied head is a second weight of the embedding's shape: Llama of 32,000 words by 4,096 has two, GPT-2 one.
+        is_untied = list(self.shapes.values()).count((vocab_size, hidden_size)) > 1
+        return int(vocab_size * hidden_size) if is_untied else 0
 
     @cached_property
     def fingerprint(self) -> str:
-        """A digest of architecture and weights, whatever the path: 64 evenly spaced blocks of each file; constant time."""
-        chosen = {key: value for key, value in self.config.items() if key not in _INCIDENTAL}
-        digest = hashlib.blake2b(json.dumps(chosen, sort_keys=True).encode(), digest_size=16)
+        """A digest of architecture and weights that does not depend on the path."""
+        lasting = {key: value for key, value in self.config.items() if key not in _INCIDENTAL}
+        digest = hashlib.blake2b(json.dumps(lasting, sort_keys=True).encode(), digest_size=16)
         for path in self.files:
             size = path.stat().st_size
             digest.update(f"{path.name} {size}".encode())
             with path.open("rb") as file:
+                # 64 blocks of 4 KiB, evenly spaced, the last one at the file's end: 256 KiB of any file, where hashing a
+                # 14 GB checkpoint whole would take minutes at every launch. Training changes every block of the weights.
                 for block in range(_BLOCKS):
                     file.seek(max(size - _BLOCK_BYTES, 0) * block // (_BLOCKS - 1))
                     digest.update(file.read(_BLOCK_BYTES))
@@ -88,10 +97,15 @@ class PretrainedModel:
 
 
 def read_pretrained(folder: Path) -> PretrainedModel:
-    """The causal language model in ``folder``, its weights' files verified to be whole. CheckpointError, ConfigError."""
-    found = model_folder(folder)
-    if found != folder:
-        raise ConfigError(f"{folder}: the folder of a run, whose newest checkpoint changes; name one, such as {found}")
+    """Read the causal language model in ``folder`` and check that the files of its weights are whole.
+
+    Raises CheckpointError, and ConfigError for a model of another kind.
+    """
+    newest = model_folder(folder)
+    if newest != folder:
+        raise ConfigError(
+            f"{folder}: the folder of a run, whose newest checkpoint changes; name one checkpoint, such as {newest}"
+        )
     config = read_json(folder / "config.json")
     _check_causal(folder, config)
     files = _weight_files(folder)
@@ -99,42 +113,46 @@ def read_pretrained(folder: Path) -> PretrainedModel:
 
 
 def sizes_in(config: Mapping[str, Any]) -> dict[str, int]:
-    """Those of our five sizes that a model's configuration tells."""
-    found = {size: config[name] for size, names in SIZES.items() for name in reversed(names) if name in config}
-    return {size: value for size, value in found.items() if type(value) is int}
+    """Return the sizes that a model's configuration gives, by the names in ``SIZES``."""
+    sizes = {size: config[name] for size, names in SIZES.items() for name in reversed(names) if name in config}
+    return {size: value for size, value in sizes.items() if type(value) is int}
 
 
 def no_size(size: str, config: dict[str, Any]) -> str:
-    """Why ``size`` is not known from ``config``, and what to do."""
+    """Return the message that ``config`` doesn't give ``size``, and the fix."""
     if "text_config" in config and size != "max_position_embeddings":
-        return f"config.json tells no {size} but in the text_config of a model of several parts; give a text model's folder"
+        return f"config.json has {size} only in the text_config of a model of several parts; give the folder of a text model"
     names = " or ".join(SIZES[size])
-    return f"config.json tells no {size} (as {names}); set model.{size}, the model's own"
+    return f"config.json has no {size} (as {names}); set model.{size} to the model's own"
 
 
 def _check_causal(folder: Path, config: dict[str, Any]) -> None:
-    names = config.get("architectures")
-    told = ", ".join(map(str, names)) if isinstance(names, list) and names else ""
-    kind = "" if told.endswith(_CAUSAL) else f"its config.json names the architecture {told or 'of no model'}"
+    architectures = config.get("architectures")
+    name = ", ".join(map(str, architectures)) if isinstance(architectures, list) else ""
     if config.get("is_encoder_decoder"):
-        kind = f"{told or 'it'} is an encoder with a decoder"
-    if kind or not isinstance(config.get("model_type"), str):
-        raise ConfigError(
-            f"{folder}: {kind or 'its config.json has no model_type'}; give a causal language model, as GPT2LMHeadModel or "
-            "LlamaForCausalLM, saved by save_pretrained"
-        )
+        problem = f"{name or 'it'} is an encoder with a decoder"
+    elif not name.endswith(_CAUSAL):
+        problem = f"its config.json names the architecture {name or 'of no model'}"
+    elif not isinstance(config.get("model_type"), str):
+        problem = "its config.json has no model_type"
+    else:
+        return
+    raise ConfigError(
+        f"{folder}: {problem}; give a causal language model, such as GPT2LMHeadModel or LlamaForCausalLM, saved by "
+        "save_pretrained"
+    )
 
 
 def _weight_files(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     if not index.exists():
         return [folder / "model.safetensors"]
-    places = read_json(index).get("weight_map")
-    if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
+    file_of = read_json(index).get("weight_map")
+    if not isinstance(file_of, dict) or not all(isinstance(name, str) for name in file_of.values()):
         raise CheckpointError(
             f"{index}: has no weight_map of names to files; save the model again with save_pretrained"
         )
-    return [folder / name for name in sorted(set(places.values()))]
+    return [folder / name for name in sorted(set(file_of.values()))]
 
 
 def _shapes(path: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -148,18 +166,17 @@ def _shapes(path: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 
 def model_folder(path: Path) -> Path:
-    """The folder with a ``config.json`` that ``path`` means: itself, or a run's newest complete checkpoint.
+    """Return the folder with a ``config.json`` that ``path`` means: itself, or a run's newest complete checkpoint.
 
     A checkpoint is verified against its manifest. Raises CheckpointError.
     """
     if not path.is_dir():
-        state = (
-            "is a file; give the folder it lies in"
-            if path.exists()
-            else "there is no such folder; give one that exists"
+        problem = (
+            "is a file; give the folder it is in" if path.exists() else "there is no such folder; give one that exists"
         )
-        raise CheckpointError(f"{path}: {state}: a checkpoint, a run's --save folder or a Hugging Face model")
-    if (path / MANIFEST).exists() or path.name.lstrip(".").startswith("global_step"):
+        raise CheckpointError(f"{path}: {problem}: a checkpoint, a run's --save folder or a Hugging Face model")
+    # .global_step<N>.tmp is a checkpoint that a kill left unfinished, with a config.json in it perhaps.
+    if (path / MANIFEST).exists() or path.name.lstrip(".").startswith(CHECKPOINT_PREFIX):
         read_checkpoint(path)
         return path
     if (path / "config.json").is_file():
@@ -176,25 +193,25 @@ def _newest_checkpoint(run: Path) -> Path:
         except CheckpointError as error:
             unusable.append(str(error))
             continue
-        if rollbacks is None or same_course(checkpoint.rollbacks, begun_by(rollbacks, checkpoint.step)):
+        if rollbacks is None or checkpoint.includes_rollbacks(rollbacks):
             return folder
-        unusable.append(f"{folder}: belongs to the course that a rollback abandoned")
+        unusable.append(f"{folder}: holds steps that a rollback discarded")
     if unusable:
         raise CheckpointError(f"{run}: has no complete checkpoint; the newest of {len(unusable)}: {unusable[0]}")
     raise CheckpointError(
-        f"{run}: has neither a config.json nor checkpoints global_step<N>; give a checkpoint, a run's --save folder that "
-        "has one, or a Hugging Face model's folder"
+        f"{run}: has neither a config.json nor checkpoints {CHECKPOINT_PREFIX}<N>; give a checkpoint, a run's --save folder "
+        "that has one, or a Hugging Face model's folder"
     )
 
 
 def vocabulary(folder: Path) -> int | None:
-    """Token ids of the model in ``folder``, without the rows that our checkpoints add; None where nothing tells.
+    """Return the vocabulary size of the model in ``folder``, without the padding rows of this package's checkpoints.
 
-    Raises CheckpointError, ConfigError.
+    None where no file gives it. Raises CheckpointError, ConfigError.
     """
     if (folder / MANIFEST).exists():
-        size = read_checkpoint(folder).run.get("model.vocab_size")
-        if isinstance(size, int):
-            return size
-    size = read_json(folder / "config.json").get("vocab_size")
-    return size if isinstance(size, int) else None
+        vocab_size = read_checkpoint(folder).run.get("model.vocab_size")
+        if isinstance(vocab_size, int):
+            return vocab_size
+    vocab_size = read_json(folder / "config.json").get("vocab_size")
+    return vocab_size if isinstance(vocab_size, int) else None

@@ -1,7 +1,7 @@
-"""The record of a run's rollbacks, ``rollbacks.json``: which steps were passed over, and why.
+"""A run's ``rollbacks.json``: which steps its rollbacks skip, and why.
 
-A rollback returns to a checkpoint and passes over the steps up to the spike, as Megatron's ``--iterations-to-skip`` does:
-their tokens are consumed, nothing is trained on them. So a run is a function of the step and of its skipped steps.
+A rollback returns to a checkpoint and skips the steps up to the spike, as Megatron's ``--iterations-to-skip`` does: their
+tokens are consumed, nothing is trained on them. So a run's weights are a function of the step and of the skipped steps.
 """
 
 from __future__ import annotations
@@ -11,11 +11,13 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import Field, TypeAdapter, ValidationError, model_validator
+from pydantic import Field, TypeAdapter, model_validator
 
 from seqlen_curriculum.errors import CheckpointError
 from seqlen_curriculum.fields import Count, CountOrZero, Section
 from seqlen_curriculum.files import replace_text
+from seqlen_curriculum.run_folder import ROLLBACKS
+from seqlen_curriculum.run_folder.json_file import read_checked
 
 __all__ = [
     "ROLLBACKS",
@@ -23,17 +25,15 @@ __all__ = [
     "begun_by",
     "is_skipped",
     "read_rollbacks",
-    "same_course",
+    "skip_same_steps",
     "skipped_window",
     "steps_to_keep",
     "write_rollbacks",
 ]
 
-ROLLBACKS = "rollbacks.json"
-
 
 class Rollback(Section):
-    """A spike and what was done about it."""
+    """A spike and the steps that were skipped because of it."""
 
     step: Count
     """Of the spike."""
@@ -46,10 +46,10 @@ class Rollback(Section):
     returned_to: CountOrZero
     """The step of the checkpoint."""
     skipped: tuple[Count, Count]
-    """The first and the last step passed over."""
+    """The first and the last step that are skipped."""
     seconds: Annotated[float, Field(ge=0)] = 0.0
-    """Spent on the steps and evaluations after ``returned_to`` that were logged and given up; the spike's own is not among
-    them. Tells nothing of the course, as it differs from machine to machine."""
+    """Spent on the logged steps and evaluations after ``returned_to`` that were discarded, without the step of the spike.
+    Differs from machine to machine, so no decision depends on it."""
 
     @model_validator(mode="after")
     def _in_order(self) -> Rollback:
@@ -58,58 +58,53 @@ class Rollback(Section):
         return self
 
 
-_ROLLBACKS = TypeAdapter(list[Rollback])
+_SCHEMA = TypeAdapter(list[Rollback])
 
 
 def begun_by(rollbacks: Iterable[Rollback], step: int) -> list[Rollback]:
-    """Those whose skipped steps begin at or before ``step``: what the weights of the end of ``step`` depend on."""
+    """Return those whose skipped steps begin at or before ``step``: the weights after ``step`` depend on no others."""
     return [rollback for rollback in rollbacks if rollback.skipped[0] <= step]
 
 
 def is_skipped(rollbacks: Iterable[Rollback], step: int) -> bool:
-    """Whether ``step`` is passed over."""
+    """Return whether one of ``rollbacks`` skips ``step``."""
     return any(first <= step <= last for first, last in (rollback.skipped for rollback in rollbacks))
 
 
 def skipped_window(step: int, count: int) -> tuple[int, int]:
-    """The first and the last of the ``count`` steps up to the spike at ``step``; the run's first step is 1."""
+    """Return the first and the last of the ``count`` steps up to the spike at ``step``; the run's first step is 1."""
     return max(1, step - count + 1), step
 
 
-def same_course(ours: Iterable[Rollback], theirs: Iterable[Rollback]) -> bool:
-    """Whether both pass over the same steps, which is all that training depends on."""
-    return [rollback.skipped for rollback in ours] == [rollback.skipped for rollback in theirs]
+def skip_same_steps(one: Iterable[Rollback], other: Iterable[Rollback]) -> bool:
+    """Return whether both skip the same steps: then weights trained under the one serve the other."""
+    return [rollback.skipped for rollback in one] == [rollback.skipped for rollback in other]
 
 
 def steps_to_keep(steps: Sequence[int], keep_last: int, skip_steps: int, always: Iterable[int] = ()) -> set[int]:
-    """Which of the checkpoints at ``steps``, ascending, stay: the newest ``keep_last``, ``always``, and one to roll back to.
+    """Return which of the checkpoints at ``steps``, ascending, to keep: the newest ``keep_last``, ``always``, and one to
+    roll back to.
 
-    That is the newest one from before the ``skip_steps`` steps that a spike right after the newest, at n + 1, would skip: at
-    n + 1 - skip_steps or earlier. A later spike skips later steps. Without such a one, the oldest stays until it is.
+    The latter is the newest from before all steps that a spike at the very next step would skip. If there is none yet, the
+    oldest is kept.
     """
+    # With checkpoints at 12, 18 and 24 and skip_steps 8, a spike at 25 would skip 18 to 25: 12 has to stay. A later spike
+    # skips later steps, so what serves the next step serves all.
     first, _ = skipped_window(steps[-1] + 1, skip_steps)
     old_enough = [step for step in steps if step < first]
     return {*always, *steps[-keep_last:], old_enough[-1] if old_enough else steps[0]}
 
 
 def read_rollbacks(save: Path) -> list[Rollback] | None:
-    """The rollbacks of the run in the folder ``save``, None if nothing was written of them. Raises CheckpointError."""
-    path = save / ROLLBACKS
-    try:
-        return _ROLLBACKS.validate_json(path.read_bytes())
-    except FileNotFoundError:
-        return None
-    except (OSError, ValidationError) as error:
-        raise CheckpointError(
-            f"{path}: can't be read as a list of rollbacks, which tells the skipped steps ({error}); restore it"
-        ) from error
+    """Return the rollbacks of the run in the folder ``save``, None without the file. Raises CheckpointError."""
+    return read_checked(save / ROLLBACKS, _SCHEMA, "restore it: it lists the steps that the run skips")
 
 
 def write_rollbacks(save: Path, rollbacks: Sequence[Rollback]) -> None:
-    """Replace the record by ``rollbacks``; on return the disk has it. Raises CheckpointError, the old one untouched."""
+    """Replace ``rollbacks.json``; on return the disk has it. Raises CheckpointError, with the old file untouched."""
     path = save / ROLLBACKS
     text = json.dumps([rollback.model_dump(mode="json") for rollback in rollbacks], indent=2, allow_nan=False)
     try:
         replace_text(path, text)
     except OSError as error:
-        raise CheckpointError(f"{path}: can't be written ({error}); free space, then give the same command") from error
+        raise CheckpointError(f"{path}: can't be written ({error}); free space, then rerun the same command") from error

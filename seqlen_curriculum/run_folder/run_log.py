@@ -1,8 +1,10 @@
-"""The run's log: one JSON object a line, one line a step, so that analysis needs no engine.
+"""A run's ``runlog.jsonl``: one JSON object per line, written as training goes, so that analysis needs no engine.
 
-A training record holds ``step, seqlen, rows, consumed_tokens, loss, lr, grad_norm, seconds``; an evaluation record
-``step, consumed_tokens, valid_loss, valid_ppl, seconds``. A step that a rollback passed over has no loss:
-``step, seqlen, rows, consumed_tokens`` and ``skipped``, which is true.
+======================  =================================================================================
+training step           ``step, seqlen, rows, consumed_tokens, loss, lr, grad_norm, seconds``
+step that was skipped   ``step, seqlen, rows, consumed_tokens, skipped`` (true)
+evaluation              ``step, consumed_tokens, valid_loss, valid_ppl, seconds``
+======================  =================================================================================
 """
 
 from __future__ import annotations
@@ -15,12 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from seqlen_curriculum.errors import DataError
+from seqlen_curriculum.files import replace_text
 
 __all__ = ["RunLog", "read_run_log"]
 
 
 class RunLog:
-    """Appends records to ``path``; each line is handed to the system at once, so a kill loses no finished step."""
+    """Appends records to ``path``. Each line goes to the system at once, so a kill loses no finished step."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -32,49 +35,48 @@ class RunLog:
             self._file.write((json.dumps(record, allow_nan=False) + "\n").encode())
         except OSError as error:
             raise DataError(
-                f"{self.path}: can't be written ({error.strerror}); free space, then give the same command"
+                f"{self.path}: can't be written ({error.strerror}); free space, then rerun the same command"
             ) from error
 
     def close(self) -> None:
         """Flush to disk and close."""
-        with contextlib.suppress(OSError):  # not every file system can; a full disk was told of by write
+        with contextlib.suppress(OSError):  # not every file system can; a full disk was reported by write
             os.fsync(self._file.fileno())
         self._file.close()
 
     @staticmethod
     def rewind(path: str | Path, step: int) -> int:
-        """Drop the records after ``step`` and a line cut short by a kill; return how many steps were dropped.
+        """Drop the records after ``step`` and a last line cut short by a kill; return how many lines were dropped.
 
-        They are written again, with the same values, as the run continues. The shorter file replaces the old one in one
-        rename, so a second kill in between loses nothing.
+        A run that resumes after ``step`` writes the same records again. A kill in between loses nothing.
         """
         path = Path(path)
         if not path.exists():
             return 0
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
-        kept = [line for line in lines if (record := _parsed(line)) is not None and record["step"] <= step]
+        records = [_parsed(line) for line in lines]
+        kept = [line for line, record in zip(lines, records, strict=True) if record and record["step"] <= step]
         if len(kept) < len(lines):
-            shorter = path.with_name(path.name + ".tmp")
-            shorter.write_text("".join(kept), encoding="utf-8")
-            os.replace(shorter, path)
+            replace_text(path, "".join(kept))
         return len(lines) - len(kept)
 
 
+def read_run_log(path: str | Path) -> Iterator[dict[str, Any]]:
+    """Yield the records of a log in order, without a last line still being written. Raises DataError on a damaged line."""
+    with Path(path).open(encoding="utf-8", errors="replace") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.endswith("\n"):
+                return  # the writer may add the rest before the next read, which would look like a line of its own
+            record = _parsed(line)
+            if record is None:
+                raise DataError(f"{path}: line {number} is not a run log record: {line[:80]!r}")
+            yield record
+
+
 def _parsed(line: str) -> dict[str, Any] | None:
+    """Return the record in a whole ``line`` of the log, None if there is none."""
     try:
         record = json.loads(line)
     except json.JSONDecodeError:
         return None
     return record if line.endswith("\n") and isinstance(record, dict) and "step" in record else None
-
-
-def read_run_log(path: str | Path) -> Iterator[dict[str, Any]]:
-    """The records of a log in order; a last line still being written is left out. Raises DataError on a damaged line."""
-    with Path(path).open(encoding="utf-8", errors="replace") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.endswith("\n"):
-                return  # the rest of it, written meanwhile, would look like a line of its own
-            record = _parsed(line)
-            if record is None:
-                raise DataError(f"{path}: line {number} is not a run log record: {line[:80]!r}")
-            yield record

@@ -1,4 +1,4 @@
-"""Back to a checkpoint from before a spike, on all ranks; see guard.py for what is decided and why."""
+"""Returns a run to a checkpoint from before a spike, on all ranks; spike_guard.py decides when."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from seqlen_curriculum.errors import DivergenceError
+from seqlen_curriculum.run_folder import ROLLBACKS
 from seqlen_curriculum.run_folder.checkpoint_manifest import Checkpoint
-from seqlen_curriculum.run_folder.rollbacks import ROLLBACKS, Rollback, skipped_window
+from seqlen_curriculum.run_folder.rollbacks import Rollback, skipped_window
 from seqlen_curriculum.run_folder.run_log import read_run_log
 from seqlen_curriculum.training.checkpoint import Checkpoints, on_rank_0
 from seqlen_curriculum.training.spike_guard import MOST_ROLLBACKS, REMEDIES, LossesSoFar, Spike
@@ -15,9 +16,11 @@ from seqlen_curriculum.training.telemetry import log_rank0
 
 __all__ = ["log_skipped_steps", "read_losses", "roll_back", "seconds_after"]
 
+_LOG_INSTEAD = 'training.on_spike to "log", which only reports it'
+
 
 def read_losses(log: Path, spike_ratio: float) -> LossesSoFar:
-    """What the run log tells of the losses up to now, the same on all ranks."""
+    """Return the summary of the losses in the run log, the same on all ranks."""
 
     def read() -> LossesSoFar:
         records = read_run_log(log) if log.exists() else ()
@@ -27,49 +30,50 @@ def read_losses(log: Path, spike_ratio: float) -> LossesSoFar:
 
 
 def log_skipped_steps(rollbacks: Sequence[Rollback], done_steps: int) -> None:
-    """Say which steps after ``done_steps`` will be passed over, if any."""
-    ahead = [(max(first, done_steps + 1), last) for first, last in (one.skipped for one in rollbacks)]
-    ranges = ", ".join(f"{first} to {last}" for first, last in ahead if first <= last)
-    if ranges:
-        log_rank0(f"steps that will be passed over, as {ROLLBACKS} or the checkpoint tells: {ranges}")
+    """Report which steps after ``done_steps`` will be skipped, if any."""
+    windows = [(max(first, done_steps + 1), last) for first, last in (rollback.skipped for rollback in rollbacks)]
+    ahead = ", ".join(f"{first} to {last}" for first, last in windows if first <= last)
+    if ahead:
+        log_rank0(f"steps to skip, from {ROLLBACKS} or the checkpoint: {ahead}")
 
 
 def roll_back(checkpoints: Checkpoints, log: Path, spike: Spike) -> Checkpoint:
-    """Pass over the steps up to ``spike``: the checkpoint to continue from, the same on all ranks.
+    """Skip the steps up to ``spike`` and return the checkpoint to continue from, the same on all ranks.
 
-    ``log`` is the run log, of the course given up. Once the rollback is written down nothing else need be done: a kill at
-    any later moment makes no difference. Raises DivergenceError if no checkpoint from before these steps is kept, or there
-    were MOST_ROLLBACKS.
+    ``log`` is the run log with the steps that are discarded. Raises DivergenceError if no checkpoint from before the
+    skipped steps is kept, or after MOST_ROLLBACKS.
     """
     done, (first, last) = checkpoints.rollbacks or (), skipped_window(spike.step, checkpoints.skip_steps)
     if len(done) >= MOST_ROLLBACKS:
-        or_go_on = '; or set training.on_spike to "log", which only tells of it, and give the same command'
+        or_log = f"; or set {_LOG_INSTEAD}, and rerun the same command" if spike.is_finite else ""
         raise DivergenceError(
-            f"{spike.told}; after {MOST_ROLLBACKS} rollbacks, see {checkpoints.save_folder / ROLLBACKS}, the guard stops: "
-            f"it is not the data of single steps. {REMEDIES}{or_go_on if spike.is_finite else ''}"
+            f"{spike.message}; after {MOST_ROLLBACKS} rollbacks, see {checkpoints.save_folder / ROLLBACKS}, the guard "
+            f"stops: it is not the data of single steps. {REMEDIES}{or_log}"
         )
     kept = on_rank_0(checkpoints.complete)
-    old_enough = [found for found in kept if found.step < first]
+    old_enough = [checkpoint for checkpoint in kept if checkpoint.step < first]
     if not old_enough:
         raise DivergenceError(
-            f"{spike.told}; a rollback skips steps {first} to {last}, and no checkpoint from before them is kept. "
+            f"{spike.message}; a rollback skips steps {first} to {last}, and no checkpoint from before them is kept. "
             + _ways_on(spike, kept)
         )
     newest = old_enough[-1]
-    log_rank0(f"{spike.told}; going back to step {newest.step}, to skip steps {first} to {last}")
+    log_rank0(f"{spike.message}; returning to step {newest.step}, to skip steps {first} to {last}")
     seconds = on_rank_0(lambda: seconds_after(log, newest.step))
+    # Once the rollback is in rollbacks.json nothing else has to happen: whatever a kill prevents, the next launch redoes.
     checkpoints.discard_newer_than([*done, spike.to_rollback(newest.step, (first, last), seconds)], newest)
     return newest
 
 
 def _ways_on(spike: Spike, kept: Sequence[Checkpoint]) -> str:
-    """What to change where no checkpoint is old enough; back to one at step c, at most spike - c steps can be skipped."""
+    """What to change where no checkpoint is old enough."""
+    # A spike at 25 with its oldest checkpoint at 18: steps 19 to 25 can be skipped, 25 - 18 = 7 at most.
     most = spike.step - kept[0].step if kept else 0
     ways = [f"training.spike_skip_steps to {most} or less"] if most > 0 else []
-    ways += ['training.on_spike to "log", which only tells of it'] if spike.is_finite else []
-    return f"Set {', or '.join(ways)}, and give the same command" if ways else REMEDIES
+    ways += [_LOG_INSTEAD] if spike.is_finite else []
+    return f"Set {', or '.join(ways)}, and rerun the same command" if ways else REMEDIES
 
 
 def seconds_after(log: Path, step: int) -> float:
-    """Spent on the steps and evaluations logged after ``step``."""
+    """Return the seconds spent on the steps and evaluations logged after ``step``."""
     return float(sum(record.get("seconds", 0.0) for record in read_run_log(log) if record["step"] > step))

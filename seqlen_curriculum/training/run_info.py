@@ -1,13 +1,11 @@
-"""``run.json``: what a run folder was trained with, so that a report needs nothing but the folder."""
+"""Records each launch of a run in its ``run.json``."""
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -15,74 +13,50 @@ import torch
 from deepspeed.accelerator import get_accelerator
 
 from seqlen_curriculum.errors import CheckpointError
-from seqlen_curriculum.files import replace_text
+from seqlen_curriculum.run_folder.run_info import Launch, RunInfo, read_run_info, write_run_info
+from seqlen_curriculum.training.versions import package_versions
 
 __all__ = ["record_launch"]
 
-_PACKAGES = ("torch", "deepspeed", "transformers", "numpy", "seqlen-curriculum")
-
 
 def record_launch(save: Path, config: Mapping[str, Any], ranks: int, first_step: int) -> None:
-    """Write ``SAVE/run.json`` whole or not at all: ``config`` (the newest launch's), and a launch more in ``launches``.
+    """Add a launch to ``SAVE/run.json`` and make ``config`` the configuration in it.
 
-    A launch is ``started`` (UTC), ``ranks``, ``first_step``, ``versions`` and ``device``. Call it on rank 0, before the
-    first step. Raises CheckpointError when it can't be written.
+    Call it on rank 0, before the first step. Raises CheckpointError when the file can't be written.
     """
-    path = save / "run.json"
-    launch = {
-        "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        "ranks": ranks,
-        "first_step": first_step,
-        "versions": _versions(),
-        "device": _device(),
-    }
-    text = json.dumps({"config": config, "launches": [*_launches(path), launch]}, indent=2, default=str)
+    launch = Launch(
+        started=datetime.now(UTC).isoformat(timespec="seconds"),
+        ranks=ranks,
+        first_step=first_step,
+        versions=package_versions(),
+        device=_device(),
+    )
     try:
-        replace_text(path, text)
-    except OSError as error:
-        raise CheckpointError(
-            f"{path}: can't be written ({error.strerror}); free space or choose another --save"
-        ) from error
-
-
-def _launches(path: Path) -> list[Any]:
-    """Those of earlier launches; none of a file that is damaged, which must not keep the run from going on."""
-    try:
-        launches = json.loads(path.read_text(encoding="utf-8"))["launches"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return []
-    return launches if isinstance(launches, list) else []
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:  # a checkout on the path that was never installed
-            continue
-    return found
+        earlier = read_run_info(save)
+    except CheckpointError:  # damaged; the file is for people and reports, so training must not depend on it
+        earlier = None
+    launches = earlier.launches if earlier else []
+    write_run_info(save, RunInfo(config=dict(config), launches=[*launches, launch]))
 
 
 def _device() -> dict[str, Any]:
-    """Of the node of rank 0. ``accelerator`` is None on a CPU; memory is in bytes."""
+    """Of the node of rank 0; memory is in bytes."""
+    accelerator = get_accelerator()
+    kind = str(accelerator.device_name())
+    device: dict[str, Any] = {"accelerator": None}
+    if kind != "cpu":
+        # torch.cuda and torch.xpu name the model, such as "NVIDIA H100 80GB HBM3"; other kinds may not.
+        model = getattr(getattr(torch, kind, None), "get_device_name", lambda: kind)
+        device = {"accelerator": model(), "accelerator_memory_bytes": int(accelerator.total_memory())}
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return {**_accelerator(), "cpu": _cpu(), "cores": len(os.sched_getaffinity(0)), "memory_bytes": memory}
-
-
-def _accelerator() -> dict[str, Any]:
-    name = str(get_accelerator().device_name())
-    if name == "cpu":
-        return {"accelerator": None}
-    model = getattr(getattr(torch, name, None), "get_device_name", lambda: name)  # not every kind tells its model
-    return {"accelerator": model(), "accelerator_memory_bytes": int(get_accelerator().total_memory())}
+    return {**device, "cpu": _cpu(), "cores": len(os.sched_getaffinity(0)), "memory_bytes": memory}
 
 
 def _cpu() -> str:
-    """The model's name where Linux tells it, else the architecture."""
+    """The model's name where Linux gives it, else the architecture."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         lines = []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, "") or platform.machine()
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return (models[0] if models else "") or platform.machine()

@@ -1,4 +1,4 @@
-"""What is a spike of the training loss, and what is done about it. No engine.
+"""What a spike of the training loss is, and what follows from it. No engine.
 
 The loss ratio of a step is its training loss over the least of all earlier steps (Section 3 of the paper).
 """
@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from seqlen_curriculum.config.run import TrainingConfig
 from seqlen_curriculum.errors import DivergenceError
+from seqlen_curriculum.run_folder.ratios import loss_ratio
 from seqlen_curriculum.run_folder.rollbacks import Rollback, is_skipped
 
 __all__ = ["MOST_ROLLBACKS", "REMEDIES", "LossesSoFar", "RollbackRequested", "Spike", "SpikeGuard"]
@@ -20,11 +21,11 @@ REMEDIES = (
     "train into another --save"
 )
 MOST_ROLLBACKS = 10
-"""Of a run. What spikes again and again is no accident of the data, and each rollback costs what it repeats."""
+"""Of a run. A loss that spikes again and again is no accident of the data, and each rollback costs the steps it repeats."""
 
 
 class LossesSoFar(NamedTuple):
-    """What of the losses of all earlier steps it takes to judge the next one."""
+    """The part of all earlier losses that it takes to judge the next one."""
 
     least: float = math.inf
     spiking: bool = False
@@ -32,24 +33,23 @@ class LossesSoFar(NamedTuple):
 
     @classmethod
     def of(cls, losses: Iterable[float], spike_ratio: float) -> LossesSoFar:
-        """Of finite ``losses`` in their order."""
+        """Return the summary of finite ``losses`` in their order."""
         so_far = cls()
         for loss in losses:
             so_far = so_far.then(loss, spike_ratio)
         return so_far
 
     def then(self, loss: float, spike_ratio: float) -> LossesSoFar:
-        """With one more."""
+        """Return the summary with one more loss."""
         return LossesSoFar(min(self.least, loss), loss > spike_ratio * self.least)
 
     def ratio(self, loss: float) -> float | None:
-        """The loss ratio of a step of this ``loss``; None for the first one, and where it is not finite."""
-        ratio = loss / self.least if 0 < self.least < math.inf else math.nan
-        return ratio if math.isfinite(ratio) else None
+        """Return the loss ratio of a step of this ``loss``; None for the first one, and where it is not finite."""
+        return loss_ratio(loss, self.least)
 
 
 class Spike(NamedTuple):
-    """A step whose loss, gradient or validation loss is not what training may go on from. ``what`` says which, and how."""
+    """A step whose loss, gradient norm or validation loss is too large to train on from. ``what`` describes it."""
 
     step: int
     seqlen: int
@@ -58,19 +58,18 @@ class Spike(NamedTuple):
     ratio: float | None
     what: str
     is_finite: bool
-    """All of it, so that training could go on."""
+    """Whether it can be ignored: training can't continue from weights that are NaN."""
 
     @property
-    def told(self) -> str:
-        """In words."""
+    def message(self) -> str:
+        """The step, what it is, and the values it was trained with."""
         return f"step {self.step}: {self.what}, at seqlen {self.seqlen} and lr {self.lr:.3g}"
 
     def to_rollback(self, returned_to: int, skipped: tuple[int, int], seconds: float = 0.0) -> Rollback:
-        """The record of a return to the checkpoint of a step."""
-        loss = self.loss if math.isfinite(self.loss) else None
+        """Return the record of a return to the checkpoint of step ``returned_to``."""
         return Rollback(
             step=self.step,
-            loss=loss,
+            loss=self.loss if math.isfinite(self.loss) else None,
             ratio=self.ratio,
             seqlen=self.seqlen,
             lr=self.lr,
@@ -80,30 +79,31 @@ class Spike(NamedTuple):
         )
 
 
-class RollbackRequested(Exception):  # noqa: N818 - no error: the loop above goes on from an earlier checkpoint
-    """The course of training since some checkpoint is given up because of ``spike``."""
+class RollbackRequested(Exception):  # noqa: N818 - no error: the loop above continues from an earlier checkpoint
+    """The steps since some checkpoint are to be discarded because of ``spike``."""
 
     def __init__(self, spike: Spike) -> None:
-        super().__init__(spike.told)
+        super().__init__(spike.message)
         self.spike = spike
 
 
 class SpikeGuard:
-    """Judges each step of a course by what all ranks have agreed on, so all of them judge alike."""
+    """Judges each step by numbers that all ranks have agreed on, so that all ranks decide the same."""
 
     def __init__(self, settings: TrainingConfig, rollbacks: Sequence[Rollback], so_far: LossesSoFar) -> None:
         self._settings, self._rollbacks, self._so_far = settings, rollbacks, so_far
-        self._now = (0, 0, 0.0)
+        self._step, self._seqlen, self._lr = 0, 0, 0.0
 
     def begin(self, step: int, seqlen: int, lr: float) -> bool:
-        """Note where training stands. Returns whether ``step`` is to be trained, not passed over."""
-        self._now = step, seqlen, lr
+        """Note the step that begins. Return whether to train it; otherwise a rollback skips it."""
+        self._step, self._seqlen, self._lr = step, seqlen, lr
         return not is_skipped(self._rollbacks, step)
 
     def judge(self, loss: float, broken: str | None = None) -> str | None:
-        """A line to say, if there is one, of the step's ``loss``; ``broken`` tells what else forbids to go on.
+        """Judge the step's ``loss`` and return a message if it begins a spike; ``broken`` names another value that is
+        not finite.
 
-        Raises DivergenceError or RollbackRequested, as ``training.on_spike`` asks.
+        Raises DivergenceError or RollbackRequested, by ``training.on_spike``.
         """
         broken = broken if math.isfinite(loss) else f"the loss is {loss}"
         if broken is not None:
@@ -112,39 +112,34 @@ class SpikeGuard:
         self._so_far = before.then(loss, threshold)
         if not self._so_far.spiking:
             return None
-        what = (
-            f"the loss {loss:.4f} is {loss / before.least:.3f} times"
-            if before.least
-            else f"the loss {loss:.4f} is above"
-        )
-        what += f" the least before it, {before.least:.4f} (training.spike_ratio {threshold})"
+        height = f"{loss / before.least:.3f} times" if before.least else "above"
+        what = f"the loss {loss:.4f} is {height} the least before it, {before.least:.4f} (training.spike_ratio {threshold})"
         if self._settings.on_spike != "log":
             self.stop_or_roll_back(what, loss, is_finite=True)
-        return None if before.spiking else self._spike(what, loss, is_finite=True).told
+        # A spike of 50 steps is one event: only its first step is reported.
+        return None if before.spiking else self._spike(what, loss, is_finite=True).message
 
     def judge_perplexity(self, ratio: float) -> None:
-        """Raises DivergenceError for an evaluation whose perplexity is ``ratio`` times the best one before, if asked to."""
+        """Raise DivergenceError if the perplexity, ``ratio`` times the best before, is over ``stop_perplexity_ratio``."""
         most = self._settings.stop_perplexity_ratio
         if most is not None and ratio > most:
-            step, seqlen, lr = self._now
             raise DivergenceError(
-                f"step {step}: the validation perplexity is {ratio:.3f} times the best before it "
-                f"(training.stop_perplexity_ratio {most}), at seqlen {seqlen} and lr {lr:.3g}; training stops, this step is "
-                f"not saved. {REMEDIES}"
+                f"step {self._step}: the validation perplexity is {ratio:.3f} times the best before it "
+                f"(training.stop_perplexity_ratio {most}), at seqlen {self._seqlen} and lr {self._lr:.3g}; training stops, "
+                f"this step is not saved. {REMEDIES}"
             )
 
     def stop_or_roll_back(self, what: str, loss: float = math.nan, is_finite: bool = False) -> None:
-        """Don't go on from this step. Raises RollbackRequested where rollbacks are asked for, else DivergenceError."""
+        """Raise RollbackRequested where ``training.on_spike`` is "rollback", else DivergenceError."""
         spike = self._spike(what, loss, is_finite)
         if self._settings.on_spike == "rollback":
             raise RollbackRequested(spike)
-        or_go_on = ' or "log", which only tells of it' if is_finite else ""
+        or_log = ' or "log", which only reports it' if is_finite else ""
         raise DivergenceError(
-            f"{spike.told}; training stops, this step is not saved and the last checkpoint is intact. {REMEDIES}; or set "
-            'training.on_spike to "rollback", which goes back and passes over the steps before the spike'
-            f"{or_go_on}, and give the same command"
+            f"{spike.message}; training stops, this step is not saved and the last checkpoint is intact. {REMEDIES}; or set "
+            f'training.on_spike to "rollback", which returns to a checkpoint and skips the steps before the spike{or_log}, '
+            "and rerun the same command"
         )
 
     def _spike(self, what: str, loss: float, is_finite: bool) -> Spike:
-        step, seqlen, lr = self._now
-        return Spike(step, seqlen, lr, loss, self._so_far.ratio(loss), what, is_finite)
+        return Spike(self._step, self._seqlen, self._lr, loss, self._so_far.ratio(loss), what, is_finite)

@@ -1,4 +1,4 @@
-"""What rank 0 tells of a run: a progress bar, the run log, and DeepSpeed's monitor (TensorBoard, W&B, CSV)."""
+"""Where rank 0 reports a run: a progress bar, the run log, and DeepSpeed's monitor (TensorBoard, W&B, CSV)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _VALID_VALUES = ("valid_loss", "valid_ppl")
 
 
 def log_rank0(message: str) -> None:
-    """One line for the person at the terminal, above the bar; on rank 0 only."""
+    """Print one line to the terminal, above the bar; on rank 0 only."""
     if dist.get_rank() == 0:
         tqdm.write(message, file=sys.stderr)
 
@@ -46,7 +46,7 @@ class Telemetry:
         self._consumed = timeline.consumed_tokens(done_steps)
 
     def step(self, record: dict[str, Any]) -> None:
-        """A training record."""
+        """Report a training record."""
         if self._log is None:
             return
         self._log.write(record)
@@ -55,27 +55,15 @@ class Telemetry:
         self._bar.update()
 
     def skipped_step(self, record: dict[str, Any]) -> None:
-        """The record of a step passed over; it took no time worth counting."""
+        """Report the record of a skipped step, which takes next to no time."""
         if self._log is None:
             return
         self._log.write(record)
         self._consumed = record["consumed_tokens"]
         self._bar.update()
 
-    def _progress(self, record: dict[str, Any]) -> str:
-        """What stands beside the bar. Steps grow longer with their length, so the time left follows from tokens."""
-        self._tokens = 0.9 * self._tokens + record["consumed_tokens"] - self._consumed  # recent steps count most
-        self._consumed = record["consumed_tokens"]
-        self._seconds = 0.9 * self._seconds + record["seconds"]
-        speed = self._tokens / self._seconds
-        left = max(self._train_tokens - record["consumed_tokens"], 0) / speed
-        return (
-            f"seqlen {record['seqlen']}, tokens {record['consumed_tokens']:.3g}/{self._train_tokens:.3g}, "
-            f"loss {record['loss']:.3f}, lr {record['lr']:.2e}, {speed:,.0f} tokens/s, {tqdm.format_interval(left)} left"
-        )
-
     def evaluation(self, record: dict[str, Any]) -> None:
-        """An evaluation record."""
+        """Report an evaluation record."""
         if self._log is None:
             return
         self._log.write(record)
@@ -85,7 +73,7 @@ class Telemetry:
         )
 
     def follow(self, timeline: Timeline) -> None:
-        """The steps to come are those of ``timeline``."""
+        """Make the bar end with the last step of ``timeline``."""
         self._bar.total = timeline.steps
 
     def close(self) -> None:
@@ -94,9 +82,23 @@ class Telemetry:
         if self._log is not None:
             self._log.close()
 
+    def _progress(self, record: dict[str, Any]) -> str:
+        """The text beside the bar."""
+        # Steps take longer as the sequence length grows, so the time left follows from tokens, not from steps. A step's
+        # weight falls by 0.9 with each later one: the speed is that of the last 1 / (1 - 0.9) = 10 steps or so.
+        self._tokens = 0.9 * self._tokens + record["consumed_tokens"] - self._consumed
+        self._consumed = record["consumed_tokens"]
+        self._seconds = 0.9 * self._seconds + record["seconds"]
+        speed = self._tokens / self._seconds
+        left = max(self._train_tokens - record["consumed_tokens"], 0) / speed
+        return (
+            f"seqlen {record['seqlen']}, tokens {record['consumed_tokens']:.3g}/{self._train_tokens:.3g}, "
+            f"loss {record['loss']:.3f}, lr {record['lr']:.2e}, {speed:,.0f} tokens/s, {tqdm.format_interval(left)} left"
+        )
+
     def _to_monitor(self, group: str, record: dict[str, Any], names: tuple[str, ...]) -> None:
         """Each value twice: against steps and against consumed tokens."""
-        if not getattr(self._monitor, "enabled", False):
+        if not self._monitor.enabled:
             return
         values = [(name, record[name]) for name in names if record.get(name) is not None]
         against_steps = [(f"{group}/{name}", value, record["step"]) for name, value in values]

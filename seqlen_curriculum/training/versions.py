@@ -1,17 +1,43 @@
-"""The range of DeepSpeed versions that this package is tested with."""
+"""Versions of what a run depends on, and the range of DeepSpeed's that this package is tested with."""
 
 from __future__ import annotations
 
+import functools
+import os
+import platform
 import warnings
+from importlib.metadata import PackageNotFoundError, version
 
 import deepspeed
 
-__all__ = ["TESTED", "check_deepspeed_version"]
+__all__ = ["TESTED_DEEPSPEED", "check_deepspeed_version", "package_versions"]
 
-TESTED = "deepspeed>=0.19,<0.20"
+TESTED_DEEPSPEED = (0, 19)
+"""Major and minor version; setup.py has the same range. tests/test_deepspeed_internals.py lists what it is needed for."""
+_PACKAGES = ("torch", "deepspeed", "transformers", "numpy", "seqlen-curriculum")
 
 
+@functools.cache  # once per process
 def check_deepspeed_version() -> None:
-    """Warn where the installed DeepSpeed is outside the tested range."""
-    if tuple(int(part) for part in deepspeed.__version__.split(".")[:2]) != (0, 19):
-        warnings.warn(f"DeepSpeed {deepspeed.__version__} is outside the tested range ({TESTED})", stacklevel=2)
+    """Warn on rank 0, once, of a DeepSpeed that this package is not tested with."""
+    major, minor = (int(part) for part in deepspeed.__version__.split(".")[:2])
+    if (major, minor) == TESTED_DEEPSPEED or os.environ.get("RANK", "0") != "0":
+        return
+    tested_major, tested_minor = TESTED_DEEPSPEED
+    tested = f"deepspeed>={tested_major}.{tested_minor},<{tested_major}.{tested_minor + 1}"
+    warnings.warn(
+        f"deepspeed {deepspeed.__version__} is outside the tested range {tested}; training relies on internals of DeepSpeed "
+        f'that may have changed. Install a tested version: pip install "{tested}"',
+        stacklevel=3,
+    )
+
+
+def package_versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages that decide what a run computes, by name."""
+    versions = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:  # a checkout on the path that was never installed
+            continue
+    return versions

@@ -17,19 +17,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-
-from seqlen_curriculum.analysis.stability import ratios_to_best
 from seqlen_curriculum.config.equivalence import count_identical_steps
 from seqlen_curriculum.config.run import RunConfig
 from seqlen_curriculum.errors import DIVERGED, CheckpointError, SeqlenCurriculumError
-from seqlen_curriculum.files import is_locked, lock_of, replace_text, try_lock
+from seqlen_curriculum.files import is_locked, lock_of, move, replace_text, try_lock
+from seqlen_curriculum.run_folder import RUN_LOG
 from seqlen_curriculum.run_folder.checkpoint_manifest import Checkpoint, checkpoint_folders, read_checkpoint
+from seqlen_curriculum.run_folder.ratios import perplexity_ratios
+from seqlen_curriculum.run_folder.run_info import read_run_info
 from seqlen_curriculum.run_folder.run_log import RunLog, read_run_log
 
 __all__ = ["ProbeRun", "Trial", "inherit"]
 
-_LOG = "runlog.jsonl"
 _POLL_SECONDS = 0.5
 
 Watch = Callable[["Trial"], None]
@@ -67,7 +66,7 @@ class ProbeRun:
 
     def records(self) -> list[dict[str, Any]]:
         """Of its log, none before it has begun."""
-        return list(read_run_log(self.save / _LOG)) if (self.save / _LOG).exists() else []
+        return list(read_run_log(self.save / RUN_LOG)) if (self.save / RUN_LOG).exists() else []
 
     def last_step(self) -> int:
         """The last one in its log; 0 before it has begun."""
@@ -75,11 +74,10 @@ class ProbeRun:
 
     def inherited_steps(self) -> int:
         """Steps taken over from another probe."""
-        try:
-            launches = json.loads((self.save / "run.json").read_text(encoding="utf-8"))["launches"]
-        except FileNotFoundError:
+        info = read_run_info(self.save)
+        if info is None:
             return self.last_step()  # taken over, and not yet launched
-        return int(launches[0]["first_step"]) - 1
+        return info.launches[0].first_step - 1
 
     def judged(self, until_step: int) -> Trial:
         """What the log tells of the steps up to ``until_step``, of all there are."""
@@ -151,7 +149,7 @@ class ProbeRun:
 def _trial(step: int, losses: Sequence[float], most: float) -> Trial:
     if len(losses) < 2:
         return Trial(True, step, None)
-    ratios = ratios_to_best(np.exp(np.minimum(losses, 700)))[1:]
+    ratios = perplexity_ratios(losses)[1:]
     largest = float(ratios.max())
     return Trial(largest <= most, step, largest)
 
@@ -186,9 +184,9 @@ def inherit(run: ProbeRun, donors: Sequence[ProbeRun], until_step: int) -> int:
     unfinished = run.save.with_name(f".{run.save.name}.tmp")
     shutil.rmtree(unfinished, ignore_errors=True)
     shutil.copytree(checkpoint.folder, unfinished / checkpoint.folder.name, copy_function=_link)
-    shutil.copy(donor.save / _LOG, unfinished / _LOG)
-    RunLog.rewind(unfinished / _LOG, step)
-    os.rename(unfinished, run.save)
+    shutil.copy(donor.save / RUN_LOG, unfinished / RUN_LOG)
+    RunLog.rewind(unfinished / RUN_LOG, step)
+    move(unfinished, run.save)
     return step
 
 

@@ -1,0 +1,65 @@
+"""A run's ``run.json``: what the run was trained with, so that a report needs nothing but the folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, TypeAdapter
+
+from seqlen_curriculum.errors import CheckpointError
+from seqlen_curriculum.files import replace_text
+from seqlen_curriculum.run_folder import RUN_INFO
+from seqlen_curriculum.run_folder.json_file import read_checked
+
+__all__ = ["Launch", "RunInfo", "read_run_info", "write_run_info"]
+
+
+# Another version of this package may have written further keys: they are accepted, and kept when a launch is added.
+_OPEN = ConfigDict(extra="allow", frozen=True)
+
+
+class Launch(BaseModel):
+    """One start of the training script."""
+
+    model_config = _OPEN
+
+    started: str
+    """UTC, in ISO format."""
+    ranks: int
+    first_step: int
+    versions: dict[str, str]
+    """Of Python and the packages, by name."""
+    device: dict[str, Any]
+    """Of the node of rank 0: ``accelerator`` (None on a CPU), ``cpu``, ``cores``, ``memory_bytes``."""
+
+
+class RunInfo(BaseModel):
+    """The content of ``run.json``."""
+
+    model_config = _OPEN
+
+    config: dict[str, Any]
+    """The newest launch's configuration, with defaults and overrides filled in."""
+    launches: list[Launch]
+    """Oldest first."""
+
+
+_SCHEMA = TypeAdapter(RunInfo)
+
+
+def read_run_info(save: Path) -> RunInfo | None:
+    """Return ``SAVE/run.json``, None if there is none. Raises CheckpointError if it is damaged."""
+    return read_checked(save / RUN_INFO, _SCHEMA, "move it away to do without")
+
+
+def write_run_info(save: Path, info: RunInfo) -> None:
+    """Replace ``SAVE/run.json``. Raises CheckpointError."""
+    path = save / RUN_INFO
+    try:
+        replace_text(path, json.dumps(info.model_dump(), indent=2, default=str))
+    except OSError as error:
+        raise CheckpointError(
+            f"{path}: can't be written ({error.strerror}); free space or choose another --save"
+        ) from error
