@@ -81,7 +81,7 @@ class SampleStream:
             inputs[row, column : column + length], targets[row, column : column + length] = found[:-1], found[1:]
         rows = np.unique(token_spans.row)
         for tokens in (inputs[rows], targets[rows]):
-            if self.samples.foreign(tokens).size:  # gathering it again tells where it lies
+            if self.samples.find_invalid_ids(tokens).size:  # gathering it again tells where it lies
                 for of_range, start, length in zip(*token_spans[3:], token_spans.length, strict=True):
                     self.samples.gather(of_range[None], start[None], int(length) + 1)
 
