@@ -164,7 +164,7 @@ def brute_force(feed):
     counts = [[0, [], 0, 0, 0] for _ in feed.sources]
     for step in range(1, feed.timeline.steps + 1):
         used = feed.timeline.shortening.used_tokens_per_sample(feed.timeline.seqlen(step))
-        for source, epoch, number in zip(*feed.places(step), strict=True):
+        for source, epoch, number in zip(*feed.sample_ids(step), strict=True):
             count = counts[source]
             if epoch == len(count[1]):
                 count[1].append(count[0])
@@ -173,9 +173,9 @@ def brute_force(feed):
             count[4] += used if number >= feed.sources[source].num_samples else 0
     for number, source in enumerate(feed.sources):
         stream, rows = feed._streams[number], np.arange(counts[number][0])
-        epochs, _ = stream.place(rows)
+        epochs, _ = stream.locate(rows)
         parts = stream.token_spans(rows, source.seq_length)
-        token_spans = zip(epochs[parts.row], parts.of_range, parts.start, parts.length, strict=True)
+        token_spans = zip(epochs[parts.row], parts.range_index, parts.start, parts.length, strict=True)
         positions = [(epoch, of, start + at) for epoch, of, start, length in token_spans for at in range(length)]
         counts[number][2] = len(set(positions))
     return counts
@@ -213,7 +213,7 @@ def test_epochs_begin_where_the_feed_says(one, two):
     feed = open_training_data(config)
     first = {}
     for step in range(1, feed.timeline.steps + 1):
-        for source, epoch, _ in zip(*(part.tolist() for part in feed.places(step)), strict=True):
+        for source, epoch, _ in zip(*(part.tolist() for part in feed.sample_ids(step)), strict=True):
             first.setdefault((source, epoch), step)
     summary = account(config)
     for number, source in enumerate(summary["sources"]):
@@ -261,7 +261,7 @@ def test_a_step_is_what_the_feed_reads(one, two, method):
         ]
         for rank in found["ranks"]:
             inputs = feed.read(step, rank["first_sample"], 3)[0].reshape(3, -1)
-            places = feed.places(step, rank["first_sample"], 3)
+            places = feed.sample_ids(step, rank["first_sample"], 3)
             for sample, tokens, place in zip(rank["shown"], inputs.tolist(), zip(*places, strict=True), strict=True):
                 assert (sample["source"], sample["epoch"], sample["number"]) == place
                 assert [token for ids in sample["ids"] for token in ids] == tokens

@@ -156,8 +156,8 @@ class Trainer:
         count = self.timeline.samples(step) // self.executor.data_ranks
         first = self.executor.data_rank * count
         if self.sample_log is not None:
-            places = np.stack(self.train_data.places(step, first, count), 1).tolist()
-            self.sample_log.write({"step": step, "first_sample": first, "samples": places})
+            sample_ids = np.stack(self.train_data.sample_ids(step, first, count), 1).tolist()
+            self.sample_log.write({"step": step, "first_sample": first, "samples": sample_ids})
         inputs, targets = (self._on_device(tokens) for tokens in self.train_data.read(step, first, count))  # (B, S)
         rows, row_tokens = inputs.shape
         first_row, micro_rows = self.executor.data_rank * rows, self._micro_rows(rows, row_tokens)

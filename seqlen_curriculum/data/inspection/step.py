@@ -71,7 +71,7 @@ def _samples(feed: TrainingData, step: int, first: int, count: int) -> list[dict
     token_spans = _stretches(feed, step, first, count)
     found = []
     for sample, (source, epoch, number) in enumerate(
-        zip(*map(np.ndarray.tolist, feed.places(step, first, count)), strict=True)
+        zip(*map(np.ndarray.tolist, feed.sample_ids(step, first, count)), strict=True)
     ):
         ids = [inputs[sample, start : start + seqlen].tolist() for start in range(0, inputs.shape[1], seqlen)]
         found.append(
@@ -92,8 +92,10 @@ def _stretches(feed: TrainingData, step: int, first: int, count: int) -> list[li
     """The token_spans of each sample from its first column on."""
     by_sample: list[list[tuple[int, dict[str, Any]]]] = [[] for _ in range(count)]
     for source, parts in feed.token_spans(step, first, count):
-        for row, column, length, of_range, start in zip(*map(np.ndarray.tolist, parts), strict=True):
-            by_sample[row].append((column, _stretch(feed.sources[source].ranges[of_range][0], start, start + length)))
+        for row, column, length, range_index, start in zip(*map(np.ndarray.tolist, parts), strict=True):
+            by_sample[row].append(
+                (column, _stretch(feed.sources[source].ranges[range_index][0], start, start + length))
+            )
     return [[part for _, part in sorted(parts, key=lambda part: part[0])] for parts in by_sample]
 
 

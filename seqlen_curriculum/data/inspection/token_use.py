@@ -119,7 +119,7 @@ class SourceUse(NamedTuple):
 def source_use(feed: TrainingData, number: int, timeline: Timeline, recycle: bool) -> SourceUse:
     """What a run of ``timeline`` makes of source ``number`` of ``feed``, whose own timeline and recycling don't count."""
     source, rows = feed.sources[number], _drawn(feed, number, timeline, timeline.steps)
-    used = feed.of_source(number, timeline.tokens_by_sample())
+    used = feed.tokens_by_sample_of(number, timeline.tokens_by_sample())
     if recycle and rows:
         return _recycled(source, used, rows)
     begins = np.arange(0, min(rows, _MOST_EPOCHS * source.num_samples), source.num_samples)
