@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,13 @@ __all__ = [
     "is_locked",
     "lock_folder",
     "lock_of",
+    "move",
     "new_folder",
     "picture_path",
     "read_json",
+    "replace",
     "replace_text",
+    "sync",
     "try_lock",
     "writable_folder",
 ]
@@ -80,32 +84,60 @@ def apply_override(raw: dict[str, Any], override: str) -> None:
     target[key] = value
 
 
-def replace_text(path: Path, text: str) -> None:
-    """Make ``text`` the content of ``path`` in one rename; on return the disk has it. Raises OSError."""
-    unfinished = path.with_name(path.name + ".tmp")
-    with unfinished.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(unfinished, path)
-    folder = os.open(path.parent, os.O_RDONLY)  # holds the name
+def replace(path: Path, write: Callable[[Path], object]) -> None:
+    """Replace the file ``path`` by what ``write(temporary_path)`` writes; on return the new content is on disk.
+
+    A reader sees the old content or the new one, never a part. Raises OSError, which leaves the old file as it was.
+    """
+    # The process id keeps two processes that replace one file from writing into each other's.
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        os.fsync(folder)
+        write(unfinished)
+        # Content before name: a power cut between a rename and its data would leave an empty file under the final name.
+        sync(unfinished)
+        move(unfinished, path)
     finally:
-        os.close(folder)
+        unfinished.unlink(missing_ok=True)
+
+
+def replace_text(path: Path, text: str) -> None:
+    """``replace`` with ``text``, as UTF-8."""
+    replace(path, lambda unfinished: unfinished.write_text(text, encoding="utf-8"))
+
+
+def move(source: Path, target: Path) -> None:
+    """Rename ``source`` to ``target`` on the same file system; on return the disk has the new name. Raises OSError."""
+    os.replace(source, target)
+    sync(target.parent)  # a name belongs to its folder
+
+
+def sync(path: Path) -> None:
+    """Wait until the disk has the content of a file, or the names in a folder. Raises OSError."""
+    file = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)
 
 
 def lock_of(folder: Path) -> Path:
-    """The file that stands for ``folder``."""
+    """Return the file whose lock stands for ``folder``."""
     return folder / ".lock"
 
 
 def try_lock(path: Path) -> int | None:
-    """An open file that holds the lock of ``path`` until all its copies are closed; None while another one holds it."""
+    """Lock the file ``path`` and return its descriptor, which holds the lock until all copies of it are closed.
+
+    None while another process holds the lock, and where it has just deleted the file.
+    """
     file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+        # The holder may delete the file between our open and its release: then we hold a lock that nobody else can see.
+        is_current = os.path.samestat(os.fstat(file), os.stat(path))
+    except (BlockingIOError, FileNotFoundError):
+        is_current = False
+    if not is_current:
         os.close(file)
         return None
     return file

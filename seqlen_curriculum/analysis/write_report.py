@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from seqlen_curriculum.analysis.read_run import LOGS, read_run
 from seqlen_curriculum.analysis.report import MADE_BY, report
 from seqlen_curriculum.analysis.run import Run
 from seqlen_curriculum.errors import ConfigError
+from seqlen_curriculum.files import replace
 
 __all__ = ["check_folder", "follow", "write_report"]
 
@@ -80,11 +80,7 @@ def _stamp(path: Path) -> tuple[int, int]:
 
 
 def _replace(path: Path, write: Callable[[Path], object]) -> None:
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        write(unfinished)
-        os.replace(unfinished, path)
+        replace(path, write)
     except OSError as error:
         raise ConfigError(f"--out {path.parent}: {path.name} can't be written ({error.strerror})") from error
-    finally:
-        unfinished.unlink(missing_ok=True)

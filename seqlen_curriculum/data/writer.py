@@ -16,9 +16,10 @@ from numpy.typing import ArrayLike, NDArray
 from seqlen_curriculum.config.data import corpus_prefix
 from seqlen_curriculum.data.indexed import HEADER, MAGIC, VERSION, IndexedCorpus
 from seqlen_curriculum.errors import DataError
+from seqlen_curriculum.files import move, replace, sync
 from seqlen_curriculum.schedule.piecewise import IntArray
 
-__all__ = ["CorpusWriter", "TokenFiles", "publish", "store", "token_dtype"]
+__all__ = ["CorpusWriter", "TokenFiles", "publish", "token_dtype"]
 
 _CODES = {np.dtype("<u2"): 8, np.dtype("<i4"): 4}
 _MAX_DOCUMENT_TOKENS = 2**31 - 1  # lengths are i32 in the format
@@ -93,7 +94,8 @@ class TokenFiles:
     def sync(self) -> None:
         """Make everything that was added durable."""
         for stream in (self._bin, self._lengths):
-            _sync(stream)
+            stream.flush()
+            os.fsync(stream.fileno())
 
     def write_index(self, path: str) -> None:
         """Write the .idx of everything that was added, and make all three files durable."""
@@ -113,7 +115,7 @@ class TokenFiles:
                 start = int(ends[-1])
             for first in range(0, count + 1, _BLOCK):  # document indices: one sequence per document
                 index.write(np.arange(first, min(first + _BLOCK, count + 1), dtype="<i8").tobytes())
-            _sync(index)
+        sync(Path(path))
 
     def close(self) -> None:
         """Close both files without raising."""
@@ -192,7 +194,7 @@ class CorpusWriter:
         """Add a file ``PREFIX + suffix`` that moves into place with the pair, before the .idx."""
         if suffix not in self._beside:
             self._beside.append(suffix)
-        store(self._temporary(suffix), content)
+        replace(Path(self._temporary(suffix)), lambda unfinished: unfinished.write_bytes(content))
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -217,13 +219,6 @@ class CorpusWriter:
         return f"{self.prefix}{suffix}.{os.getpid()}.tmp"
 
 
-def store(path: str, content: bytes) -> None:
-    """Write a file and make it durable."""
-    with open(path, "wb") as stream:
-        stream.write(content)
-        _sync(stream)
-
-
 def publish(files: Mapping[str, str], prefix: str) -> None:
     """Move each of ``files`` {suffix: path} to ``prefix + suffix``, in order; skip those that were moved before."""
     # An older .idx must never be beside the new .bin: together they would look like a complete pair.
@@ -231,12 +226,7 @@ def publish(files: Mapping[str, str], prefix: str) -> None:
         Path(prefix + ".idx").unlink(missing_ok=True)
     for suffix, path in files.items():
         if os.path.exists(path):
-            os.replace(path, prefix + suffix)
-    folder = os.open(Path(prefix).parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the renames themselves
-    finally:
-        os.close(folder)
+            move(Path(path), Path(prefix + suffix))
 
 
 def _open_at(path: str, size: int) -> BinaryIO:
@@ -247,8 +237,3 @@ def _open_at(path: str, size: int) -> BinaryIO:
     stream.truncate(size)
     stream.seek(size)
     return stream
-
-
-def _sync(stream: BinaryIO) -> None:
-    stream.flush()
-    os.fsync(stream.fileno())

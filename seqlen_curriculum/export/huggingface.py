@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from seqlen_curriculum.analysis.run import Run
 from seqlen_curriculum.data.tokenizer import END_OF_TEXT, tokenizer_files
 from seqlen_curriculum.errors import CheckpointError, ConfigError
 from seqlen_curriculum.export.model_card import Facts, model_card
-from seqlen_curriculum.files import new_folder
+from seqlen_curriculum.files import move, new_folder
 from seqlen_curriculum.models.pretrained import copy_tokenizer, load_model, load_tokenizer, model_folder, quiet
 from seqlen_curriculum.run_folder.checkpoint_manifest import MANIFEST, Checkpoint, read_checkpoint
 from seqlen_curriculum.run_folder.model_folder import sizes_in
@@ -48,7 +47,7 @@ def export(source: Path, out: Path, dtype: str | None = None, tokenizer: Path | 
         shutil.rmtree(unfinished, ignore_errors=True)  # left by a kill
         unfinished.mkdir(parents=True)
         _write(unfinished, out.resolve().name, model, files, checkpoint, run)
-        os.rename(unfinished, out.resolve())
+        move(unfinished, out.resolve())
     except OSError as error:
         raise CheckpointError(
             f"--out {out}: can't be written ({error}); free space or choose another folder"

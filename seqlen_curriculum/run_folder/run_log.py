@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from seqlen_curriculum.errors import DataError
+from seqlen_curriculum.files import replace_text
 
 __all__ = ["RunLog", "read_run_log"]
 
@@ -54,9 +55,7 @@ class RunLog:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
         kept = [line for line in lines if (record := _parsed(line)) is not None and record["step"] <= step]
         if len(kept) < len(lines):
-            shorter = path.with_name(path.name + ".tmp")
-            shorter.write_text("".join(kept), encoding="utf-8")
-            os.replace(shorter, path)
+            replace_text(path, "".join(kept))
         return len(lines) - len(kept)
 
 

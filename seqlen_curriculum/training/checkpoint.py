@@ -8,7 +8,6 @@ tells of belongs to the course that was abandoned then, and is passed over.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -18,7 +17,7 @@ from deepspeed import comm as dist
 
 from seqlen_curriculum.config.equivalence import trains_identically
 from seqlen_curriculum.errors import CheckpointError, SeqlenCurriculumError
-from seqlen_curriculum.files import replace_text
+from seqlen_curriculum.files import move, replace_text
 from seqlen_curriculum.run_folder.checkpoint_manifest import (
     MANIFEST,
     Checkpoint,
@@ -192,7 +191,7 @@ class Checkpoints:
         if final.exists():
             log_rank0(f"replacing an unusable checkpoint: {final}")
             shutil.rmtree(final)
-        os.rename(unfinished, final)
+        move(unfinished, final)
 
     def _make_newest(self, final: Path) -> None:
         """Point at the complete checkpoint ``final`` and drop what it makes needless."""

@@ -23,7 +23,7 @@ from seqlen_curriculum.analysis.stability import ratios_to_best
 from seqlen_curriculum.config.equivalence import count_identical_steps
 from seqlen_curriculum.config.run import RunConfig
 from seqlen_curriculum.errors import DIVERGED, CheckpointError, SeqlenCurriculumError
-from seqlen_curriculum.files import is_locked, lock_of, replace_text, try_lock
+from seqlen_curriculum.files import is_locked, lock_of, move, replace_text, try_lock
 from seqlen_curriculum.run_folder.checkpoint_manifest import Checkpoint, checkpoint_folders, read_checkpoint
 from seqlen_curriculum.run_folder.run_log import RunLog, read_run_log
 
@@ -188,7 +188,7 @@ def inherit(run: ProbeRun, donors: Sequence[ProbeRun], until_step: int) -> int:
     shutil.copytree(checkpoint.folder, unfinished / checkpoint.folder.name, copy_function=_link)
     shutil.copy(donor.save / _LOG, unfinished / _LOG)
     RunLog.rewind(unfinished / _LOG, step)
-    os.rename(unfinished, run.save)
+    move(unfinished, run.save)
     return step
 
 

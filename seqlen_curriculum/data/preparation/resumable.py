@@ -6,7 +6,6 @@ progress after a shard, written when all before it is on the disk.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import re
@@ -15,12 +14,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TextIO
+from typing import Any, BinaryIO
 
 from numpy.typing import ArrayLike
 
-from seqlen_curriculum.data.writer import TokenFiles, publish, store
+from seqlen_curriculum.data.writer import TokenFiles, publish
 from seqlen_curriculum.errors import DataError
+from seqlen_curriculum.files import replace_text, try_lock
 from seqlen_curriculum.schedule.piecewise import IntArray
 
 __all__ = ["Partial", "Progress", "publish_finished"]
@@ -28,7 +28,7 @@ __all__ = ["Partial", "Progress", "publish_finished"]
 SHARD_BYTES = 2**25  # 32 MiB of text, some seconds of work: what a kill costs at most
 _MOVED = (".bin", ".tokenizer.json", ".json", ".idx")  # the .idx last: a pair with an .idx is complete
 _FINISHED = {"finished": True}
-_OURS = re.compile(r"lock|journal|corpus\..*\.part")
+_OURS = re.compile(r"lock|journal|\.?corpus\..*\.part(\.\d+\.tmp)?")
 
 
 @dataclass
@@ -110,8 +110,7 @@ class Partial:
 
     def keep_trained(self, tokenizer_json: str) -> None:
         """Keep a trained tokenizer for the next try."""
-        store(self._part(".tmp"), tokenizer_json.encode())
-        os.replace(self._part(".tmp"), self._part(".trained"))
+        replace_text(Path(self._part(".trained")), tokenizer_json)
 
     def open(self, vocab_size: int) -> None:
         """The tokens up to ``progress``, to go on with by ``add``."""
@@ -138,8 +137,8 @@ class Partial:
     def finish(self, tokenizer_json: str, record: Mapping[str, Any]) -> None:
         """Move the whole corpus to its place."""
         assert self._files is not None
-        store(self._part(".tokenizer.json"), tokenizer_json.encode())
-        store(self._part(".json"), json.dumps(record, indent=2).encode() + b"\n")
+        replace_text(Path(self._part(".tokenizer.json")), tokenizer_json)
+        replace_text(Path(self._part(".json")), json.dumps(record, indent=2) + "\n")
         self._files.write_index(self._part(".idx"))
         self._log(_FINISHED)
         _publish(self.prefix)
@@ -225,17 +224,11 @@ def _unwritable(folder: Path, error: OSError) -> DataError:
     return DataError(f"{folder}: can't be written ({error.strerror}); free space, move it, or choose another prefix")
 
 
-def _locked(folder: Path) -> TextIO:
-    lock = open(folder / "lock", "a+")  # noqa: SIM115 - the caller closes it
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        mine = os.path.samestat(os.fstat(lock.fileno()), os.stat(lock.name))  # not one removed meanwhile
-    except OSError:
-        mine = False
-    if not mine:
-        lock.close()
+def _locked(folder: Path) -> BinaryIO:
+    lock = try_lock(folder / "lock")
+    if lock is None:
         raise DataError(f"{folder}: another process prepares this corpus; wait for it, or choose another prefix")
-    return lock
+    return open(lock, "r+b")  # the caller closes it
 
 
 def _say(message: str) -> None:
