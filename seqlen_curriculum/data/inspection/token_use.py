@@ -192,7 +192,7 @@ def describe_account(summary: dict[str, Any]) -> str:
         first_epoch = f"the corpora feed {summary['first_epoch_steps']:,} of them before a second epoch begins"
     lines += ["", f"{summary['steps']:,} steps; {first_epoch}"]
     lines += [_source_line(source) for source in summary["sources"]]
-    lines += ["", "what a run of this budget makes of them, by method and leftovers (* is this file's)"]
+    lines += ["", "what a run of this budget reads of them, by method and leftovers (* marks this file's)"]
     lines.append(f"  {'':18} {'steps':>11}" + "".join(f" {name:>18}" for name in _COLUMNS) + "  epochs")
     for way in summary["ways"]:
         mark = "*" if way["configured"] else " "
