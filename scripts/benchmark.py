@@ -1,4 +1,4 @@
-"""Measure what this machine does: tokens/s at every length, or how fast samples are found and read. Random tokens.
+"""Measure this machine on random tokens: tokens/s at every length, or how fast samples are located and read.
 
 Example:
   deepspeed --num_accelerators 1 scripts/benchmark.py throughput --config configs/throughput_cpu.json --rounds 5
@@ -32,21 +32,40 @@ def main() -> None:
         help="truncated rows in fixed or balanced micro-batches, segments, windows (default: fixed balanced)",
     )
     throughput.add_argument("--device", default="auto", help="auto (default) or a DeepSpeed accelerator's name, as cpu")
-    throughput.add_argument("--png", type=Path, metavar="PATH", help="draw them (PNG, PDF or SVG)")
-    data = kinds.add_parser("data", help="finding samples at any corpus size, and reading them against numpy alone")
+    throughput.add_argument("--png", type=Path, metavar="PATH", help="draw tokens/s against length (PNG, PDF or SVG)")
+    data = kinds.add_parser(
+        "data", help="locating samples at any corpus size, and reading them compared with numpy alone"
+    )
     data.set_defaults(measure=measure_data)
-    data.add_argument("--find-tokens", type=float, default=157e9, metavar="N", help="a sparse file (default: 157e9)")
     data.add_argument(
-        "--read-tokens", type=float, default=500e6, metavar="N", help="a real file (default: 500e6, 1 GB)"
+        "--find-tokens",
+        type=float,
+        default=157e9,
+        metavar="N",
+        help="tokens of a sparse file to locate samples in (default: 157e9)",
     )
     data.add_argument(
-        "--folder", type=Path, metavar="PATH", help="where both are made, and removed (default: temporary)"
+        "--read-tokens",
+        type=float,
+        default=500e6,
+        metavar="N",
+        help="tokens of a real file to read (default: 500e6, 1 GB)",
     )
-    for one, rounds in ((throughput, 5), (data, 20)):
-        one.add_argument("--config", required=True, metavar="FILE", help="the run's JSON file")
-        one.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override, as training.seed=7")
-        one.add_argument("--rounds", type=int, default=rounds, help=f"counted rounds, of which medians ({rounds})")
-        one.add_argument("--json", type=Path, metavar="PATH", help="write the records")
+    data.add_argument(
+        "--folder",
+        type=Path,
+        metavar="PATH",
+        help="folder in which both files are made and removed (default: temporary)",
+    )
+    for kind, rounds in ((throughput, 5), (data, 20)):
+        kind.add_argument("--config", required=True, metavar="FILE", help="the run's JSON file")
+        kind.add_argument(
+            "--set", action="append", default=[], metavar="KEY=VALUE", help="override, as training.seed=7"
+        )
+        kind.add_argument(
+            "--rounds", type=int, default=rounds, help=f"rounds whose median is reported (default: {rounds})"
+        )
+        kind.add_argument("--json", type=Path, metavar="PATH", help="write the records to this file")
     args = parser.parse_args()
     if args.rounds < 1:
         raise ConfigError(f"--rounds: {args.rounds} is not valid: it must be 1 or more")
@@ -55,10 +74,10 @@ def main() -> None:
 
 def measure_throughput(args: argparse.Namespace) -> None:
     config = RunConfig.load(args.config, args.set, require=("optimizer", "model", "data"))
-    full = config.data.seq_length
-    lengths = args.lengths or [8 << doubling for doubling in range(24) if 8 << doubling <= full]
-    if not all(1 <= seqlen <= full for seqlen in lengths):
-        raise ConfigError(f"--lengths {lengths}: lengths are 1 to {full}, data.seq_length")
+    seq_length = config.data.seq_length
+    lengths = args.lengths or [8 << doubling for doubling in range(24) if 8 << doubling <= seq_length]  # 8, 16, 32, ...
+    if not all(1 <= seqlen <= seq_length for seqlen in lengths):
+        raise ConfigError(f"--lengths {lengths}: not all from 1 to data.seq_length, {seq_length}; give others")
     png = picture_path("--png", args.png) if args.png else None
     if args.device != "auto":
         os.environ["DS_ACCELERATOR"] = args.device
@@ -79,19 +98,22 @@ def measure_throughput(args: argparse.Namespace) -> None:
 
 def measure_data(args: argparse.Namespace) -> None:
     config = RunConfig.load(args.config, args.set, require=("data", "training"))
-    rows, full = config.global_batch, config.data.seq_length
-    if min(args.find_tokens, args.read_tokens) < 100 * full:
-        raise ConfigError(f"--find-tokens, --read-tokens: give at least 100 times data.seq_length, {100 * full}")
+    rows, seq_length = config.global_batch, config.data.seq_length
+    if min(args.find_tokens, args.read_tokens) < 100 * seq_length:
+        raise ConfigError(
+            f"--find-tokens {args.find_tokens:g}, --read-tokens {args.read_tokens:g}: give at least 100 times "
+            f"data.seq_length, {100 * seq_length}"
+        )
     if args.folder:
         writable_folder("--folder", args.folder)
 
-    from seqlen_curriculum.data import benchmark as throughput
+    from seqlen_curriculum.data import benchmark
 
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-        finding = throughput.measure_finding(config, Path(folder), int(args.find_tokens), 50 * args.rounds)
-        print(throughput.tell_finding(finding), flush=True)
-        reading = throughput.measure_reading(Path(folder), int(args.read_tokens), rows, full, args.rounds)
-    print(throughput.tell_reading(reading))
+        finding = benchmark.measure_finding(config, Path(folder), int(args.find_tokens), 50 * args.rounds)
+        print(benchmark.describe_finding(finding), flush=True)
+        reading = benchmark.measure_reading(Path(folder), int(args.read_tokens), rows, seq_length, args.rounds)
+    print(benchmark.reading_table(reading))
     if args.json:
         args.json.write_text(json.dumps({"finding": finding, "reading": reading}, indent=2))
 

@@ -1,4 +1,4 @@
-"""Show what is in a corpus, what a run makes of its corpora, or exactly what its ranks read at a step.
+"""Show what is in a corpus, how a run uses its corpora, or exactly what its ranks read at a step.
 
 Example:
   python scripts/inspect_data.py corpus/stdlib --seq-length 256
@@ -17,7 +17,7 @@ from seqlen_curriculum.cli import run, warn
 from seqlen_curriculum.errors import ConfigError
 from seqlen_curriculum.files import picture_path
 
-_GOES_WITH = {
+_ALLOWED_MODES = {  # of each flag; the modes are named after what selects them
     "seq_length": ["PREFIX"],
     "set": ["--config", "--step"],
     "step": ["--step"],
@@ -34,31 +34,34 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seq-length", type=int, metavar="N", help="also count samples of N tokens")
     parser.add_argument("--config", metavar="FILE", help="a run's JSON file, instead of PREFIX")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override, as training.seed=7")
-    parser.add_argument("--png", type=Path, metavar="PATH", help="draw what the run makes of its corpora")
+    parser.add_argument("--png", type=Path, metavar="PATH", help="draw how the run uses its corpora (PNG, PDF or SVG)")
     parser.add_argument("--step", type=int, metavar="STEP", help="show what is read at this step of the run instead")
     parser.add_argument("--ranks", type=int, metavar="R", help="data-parallel ranks that share the step (default: 1)")
-    parser.add_argument("--rows", type=int, metavar="M", help="samples of a rank to show (default: 4)")
-    parser.add_argument("--full", action="store_true", help="leave nothing out of them")
+    parser.add_argument("--rows", type=int, metavar="M", help="samples to show per rank (default: 4)")
+    parser.add_argument("--full", action="store_true", help="show whole texts, and all spans and rows of a sample")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     return parser.parse_args()
 
 
 def mode(args: argparse.Namespace) -> str:
-    """What is asked for. Raises ConfigError for flags that don't go together."""
+    """Return the mode that the arguments select. Raises ConfigError for flags that don't go together."""
     if bool(args.prefix) == (args.config is not None):
         given = f"{args.prefix[0]} and --config {args.config} are both given" if args.prefix else "neither is given"
-        raise ConfigError(f"PREFIX, --config: {given}; name corpora to look into, or the file of a run")
-    chosen = "PREFIX" if args.prefix else "--config" if args.step is None else "--step"
-    for name, goes_with in _GOES_WITH.items():
+        raise ConfigError(f"PREFIX, --config: {given}; give the corpora to inspect, or the file of a run")
+    selected = "--config" if args.step is None else "--step"
+    if args.prefix:
+        selected = "PREFIX"
+    for name, allowed in _ALLOWED_MODES.items():
         value = getattr(args, name)
-        if not (value is None or value is False or value == []) and chosen not in goes_with:
+        is_given = value not in (None, []) and value is not False  # 0 is a value
+        if is_given and selected not in allowed:
             flag = "--" + name.replace("_", "-")
-            raise ConfigError(f"{flag} {value}: goes with {' and '.join(goes_with)} alone; leave it out here")
-    return chosen
+            raise ConfigError(f"{flag} {value}: goes with {' and '.join(allowed)} alone; leave it out here")
+    return selected
 
 
 def corpora(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    """What is in the corpora, as numbers and as text."""
+    """Return what is in the corpora, as numbers and as text."""
     from seqlen_curriculum.data.inspection.corpus import corpus_warnings, describe_corpora, inspect_corpora
 
     facts = inspect_corpora(args.prefix, args.seq_length)
@@ -67,7 +70,7 @@ def corpora(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
 
 def whole_run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    """What is in the run's corpora and what it makes of them."""
+    """Return what is in the run's corpora and how it uses them, as numbers and as text."""
     from seqlen_curriculum.config.run import RunConfig
     from seqlen_curriculum.data.inspection.corpus import corpus_warnings, describe_corpora, inspect_corpora
     from seqlen_curriculum.data.inspection.token_use import account, describe_account
@@ -81,27 +84,28 @@ def whole_run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         from seqlen_curriculum.analysis.token_use import draw_data_use
 
         draw_data_use(summary, png)
-    facts = inspect_corpora(dict.fromkeys(one["prefix"] for split in summary["splits"].values() for one in split))
+    facts = inspect_corpora(dict.fromkeys(corpus["prefix"] for split in summary["splits"].values() for corpus in split))
     warn(corpus_warnings(facts, config.model.vocab_size if config.model else None))
     return {"corpora": facts, **summary}, f"{describe_corpora(facts)}\n\n{describe_account(summary)}"
 
 
 def one_step(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    """What the ranks read at a step."""
+    """Return what the ranks read at a step, as numbers and as text."""
     from seqlen_curriculum.config.run import RunConfig
     from seqlen_curriculum.data.from_config import open_training_data
     from seqlen_curriculum.data.inspection.step import describe_step, read_step
 
     config = RunConfig.load(args.config, args.set, require=("data", "training"))
     given = {name: getattr(args, name) for name in ("ranks", "rows") if getattr(args, name) is not None}
-    found = read_step(open_training_data(config), args.step, **given)
-    return found, describe_step(found, args.full)
+    step = read_step(open_training_data(config), args.step, **given)
+    return step, describe_step(step, args.full)
 
 
 def main() -> None:
     args = parse()
-    found, text = {"PREFIX": corpora, "--config": whole_run, "--step": one_step}[mode(args)](args)
-    print(json.dumps(found, indent=2) if args.json else text)
+    inspect = {"PREFIX": corpora, "--config": whole_run, "--step": one_step}[mode(args)]
+    numbers, text = inspect(args)
+    print(json.dumps(numbers, indent=2) if args.json else text)
 
 
 if __name__ == "__main__":

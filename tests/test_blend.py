@@ -13,7 +13,7 @@ def test_by_hand():
     blend = Blend([0.7, 0.3])
     assert (blend.shares, blend.period) == ([7, 3], 10)
     # Deadlines of the 7: ceil(10 j / 7) = 2, 3, 5, 6, 8, 9, 10; of the 3: 4, 7, 10; none may be ahead of its share.
-    corpus, before = blend.place(np.arange(12))
+    corpus, before = blend.locate(np.arange(12))
     assert corpus.tolist() == [0, 0, 1, 0, 0, 1, 0, 0, 0, 1, 0, 0]
     assert before.tolist() == [0, 1, 0, 2, 3, 1, 4, 5, 6, 2, 7, 8]
     assert blend.count(1, np.array([0, 2, 3, 10, 13])).tolist() == [0, 0, 1, 3, 4]
@@ -38,12 +38,12 @@ def test_ratios_of_many_digits_are_rounded_but_not_to_nothing():
 def test_every_prefix_has_its_shares_to_one_sample(weights, far):
     blend = Blend(weights)
     numbers = np.arange(2 * blend.period)
-    corpus, before = blend.place(numbers)
+    corpus, before = blend.locate(numbers)
     for one, weight in enumerate(weights):
         of = corpus == one
         count = np.cumsum(of)
         assert np.abs(count - (numbers + 1) * weight / sum(weights)).max() < 1
         assert np.array_equal(blend.count(one, numbers + 1), count)
         assert np.array_equal(before[of], np.arange(of.sum()))
-    later, _ = blend.place(far + numbers[: blend.period])
+    later, _ = blend.locate(far + numbers[: blend.period])
     assert np.array_equal(np.sort(later), np.sort(corpus[: blend.period]))

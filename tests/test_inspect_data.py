@@ -1,4 +1,4 @@
-"""inspect_data.py: what is in a corpus, what a run makes of it, and what its ranks read, by hand and by brute force."""
+"""inspect_data.py: what is in a corpus, what a run reads of it, and what its ranks read, by hand and by brute force."""
 
 import json
 import runpy
@@ -122,7 +122,7 @@ def test_the_document_of_a_token(one):
     assert corpus.document_starts(1, 4).tolist() == [100, 100, 501, 561]
 
 
-def test_ids_outside_a_vocabulary_and_documents_out_of_order_are_told(folder):
+def test_ids_outside_a_vocabulary_and_documents_out_of_order_are_reported(folder):
     prefix = write(folder / "foreign", 20, 30)
     Path(prefix + ".json").write_text('{"vocab_size": 49}')
     facts = inspect_corpora([prefix])
@@ -138,7 +138,7 @@ def test_ids_outside_a_vocabulary_and_documents_out_of_order_are_told(folder):
         inspect_corpora([prefix])
 
 
-def test_what_a_run_makes_of_one_corpus_by_hand(one):
+def test_the_use_of_one_corpus_by_hand(one):
     summary = account(RunConfig.from_dict(run_file([one])))
     assert summary["splits"]["train"] == [{"prefix": one, "tokens": 561, "samples": 35}]
     assert summary["splits"]["valid"][0]["samples"] == 0
@@ -159,40 +159,40 @@ def test_what_a_run_makes_of_one_corpus_by_hand(one):
     assert (window["steps"], window["trained_tokens"], window["dropped_tokens"]) == (32, 4096, 0)
 
 
-def brute_force(feed):
+def brute_force(train_data):
     """For each source (rows, first row of each epoch, tokens read, trained on, recycled), step by step, token by token."""
-    counts = [[0, [], 0, 0, 0] for _ in feed.sources]
-    for step in range(1, feed.timeline.steps + 1):
-        used = feed.timeline.shortening.used_tokens_per_sample(feed.timeline.seqlen(step))
-        for source, epoch, number in zip(*feed.places(step), strict=True):
+    counts = [[0, [], 0, 0, 0] for _ in train_data.sources]
+    for step in range(1, train_data.timeline.steps + 1):
+        used = train_data.timeline.shortening.used_tokens_per_sample(train_data.timeline.seqlen(step))
+        for source, epoch, number in zip(*train_data.sample_ids(step), strict=True):
             count = counts[source]
             if epoch == len(count[1]):
                 count[1].append(count[0])
             count[0] += 1
             count[3] += used
-            count[4] += used if number >= feed.sources[source].num_samples else 0
-    for number, source in enumerate(feed.sources):
-        stream, rows = feed._streams[number], np.arange(counts[number][0])
-        epochs, _ = stream.place(rows)
+            count[4] += used if number >= train_data.sources[source].num_samples else 0
+    for number, source in enumerate(train_data.sources):
+        stream, rows = train_data._streams[number], np.arange(counts[number][0])
+        epochs, _ = stream.locate(rows)
         parts = stream.token_spans(rows, source.seq_length)
-        token_spans = zip(epochs[parts.row], parts.of_range, parts.start, parts.length, strict=True)
-        positions = [(epoch, of, start + at) for epoch, of, start, length in token_spans for at in range(length)]
+        spans = zip(epochs[parts.row], parts.range_index, parts.start, parts.length, strict=True)
+        positions = [(epoch, of, start + at) for epoch, of, start, length in spans for at in range(length)]
         counts[number][2] = len(set(positions))
     return counts
 
 
 @pytest.mark.parametrize("blend", [False, True])
-def test_the_table_is_a_count_over_the_feed(one, two, blend):
+def test_the_table_counts_what_is_read(one, two, blend):
     train = [[0.7, one], [0.3, two]] if blend else [one, two]
     summary = account(RunConfig.from_dict(run_file(train)))
     several_epochs = 0
     for way in summary["ways"]:
-        feed = open_training_data(RunConfig.from_dict(run_file(train, way["method"], way["leftovers"])))
-        counts = brute_force(feed)
+        train_data = open_training_data(RunConfig.from_dict(run_file(train, way["method"], way["leftovers"])))
+        counts = brute_force(train_data)
         for number, (rows, begins, read, trained, recycled) in enumerate(counts):
-            use = source_use(feed, number, feed.timeline, feed.recycle)
-            assert use.begins.tolist() == begins
-            assert (use.rows, use.read_tokens, use.trained_tokens, use.recycled_tokens) == (
+            use = source_use(train_data, number, train_data.timeline, train_data.recycle)
+            assert use.first_rows.tolist() == begins
+            assert (use.samples, use.read_tokens, use.trained_tokens, use.recycled_tokens) == (
                 rows,
                 read,
                 trained,
@@ -203,17 +203,17 @@ def test_the_table_is_a_count_over_the_feed(one, two, blend):
         totals = [sum(count[column] for count in counts) for column in (2, 3, 4)]
         assert [way["read_tokens"], way["trained_tokens"], way["recycled_tokens"]] == totals
         assert way["dropped_tokens"] == totals[0] - totals[1]
-        assert way["steps"] == feed.timeline.steps
+        assert way["steps"] == train_data.timeline.steps
     assert several_epochs >= 5
     assert {way["recycled_tokens"] > 0 for way in summary["ways"]} == {True, False}
 
 
-def test_epochs_begin_where_the_feed_says(one, two):
+def test_epochs_begin_where_the_training_data_does(one, two):
     config = RunConfig.from_dict(run_file([[0.9, one], [0.1, two]], leftovers="recycle"))
-    feed = open_training_data(config)
+    train_data = open_training_data(config)
     first = {}
-    for step in range(1, feed.timeline.steps + 1):
-        for source, epoch, _ in zip(*(part.tolist() for part in feed.places(step)), strict=True):
+    for step in range(1, train_data.timeline.steps + 1):
+        for source, epoch, _ in zip(*(part.tolist() for part in train_data.sample_ids(step)), strict=True):
             first.setdefault((source, epoch), step)
     summary = account(config)
     for number, source in enumerate(summary["sources"]):
@@ -250,26 +250,26 @@ def test_a_run_of_427_617_steps_is_accounted_for_at_once(folder):
 
 
 @pytest.mark.parametrize("method", ["truncate", "segment", "window"])
-def test_a_step_is_what_the_feed_reads(one, two, method):
-    feed = open_training_data(RunConfig.from_dict(run_file([[3, one], [1, two]], method, "recycle")))
+def test_a_step_is_what_the_training_data_reads(one, two, method):
+    train_data = open_training_data(RunConfig.from_dict(run_file([[3, one], [1, two]], method, "recycle")))
     leftovers = 0
-    for step in (1, 12, 18, feed.timeline.steps):
-        found = read_step(feed, step, ranks=2, rows=3)
-        assert [(rank["first_sample"], rank["samples"], len(rank["shown"])) for rank in found["ranks"]] == [
+    for step in (1, 12, 18, train_data.timeline.steps):
+        read = read_step(train_data, step, ranks=2, rows=3)
+        assert [(rank["first_sample"], rank["samples"], len(rank["shown"])) for rank in read["ranks"]] == [
             (0, 4, 3),
             (4, 4, 3),
         ]
-        for rank in found["ranks"]:
-            inputs = feed.read(step, rank["first_sample"], 3)[0].reshape(3, -1)
-            places = feed.places(step, rank["first_sample"], 3)
-            for sample, tokens, place in zip(rank["shown"], inputs.tolist(), zip(*places, strict=True), strict=True):
-                assert (sample["source"], sample["epoch"], sample["number"]) == place
+        for rank in read["ranks"]:
+            inputs = train_data.read(step, rank["first_sample"], 3)[0].reshape(3, -1)
+            sample_ids = np.stack(train_data.sample_ids(step, rank["first_sample"], 3), axis=1)
+            for sample, tokens, sample_id in zip(rank["shown"], inputs.tolist(), sample_ids.tolist(), strict=True):
+                assert [sample["source"], sample["epoch"], sample["number"]] == sample_id
                 assert [token for ids in sample["ids"] for token in ids] == tokens
-                assert {len(ids) for ids in sample["ids"][:-1]} <= {found["seqlen"]}
+                assert {len(ids) for ids in sample["ids"][:-1]} <= {read["seqlen"]}
                 first = 0 if sample["source"] == 0 else 1000
-                token_spans = sample["stretches"]
-                assert [first + at for part in token_spans for at in range(part["start"], part["end"])] == tokens
-                assert {part["corpus"] for part in token_spans} == {(one, two)[sample["source"]]}
+                spans = sample["stretches"]
+                assert [first + at for part in spans for at in range(part["start"], part["end"])] == tokens
+                assert {part["corpus"] for part in spans} == {(one, two)[sample["source"]]}
                 leftovers += not sample["fresh"]
                 assert sample["text"] is None
     assert method == "window" or leftovers
@@ -295,22 +295,22 @@ def test_a_step_in_documents_and_words(folder):
     }
     file = run_file([str(prefix)], curriculum_learning=curriculum, train_batch_size=5)
     file["data"]["seq_length"] = 301
-    feed = open_training_data(RunConfig.from_dict(file))
+    train_data = open_training_data(RunConfig.from_dict(file))
     for step in (1, 2):
-        found = read_step(feed, step, rows=5)
-        for sample in found["ranks"][0]["shown"]:
+        read = read_step(train_data, step, rows=5)
+        for sample in read["ranks"][0]["shown"]:
             (part,) = sample["stretches"]
             text = encoded[part["start"] : part["end"]].decode(errors="replace")
             assert "".join(sample["text"]).replace("\ufffd", "") == text.replace("\ufffd", "")
             ends = np.cumsum([len(document) for document in ids])
             assert part["documents"] == np.searchsorted(ends, [part["start"], part["end"] - 1], side="right").tolist()
-        assert "5 samples over all ranks" in describe_step(found)
-    text = describe_step(found)
-    shown = found["ranks"][0]["shown"][0]["text"][0]
+        assert "5 samples over all ranks" in describe_step(read)
+    text = describe_step(read)
+    shown = read["ranks"][0]["shown"][0]["text"][0]
     assert f"    {shown[:100]!r} ... {shown[-100:]!r}" in text
-    assert repr(shown) in describe_step(found, full=True)
-    assert "each becomes 3 rows of 100 tokens" in describe_step(read_step(feed, 1, rows=1))
-    assert "and 4 more" in describe_step(read_step(feed, 1, rows=1))
+    assert repr(shown) in describe_step(read, full=True)
+    assert "each becomes 3 rows of 100 tokens" in describe_step(read_step(train_data, 1, rows=1))
+    assert "and 4 more" in describe_step(read_step(train_data, 1, rows=1))
 
 
 def test_on_the_command_line(folder, one, two, saved):
@@ -355,7 +355,7 @@ def test_on_the_command_line(folder, one, two, saved):
         (["--config", "{saved}", "--step", "3", "--set", "train_batch_size=null"], "train_batch_size: required"),
     ],
 )
-def test_mistakes_are_told_before_any_work(arguments, message, one, saved, monkeypatch):
+def test_mistakes_are_reported_before_any_work(arguments, message, one, saved, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["inspect_data.py", *(part.format(one=one, saved=saved) for part in arguments)])
     with pytest.raises((ConfigError, DataError), match=message):
         runpy.run_path(str(SCRIPT))["main"]()

@@ -79,7 +79,7 @@ def test_leftovers_of_leftovers(positions):
         [b + 2, b + 3, a + 1, a + 2],
     ]
     # 7 of 10 tokens are used, the 3 left fill no sample: row 7 begins the next epoch.
-    epoch, number = stream.place(np.arange(9))
+    epoch, number = stream.locate(np.arange(9))
     assert (epoch.tolist(), number.tolist()) == ([0] * 7 + [1] * 2, [0, 1, 2, 3, 4, 5, 6, 0, 1])
 
 
@@ -98,7 +98,7 @@ def test_a_row_without_leftovers_has_no_place_among_them(positions):
     stream = SampleStream(Samples([(positions, 0, 17)], 4, seed=1), pieces((1, 2), (2, 4), (4, 2), (5, 4)))
     inputs, _ = stream.read(np.arange(5), 4)
     assert inputs[4].tolist() == [*inputs[0, 2:], *inputs[3, 2:]]
-    assert stream.place(np.arange(6))[0].tolist() == [0, 0, 0, 0, 0, 1]
+    assert stream.locate(np.arange(6))[0].tolist() == [0, 0, 0, 0, 0, 1]
 
 
 def test_only_the_rows_asked_for_are_resolved(positions):

@@ -130,7 +130,7 @@ def test_reads_the_samples_that_the_arithmetic_names(reference, tiny_run):
 def planned_samples(feed):
     """What ``samples_by_step`` ought to give."""
     steps = range(1, feed.timeline.steps + 1)
-    return {step: list(zip(*np.stack(feed.places(step)).tolist(), strict=True)) for step in steps}
+    return {step: list(zip(*np.stack(feed.sample_ids(step)).tolist(), strict=True)) for step in steps}
 
 
 def hugging_face_loss(folder, config):

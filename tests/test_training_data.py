@@ -1,5 +1,6 @@
 """No token is read twice in an epoch, and with recycling fewer than ``seq_length`` of each source are not read at all."""
 
+import pickle
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -83,7 +84,7 @@ def cases(draw):
 
 
 def build(case, corpus):
-    """The run's feed; it is over when the smallest source was read about ``epochs`` times."""
+    """The run's training data; the run is over when the smallest source was read about ``epochs`` times."""
     sources, position = [], 0
     for lengths in case.ranges:
         bounds = np.cumsum([position, *lengths])
@@ -95,18 +96,18 @@ def build(case, corpus):
     return TrainingData(sources, timeline, case.recycle, case.weights)
 
 
-def read_by_epoch(feed, world_size):
+def read_by_epoch(data, world_size):
     """{(source, epoch): positions of the targets trained on}, read rank by rank."""
-    timeline, read = feed.timeline, {}
+    timeline, read = data.timeline, {}
     for step in range(1, timeline.steps + 1):
         share = timeline.samples(step) // world_size
-        parts = [feed.read(step, rank * share, share) for rank in range(world_size)]
+        parts = [data.read(step, rank * share, share) for rank in range(world_size)]
         inputs, targets = (np.concatenate(tokens) for tokens in zip(*parts, strict=True))
         assert np.array_equal(targets, inputs + 1)
         assert inputs.shape == (timeline.rows(step), timeline.shortening.tokens_per_row(timeline.seqlen(step)))
         by_sample = targets.reshape(timeline.samples(step), -1)
-        places = feed.places(step)
-        for source, epoch, tokens in zip(places.source.tolist(), places.epoch.tolist(), by_sample, strict=True):
+        ids = data.sample_ids(step)
+        for source, epoch, tokens in zip(ids.source.tolist(), ids.epoch.tolist(), by_sample, strict=True):
             read.setdefault((source, epoch), []).append(tokens)
     return {key: np.concatenate(tokens) for key, tokens in read.items()}
 
@@ -114,12 +115,12 @@ def read_by_epoch(feed, world_size):
 @settings(max_examples=2000, suppress_health_check=[HealthCheck.too_slow])
 @given(case=cases())
 def test_every_token_is_read_once_an_epoch(positions, case):
-    feed = build(case, positions)
-    timeline = feed.timeline
-    read = read_by_epoch(feed, case.world_size)
+    data = build(case, positions)
+    timeline = data.timeline
+    read = read_by_epoch(data, case.world_size)
     trained = sum(len(tokens) for tokens in read.values())
     assert trained == timeline.consumed_tokens(timeline.steps)
-    for number, source in enumerate(feed.sources):
+    for number, source in enumerate(data.sources):
         trainable = np.concatenate([np.arange(first + 1, end) for _, first, end in source.ranges])
         epochs = sorted(epoch for of, epoch in read if of == number)
         assert epochs == list(range(len(epochs)))
@@ -133,20 +134,20 @@ def test_every_token_is_read_once_an_epoch(positions, case):
         planned = data_use(timeline, case.seq_length, recycle=False)
         assert planned["dropped_tokens"] == planned["sample_tokens"] - trained
         assert planned["sample_tokens"] == case.seq_length * sum(
-            len(feed.places(step).source) for step in range(1, timeline.steps + 1)
+            len(data.sample_ids(step).source) for step in range(1, timeline.steps + 1)
         )
 
 
 @settings(max_examples=100, suppress_health_check=[HealthCheck.too_slow])
 @given(case=cases())
-def test_stretches_are_what_is_read(positions, case):
-    feed = build(case, positions)
-    for step in {1, (feed.timeline.steps + 1) // 2, feed.timeline.steps}:
-        inputs, _ = feed.read(step)
-        found = np.full((feed.timeline.samples(step), inputs.size // feed.timeline.samples(step)), -1)
-        for source, parts in feed.token_spans(step):
+def test_spans_are_what_is_read(positions, case):
+    data = build(case, positions)
+    for step in {1, (data.timeline.steps + 1) // 2, data.timeline.steps}:
+        inputs, _ = data.read(step)
+        found = np.full((data.timeline.samples(step), inputs.size // data.timeline.samples(step)), -1)
+        for source, parts in data.token_spans(step):
             for row, column, length, number, start in zip(*parts, strict=True):
-                _, first, end = feed.sources[source].ranges[number]
+                _, first, end = data.sources[source].ranges[number]
                 assert first <= start < start + length < end
                 assert (found[row, column : column + length] == -1).all()
                 found[row, column : column + length] = np.arange(start, start + length)
@@ -155,20 +156,38 @@ def test_stretches_are_what_is_read(positions, case):
 
 def test_blends_are_read_in_proportion(positions):
     sources = [Samples([(positions, 0, 1001)], 10, 1), Samples([(positions, 2000, 2101)], 10, 1)]
-    feed = TrainingData(sources, Timeline(Discrete((4,), ()), 8, 4000), True, [0.75, 0.25])
-    places = [feed.places(step) for step in range(1, feed.timeline.steps + 1)]
-    source = np.concatenate([place.source for place in places])
+    data = TrainingData(sources, Timeline(Discrete((4,), ()), 8, 4000), True, [0.75, 0.25])
+    ids = [data.sample_ids(step) for step in range(1, data.timeline.steps + 1)]
+    source = np.concatenate([of_step.source for of_step in ids])
     count = np.cumsum(source)
     assert np.abs(count - np.arange(1, len(source) + 1) / 4).max() < 1
-    epochs = np.concatenate([place.epoch for place in places])
+    epochs = np.concatenate([of_step.epoch for of_step in ids])
     # 1000 samples of 4 tokens: 750 of the first are 3 epochs of 1000 tokens; 250 of the second 10 epochs of 100.
     assert (epochs[source == 0].max(), epochs[source == 1].max()) == (3, 10)
 
 
-def test_what_a_step_has_not(positions):
-    feed = TrainingData([Samples([(positions, 0, 1001)], 10, 1)], Timeline(Discrete((4,), ()), 8, 4000), False)
-    assert feed.read(3, 6)[0].shape == (2, 4)
+def test_samples_outside_a_step_and_missing_weights(positions):
+    data = TrainingData([Samples([(positions, 0, 1001)], 10, 1)], Timeline(Discrete((4,), ()), 8, 4000), False)
+    assert data.read(3, 6)[0].shape == (2, 4)
     with pytest.raises(IndexError, match=r"samples 6..9 are outside the 8 of step 3"):
-        feed.read(3, 6, 3)
+        data.read(3, 6, 3)
     with pytest.raises(ConfigError, match=r"data.train: 1 sources and 2 weights"):
-        TrainingData(feed.sources, feed.timeline, False, [1, 2])
+        TrainingData(data.sources, data.timeline, False, [1, 2])
+
+
+@settings(max_examples=30, suppress_health_check=[HealthCheck.too_slow])
+@given(case=cases())
+def test_another_process_reads_the_same(positions, case):
+    data = build(case, positions)
+    steps = {1, (data.timeline.steps + 1) // 2, data.timeline.steps}
+    before = [data.read(step) for step in steps]  # fills its caches
+    copy = pickle.loads(pickle.dumps(data))
+    for step, tokens in zip(steps, before, strict=True):
+        assert np.array_equal(copy.read(step), tokens)
+        assert np.array_equal(copy.sample_ids(step), data.sample_ids(step))
+
+
+def test_a_pickle_holds_no_tokens(positions):
+    timeline = Timeline(Discrete((4,), ()), 8, 4000)
+    data = TrainingData([Samples([(positions, 0, NUM_TOKENS)], 10, 1)], timeline, True)
+    assert len(pickle.dumps(data)) < 5000

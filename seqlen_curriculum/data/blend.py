@@ -23,36 +23,37 @@ _LONGEST_PERIOD = 2**16
 
 
 class Blend:
-    """The order of samples for ``weights``, any positive numbers: asked for arrays of sample numbers, the first being 0.
+    """The order in which samples are drawn for ``weights``, any positive numbers; the first sample is 0.
 
-    Ratios that need a period of at most 65,536 samples are exact, as all of four decimals that add up to 1 do; others
-    are rounded to 65,536ths, and ConfigError is raised where that gives 0. ``shares`` (corpora,) are the parts of a period
-    of ``period`` samples.
+    Ratios that need a period of at most 65,536 samples are exact, such as any of four decimals that add up to 1. Others
+    are rounded to 65,536ths; ConfigError is raised where that gives 0. ``shares`` (corpora,) are the samples of each corpus
+    in a period of ``period`` samples.
     """
 
     def __init__(self, weights: Sequence[float]) -> None:
         self.shares = _shares(weights)
         self.period = sum(self.shares)
         order = np.array(_earliest_deadlines(self.shares), dtype=np.int64)
-        self._places = [np.flatnonzero(order == corpus) for corpus in range(len(self.shares))]
+        self._slots = [np.flatnonzero(order == corpus) for corpus in range(len(self.shares))]
         self._corpus = order
         self._before = np.empty(self.period, dtype=np.int64)  # samples of the same corpus earlier in the period
-        for places in self._places:
-            self._before[places] = np.arange(len(places))
+        for slots in self._slots:
+            self._before[slots] = np.arange(len(slots))
 
-    def place(self, samples: IntArray) -> tuple[IntArray, IntArray]:
-        """The corpus of each sample, and how many samples that corpus had before."""
+    def locate(self, samples: IntArray) -> tuple[IntArray, IntArray]:
+        """Return the corpus of each sample, and its number among that corpus's samples, from 0."""
         turn, slot = np.divmod(samples, self.period)
         corpus = self._corpus[slot]
         return corpus, turn * np.asarray(self.shares)[corpus] + self._before[slot]
 
     def count(self, corpus: int, samples: IntArray) -> IntArray:
-        """How many of the first ``samples`` samples are of ``corpus``."""
+        """Return how many of the first ``samples`` samples are of ``corpus``."""
         turns, rest = np.divmod(samples, self.period)
-        return turns * self.shares[corpus] + np.searchsorted(self._places[corpus], rest, side="left")
+        return turns * self.shares[corpus] + np.searchsorted(self._slots[corpus], rest, side="left")
 
 
 def _shares(weights: Sequence[float]) -> list[int]:
+    """Return the smallest whole numbers in the ratio of ``weights``: 0.7 and 0.3 are 7 and 3."""
     exact = [Fraction(str(weight)) for weight in weights]  # the decimals as written: 0.1 is 1/10
     unit = math.lcm(*(weight.denominator for weight in exact))
     whole = [int(weight * unit) for weight in exact]
@@ -69,7 +70,9 @@ def _shares(weights: Sequence[float]) -> list[int]:
 
 
 def _earliest_deadlines(shares: Sequence[int]) -> list[int]:
-    """One period: of the corpora that are not ahead, the one that must have its next sample soonest."""
+    """Return the corpus of each sample of a period: of those that are not ahead, the one whose next sample is due first."""
+    # Shares 7 and 3: sample j of a corpus is due at the latest at ceil(10 j / share), thus 2, 3, 5, 6, 8, 9, 10 and
+    # 4, 7, 10. A corpus is ahead when it has its share of the samples up to this one. The order is 0010010001.
     period, given, order = sum(shares), [0] * len(shares), []
     for number in range(1, period + 1):
         due = [corpus for corpus, share in enumerate(shares) if given[corpus] * period < number * share]

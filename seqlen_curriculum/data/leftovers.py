@@ -11,7 +11,7 @@ epoch ends when what is left doesn't fill a sample. As each token read was eithe
 so epochs follow from a running sum alone. A token's way back from row to row is a bisection in another running sum, of one
 entry for each change of length: nothing is recorded, and any row of a run is resolved by itself.
 
-Shapes: n rows asked for; R runs, token_spans of neighbouring tokens.
+Shapes: n rows asked for; R runs of neighbouring tokens.
 """
 
 from __future__ import annotations
@@ -31,42 +31,46 @@ _NEVER = 2**62
 
 
 class Epochs:
-    """Where the epochs of a stream begin.
+    """The rows where the epochs of a stream begin.
 
-    With ``used`` (tokens that each row uses; its first row is 1) leftovers are recycled, else an epoch has ``fresh`` rows.
-    While the length stays, all epochs have as many rows: two entries for each change of length hold them all.
+    ``used`` are the tokens that each row uses of its sample (the first row is 1) where leftovers are recycled; with None
+    they are dropped, and an epoch has ``fresh`` rows. While the length stays the same all epochs have as many rows, so
+    that two entries for each change of length hold them all.
     """
 
     def __init__(self, fresh: int, tokens: int, seq_length: int, used: Piecewise | None) -> None:
         self._used, self._all_but_a_sample = used, tokens - seq_length
-        # From each row on, the number of the epoch that begins there, and the rows of it and those after it.
+        # From row starts[i] on, epoch epochs[i] and those after it have rows[i] rows each.
         self._starts, self._epochs, self._rows = [0], [0], [fresh]
-        self._next = _NEVER, 0  # where the next entry begins, and its epoch
+        self._next = _NEVER, 0  # the row where the next entry begins, and its epoch
         if used is not None:
             self._starts, self._epochs, self._rows = [], [], []
             self._next = 0, 0
 
     def of(self, rows: IntArray) -> tuple[IntArray, IntArray]:
-        """The epoch of each of ``rows`` (n,), ascending, and the row where that epoch began."""
+        """Return the epoch of each of ``rows`` (n,), ascending, and the row where that epoch began."""
         while self._next[0] <= rows[-1]:
-            self._grow()
+            self._add_entry()
         entries = slice(bisect_right(self._starts, rows[0]) - 1, bisect_right(self._starts, rows[-1]))
         starts, epochs, length = (np.asarray(part[entries]) for part in (self._starts, self._epochs, self._rows))
         entry = np.searchsorted(starts, rows, side="right") - 1
         further = (rows - starts[entry]) // length[entry]
         return epochs[entry] + further, starts[entry] + further * length[entry]
 
-    def _grow(self) -> None:
-        """One more entry: the epochs within a piece of one length, or the one that reaches out of it."""
+    def _add_entry(self) -> None:
+        """Add the epochs that lie within a piece of one length, or the one that reaches out of it."""
         assert self._used is not None
         start, epoch = self._next
         piece = int(np.searchsorted(self._used.first_steps, start + 1, side="right")) - 1
+        # An epoch ends with the row that takes the tokens used above P - L: of P = 20 tokens in samples of L = 8, rows
+        # that use 3 make epochs of 12 // 3 + 1 = 5 rows (15 > 12). If rows use 3 up to row 6 and 8 from row 7 on, the
+        # second epoch has two rows of 3 and one of 8 (14 > 12).
         rows = self._all_but_a_sample // int(self._used.values[piece]) + 1
-        last = piece + 1 == len(self._used.values)
-        count = _NEVER if last else (int(self._used.first_steps[piece + 1]) - 1 - start) // rows
+        is_last_piece = piece + 1 == len(self._used.values)
+        count = _NEVER if is_last_piece else (int(self._used.first_steps[piece + 1]) - 1 - start) // rows
         if not count:
-            done = self._used.total(start)
-            rows, count = self._used.steps_to(done + self._all_but_a_sample + 1) - start, 1
+            used_before = self._used.total(start)
+            rows, count = self._used.steps_to(used_before + self._all_but_a_sample + 1) - start, 1
         self._starts.append(start)
         self._epochs.append(epoch)
         self._rows.append(rows)
@@ -74,9 +78,10 @@ class Epochs:
 
 
 class Runs(NamedTuple):
-    """TokenSpans of neighbouring tokens: ``length`` pairs from column ``column`` of row ``row``, of what ``id`` names.
+    """Neighbouring tokens: ``length`` pairs from column ``column`` of row ``row``, which come from ``id`` and ``start``.
 
-    ``id`` is a sample and ``start`` a column in it; or, where ``rest`` is true, the stream's rest and a position there.
+    ``id`` is a sample and ``start`` a column in it. Where ``rest`` is true they come from the stream's rest: ``id`` is -1
+    and ``start`` a position in the rest.
     """
 
     row: IntArray  # (R,) index in the rows asked for
@@ -94,72 +99,77 @@ class Leftovers:
         self._fresh, self._rest, self._seq_length = fresh, rest_tokens, seq_length
         left = used.map(lambda tokens: seq_length - tokens)
         self._left_before = left.total  # leftovers of the first m rows
-        kept = left.values > 0  # a piece that leaves nothing has no place among the leftovers
-        rows = np.diff(left.first_steps, append=left.first_steps[-1])  # the last piece is never counted
-        # One entry a piece: its first row, what a row leaves, leftovers and leaving rows before it.
-        self._first_row = left.first_steps[kept] - 1
-        self._per_row = left.values[kept]
+        leaves = left.values > 0  # pieces whose rows use whole samples leave nothing: they have no entry
+        num_rows = np.diff(left.first_steps, append=left.first_steps[-1])  # the last piece is never counted
+        # One entry per piece: its first row, what each of its rows leaves, leftovers and leaving rows before it. Rows that
+        # use 2, 4, 4, 2 of 4 tokens give the first rows 0 and 3, 2 and 2 a row, 0 and 2 leftovers, 0 and 1 rows before.
+        self._first_row = left.first_steps[leaves] - 1
+        self._per_row = left.values[leaves]
         self._before = left.total(self._first_row)
-        self._rows_before = np.cumsum(np.where(kept, rows, 0))[kept] - rows[kept]
+        self._rows_before = np.cumsum(np.where(leaves, num_rows, 0))[leaves] - num_rows[leaves]
 
     def runs(
         self, number: IntArray, start: IntArray, tokens: int, sample: Callable[[IntArray, IntArray], IntArray]
     ) -> Runs:
-        """The first ``tokens`` of each row: the ``number``-th (n,) of the epoch that began with row ``start`` (n,).
+        """Return the origin of the first ``tokens`` of each row, number ``number`` of the epoch from row ``start`` on, (n,).
 
-        ``sample(row, number)`` tells the sample that is the fresh row ``number`` for the row asked for.
+        ``sample(row, number)`` gives the sample read as fresh row ``number`` in the epoch of the ``row``-th row asked for.
         """
+        # Samples of 4, each row uses 1, two fresh rows a and b, a rest r of 2 tokens. The leftovers are
+        # r0 r1 a1 a2 | a3 b1 b2 b3 | ..., and the epoch's row 2 is the first four: r0 and r1 are of the rest, a1 and a2
+        # are columns 1 and 2 of row 0, which is fresh, so its sample is known. Had row 0 been made of leftovers itself,
+        # these columns would be looked up in the same way: each turn of the loop goes back one generation.
         zero = np.zeros_like(number)
-        todo: tuple[IntArray, ...] = (np.arange(len(number)), zero, zero + tokens, number, zero)
-        done: list[Runs] = []
-        while len(todo[0]):
-            row, column, length, number, at = todo
+        pending: tuple[IntArray, ...] = (np.arange(len(number)), zero, zero + tokens, number, zero)
+        resolved: list[Runs] = []
+        while len(pending[0]):
+            row, column, length, number, at = pending
             fresh = number < self._fresh
-            done.append(
-                Runs(
-                    row[fresh],
-                    column[fresh],
-                    length[fresh],
-                    sample(row[fresh], number[fresh]),
-                    at[fresh],
-                    ~fresh[fresh],
-                )
-            )
+            ids = sample(row[fresh], number[fresh])
+            resolved.append(Runs(row[fresh], column[fresh], length[fresh], ids, at[fresh], np.zeros(len(ids), bool)))
             row, column, length = row[~fresh], column[~fresh], length[~fresh]
             place = (number[~fresh] - self._fresh) * self._seq_length + at[~fresh]  # among the leftovers of the epoch
-            resting = np.clip(self._rest - place, 0, length)
-            some = resting > 0
-            done.append(Runs(row[some], column[some], resting[some], -np.ones_like(row[some]), place[some], some[some]))
-            todo = self._left_by(row, column + resting, length - resting, place + resting - self._rest, start)
-        return Runs(*(np.concatenate(parts) for parts in zip(*done, strict=True)))
+            of_rest = np.clip(
+                self._rest - place, 0, length
+            )  # how many of the tokens lie in the rest, which comes first
+            some = of_rest > 0
+            no_id = np.full(np.count_nonzero(some), -1)
+            resolved.append(Runs(row[some], column[some], of_rest[some], no_id, place[some], np.ones(len(no_id), bool)))
+            pending = self._left_by(row, column + of_rest, length - of_rest, place + of_rest - self._rest, start)
+        return Runs(*(np.concatenate(parts) for parts in zip(*resolved, strict=True)))
 
     def _left_by(
         self, row: IntArray, column: IntArray, length: IntArray, place: IntArray, start: IntArray
     ) -> tuple[IntArray, ...]:
-        """The rows that left the leftovers ``[place, place + length)`` behind, part by part: as ``todo`` of ``runs``."""
+        """Return the rows that left the leftovers ``[place, place + length)``, one part for each: as ``pending``."""
         some = length > 0
         row, column, length = row[some], column[some], length[some]
         begins = start[row]
         first = place[some] + self._left_before(begins)  # among the leftovers of the whole run
-        left_by, last = self._leaver(first), self._leaver(first + length - 1)
-        parts = last - left_by + 1
-        owner = np.repeat(np.arange(len(row)), parts)
-        leaver = left_by[owner] + np.arange(len(owner)) - np.repeat(np.cumsum(parts) - parts, parts)
+        first_leaver, last_leaver = self._leaver(first), self._leaver(first + length - 1)
+        # One part for each leaving row that [first, first + length) meets: rows that leave 3 tokens each and 5 tokens from
+        # place 2 on (2, 3 4 5, 6) are parts of 1, 3 and 1 tokens of the leavers 0, 1 and 2, all owned by the same row.
+        num_parts = last_leaver - first_leaver + 1
+        owner = np.repeat(np.arange(len(row)), num_parts)
+        part = np.arange(len(owner)) - np.repeat(np.cumsum(num_parts) - num_parts, num_parts)  # 0, 1, ... of each owner
+        leaver = first_leaver[owner] + part
         piece = np.searchsorted(self._rows_before, leaver, side="right") - 1
         within = leaver - self._rows_before[piece]
-        its_first = self._before[piece] + within * self._per_row[piece]
-        low = np.maximum(first[owner], its_first)
-        high = np.minimum((first + length)[owner], its_first + self._per_row[piece])
+        left_from = (
+            self._before[piece] + within * self._per_row[piece]
+        )  # the leaver left [left_from, left_from + per_row)
+        low = np.maximum(first[owner], left_from)
+        high = np.minimum((first + length)[owner], left_from + self._per_row[piece])
         return (
             row[owner],
             column[owner] + low - first[owner],
             high - low,
             self._first_row[piece] + within - begins[owner],
-            self._seq_length - self._per_row[piece] + low - its_first,
+            self._seq_length - self._per_row[piece] + low - left_from,
         )
 
     def _leaver(self, place: IntArray) -> IntArray:
-        """How many rows left something before the one that left the token at ``place`` of the whole run's leftovers."""
+        """Return which row left the token at ``place`` of the run's leftovers, counting only rows that leave any."""
         piece = np.searchsorted(self._before, place, side="right") - 1
         leaver: IntArray = self._rows_before[piece] + (place - self._before[piece]) // self._per_row[piece]
         return leaver

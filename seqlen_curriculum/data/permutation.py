@@ -21,43 +21,40 @@ __all__ = ["permute"]
 _ROUNDS = 6  # each mixes both halves; all 120 orders of 5 items come out equally often from 6 on, not with 4
 _GOLDEN = 0x9E3779B97F4A7C15  # splitmix64's increment
 _MASK = 2**64 - 1
-_WORTH_A_TABLE = 64  # entries for each index asked for: batches come again and again, a few indices don't pay
+_WORTH_A_TABLE = 64  # a table of up to 64 entries per index pays, as batches ask again and again
 
 
 def permute(index: ArrayLike, size: int, seed: int, epoch: ArrayLike = 0) -> IntArray:
-    """Where each of ``index`` goes in the permutation of ``range(size)`` keyed by ``seed`` and ``epoch``.
+    """Return where each of ``index`` goes in the permutation of ``range(size)`` keyed by ``seed`` and ``epoch``.
 
     ``index`` is an integer or array of them in ``0..size - 1``; ``epoch`` (0 or more) is one for all or one for each.
     Returns int64 of their common shape. Raises ``IndexError`` outside the range, ``ValueError`` for ``size`` below 1.
     """
-    wanted, epochs = np.broadcast_arrays(np.asarray(index, dtype=np.int64), np.asarray(epoch, dtype=np.int64))
-    _check(wanted, size, epochs)
+    indices, epochs = np.broadcast_arrays(np.asarray(index, dtype=np.int64), np.asarray(epoch, dtype=np.int64))
+    if not 1 <= size < 2**62:
+        raise ValueError(f"size must be 1 or more, not {size}")
+    if indices.size and not 0 <= indices.min() <= indices.max() < size:
+        raise IndexError(f"index {indices.min()}..{indices.max()} is outside 0..{size - 1}")
+    if epochs.size and epochs.min() < 0:
+        raise IndexError(f"epoch must be 0 or more, not {epochs.min()}")
     keys = _mix((epochs.astype(np.uint64).reshape(-1) + np.uint64(1)) * np.uint64(_GOLDEN) + np.uint64(seed & _MASK))
     if (keys == keys[:1]).all():
         keys = keys[:1]  # one epoch, as in nearly every batch
-    flat = wanted.reshape(-1)
-    place = _feistel(flat, size, keys)
+    place = _feistel(indices.reshape(-1), size, keys)
+    # Cycle walking: with size 10, a = 4 and b = 3, so that 10 and 11 of 0..11 are permuted again until below 10.
     outside = np.flatnonzero(place >= size)
     while outside.size:
         place[outside] = _feistel(place[outside], size, keys if len(keys) == 1 else keys[outside])
         outside = outside[place[outside] >= size]
-    return place.reshape(wanted.shape)
-
-
-def _check(index: IntArray, size: int, epochs: IntArray) -> None:
-    if not 1 <= size < 2**62:
-        raise ValueError(f"size must be 1 or more, not {size}")
-    if index.size and not 0 <= index.min() <= index.max() < size:
-        raise IndexError(f"index {index.min()}..{index.max()} is outside 0..{size - 1}")
-    if epochs.size and epochs.min() < 0:
-        raise IndexError(f"epoch must be 0 or more, not {epochs.min()}")
+    return place.reshape(indices.shape)
 
 
 def _feistel(index: IntArray, size: int, keys: NDArray[np.uint64]) -> IntArray:
-    """One pass over Z_a x Z_b; (n,) -> (n,), ``keys`` (n,) or (1,)."""
+    """Permute Z_a x Z_b; (n,) -> (n,), ``keys`` (n,) or (1,)."""
     a = math.isqrt(size - 1) + 1
     b = -(-size // a)
     left, right = np.divmod(index, b)
+    # Both terms of a sum are below the modulus: subtracting it once where needed is its remainder, without a division.
     for number in range(0, 2 * _ROUNDS, 2):
         left += _round(right, b, a, keys, number)
         np.subtract(left, a, out=left, where=left >= a)
@@ -69,7 +66,7 @@ def _feistel(index: IntArray, size: int, keys: NDArray[np.uint64]) -> IntArray:
 
 
 def _round(half: IntArray, values: int, modulus: int, keys: NDArray[np.uint64], number: int) -> IntArray:
-    """What a round adds for each ``half``, below ``values``; looked up where a table of all halves is small."""
+    """Return what a round adds for each ``half``, below ``values``; from a table of all halves where that is small."""
     if len(keys) == 1 and values <= _WORTH_A_TABLE * len(half):
         return np.take(_table(values, modulus, int(keys[0]), number), half)
     return _hash(half, modulus, keys, number)
@@ -81,13 +78,14 @@ def _table(values: int, modulus: int, key: int, number: int) -> IntArray:
 
 
 def _hash(half: IntArray, modulus: int, keys: NDArray[np.uint64], number: int) -> IntArray:
-    """64 bits keyed by epoch and round, modulo. The round's key is hashed first: no round is another's shifted by one."""
+    """Return 64 bits keyed by epoch and round, modulo ``modulus``."""
+    # The round's key is hashed before the half is added: otherwise a round would be another one shifted by one.
     keyed = half.astype(np.uint64) + _mix(keys + np.uint64((number + 1) * _GOLDEN & _MASK))
     return (_mix(keyed) % np.uint64(modulus)).astype(np.int64)
 
 
 def _mix(state: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """splitmix64's finalizer (Steele, Lea and Flood, OOPSLA 2014)."""
+    """Apply splitmix64's finalizer (Steele, Lea and Flood, OOPSLA 2014)."""
     state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return state ^ (state >> np.uint64(31))

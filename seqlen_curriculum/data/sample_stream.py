@@ -1,11 +1,10 @@
-"""The endless order in which a run reads the samples of a split: fresh ones, their leftovers, and again in another order.
+"""The endless order in which a run reads the samples of a split: fresh ones, their leftovers, then again in a new order.
 
-Shapes: n rows; ``tokens`` of each are trained on.
+A row is one sample as it is read. Shapes: n rows, of which the first ``tokens`` are trained on.
 """
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,27 +18,45 @@ from seqlen_curriculum.schedule.piecewise import IntArray, Piecewise
 __all__ = ["SampleStream", "TokenSpans"]
 
 _BLOCK = 2**13  # rows, located in a millisecond
+_KEPT_BLOCKS = 4
 
 
 class TokenSpans(NamedTuple):
-    """Neighbouring tokens of a corpus that lie side by side in a row, in no particular order.
+    """Neighbouring tokens of a corpus that are neighbours in a row too, in no particular order; (spans,) each.
 
-    Columns ``[column, column + length)`` of row ``row`` have the inputs ``[start, start + length)`` of range ``of_range``;
-    each one's target is the token after it.
+    Columns ``[column, column + length)`` of row ``row`` hold the inputs ``[start, start + length)`` of the corpus of range
+    ``range_index``. The target of each input is the token after it.
     """
 
     row: IntArray
     column: IntArray
     length: IntArray
-    of_range: IntArray
+    range_index: IntArray
     start: IntArray
+
+    def copy(self, samples: Samples, inputs: NDArray[Any], targets: NDArray[Any]) -> None:
+        """Copy the tokens of all spans into their rows of ``inputs`` and ``targets``, both (n, tokens).
+
+        Raises ``DataError`` for an id outside the vocabulary.
+        """
+        corpora = [corpus.tokens for corpus, _, _ in samples.ranges]
+        for row, column, length, index, start in zip(*(part.tolist() for part in self), strict=True):
+            tokens = corpora[index][start : start + length + 1]
+            inputs[row, column : column + length] = tokens[:-1]
+            targets[row, column : column + length] = tokens[1:]
+        rows = np.unique(self.row)
+        for copied in (inputs[rows], targets[rows]):
+            if samples.find_invalid_ids(copied).size:
+                # Which position of which corpus it has is known span by span: gathering them again raises at the first.
+                for index, start, length in zip(self.range_index, self.start, self.length, strict=True):
+                    samples.gather(index[None], start[None], int(length) + 1)
 
 
 class SampleStream:
-    """The rows of a run out of ``samples``, numbered from 0 on.
+    """The rows that a run reads of ``samples``, numbered from 0.
 
-    ``used``: target tokens that each row uses of its sample (the first row is 1), to read what they leave over before the
-    next epoch; None drops it.
+    ``used`` are the target tokens that each row uses of its sample (the first row is 1): what they leave over is read before
+    the next epoch. With None it is dropped.
     """
 
     def __init__(self, samples: Samples, used: Piecewise | None) -> None:
@@ -47,79 +64,77 @@ class SampleStream:
         rest = samples.num_tokens - samples.num_samples * samples.seq_length
         self._epochs = Epochs(samples.num_samples, samples.num_tokens, samples.seq_length, used)
         self._leftovers = Leftovers(samples.num_samples, rest, samples.seq_length, used) if used is not None else None
-        self._block = lru_cache(maxsize=4)(self._locate_block)
+        self._blocks: dict[tuple[int, int], tuple[IntArray, IntArray]] = {}  # of (epoch, block), the latest few
 
-    def place(self, rows: IntArray) -> tuple[IntArray, IntArray]:
-        """The epoch of each of ``rows`` (n,), ascending, and its number in it: below ``num_samples`` it is fresh."""
+    def locate(self, rows: IntArray) -> tuple[IntArray, IntArray]:
+        """Return the epoch of each of ``rows`` (n,), ascending, and its number in it: below ``num_samples`` it is fresh."""
         epoch, start = self._epochs.of(rows)
         return epoch, rows - start
 
     def sample(self, epoch: IntArray, number: IntArray) -> IntArray:
-        """The samples read as fresh rows ``number`` of each ``epoch``, (n,) both."""
+        """Return the samples read as fresh rows ``number`` of each ``epoch``, (n,) both."""
         return permute(number, self.samples.num_samples, self.samples.seed, epoch)
 
     def read(self, rows: IntArray, tokens: int) -> tuple[NDArray[Any], NDArray[Any]]:
-        """Inputs and their targets, both (n, tokens) as stored, of ``rows`` (n,), neighbours."""
-        epoch, number = self.place(rows)
+        """Return inputs and targets, both (n, tokens) in the corpora's dtype, of ``rows`` (n,), ascending neighbours."""
+        epoch, number = self.locate(rows)
         fresh = number < self.samples.num_samples
-        if fresh[-1] and epoch[0] == epoch[-1]:
-            located = self._fresh(int(epoch[0]), int(number[0]), len(rows))
+        if fresh[-1] and epoch[0] == epoch[-1]:  # all of them are fresh, as numbers ascend within an epoch
+            located = self._locate_fresh(int(epoch[0]), int(number[0]), len(rows))
         else:
             located = self.samples.locate(self.sample(epoch[fresh], number[fresh]))
-        block = self.samples.gather(*located, tokens + 1)  # (fresh, tokens + 1)
+        block = self.samples.gather(*located, tokens + 1)  # (fresh rows, tokens + 1)
         if fresh.all():
             return block[:, :-1], block[:, 1:]
         inputs, targets = np.empty((2, len(rows), tokens), dtype=self.samples.dtype)
         inputs[fresh], targets[fresh] = block[:, :-1], block[:, 1:]
-        self._fill(inputs, targets, self.token_spans(rows, tokens, ~fresh))
+        self.token_spans(rows, tokens, ~fresh).copy(self.samples, inputs, targets)
         return inputs, targets
 
-    def _fill(self, inputs: NDArray[Any], targets: NDArray[Any], token_spans: TokenSpans) -> None:
-        corpora = [corpus.tokens for corpus, _, _ in self.samples.ranges]
-        for row, column, length, of_range, start in zip(*(part.tolist() for part in token_spans), strict=True):
-            found = corpora[of_range][start : start + length + 1]
-            inputs[row, column : column + length], targets[row, column : column + length] = found[:-1], found[1:]
-        rows = np.unique(token_spans.row)
-        for tokens in (inputs[rows], targets[rows]):
-            if self.samples.foreign(tokens).size:  # gathering it again tells where it lies
-                for of_range, start, length in zip(*token_spans[3:], token_spans.length, strict=True):
-                    self.samples.gather(of_range[None], start[None], int(length) + 1)
-
-    def _fresh(self, epoch: int, first: int, count: int) -> tuple[IntArray, IntArray]:
-        """Range and start of the fresh rows from ``first`` on, (count,) each: out of blocks, which cost less a row."""
+    def _locate_fresh(self, epoch: int, first: int, count: int) -> tuple[IntArray, IntArray]:
+        """Return range index and start of the fresh rows ``first`` to ``first + count`` of ``epoch``, (count,) each."""
+        # Whole blocks are located, and kept for the steps that follow: 8,192 rows are 16 steps of 512, and cost about a
+        # fifth per row, as most of a small call is numpy's overhead.
         blocks = range(first // _BLOCK, (first + count - 1) // _BLOCK + 1)
-        of_range, start = (
-            np.concatenate(parts) for parts in zip(*(self._block(epoch, one) for one in blocks), strict=True)
-        )
+        located = []
+        for block in blocks:
+            if (kept := self._blocks.get((epoch, block))) is None:
+                rows = np.arange(block * _BLOCK, min((block + 1) * _BLOCK, self.samples.num_samples))
+                kept = self.samples.locate(self.sample(np.full_like(rows, epoch), rows))
+                self._blocks[epoch, block] = kept
+            located.append(kept)
+        for key in list(self._blocks)[:-_KEPT_BLOCKS]:
+            self._blocks.pop(key, None)
+        range_index, start = (np.concatenate(parts) for parts in zip(*located, strict=True))
         begin = first - blocks[0] * _BLOCK
-        return of_range[begin : begin + count], start[begin : begin + count]
-
-    def _locate_block(self, epoch: int, block: int) -> tuple[IntArray, IntArray]:
-        rows = np.arange(block * _BLOCK, min((block + 1) * _BLOCK, self.samples.num_samples))
-        return self.samples.locate(self.sample(np.full_like(rows, epoch), rows))
+        return range_index[begin : begin + count], start[begin : begin + count]
 
     def token_spans(self, rows: IntArray, tokens: int, some: NDArray[np.bool_] | None = None) -> TokenSpans:
-        """Where the first ``tokens`` of ``rows`` (n,), ascending, come from; only of ``some`` (n,) of them if given."""
-        epoch, number = self.place(rows)
+        """Return where the first ``tokens`` of ``rows`` (n,), ascending, come from; ``some`` (n,) selects a part of them."""
+        epoch, number = self.locate(rows)
         asked = np.arange(len(rows)) if some is None else np.flatnonzero(some)
+        epoch, number, epoch_start = epoch[asked], number[asked], (rows - number)[asked]
         if self._leftovers is None:
             zero = np.zeros_like(asked)
-            corpus, start = self.samples.locate(self.sample(epoch[asked], number[asked]))
-            return TokenSpans(asked, zero, zero + tokens, corpus, start)
+            return TokenSpans(asked, zero, zero + tokens, *self.samples.locate(self.sample(epoch, number)))
         runs = self._leftovers.runs(
-            number[asked], (rows - number)[asked], tokens, lambda row, number: self.sample(epoch[asked][row], number)
+            number, epoch_start, tokens, lambda row, fresh_number: self.sample(epoch[row], fresh_number)
         )
-        return self._located(runs._replace(row=asked[runs.row]))
+        spans = self._locate_runs(runs)
+        return spans._replace(row=asked[spans.row])
 
-    def _located(self, runs: Runs) -> TokenSpans:
-        row, column, length, id_, start = (part[~runs.rest] for part in runs[:5])
-        corpus, first = self.samples.locate(id_)
-        found = [TokenSpans(row, column, length, corpus, first + start)]
-        row, column, length, _, place = (part[runs.rest] for part in runs[:5])
-        while len(row):  # the rest of one range is followed by that of the next
-            corpus, first, available = self.samples.locate_rest(place)
+    def _locate_runs(self, runs: Runs) -> TokenSpans:
+        row, column, length, sample, start = (part[~runs.rest] for part in runs[:5])
+        range_index, first = self.samples.locate(sample)
+        spans = [TokenSpans(row, column, length, range_index, first + start)]
+        row, column, length, _, position = (part[runs.rest] for part in runs[:5])
+        # The rest is what each range has at its end, one after the other: a run that needs 5 tokens where its range has 2
+        # left takes these, and 3 from the range after it in the next turn.
+        while len(row):
+            range_index, first, available = self.samples.locate_rest(position)
             taken = np.minimum(length, available)
-            found.append(TokenSpans(row, column, taken, corpus, first))
+            spans.append(TokenSpans(row, column, taken, range_index, first))
             more = length > taken
-            row, column, length, place = (part[more] for part in (row, column + taken, length - taken, place + taken))
-        return TokenSpans(*(np.concatenate(parts) for parts in zip(*found, strict=True)))
+            row, column, position = row[more], (column + taken)[more], (position + taken)[more]
+            length = (length - taken)[more]
+        return TokenSpans(*(np.concatenate(parts) for parts in zip(*spans, strict=True)))

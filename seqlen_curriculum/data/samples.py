@@ -1,7 +1,7 @@
 """The samples of one split of a list of corpora.
 
-Sample k of a range is its tokens ``[k * L, k * L + L]``: L inputs and the token after them. Nothing is stored: where a
-sample lies follows by arithmetic.
+Sample k of a range is its tokens ``[k * L, k * L + L]``: L inputs and the token after them. Neighbouring samples share one
+token, the last target of one and the first input of the next. Nothing is stored: the position of a sample is arithmetic.
 
 Shapes: B rows, L ``seq_length``.
 """
@@ -23,16 +23,16 @@ from seqlen_curriculum.schedule.piecewise import IntArray
 __all__ = ["SPLITS", "Samples", "check_token_ids", "open_split", "split_bounds", "split_ranges"]
 
 SPLITS = ("train", "valid", "test")
-_CHECK_TOKENS = 2**24  # at most this many are looked at before a run: 32 MiB of uint16, well under a second
+_CHECK_TOKENS = 2**24  # at most this many are checked before a run: 32 MiB of uint16, well under a second
 _CHECK_BLOCK = 2**16
 
 
 class Samples:
-    """Samples of ``seq_length`` tokens from ranges ``(corpus, first_token, end_token)``, laid end to end.
+    """Samples of ``seq_length`` tokens from ranges ``(corpus, first_token, end_token)``, concatenated.
 
-    ``num_tokens`` can be trained on: all but the first of each range, which nothing precedes. With ``vocab_size``, reading
-    raises ``DataError`` on a token id the model doesn't have. ``seed`` keys the order of those who read in one. A range too
-    short for one sample gives none; raises ``DataError`` when no range gives any.
+    ``num_tokens`` of them are targets: all but the first token of each range. A range too short for a sample gives none.
+    With ``vocab_size``, reading a token id outside the vocabulary raises ``DataError``. ``seed`` keys the order in which a
+    run reads the samples. Raises ``DataError`` when no range gives a sample.
     """
 
     def __init__(
@@ -47,62 +47,22 @@ class Samples:
         self.seed = seed
         self.vocab_size = vocab_size
         self._check_ranges()
+        # With L = 4, ranges of 5, 1, 3 and 6 tokens have 4, 0, 2 and 5 targets, thus 1, 0, 0 and 1 samples, and rests of
+        # 0, 0, 2 and 1 targets that fill no sample: bounds 0 1 1 1 2, rest bounds 0 0 0 2 3.
         tokens = np.array([max(end - first - 1, 0) for _, first, end in self.ranges], dtype=np.int64)
-        self._bounds = np.cumsum([0, *(tokens // seq_length)], dtype=np.int64)  # (corpora + 1,) sample ids
-        self._rest_bounds = np.cumsum([0, *(tokens % seq_length)], dtype=np.int64)  # (corpora + 1,) places in the rest
+        self._bounds = np.cumsum([0, *(tokens // seq_length)], dtype=np.int64)  # (ranges + 1,) sample ids
+        self._rest_bounds = np.cumsum(
+            [0, *(tokens % seq_length)], dtype=np.int64
+        )  # (ranges + 1,) positions in the rest
         self._firsts = np.array([first for _, first, _ in self.ranges], dtype=np.int64)
         self.num_samples, self.num_tokens = int(self._bounds[-1]), int(tokens.sum())
         self.dtype = np.result_type(*(corpus.dtype for corpus, _, _ in self.ranges))
         if not self.num_samples:
-            raise DataError(self._too_short())
-
-    def locate(self, ids: ArrayLike) -> tuple[IntArray, IntArray]:
-        """Index of the corpus and token position in it of each sample; two arrays (B,). ``IndexError`` outside."""
-        wanted = np.asarray(ids, dtype=np.int64)
-        if wanted.size and not 0 <= wanted.min() <= wanted.max() < self.num_samples:
-            raise IndexError(f"sample ids {wanted.min()}..{wanted.max()} are outside 0..{self.num_samples - 1}")
-        corpus = np.searchsorted(self._bounds, wanted, side="right") - 1
-        return corpus, self._firsts[corpus] + (wanted - self._bounds[corpus]) * self.seq_length
-
-    def locate_rest(self, places: ArrayLike) -> tuple[IntArray, IntArray, IntArray]:
-        """Range, token position in its corpus, and tokens from there to that range's end, of places in the rest (B,).
-
-        The rest is what no sample holds: fewer than ``seq_length`` tokens at the end of each range, laid end to end.
-        """
-        wanted = np.asarray(places, dtype=np.int64)
-        of_range = np.searchsorted(self._rest_bounds, wanted, side="right") - 1
-        counts = np.diff(self._bounds)[of_range]
-        start = self._firsts[of_range] + counts * self.seq_length + wanted - self._rest_bounds[of_range]
-        return of_range, start, self._rest_bounds[of_range + 1] - wanted
-
-    def read(self, ids: ArrayLike, seqlen: int) -> NDArray[Any]:
-        """The first ``seqlen + 1`` tokens of each sample, (B, seqlen + 1) as stored; the rest of it isn't touched."""
-        if not 1 <= seqlen <= self.seq_length:
-            raise ConfigError(f"seqlen: {seqlen} is outside 1..{self.seq_length}, the seq_length of the data")
-        return self.gather(*self.locate(ids), seqlen + 1)
-
-    def gather(self, of_range: IntArray, starts: IntArray, length: int) -> NDArray[Any]:
-        """``length`` tokens from ``starts`` (B,) of the corpora of ranges ``of_range`` (B,), as (B, length), checked."""
-        if len(self.ranges) == 1:
-            tokens = self.ranges[0][0].gather(starts, length)
-        else:
-            tokens = np.empty((len(starts), length), dtype=self.dtype)
-            for one in np.unique(of_range).tolist():
-                rows = np.flatnonzero(of_range == one)
-                tokens[rows] = self.ranges[one][0].gather(starts[rows], length)
-        for row, column in self.foreign(tokens)[:1]:
-            name = self.ranges[int(of_range[row])][0].prefix
-            assert self.vocab_size is not None
-            raise _foreign_id(name, int(starts[row] + column), int(tokens[row, column]), self.vocab_size)
-        return tokens
-
-    def foreign(self, tokens: NDArray[Any]) -> IntArray:
-        """Indices (count, axes) of the ids in ``tokens`` that the model doesn't have."""
-        # Seen as unsigned a negative id is huge: one pass finds both kinds of wrong id.
-        unsigned = tokens.view(f"u{tokens.itemsize}")
-        if self.vocab_size is None or not tokens.size or int(unsigned.max()) < self.vocab_size:
-            return np.empty((0, tokens.ndim), dtype=np.int64)
-        return np.argwhere(unsigned >= self.vocab_size)
+            sizes = ", ".join(f"{corpus.prefix} has {end - first} tokens" for corpus, first, end in self.ranges)
+            raise DataError(
+                f"no sample in this split: {sizes}, and one sample needs seq_length + 1 = {seq_length + 1}; "
+                "prepare more text, set a smaller seq_length, or give this split a larger share"
+            )
 
     def _check_ranges(self) -> None:
         if self.seq_length < 1:
@@ -113,46 +73,92 @@ class Samples:
             if not 0 <= first <= end <= corpus.num_tokens:
                 raise IndexError(f"{corpus.prefix}: tokens {first}..{end} are outside its {corpus.num_tokens}")
 
-    def _too_short(self) -> str:
-        found = ", ".join(f"{corpus.prefix} has {end - first} tokens" for corpus, first, end in self.ranges)
-        return (
-            f"no sample in this split: {found}, and one sample needs seq_length + 1 = {self.seq_length + 1}; "
-            "prepare more text, set a smaller seq_length, or give this split a larger share"
-        )
+    def locate(self, ids: ArrayLike) -> tuple[IntArray, IntArray]:
+        """Return the range index and the token position in its corpus of each sample, (B,) both.
+
+        Raises ``IndexError`` for a sample id outside 0..num_samples - 1.
+        """
+        ids = np.asarray(ids, dtype=np.int64)
+        if ids.size and not 0 <= ids.min() <= ids.max() < self.num_samples:
+            raise IndexError(f"sample ids {ids.min()}..{ids.max()} are outside 0..{self.num_samples - 1}")
+        range_index = np.searchsorted(self._bounds, ids, side="right") - 1
+        return range_index, self._firsts[range_index] + (ids - self._bounds[range_index]) * self.seq_length
+
+    def locate_rest(self, positions: ArrayLike) -> tuple[IntArray, IntArray, IntArray]:
+        """Return range index, token position, and tokens up to that range's end of each of ``positions`` in the rest, (B,).
+
+        The rest are the targets that no sample holds: fewer than ``seq_length`` at the end of each range, concatenated.
+        """
+        positions = np.asarray(positions, dtype=np.int64)
+        range_index = np.searchsorted(self._rest_bounds, positions, side="right") - 1
+        num_samples = np.diff(self._bounds)[range_index]
+        within = positions - self._rest_bounds[range_index]
+        start = self._firsts[range_index] + num_samples * self.seq_length + within
+        return range_index, start, self._rest_bounds[range_index + 1] - positions
+
+    def read(self, ids: ArrayLike, seqlen: int) -> NDArray[Any]:
+        """Return the first ``seqlen + 1`` tokens of each sample, (B, seqlen + 1); the others are not read from the disk."""
+        if not 1 <= seqlen <= self.seq_length:
+            raise ConfigError(f"seqlen: {seqlen} is outside 1..{self.seq_length}, the seq_length of the data")
+        return self.gather(*self.locate(ids), seqlen + 1)
+
+    def gather(self, range_index: IntArray, starts: IntArray, length: int) -> NDArray[Any]:
+        """Return ``length`` tokens from each of ``starts`` (B,), positions in the corpora of ``range_index`` (B,).
+
+        (B, length), in the narrowest dtype that holds those of all corpora. Raises ``DataError`` for an id outside the
+        vocabulary.
+        """
+        if len(self.ranges) == 1:
+            tokens = self.ranges[0][0].gather(starts, length)
+        else:
+            tokens = np.empty((len(starts), length), dtype=self.dtype)
+            for index in np.unique(range_index).tolist():
+                rows = np.flatnonzero(range_index == index)
+                tokens[rows] = self.ranges[index][0].gather(starts[rows], length)
+        for row, column in self.find_invalid_ids(tokens)[:1]:
+            prefix = self.ranges[int(range_index[row])][0].prefix
+            assert self.vocab_size is not None
+            raise _invalid_id(prefix, int(starts[row] + column), int(tokens[row, column]), self.vocab_size)
+        return tokens
+
+    def find_invalid_ids(self, tokens: NDArray[Any]) -> IntArray:
+        """Return the indices (count, axes) of the ids in ``tokens`` that are outside the vocabulary."""
+        # As unsigned numbers negative ids are huge (int32 -1 is 4,294,967,295): one maximum finds both kinds of bad id.
+        unsigned = tokens.view(f"u{tokens.itemsize}")
+        if self.vocab_size is None or not tokens.size or int(unsigned.max()) < self.vocab_size:
+            return np.empty((0, tokens.ndim), dtype=np.int64)
+        return np.argwhere(unsigned >= self.vocab_size)
 
 
 def split_bounds(num_documents: int, split: str) -> list[int]:
-    """Document bounds ``[0, a, b, num_documents]`` of train, valid and test for weights such as ``"949,50,1"``.
+    """Return the document bounds ``[0, a, b, num_documents]`` of train, valid and test for weights such as ``"949,50,1"``.
 
-    Rounded as Megatron does (``get_train_valid_test_split_``): each share is rounded by itself and the bounds are
-    shifted by what is over or missing at the end. A bound that the shift takes below 0, which leaves Megatron without
-    a usable range, is 0 here. Raises ``ConfigError`` for anything but one to three weights of 0 or more, not all 0.
+    Rounded as Megatron does (``get_train_valid_test_split_``): each share is rounded by itself, then all bounds are
+    shifted by the surplus at the end. Ten documents split "949,50,1" give shares of 9, 0 and 0 (from 9.49, 0.5, 0.01) and
+    bounds 0, 9, 9, 9; one is missing, so they become 0, 10, 10, 10. A bound that the shift takes below 0, which leaves
+    Megatron without a usable range, is 0 here. Raises ``ConfigError`` for anything but one to three weights of 0 or more,
+    not all 0.
     """
-    weights = _weights(split)
+    parts = [part.strip() for part in re.split("[,/]", split)]
+    is_valid = len(parts) <= 3 and all(re.fullmatch(r"\d+\.?\d*|\.\d+", part) for part in parts)
+    weights = [float(part) for part in parts] if is_valid else []
     total = sum(weights)
+    if not total:
+        raise ConfigError(
+            f'split: "{split}" is not valid: expected up to three weights of train, valid and test, not all 0, '
+            'such as "949,50,1"'
+        )
     bounds = [0]
-    for weight in weights:
+    for weight in [*weights, 0.0, 0.0][:3]:
         bounds.append(bounds[-1] + round(weight / total * float(num_documents)))
     shift = bounds[-1] - num_documents
     return [0, *(max(bound - shift, 0) for bound in bounds[1:])]
 
 
-def _weights(split: str) -> list[float]:
-    parts = [part.strip() for part in re.split("[,/]", split)]
-    valid = len(parts) <= 3 and all(re.fullmatch(r"\d+\.?\d*|\.\d+", part) for part in parts)
-    weights = [float(part) for part in parts] if valid else []
-    if not sum(weights):
-        raise ConfigError(
-            f'split: "{split}" is not valid: expected up to three weights of train, valid and test, not all 0, '
-            'such as "949,50,1"'
-        )
-    return weights + [0.0] * (3 - len(weights))
-
-
 def split_ranges(
     prefixes: Sequence[str | os.PathLike[str]], split: str, which: str
 ) -> list[tuple[IndexedCorpus, int, int]]:
-    """(corpus, first token, end token) of ``which`` (train, valid or test) split of each corpus, split by itself."""
+    """Return (corpus, first token, end token) of each corpus; each is split by itself, ``which`` is train, valid or test."""
     if which not in SPLITS:
         raise ConfigError(f"split: there is no {which!r}; valid names: {', '.join(SPLITS)}")
     number = SPLITS.index(which)
@@ -172,7 +178,7 @@ def open_split(
     seed: int,
     vocab_size: int | None = None,
 ) -> Samples:
-    """The ``Samples`` of ``which`` (train, valid or test) split of the corpora at ``prefixes``, each split by itself."""
+    """Return the ``Samples`` of one split of the corpora; each is split by itself, ``which`` is train, valid or test."""
     ranges = split_ranges(prefixes, split, which)
     try:
         return Samples(ranges, seq_length, seed, vocab_size)
@@ -183,23 +189,24 @@ def open_split(
 def check_token_ids(corpus: IndexedCorpus, vocab_size: int) -> None:
     """Raise ``DataError`` if a token id is outside ``0..vocab_size - 1``.
 
-    Looks at every token of a corpus of up to 2**24, else at evenly spaced blocks of as many, both ends included.
+    Checks every token of a corpus of up to 2**24 tokens, else 2**24 of them in evenly spaced blocks, both ends included.
     """
     for start in _block_starts(corpus.num_tokens):
         block = corpus.tokens[start : start + _CHECK_BLOCK]
         if int(block.min()) < 0 or int(block.max()) >= vocab_size:
             column = int(np.flatnonzero((block < 0) | (block >= vocab_size))[0])
-            raise _foreign_id(corpus.prefix, start + column, int(block[column]), vocab_size)
+            raise _invalid_id(corpus.prefix, start + column, int(block[column]), vocab_size)
 
 
 def _block_starts(num_tokens: int) -> list[int]:
-    """Starts of the blocks to look at; up to 2**24 tokens the spacing is at most a block, so they cover everything."""
+    """Return the starts of the blocks to check; up to 2**24 tokens they leave no gap."""
+    # 150,000 tokens: 3 blocks of 65,536, the last from 84,464; starts 0, 42,232, 84,464. At most 256 blocks.
     count = min(-(-num_tokens // _CHECK_BLOCK), _CHECK_TOKENS // _CHECK_BLOCK)
     last = max(num_tokens - _CHECK_BLOCK, 0)
     return [number * last // max(count - 1, 1) for number in range(count)]
 
 
-def _foreign_id(prefix: str, position: int, token: int, vocab_size: int) -> DataError:
+def _invalid_id(prefix: str, position: int, token: int, vocab_size: int) -> DataError:
     return DataError(
         f"{prefix}: token {position} has id {token}, outside the vocabulary of {vocab_size}; set the model's vocab_size "
         "to the tokenizer's, or prepare the corpus with this model's tokenizer"

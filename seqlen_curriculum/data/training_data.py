@@ -1,6 +1,6 @@
 """What each step of a run reads: a function of the step, on any number of ranks.
 
-Shapes: n samples asked for, n * K rows of S tokens (K segments of a sample, 1 for other methods).
+Shapes: n samples asked for, n * K rows of S tokens (K segments per sample, 1 for other methods).
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ __all__ = ["SampleIds", "TrainingData"]
 
 
 class SampleIds(NamedTuple):
-    """Which samples were asked for, (n,) each: of which source, in which of its epochs, its place there.
+    """Samples of a run, (n,) each: the source, which of its epochs, and the sample's number in that epoch, all from 0.
 
-    IntArray below ``sources[source].num_samples`` are fresh samples, those above are made of leftovers.
+    Numbers below ``sources[source].num_samples`` are fresh samples; those from there on are made of leftovers.
     """
 
     source: IntArray
@@ -35,7 +35,8 @@ class SampleIds(NamedTuple):
 class TrainingData:
     """The training data of a run: ``sources``, drawn in proportion to ``weights`` (one each; None for a single source).
 
-    ``recycle`` reads what cuts leave over before the next epoch of a source begins; else it is dropped.
+    ``recycle`` reads what shortened samples leave over before the next epoch of their source begins; else it is dropped.
+    Can be pickled: a process that unpickles it opens the corpora again.
     """
 
     def __init__(
@@ -46,71 +47,72 @@ class TrainingData:
         self.blend = Blend([1] if weights is None else weights)
         if len(self.blend.shares) != len(self.sources):
             raise ConfigError(
-                f"data.train: {len(self.sources)} sources and {len(self.blend.shares)} weights; give each one"
+                f"data.train: {len(self.sources)} sources and {len(self.blend.shares)} weights; give one weight per source"
             )
         used = timeline.tokens_by_sample()
         self._streams = [
-            SampleStream(source, self.of_source(number, used) if recycle else None)
+            SampleStream(source, self.tokens_by_sample_of(number, used) if recycle else None)
             for number, source in enumerate(self.sources)
         ]
 
     def along(self, timeline: Timeline) -> TrainingData:
-        """The same data along another timeline: they read the same as long as these are equal."""
+        """Return the same data along another timeline; both read the same for as long as the timelines are equal."""
         return TrainingData(self.sources, timeline, self.recycle, self._weights)
 
-    def of_source(self, number: int, used: Piecewise) -> Piecewise:
-        """``used`` by the samples of one source."""
-        first = self.blend.count(number, used.first_steps - 1) + 1
-        some = np.append(first[1:] > first[:-1], True)  # pieces too short for a sample of this source fall away
-        return Piecewise(first[some], used.values[some])
+    def tokens_by_sample_of(self, source: int, used: Piecewise) -> Piecewise:
+        """Return ``used``, tokens by the run's samples, by the samples of ``source`` alone."""
+        # Two sources in turn, samples 1 to 5 of the run at 4 tokens and those from 6 on at 8: the first source has three of
+        # the five, so its pieces begin at samples 1 and 4. A piece too short for a sample of this source is left out.
+        first = self.blend.count(source, used.first_steps - 1) + 1
+        drawn = np.append(first[1:] > first[:-1], True)
+        return Piecewise(first[drawn], used.values[drawn])
 
-    def places(self, step: int, first: int = 0, count: int | None = None) -> SampleIds:
-        """``count`` samples of ``step`` from its ``first`` on (all of them by default)."""
-        source, rows = self._rows(step, first, count)
+    def sample_ids(self, step: int, first: int = 0, count: int | None = None) -> SampleIds:
+        """Return which samples ``step`` reads: ``count`` of them from its ``first`` on (all by default)."""
+        source, rows = self._source_rows(step, first, count)
         epoch, number = np.empty((2, len(rows)), dtype=np.int64)
-        for one in np.unique(source).tolist():
-            of = source == one
-            epoch[of], number[of] = self._streams[one].place(rows[of])
+        for index in np.unique(source).tolist():
+            of_source = source == index
+            epoch[of_source], number[of_source] = self._streams[index].locate(rows[of_source])
         return SampleIds(source, epoch, number)
 
     def read(self, step: int, first: int = 0, count: int | None = None) -> tuple[NDArray[Any], NDArray[Any]]:
-        """Inputs and targets, both (n * K, S) as stored, of ``count`` samples of ``step`` from its ``first`` on.
+        """Return inputs and targets of ``count`` samples of ``step`` from its ``first`` on (all by default).
 
-        ``targets[:, i]`` follows ``inputs[:, i]`` in its corpus, across the seams of leftovers too.
+        Both are (n * K, S) in the narrowest dtype that holds those of all corpora. ``targets[:, i]`` follows
+        ``inputs[:, i]`` in its corpus, also where leftovers are joined.
         """
-        source, rows = self._rows(step, first, count)
-        seqlen = self.timeline.seqlen(step)
-        tokens, row_tokens = (
-            self.timeline.shortening.used_tokens_per_sample(seqlen),
-            self.timeline.shortening.tokens_per_row(seqlen),
-        )
+        source, rows = self._source_rows(step, first, count)
+        seqlen, shortening = self.timeline.seqlen(step), self.timeline.shortening
+        tokens = shortening.used_tokens_per_sample(seqlen)
         if len(self._streams) == 1:
             inputs, targets = self._streams[0].read(rows, tokens)
         else:
             dtype = np.result_type(*(samples.dtype for samples in self.sources))
             inputs, targets = np.empty((2, len(rows), tokens), dtype)
-            for one in np.unique(source).tolist():
-                of = source == one
-                inputs[of], targets[of] = self._streams[one].read(rows[of], tokens)
-        return inputs.reshape(-1, row_tokens), targets.reshape(-1, row_tokens)
+            for index in np.unique(source).tolist():
+                of_source = source == index
+                inputs[of_source], targets[of_source] = self._streams[index].read(rows[of_source], tokens)
+        row_tokens = shortening.tokens_per_row(seqlen)
+        return inputs.reshape(-1, row_tokens), targets.reshape(-1, row_tokens)  # (n, K * S) -> (n * K, S)
 
     def token_spans(self, step: int, first: int = 0, count: int | None = None) -> list[tuple[int, TokenSpans]]:
-        """Where ``read`` finds the tokens of each sample: (source, token_spans of it) for each source of these samples."""
-        source, rows = self._rows(step, first, count)
+        """Return where ``read`` finds the tokens of each sample: (source, its spans) for each source of these samples."""
+        source, rows = self._source_rows(step, first, count)
         tokens = self.timeline.shortening.used_tokens_per_sample(self.timeline.seqlen(step))
-        found = []
-        for one in np.unique(source).tolist():
-            asked = np.flatnonzero(source == one)
-            parts = self._streams[one].token_spans(rows[asked], tokens)
-            found.append((one, parts._replace(row=asked[parts.row])))
-        return found
+        by_source = []
+        for index in np.unique(source).tolist():
+            asked = np.flatnonzero(source == index)
+            spans = self._streams[index].token_spans(rows[asked], tokens)
+            by_source.append((index, spans._replace(row=asked[spans.row])))
+        return by_source
 
-    def _rows(self, step: int, first: int, count: int | None) -> tuple[IntArray, IntArray]:
-        """The source of each sample, and its number among those of that source since the run began."""
-        of_step = self.timeline.samples(step)
-        count = of_step - first if count is None else count
-        if not 0 <= first <= first + count <= of_step:
-            raise IndexError(f"samples {first}..{first + count} are outside the {of_step} of step {step}")
+    def _source_rows(self, step: int, first: int, count: int | None) -> tuple[IntArray, IntArray]:
+        """Return the source of each sample, and its row: its number among all samples that the run draws of that source."""
+        step_samples = self.timeline.samples(step)
+        count = step_samples - first if count is None else count
+        if not 0 <= first <= first + count <= step_samples:
+            raise IndexError(f"samples {first}..{first + count} are outside the {step_samples} of step {step}")
         begin = self.timeline.consumed_samples(step - 1) + first
         samples = np.arange(begin, begin + count, dtype=np.int64)
-        return self.blend.place(samples) if len(self._streams) > 1 else (np.zeros_like(samples), samples)
+        return self.blend.locate(samples) if len(self._streams) > 1 else (np.zeros_like(samples), samples)

@@ -1,4 +1,4 @@
-"""Writes Megatron's indexed corpus as a stream, byte-identical with megatron-core's ``IndexedDatasetBuilder``."""
+"""Write Megatron's indexed corpus as a stream, byte-identical with megatron-core's ``IndexedDatasetBuilder``."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ __all__ = ["CorpusWriter", "TokenFiles", "publish", "token_dtype"]
 
 _CODES = {np.dtype("<u2"): 8, np.dtype("<i4"): 4}
 _MAX_DOCUMENT_TOKENS = 2**31 - 1  # lengths are i32 in the format
-_BLOCK = 2**16  # documents whose lengths are held at once
-_COPY = 2**20  # bytes
+_BLOCK = 2**16  # documents whose lengths are held in memory
+_COPY_BYTES = 2**20
 
 
 def token_dtype(vocab_size: int) -> np.dtype[np.uint16] | np.dtype[np.int32]:
-    """Megatron's rule: uint16 below 65,500, else int32."""
+    """Return the dtype that Megatron chooses: uint16 for a vocabulary below 65,500, else int32."""
     return np.dtype("<u2") if vocab_size < 65500 else np.dtype("<i4")
 
 
 class TokenFiles:
-    """A growing .bin and, in a file beside it, the lengths of its documents: memory holds neither.
+    """A growing .bin, and a second file of the lengths of its documents; neither is held in memory.
 
-    Opened over the first ``num_tokens`` and ``num_documents`` of earlier files, of which the rest is cut off;
-    ``open_tokens`` at the end belong to a document that goes on. Raises ``DataError`` for a token outside
-    ``0..vocab_size - 1``.
+    To continue earlier files, give what to keep of them: ``num_tokens`` and ``num_documents``; what follows these is
+    truncated. The last ``open_tokens`` of the tokens belong to a document that has no end yet. Raises ``DataError`` for a
+    token outside ``0..vocab_size - 1``.
     """
 
     def __init__(
@@ -64,6 +64,7 @@ class TokenFiles:
         """
         ids = np.asarray(tokens)
         self._check_ids(ids)
+        # Three open tokens, then ends at 1 and 3 of four more: documents of 1 + 3 = 4 and 2 tokens; one token stays open.
         lengths = np.diff(np.asarray(ends, dtype=np.int64), prepend=-self.open_tokens)
         if lengths.size and (int(lengths.min()) < 0 or int(ends[-1]) > len(ids)):
             raise ValueError("ends must ascend within the tokens")
@@ -78,51 +79,51 @@ class TokenFiles:
         self.open_tokens = len(ids) - int(ends[-1]) if lengths.size else self.open_tokens + len(ids)
 
     def add_corpus(self, prefix: str) -> None:
-        """Append a finished corpus of the same dtype, whose documents are of one sequence each."""
+        """Append a finished corpus of the same dtype, whose documents have one sequence each."""
         corpus = IndexedCorpus(prefix)
-        with open(prefix + ".idx", "rb") as index:
-            sequences = HEADER.unpack(index.read(HEADER.size))[3]
-            if corpus.dtype != self.dtype or sequences != corpus.num_documents:
-                raise DataError(f"{prefix}: not of {self.dtype.name} with one sequence a document; prepare it again")
-            for left in range(4 * sequences, 0, -_COPY):
-                self._lengths.write(index.read(min(left, _COPY)))
+        lengths = corpus.index.lengths
+        if corpus.dtype != self.dtype or len(lengths) != corpus.num_documents:
+            raise DataError(f"{prefix}: not of {self.dtype.name} with one sequence a document; prepare it again")
+        for first in range(0, len(lengths), _BLOCK):
+            self._lengths.write(lengths[first : first + _BLOCK].tobytes())
         with open(prefix + ".bin", "rb") as tokens:
-            shutil.copyfileobj(tokens, self._bin, _COPY)
+            shutil.copyfileobj(tokens, self._bin, _COPY_BYTES)
         self.num_tokens += corpus.num_tokens
         self.num_documents += corpus.num_documents
 
     def sync(self) -> None:
-        """Make all that was added durable."""
+        """Make everything that was added durable."""
         for stream in (self._bin, self._lengths):
             stream.flush()
             os.fsync(stream.fileno())
 
     def write_index(self, path: str) -> None:
-        """Write the .idx of what was added, which is durable afterwards."""
+        """Write the .idx of everything that was added, and make all three files durable."""
         if self.open_tokens:
             raise ValueError(f"{self.open_tokens} tokens at the end belong to a document that never ended")
         self.sync()
         count = self.num_documents
         with open(path, "wb") as index:
             index.write(HEADER.pack(MAGIC, VERSION, _CODES[self.dtype], count, count + 1))
-            for lengths in self._blocks():
+            for lengths in self._lengths_in_blocks():
                 index.write(lengths.tobytes())
+            # Byte offsets: documents of 4, 2 and 5 tokens end at 4, 6, 11, start at 0, 4, 6, as uint16 at bytes 0, 8, 12.
             start = 0
-            for lengths in self._blocks():
-                stops = start + np.cumsum(lengths, dtype="<i8")  # (block,) tokens
-                index.write(((stops - lengths) * self.dtype.itemsize).tobytes())
-                start = int(stops[-1])
-            for first in range(0, count + 1, _BLOCK):  # one sequence a document
+            for lengths in self._lengths_in_blocks():
+                ends = start + np.cumsum(lengths, dtype="<i8")  # (block,) tokens
+                index.write(((ends - lengths) * self.dtype.itemsize).tobytes())
+                start = int(ends[-1])
+            for first in range(0, count + 1, _BLOCK):  # document indices: one sequence per document
                 index.write(np.arange(first, min(first + _BLOCK, count + 1), dtype="<i8").tobytes())
         sync(Path(path))
 
     def close(self) -> None:
-        """Close both files, whatever state they are in."""
+        """Close both files without raising."""
         for stream in (self._bin, self._lengths):
-            with suppress(OSError):  # a full disk was told of before
+            with suppress(OSError):  # a full disk has raised before
                 stream.close()
 
-    def _blocks(self) -> Iterator[NDArray[np.int32]]:
+    def _lengths_in_blocks(self) -> Iterator[NDArray[np.int32]]:
         with open(self._lengths.name, "rb") as stream:
             while data := stream.read(4 * _BLOCK):
                 yield np.frombuffer(data, dtype="<i4")
@@ -137,10 +138,10 @@ class TokenFiles:
 
 
 class CorpusWriter:
-    """Context manager that writes ``PREFIX.bin`` and ``PREFIX.idx``; memory holds what one call adds.
+    """Context manager that writes ``PREFIX.bin`` and ``PREFIX.idx``; memory holds only what one call adds.
 
-    Files get temporary names in the same folder and move into place when the block ends without an exception, the
-    .idx last: a pair with an .idx is complete. An exception removes them and leaves older files of that prefix as they
+    Files get temporary names in the same folder. They move into place when the block ends without an exception, the .idx
+    last, so that a pair with an .idx is complete. An exception removes them and leaves older files of that prefix as they
     were. Raises ``DataError`` for a token outside ``0..vocab_size - 1`` and for a folder that can't be written.
     """
 
@@ -190,7 +191,7 @@ class CorpusWriter:
         self._files.add_corpus(corpus_prefix(prefix))
 
     def add_file(self, suffix: str, content: bytes) -> None:
-        """A file ``PREFIX + suffix`` that moves into place with the pair, before the .idx."""
+        """Add a file ``PREFIX + suffix`` that moves into place with the pair, before the .idx."""
         if suffix not in self._beside:
             self._beside.append(suffix)
         replace(Path(self._temporary(suffix)), lambda unfinished: unfinished.write_bytes(content))
@@ -200,34 +201,27 @@ class CorpusWriter:
     ) -> None:
         failure = error if isinstance(error, OSError) else None
         try:
-            if kind is None:
-                self._finish()
+            if kind is None and self._files is not None:
+                self._files.write_index(self._temporary(".idx"))
+                publish({suffix: self._temporary(suffix) for suffix in (".bin", *self._beside, ".idx")}, self.prefix)
         except OSError as late:
             failure = late
         finally:
-            self._discard()
+            if self._files is not None:
+                self._files.close()
+            for suffix in (".bin", ".lengths", *self._beside, ".idx"):
+                Path(self._temporary(suffix)).unlink(missing_ok=True)
         if failure is not None:
             raise DataError(f"{self.prefix}: can't be written ({failure.strerror}); free space or move it") from failure
 
-    def _finish(self) -> None:
-        assert self._files is not None
-        self._files.write_index(self._temporary(".idx"))
-        publish({suffix: self._temporary(suffix) for suffix in (".bin", *self._beside, ".idx")}, self.prefix)
-
-    def _discard(self) -> None:
-        if self._files is not None:
-            self._files.close()
-        for suffix in (".bin", ".lengths", *self._beside, ".idx"):
-            Path(self._temporary(suffix)).unlink(missing_ok=True)
-
     def _temporary(self, suffix: str) -> str:
-        # The process id keeps two runs that were given one prefix from writing into each other's files.
+        # The process id keeps two processes with the same prefix from writing into each other's files.
         return f"{self.prefix}{suffix}.{os.getpid()}.tmp"
 
 
 def publish(files: Mapping[str, str], prefix: str) -> None:
-    """Move each file to ``prefix`` and its suffix, in order; those that are gone were moved before."""
-    # An older .idx must not stand beside the new .bin, not even for a moment.
+    """Move each of ``files`` {suffix: path} to ``prefix + suffix``, in order; skip those that were moved before."""
+    # An older .idx must never be beside the new .bin: together they would look like a complete pair.
     if os.path.exists(files[".bin"]):
         Path(prefix + ".idx").unlink(missing_ok=True)
     for suffix, path in files.items():
@@ -236,9 +230,9 @@ def publish(files: Mapping[str, str], prefix: str) -> None:
 
 
 def _open_at(path: str, size: int) -> BinaryIO:
-    """A file of ``size`` bytes to append to; what stood there behind them is cut off."""
+    """Open a file to append to after its first ``size`` bytes; what follows them is truncated."""
     if size and (not os.path.exists(path) or os.path.getsize(path) < size):
-        raise DataError(f"{path}: has lost some of its {size} bytes; remove its folder and begin again")
+        raise DataError(f"{path}: has lost some of its {size} bytes; remove its folder and start again")
     stream = open(path, "r+b" if size else "wb")  # noqa: SIM115 - the caller closes it
     stream.truncate(size)
     stream.seek(size)

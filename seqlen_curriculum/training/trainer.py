@@ -173,7 +173,7 @@ class Trainer:
         """Return this rank's (inputs, targets), both (micro rows, S), of ``step``, and the seed of each."""
         first, count = self.plan.samples_of_rank(step, self.executor.data_rank)
         if self.sample_log is not None:
-            sample_ids = np.stack(self.train_data.places(step, first, count), 1).tolist()
+            sample_ids = np.stack(self.train_data.sample_ids(step, first, count), 1).tolist()
             self.sample_log.write({"step": step, "first_sample": first, "samples": sample_ids})
         inputs, targets = (self._on_device(tokens) for tokens in self.train_data.read(step, first, count))  # (B, S)
         rows, row_tokens = inputs.shape

@@ -1,4 +1,4 @@
-"""What is in a corpus: its documents and tokens, counted in blocks, as numbers and as text.
+"""Count the documents and tokens of a corpus, in blocks, as numbers and as text.
 
 Shapes: D distinct lengths of documents.
 """
@@ -13,79 +13,67 @@ from tqdm import tqdm
 
 from seqlen_curriculum.data.indexed import IndexedCorpus
 from seqlen_curriculum.errors import ConfigError, DataError
-from seqlen_curriculum.schedule.piecewise import IntArray
 
 __all__ = ["corpus_warnings", "describe_corpora", "inspect_corpora"]
 
-_TOKENS = 2**22  # of a block
+_TOKENS = 2**22  # per block
 _DOCUMENTS = 2**20
 
 
 def inspect_corpora(prefixes: Iterable[str], seq_length: int | None = None) -> list[dict[str, Any]]:
-    """One JSON-able object a corpus; every token is looked at, with a progress bar where that takes over a second.
+    """Return one JSON-able object per corpus; reads every token, with a progress bar where that takes over a second.
 
     ``prefix, documents, empty_documents, shortest_document, median_document, longest_document`` (tokens), ``tokens, dtype,
-    vocab_size`` (as recorded, or None), ``smallest_id, largest_id``, and with ``seq_length`` also ``samples`` of that length
+    vocab_size`` (as recorded, or None), ``smallest_id, largest_id``. With ``seq_length`` also ``samples`` of that length
     and ``rest_tokens``, which fill none. Raises ConfigError, and DataError for a missing or damaged pair.
     """
     if seq_length is not None and seq_length < 1:
         raise ConfigError(f"--seq-length: {seq_length} is not a length of samples; give 1 or more tokens")
-    corpora = [IndexedCorpus(prefix) for prefix in prefixes]  # all of them before any is read
-    return [_facts(corpus, seq_length) for corpus in corpora]
-
-
-def _facts(corpus: IndexedCorpus, seq_length: int | None) -> dict[str, Any]:
-    lengths, counts = _document_lengths(corpus)
-    smallest, largest = _extremes(corpus)
-    facts = {
-        "prefix": corpus.prefix,
-        "documents": corpus.num_documents,
-        "empty_documents": int(counts[lengths == 0].sum()),
-        "shortest_document": int(lengths[0]),
-        "median_document": _median(lengths, counts),
-        "longest_document": int(lengths[-1]),
-        "tokens": corpus.num_tokens,
-        "dtype": corpus.dtype.name,
-        "vocab_size": corpus.vocab_size,
-        "smallest_id": smallest,
-        "largest_id": largest,
-    }
-    if seq_length is not None:
-        facts["samples"], facts["rest_tokens"] = divmod(corpus.num_tokens - 1, seq_length)
+    corpora = [IndexedCorpus(prefix) for prefix in prefixes]  # opens all of them before it reads any
+    facts = []
+    for corpus in corpora:
+        smallest_id, largest_id = _id_range(corpus)
+        fact = {
+            "prefix": corpus.prefix,
+            **_document_facts(corpus),
+            "tokens": corpus.num_tokens,
+            "dtype": corpus.dtype.name,
+            "vocab_size": corpus.vocab_size,
+            "smallest_id": smallest_id,
+            "largest_id": largest_id,
+        }
+        if seq_length is not None:
+            fact["samples"], fact["rest_tokens"] = divmod(corpus.num_tokens - 1, seq_length)
+        facts.append(fact)
     return facts
 
 
-def _blocks(corpus: IndexedCorpus, total: int, block: int, what: str) -> Iterator[tuple[int, int]]:
-    """(first, end) of each block of ``total``, under a bar that shows after a second."""
-    with tqdm(total=total, desc=f"{corpus.prefix}: {what}", unit_scale=True, delay=1, leave=False) as bar:
-        for first in range(0, total, block):
-            end = min(first + block, total)
-            yield first, end
-            bar.update(end - first)
-
-
-def _document_lengths(corpus: IndexedCorpus) -> tuple[IntArray, IntArray]:
-    """Each length in tokens, ascending, and how many documents have it, (D,) both: D**2 is at most twice the tokens."""
+def _document_facts(corpus: IndexedCorpus) -> dict[str, int | float]:
+    # Distinct lengths, ascending, and how many documents have each, (D,) both. They need little memory: documents of D
+    # different lengths hold at least 0 + 1 + ... + (D - 1) tokens, so 10**12 tokens have at most 1.4 million lengths.
     lengths, counts = np.empty((2, 0), dtype=np.int64)
     for first, end in _blocks(corpus, corpus.num_documents, _DOCUMENTS, "documents"):
-        found = np.diff(corpus.document_starts(first, end))
-        lengths, where = np.unique(np.concatenate([lengths, found]), return_inverse=True)
-        counts = np.bincount(where, np.concatenate([counts, np.ones_like(found)])).astype(np.int64)
+        block = np.diff(corpus.document_starts(first, end))
+        lengths, where = np.unique(np.concatenate([lengths, block]), return_inverse=True)
+        counts = np.bincount(where, np.concatenate([counts, np.ones_like(block)])).astype(np.int64)
     if lengths[0] < 0:
         raise DataError(f"{corpus.prefix}.idx: its documents are out of order; prepare the pair again")
-    return lengths, counts
-
-
-def _median(lengths: IntArray, counts: IntArray) -> float:
+    # The median is the mean of the two middle documents in order of length: of 4 documents those numbered 1 and 2 from 0.
     ends = np.cumsum(counts)
     middle = np.array([ends[-1] - 1, ends[-1]]) // 2
-    return float(lengths[np.searchsorted(ends, middle, side="right")].mean())
+    return {
+        "documents": corpus.num_documents,
+        "empty_documents": int(counts[lengths == 0].sum()),
+        "shortest_document": int(lengths[0]),
+        "median_document": float(lengths[np.searchsorted(ends, middle, side="right")].mean()),
+        "longest_document": int(lengths[-1]),
+    }
 
 
-def _extremes(corpus: IndexedCorpus) -> tuple[int, int]:
-    """The smallest and the largest token id."""
+def _id_range(corpus: IndexedCorpus) -> tuple[int, int]:
     smallest, largest = [], []
-    with open(corpus.prefix + ".bin", "rb") as file:  # read: pages of a memory map would count as ours to the end
+    # Read as a file: pages read through the memory map would count as memory of this process until its end.
+    with open(corpus.prefix + ".bin", "rb") as file:
         for first, end in _blocks(corpus, corpus.num_tokens, _TOKENS, "tokens"):
             block = np.fromfile(file, corpus.dtype, end - first)
             smallest.append(int(block.min()))
@@ -93,35 +81,40 @@ def _extremes(corpus: IndexedCorpus) -> tuple[int, int]:
     return min(smallest), max(largest)
 
 
+def _blocks(corpus: IndexedCorpus, total: int, block: int, unit: str) -> Iterator[tuple[int, int]]:
+    """Yield (first, end) of each block of ``total``, with a progress bar that appears after a second."""
+    with tqdm(total=total, desc=f"{corpus.prefix}: {unit}", unit_scale=True, delay=1, leave=False) as bar:
+        for first in range(0, total, block):
+            end = min(first + block, total)
+            yield first, end
+            bar.update(end - first)
+
+
 def corpus_warnings(facts: Iterable[dict[str, Any]], model_vocab_size: int | None = None) -> list[str]:
-    """One line for each corpus with ids outside the vocabulary it was made with, or the model's."""
-    found = []
-    for one in facts:
-        sizes = [("vocabulary it was made with", one["vocab_size"]), ("vocabulary of the model", model_vocab_size)]
+    """Return a line for each corpus that has ids outside the vocabulary it was made with, or outside the model's."""
+    warnings = []
+    for fact in facts:
+        sizes = [("vocabulary it was made with", fact["vocab_size"]), ("vocabulary of the model", model_vocab_size)]
         for name, size in sizes:
-            if size is not None and not 0 <= one["smallest_id"] <= one["largest_id"] < size:
-                found.append(f"{one['prefix']}: has ids {_ids(one)}, outside the {name}, 0 to {size - 1:,}")
-    return found
+            if size is not None and not 0 <= fact["smallest_id"] <= fact["largest_id"] < size:
+                ids = f"{fact['smallest_id']:,} to {fact['largest_id']:,}"
+                warnings.append(f"{fact['prefix']}: has ids {ids}, outside the {name}, 0 to {size - 1:,}")
+    return warnings
 
 
 def describe_corpora(facts: Iterable[dict[str, Any]]) -> str:
-    """The facts as text for a terminal."""
-    return "\n\n".join(map(_describe, facts))
-
-
-def _describe(facts: dict[str, Any]) -> str:
-    lengths = "shortest {shortest_document:,}, median {median_document:,.10g}, longest {longest_document:,} tokens"
-    vocabulary = "not recorded" if facts["vocab_size"] is None else f"{facts['vocab_size']:,}"
-    lines = [
-        facts["prefix"],
-        f"  documents   {facts['documents']:,}, {facts['empty_documents']:,} empty; {lengths.format(**facts)}",
-        f"  tokens      {facts['tokens']:,} of {facts['dtype']}",
-        f"  ids         {_ids(facts)}, vocabulary {vocabulary}",
-    ]
-    if "samples" in facts:
-        lines.append(f"  samples     {facts['samples']:,}, and {facts['rest_tokens']:,} tokens that fill none")
-    return "\n".join(lines)
-
-
-def _ids(facts: dict[str, Any]) -> str:
-    return f"{facts['smallest_id']:,} to {facts['largest_id']:,}"
+    """Return the facts as text for a terminal."""
+    descriptions = []
+    for fact in facts:
+        lengths = "shortest {shortest_document:,}, median {median_document:,.10g}, longest {longest_document:,} tokens"
+        vocabulary = "not recorded" if fact["vocab_size"] is None else f"{fact['vocab_size']:,}"
+        lines = [
+            fact["prefix"],
+            f"  documents   {fact['documents']:,}, {fact['empty_documents']:,} empty; {lengths.format(**fact)}",
+            f"  tokens      {fact['tokens']:,} of {fact['dtype']}",
+            f"  ids         {fact['smallest_id']:,} to {fact['largest_id']:,}, vocabulary {vocabulary}",
+        ]
+        if "samples" in fact:
+            lines.append(f"  samples     {fact['samples']:,}, and {fact['rest_tokens']:,} tokens that fill none")
+        descriptions.append("\n".join(lines))
+    return "\n\n".join(descriptions)

@@ -1,4 +1,4 @@
-"""What a run makes of its corpora, by arithmetic: splits, shares, epochs, and what each way of cutting would train on."""
+"""Count by arithmetic what a run reads of its corpora: splits, shares, epochs, and what each method would train on."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from seqlen_curriculum.schedule.timeline import Timeline
 
 __all__ = ["SourceUse", "account", "describe_account", "source_use"]
 
-_MOST_EPOCHS = 100  # of a source whose first steps are in the summary
-_TOLD_EPOCHS = 6  # and in its text
+_LISTED_EPOCHS = 100  # of a source, whose first steps are in the summary
+_SHOWN_EPOCHS = 6  # and in its text
 _COLUMNS = {
     "tokens read": "read_tokens",
     "trained on": "trained_tokens",
@@ -32,12 +32,12 @@ _COLUMNS = {
 
 
 def account(config: RunConfig) -> dict[str, Any]:
-    """One JSON-able object for a file with a data section; what needs steps is left out of a file that has none.
+    """Return one JSON-able object for a file with a data section; without steps it has only the first two keys.
 
     ``seq_length, splits`` {train, valid, test: [{prefix, tokens, samples}]}, and with a training section and
     ``train_batch_size``: ``steps, first_epoch_steps`` (those before any source begins its second epoch, None if none does);
     ``sources`` [{name, weight, share, tokens and samples of an epoch, drawn_samples, epochs, epoch_steps}], the last being
-    the first steps of up to 100 epochs; ``ways`` to cut [{method, leftovers, configured, steps, read_tokens,
+    the first steps of up to 100 epochs; ``ways`` to shorten [{method, leftovers, configured, steps, read_tokens,
     trained_tokens, recycled_tokens, dropped_tokens, epochs}] where read = trained + dropped, and recycled is a part of
     trained. Raises ConfigError, DataError.
     """
@@ -45,14 +45,18 @@ def account(config: RunConfig) -> dict[str, Any]:
     summary: dict[str, Any] = {"seq_length": config.data.seq_length, "splits": _splits(config.data)}
     if config.training is None or config.keys.train_batch_size is None:
         return summary
-    feed = open_training_data(config)
-    sources = [_source(feed, number, config.data.weights) for number in range(len(feed.sources))]
-    second = [source["epoch_steps"][1] for source in sources if len(source["epoch_steps"]) > 1]
+    train_data = open_training_data(config)
+    sources = [_source(train_data, number, config.data.weights) for number in range(len(train_data.sources))]
+    second_epochs = [source["epoch_steps"][1] for source in sources if len(source["epoch_steps"]) > 1]
+    ways: list[tuple[Method, str]] = [("truncate", "drop"), ("truncate", "recycle")]
+    if config.curriculum is not None:  # without one nothing is shortened
+        # Windows use whole samples: nothing is left over but what fills no sample.
+        ways += [("segment", "drop"), ("segment", "recycle"), ("window", config.data.leftovers)]
     return summary | {
-        "steps": feed.timeline.steps,
-        "first_epoch_steps": min(second) - 1 if second else None,
+        "steps": train_data.timeline.steps,
+        "first_epoch_steps": min(second_epochs) - 1 if second_epochs else None,
         "sources": sources,
-        "ways": [_way(feed, config, method, leftovers) for method, leftovers in _ways(config)],
+        "ways": [_way(train_data, config, method, leftovers) for method, leftovers in ways],
     }
 
 
@@ -60,7 +64,7 @@ def _splits(data: DataConfig) -> dict[str, list[dict[str, Any]]]:
     splits = {}
     for which in SPLITS:
         if which == "test" and data.valid is not None and data.test is None:
-            continue  # corpora of train are then read whole: none of them is left to test on
+            continue  # the corpora of train are then read whole: none of them is left to test on
         ranges = split_ranges(*corpora_of(data, which), which)
         splits[which] = [
             {
@@ -73,149 +77,140 @@ def _splits(data: DataConfig) -> dict[str, list[dict[str, Any]]]:
     return splits
 
 
-def _source(feed: TrainingData, number: int, weights: Sequence[float] | None) -> dict[str, Any]:
-    source, timeline = feed.sources[number], feed.timeline
-    use = source_use(feed, number, timeline, feed.recycle)
-    prefix, more = source.ranges[0][0].prefix, len(source.ranges) - 1
+def _source(train_data: TrainingData, number: int, weights: Sequence[float] | None) -> dict[str, Any]:
+    source, timeline = train_data.sources[number], train_data.timeline
+    use = source_use(train_data, number, timeline, train_data.recycle)
+    # The step that reads an epoch's first row is the first one by whose end more rows than those before it are drawn.
+    steps = range(timeline.steps + 1)
+    epoch_steps = [
+        bisect_left(steps, row + 1, key=lambda step: _drawn_samples(train_data, number, timeline, step))
+        for row in use.first_rows.tolist()
+    ]
+    prefix, further = source.ranges[0][0].prefix, len(source.ranges) - 1
     return {
-        "name": f"{prefix} and {more} more" if more else prefix,
+        "name": f"{prefix} and {further} more" if further else prefix,
         "weight": weights[number] if weights else None,
-        "share": feed.blend.shares[number] / feed.blend.period,
+        "share": train_data.blend.shares[number] / train_data.blend.period,
         "tokens": source.num_tokens,
         "samples": source.num_samples,
-        "drawn_samples": use.rows,
+        "drawn_samples": use.samples,
         "epochs": use.epochs,
-        "epoch_steps": [_step_of(feed, number, row) for row in use.begins.tolist()],
+        "epoch_steps": epoch_steps,
     }
 
 
-def _step_of(feed: TrainingData, number: int, row: int) -> int:
-    """The step that reads sample ``row`` of a source, counted from 0 over the whole run."""
-    steps = range(feed.timeline.steps + 1)
-    return bisect_left(steps, row + 1, key=lambda step: _drawn(feed, number, feed.timeline, step))
-
-
-def _drawn(feed: TrainingData, number: int, timeline: Timeline, step: int) -> int:
-    """Samples of a source that are read by the end of ``step``."""
-    return int(feed.blend.count(number, np.asarray(timeline.consumed_samples(step))))
+def _drawn_samples(train_data: TrainingData, number: int, timeline: Timeline, step: int) -> int:
+    return int(train_data.blend.count(number, np.asarray(timeline.consumed_samples(step))))
 
 
 class SourceUse(NamedTuple):
-    """What a run makes of one source, in samples and target tokens."""
+    """What a run reads of one source, in samples and target tokens."""
 
-    rows: int
+    samples: int
     """Samples drawn."""
-    begins: IntArray
-    """The sample, counted from 0 over the run, that each of the first epochs begins with."""
+    first_rows: IntArray
+    """The first sample of each of the first 100 epochs, counted from 0 over the run."""
     epochs: float
     """Epochs done, and the part of the last one: of its fresh samples, or of its tokens where they are recycled."""
     read_tokens: int
-    """Tokens of all samples read, one that lies in several samples of an epoch counted once."""
+    """Tokens of all samples read; a token that lies in several samples of an epoch is counted once."""
     trained_tokens: int
     recycled_tokens: int
     """Tokens trained on in samples made of leftovers."""
 
 
-def source_use(feed: TrainingData, number: int, timeline: Timeline, recycle: bool) -> SourceUse:
-    """What a run of ``timeline`` makes of source ``number`` of ``feed``, whose own timeline and recycling don't count."""
-    source, rows = feed.sources[number], _drawn(feed, number, timeline, timeline.steps)
-    used = feed.of_source(number, timeline.tokens_by_sample())
+def source_use(train_data: TrainingData, number: int, timeline: Timeline, recycle: bool) -> SourceUse:
+    """Return what a run of ``timeline`` reads of source ``number`` with or without recycling.
+
+    ``train_data`` gives the sources and their weights; its own timeline and recycling don't matter.
+    """
+    source, rows = train_data.sources[number], _drawn_samples(train_data, number, timeline, timeline.steps)
+    used = train_data.tokens_by_sample_of(number, timeline.tokens_by_sample())
     if recycle and rows:
-        return _recycled(source, used, rows)
-    begins = np.arange(0, min(rows, _MOST_EPOCHS * source.num_samples), source.num_samples)
-    return SourceUse(rows, begins, rows / source.num_samples, rows * source.seq_length, used.total(rows), 0)
+        return _recycled_use(source, used, rows)
+    first_rows = np.arange(0, min(rows, _LISTED_EPOCHS * source.num_samples), source.num_samples)
+    return SourceUse(rows, first_rows, rows / source.num_samples, rows * source.seq_length, used.total(rows), 0)
 
 
-def _recycled(source: Samples, used: Piecewise, rows: int) -> SourceUse:
-    begins = _epoch_begins(source, used, rows)
+def _recycled_use(source: Samples, used: Piecewise, rows: int) -> SourceUse:
+    # No epoch has fewer rows than its fresh ones: every num_samples-th row meets each epoch at least once.
+    probes = np.append(np.arange(0, rows, source.num_samples), rows - 1)
+    epochs = Epochs(source.num_samples, source.num_tokens, source.seq_length, used)
+    begins = np.unique(epochs.of(probes)[1])
     ends = np.append(begins[1:], rows)
     fresh_ends = np.minimum(begins + source.num_samples, ends)
-    trained, recycled = (used.total(ends) - used.total(first) for first in (begins, fresh_ends))
+    trained = used.total(ends) - used.total(begins)
+    recycled = used.total(ends) - used.total(fresh_ends)
+    # Rows made of leftovers hold tokens of fresh rows, which are counted there, and of the stream's rest, which comes
+    # first: with samples of 16 and a rest of 5 tokens the first such row adds 5 and those after it none.
     rest = source.num_tokens - source.num_samples * source.seq_length
-    rest_read = np.minimum(rest, (ends - fresh_ends) * source.seq_length)  # it is first among the leftovers
-    done = trained[-1] > source.num_tokens - source.seq_length
+    rest_read = np.minimum(rest, (ends - fresh_ends) * source.seq_length)
+    last_is_done = trained[-1] > source.num_tokens - source.seq_length
     return SourceUse(
         rows,
-        begins[:_MOST_EPOCHS],
-        len(begins) - 1 + (1.0 if done else float(trained[-1] / source.num_tokens)),
+        begins[:_LISTED_EPOCHS],
+        len(begins) - 1 + (1.0 if last_is_done else float(trained[-1] / source.num_tokens)),
         int((fresh_ends - begins).sum() * source.seq_length + rest_read.sum()),
         int(trained.sum()),
         int(recycled.sum()),
     )
 
 
-def _epoch_begins(source: Samples, used: Piecewise, rows: int) -> IntArray:
-    """The rows that epochs begin with. No epoch has fewer than its fresh rows, so rows as far apart find them all."""
-    some = np.append(np.arange(0, rows, source.num_samples), rows - 1)
-    return np.unique(Epochs(source.num_samples, source.num_tokens, source.seq_length, used).of(some)[1])
-
-
-def _ways(config: RunConfig) -> list[tuple[Method, str]]:
-    """Without a curriculum nothing is cut; windows leave nothing over but what fills no sample."""
-    assert config.data is not None
-    ways: list[tuple[Method, str]] = [("truncate", "drop"), ("truncate", "recycle")]
-    if config.curriculum is not None:
-        ways += [("segment", "drop"), ("segment", "recycle"), ("window", config.data.leftovers)]
-    return ways
-
-
-def _way(feed: TrainingData, config: RunConfig, method: Method, leftovers: str) -> dict[str, Any]:
-    """The run for the same budget, cut by ``method``."""
-    timeline = feed.timeline
+def _way(train_data: TrainingData, config: RunConfig, method: Method, leftovers: str) -> dict[str, Any]:
+    """Return what a run of the same budget reads when its samples are shortened by ``method``."""
+    timeline = train_data.timeline
     if config.curriculum is not None and method != config.shortening.method:
         changed = config.curriculum.model_copy(update={"method": method, "restart_positions": False})
         timeline = replace(config, curriculum=changed).timeline()
-    uses = [source_use(feed, number, timeline, leftovers == "recycle") for number in range(len(feed.sources))]
-    read, trained = (sum(getattr(use, name) for use in uses) for name in ("read_tokens", "trained_tokens"))
+    recycle = leftovers == "recycle"
+    uses = [source_use(train_data, number, timeline, recycle) for number in range(len(train_data.sources))]
+    read_tokens, trained_tokens = sum(use.read_tokens for use in uses), sum(use.trained_tokens for use in uses)
     return {
         "method": method,
         "leftovers": leftovers,
-        "configured": method == config.shortening.method and (leftovers == "recycle") == feed.recycle,
+        "configured": method == config.shortening.method and recycle == train_data.recycle,
         "steps": timeline.steps,
-        "read_tokens": read,
-        "trained_tokens": trained,
+        "read_tokens": read_tokens,
+        "trained_tokens": trained_tokens,
         "recycled_tokens": sum(use.recycled_tokens for use in uses),
-        "dropped_tokens": read - trained,
+        "dropped_tokens": read_tokens - trained_tokens,
         "epochs": [use.epochs for use in uses],
     }
 
 
 def describe_account(summary: dict[str, Any]) -> str:
-    """The account as text for a terminal."""
+    """Return the object of ``account`` as text for a terminal."""
     lines = [f"samples of {summary['seq_length']:,} tokens"]
     for which, corpora in summary["splits"].items():
-        lines.append(f"  {which:<7} {sum(one['samples'] for one in corpora):>15,}")
-        lines += [f"  {one['samples']:>23,}  {one['prefix']}" for one in corpora if len(corpora) > 1]
+        lines.append(f"  {which:<7} {sum(corpus['samples'] for corpus in corpora):>15,}")
+        if len(corpora) > 1:
+            lines += [f"  {corpus['samples']:>23,}  {corpus['prefix']}" for corpus in corpora]
     if "ways" not in summary:
         return "\n".join([*lines, "", "steps and epochs need a training section and train_batch_size"])
-    lines += ["", f"{summary['steps']:,} steps; {_first_epoch(summary)}"]
+    first_epoch = "no source begins a second epoch"
+    if summary["first_epoch_steps"] is not None:
+        first_epoch = f"the corpora feed {summary['first_epoch_steps']:,} of them before a second epoch begins"
+    lines += ["", f"{summary['steps']:,} steps; {first_epoch}"]
     lines += [_source_line(source) for source in summary["sources"]]
-    lines += ["", "what a run of this budget makes of them, by method and leftovers (* is this file's)"]
+    lines += ["", "what a run of this budget reads of them, by method and leftovers (* marks this file's)"]
     lines.append(f"  {'':18} {'steps':>11}" + "".join(f" {name:>18}" for name in _COLUMNS) + "  epochs")
-    return "\n".join([*lines, *map(_way_line, summary["ways"]), "recycled tokens are among those trained on"])
-
-
-def _first_epoch(summary: dict[str, Any]) -> str:
-    steps = summary["first_epoch_steps"]
-    if steps is None:
-        return "no source begins a second epoch"
-    return f"the corpora feed {steps:,} of them before a second epoch begins"
+    for way in summary["ways"]:
+        mark = "*" if way["configured"] else " "
+        numbers = "".join(f" {way[key]:>18,}" for key in _COLUMNS.values())
+        epochs = ", ".join(map(_epochs, way["epochs"]))
+        lines.append(f"{mark} {way['method']:<9} {way['leftovers']:<8} {way['steps']:>11,}{numbers}  {epochs}")
+    return "\n".join([*lines, "recycled tokens are among those trained on"])
 
 
 def _source_line(source: dict[str, Any]) -> str:
     weight = "" if source["weight"] is None else f"weight {source['weight']:g}, {source['share']:.3%} of the samples, "
-    steps = source["epoch_steps"]
-    begins = ", ".join(f"{step:,}" for step in steps[:_TOLD_EPOCHS]) + (", ..." if len(steps) > _TOLD_EPOCHS else "")
+    steps = [f"{step:,}" for step in source["epoch_steps"]]
+    if len(steps) > _SHOWN_EPOCHS:
+        steps = [*steps[:_SHOWN_EPOCHS], "..."]
     return (
         f"  {source['name']}: {weight}{source['drawn_samples']:,} samples, {_epochs(source['epochs'])} epochs, "
-        f"beginning at step {begins}"
+        f"beginning at step {', '.join(steps)}"
     )
-
-
-def _way_line(way: dict[str, Any]) -> str:
-    name = f"{'*' if way['configured'] else ' '} {way['method']:<9} {way['leftovers']:<8}"
-    numbers = "".join(f" {way[key]:>18,}" for key in _COLUMNS.values())
-    return f"{name} {way['steps']:>11,}{numbers}  {', '.join(map(_epochs, way['epochs']))}"
 
 
 def _epochs(epochs: float) -> str:
