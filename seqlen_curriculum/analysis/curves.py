@@ -59,6 +59,7 @@ class Curves:
                 options = {"color": colour, "ls": dashes, "alpha": 0.88}
             else:
                 options = {"color": axis.xaxis.label.get_color(), "alpha": 0.7}
+            # A loss ratio near 1 and a variance of 1e-5 fit one axis as fractions of their maxima.
             if plot.second_key:
                 y, label = y / y.max(), f" {key.replace('_', ' ')}"
             if len(x) == 1:

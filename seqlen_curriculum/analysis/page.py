@@ -44,6 +44,7 @@ class LegendEntry(NamedTuple):
 
 def page(report: Mapping[str, Any], runs: Sequence[Run], refresh_seconds: float | None = None) -> str:
     """Return the HTML page of ``report(runs)``; with ``refresh_seconds`` it reloads itself that often."""
+    # Names of runs are names of folders, which may hold < or &: everything but the plots is escaped.
     environment = Environment(
         loader=PackageLoader("seqlen_curriculum.analysis", "templates"),
         autoescape=True,
@@ -71,6 +72,7 @@ def notes(report: Mapping[str, Any], refresh_seconds: float | None) -> list[str]
         if run["train_tokens"] and not run["finished"]:
             share = f"{run['end']['consumed_tokens'] / run['train_tokens']:.0%}"
             budget = f"{formats.compact(run['train_tokens'])} tokens"
+            # 78.6 of 157 billion tokens: "slw60k is at step 166,000, 50% of its budget of 157B tokens."
             lines.append(f"{run['name']} is at step {run['end']['step']:,}, {share} of its budget of {budget}.")
     without_info = [run["name"] for run in report["runs"] if not run["launches"]]
     if without_info:

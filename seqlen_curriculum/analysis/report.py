@@ -45,6 +45,7 @@ def summary_of(run: Run) -> dict[str, Any]:
     """Return the numbers of one run; ``end``, ``final`` and ``best`` evaluation have step, tokens and hours."""
     points, measures = run.points, run.stability
     first, last = run.steps[0], run.steps[-1]
+    # The report has the numbers of spikes and fluctuations in place of their lists, which may be thousands long.
     counts = {key: len(measures[key]) for key in ("spikes", "fluctuations")}
     return {
         "name": run.name,
@@ -78,6 +79,7 @@ def compare_settings(runs: Sequence[Run]) -> dict[str, Any]:
 
     ``differing`` [{``key``, ``values``, one per run, None if unknown}], ``shared`` [{``key``, ``value``}].
     """
+    # A run without run.json would make every setting differ: it has None in each list, but no say in which those are.
     known = [run.settings for run in runs if run.settings]
     keys = list(dict.fromkeys(key for settings in known for key in settings))
     differing = [key for key in keys if any(settings.get(key) != known[0].get(key) for settings in known)]

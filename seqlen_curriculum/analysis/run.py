@@ -94,6 +94,7 @@ class Run:
     @property
     def finished(self) -> bool:
         """Whether the run has consumed its budget and made the evaluation that follows."""
+        # The last step is logged before the evaluation at the end begins: a page that stopped there would lack its result.
         if not self.budget or not self.records or self.records[-1]["consumed_tokens"] < self.budget:
             return False
         return not self.settings.get("training.eval_interval") or "valid_loss" in self.records[-1]
@@ -141,6 +142,7 @@ class Run:
 
     def series(self, key: str) -> Series:
         """Return the logged values of ``key``, or ``loss_ratio`` or ``tokens_per_second``, which follow from the log."""
+        # Twenty plots, tables and legends ask for the same few keys of up to 400,000 records.
         if key not in self._series:
             computed = {"loss_ratio": self.loss_ratios, "tokens_per_second": self.throughput}
             self._series[key] = computed[key]() if key in computed else self.logged(key)

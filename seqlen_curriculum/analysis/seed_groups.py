@@ -37,6 +37,7 @@ def seed_groups(runs: Sequence[Run]) -> list[SeedGroup]:
             group = f"run {number}"
         members.setdefault(group, []).append(number)
     names = [shared_name([runs[n].name for n in numbers]) for numbers in members.values()]
+    # Two groups may share a beginning, as two sweeps of slw-seed1 and slw-seed2 do: then each has its first run's name.
     if len(set(names)) < len(names):
         names = [runs[numbers[0]].name for numbers in members.values()]
     return [SeedGroup(name, numbers) for name, numbers in zip(names, members.values(), strict=True)]
@@ -89,6 +90,8 @@ def _summarise_seeds(group: SeedGroup, numbers: Sequence[Mapping[str, Any]]) -> 
 
 def _compare_by_seed(runs: Sequence[Run], best_by_seed: Mapping[Any, dict[str, Any] | None]) -> dict[str, Any]:
     """Return how many times fewer tokens and hours the runs took to the best of the reference's run of the same seed."""
+    # Runs of the same seed begin with the same weights and read the same samples in the same order, so the ratio of such a
+    # pair shows the method. Of ratios 4.0, 5.5 and 40 the median is 5.5; the mean, 16.5, would show the outlier.
     compared = [run for run in runs if run.settings.get(_SEED) in best_by_seed]
     tokens_ratios, hours_ratios = [], []
     for run in compared:

@@ -40,7 +40,7 @@ def stability(steps: Sequence[dict[str, Any]], evaluations: Sequence[dict[str, A
     # From the loss, because the log's perplexity is cut off at exp(20). Above 700 exp overflows a float (at 709).
     perplexity = ratios_to_best([math.exp(min(record["valid_loss"], 700)) for record in evaluations])
     spikes = _records_above(SPIKE, steps, ratios, ("step", "seqlen", "lr", "loss"))
-    # The first of them is NaN, so one ratio alone has no maximum.
+    # A single step has the ratio NaN, so there is no maximum.
     return {
         "steps": len(steps),
         "spikes": spikes,
@@ -86,6 +86,7 @@ def correlations(steps: Sequence[dict[str, Any]], ratios: NDArray[np.float64]) -
             for record, ratio in zip(steps, ratios, strict=True)
             if record.get(name) is not None and not math.isnan(ratio)
         ]
+        # r of two points is always 1 or -1, and a constant has no correlation.
         loss_ratios, variances = [ratio for ratio, _ in pairs], [variance for _, variance in pairs]
         if len(pairs) < 3 or len(set(loss_ratios)) == 1 or len(set(variances)) == 1:
             continue

@@ -42,10 +42,9 @@ class ReportTables:
 
     def cell(self, text: Format, *paths: str, separator: str = ", ", ratio: str = "") -> Cell:
         """Return the numbers at ``paths``, and in brackets the one at the path ``ratio`` if there is one."""
-        fewer = self.number(ratio, formats.ratio) if ratio else None
-        if fewer is not None and fewer.value is None:
-            fewer = None
-        return Cell([self.number(path, text) for path in paths], separator, fewer)
+        # No ratio, or one whose path ends early, because the run never came there: nothing in brackets.
+        fewer = self.number(ratio, formats.ratio)
+        return Cell([self.number(path, text) for path in paths], separator, fewer if fewer.value else None)
 
     def row(self, title: str, place: str, columns: Mapping[str, Format]) -> Row:
         """Return a row of the numbers at ``place``, one per key of ``columns``."""
@@ -200,6 +199,7 @@ class ReportTables:
 
     def conditions(self) -> Table:
         """Return ranks, versions and hardware of each run's newest launch, one column per run."""
+        # Runs may differ in their packages: the rows are the union, with a dash where a run lacks one.
         newest = [(run["launches"] or [{}])[-1] for run in self.runs]
         lines: dict[str, tuple[str, Format]] = {"Ranks": ("ranks", formats.count)}
         lines |= {package: (f"versions/{package}", str) for launch in newest for package in launch.get("versions", ())}

@@ -26,6 +26,8 @@ def check_folder(folder: Path) -> None:
     """Raise ConfigError where a report in ``folder`` would replace a file that isn't part of an earlier one."""
     for name in (_PAGE, _NUMBERS, *(f"{plot.name}.png" for plot in PLOTS)):
         path = folder / name
+        # The mark stands near the beginning of all three kinds: the page's generator, the first key of the JSON file, and
+        # the Software entry of a PNG, which matplotlib writes before the pixels.
         if path.is_dir() or (path.exists() and MADE_BY.encode() not in path.read_bytes()[:1000]):
             raise ConfigError(
                 f"--out {folder}: {name} in it is no earlier report's; move it away or choose another folder"
@@ -84,6 +86,8 @@ def _stamp(path: Path) -> tuple[int, int]:
 
 
 def _replace(path: Path, write: Callable[[Path], object]) -> None:
+    # A reader, and a browser that reloads, sees the old file or the new one, never half of one. The process id keeps two
+    # reports to the same folder from writing into one temporary file.
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         write(unfinished)
