@@ -13,9 +13,10 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["seqlen_curriculum", "seqlen_curriculum.*"]),
-    package_data={"seqlen_curriculum": ["py.typed"]},
+    package_data={"seqlen_curriculum": ["py.typed", "analysis/templates/*"]},
     install_requires=[
         "deepspeed>=0.19",
+        "jinja2>=3.1",
         "matplotlib>=3.8",
         "numpy>=1.26",
         "pydantic>=2.6",

@@ -1,4 +1,4 @@
-"""Show runs from their folders: what each came to, how they compare with the first, and all of it as a page with plots.
+"""Report on runs from their folders: numbers of each, a comparison with the first, and a page with plots.
 
 Example:
   python scripts/report.py runs/quickstart --png runs/quickstart/curves.png
@@ -20,30 +20,32 @@ from seqlen_curriculum.files import picture_path, writable_folder
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="the --save folder of a run; the first is compared with")
     parser.add_argument(
-        "--out", type=Path, metavar="FOLDER", help="write report.html, report.json and a PNG a plot here"
+        "runs", nargs="+", metavar="RUN", help="--save folders of runs; all are compared with the first"
+    )
+    parser.add_argument(
+        "--out", type=Path, metavar="FOLDER", help="write report.html, report.json and one PNG per plot to this folder"
     )
     parser.add_argument("--png", type=Path, metavar="PATH", help="draw losses, seqlen and LR (PNG, PDF or SVG)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     parser.add_argument(
-        "--watch", type=float, metavar="SECONDS", help="keep --out up to date until the runs have ended"
+        "--watch", type=float, metavar="SECONDS", help="keep --out up to date until all runs have finished"
     )
     args = parser.parse_args()
     names = short_names("RUN", args.runs)
-    _check(args)
+    check_outputs(args)
 
     from seqlen_curriculum.analysis.read_run import load_run  # after --help: numpy and pydantic take a moment
     from seqlen_curriculum.analysis.report import report
 
     if args.watch:
-        _watch(names, args.out, args.watch)
+        watch(names, args.out, args.watch)
     runs = [load_run(Path(path), name) for name, path in names.items()]
-    found = report(runs) if args.json or args.out or len(runs) > 1 else {}
+    numbers = report(runs) if args.json or args.out or len(runs) > 1 else {}
     if args.json:
-        print(json.dumps(found, indent=2))
+        print(json.dumps(numbers, indent=2))
     else:
-        _tell(runs, found)
+        print_runs(runs, numbers)
     written = {}
     if args.png:
         from seqlen_curriculum.analysis.drawing import draw_run
@@ -53,13 +55,14 @@ def main() -> None:
     if args.out:
         from seqlen_curriculum.analysis.write_report import write_report
 
-        written["report"] = write_report(runs, args.out, found=found)
-    for what, path in written.items() if not args.json else ():
-        print(f"{what:<17}{path}")
+        written["report"] = write_report(runs, args.out, numbers=numbers)
+    if not args.json:
+        for what, path in written.items():
+            print(f"{what:<17}{path}")
 
 
-def _check(args: argparse.Namespace) -> None:
-    """Refuse what can't be written before anything is read."""
+def check_outputs(args: argparse.Namespace) -> None:
+    """Raise ConfigError for outputs that can't be written, before anything is read."""
     if args.watch is not None and (not 0 < args.watch < 1e6 or args.out is None or args.json):
         raise ConfigError("--watch: give seconds above 0 and below 1e6, and with it --out FOLDER, without --json")
     if args.png:
@@ -71,25 +74,31 @@ def _check(args: argparse.Namespace) -> None:
         writable_folder("--out", args.out)
 
 
-def _tell(runs: list, found: dict) -> None:
+def print_runs(runs: list, numbers: dict) -> None:
+    """Print each run in a few lines, then the comparison."""
     from seqlen_curriculum.analysis.run import summarise
-    from seqlen_curriculum.analysis.sentences import describe_comparison
     from seqlen_curriculum.analysis.stability import describe_stability
+    from seqlen_curriculum.analysis.tables import ReportTables
 
-    for one in runs:
-        if len(runs) > 1:
-            print(one.name)
-        print(summarise(one))
-        print(describe_stability(one.stability) + "\n" * (len(runs) > 1))
-    if len(runs) > 1:
-        print(describe_comparison(found))
+    if len(runs) == 1:
+        print(summarise(runs[0]))
+        print(describe_stability(runs[0].stability))
+        return
+    for each in runs:
+        print(each.name)
+        print(summarise(each))
+        print(f"{describe_stability(each.stability)}\n")
+    print(numbers["outcome"][0])
+    comparison = ReportTables(numbers).comparison()
+    if comparison.rows:
+        print(comparison.as_text())
 
 
-def _watch(names: dict[str, str], out: Path, seconds: float) -> None:
-    """Rewrite the page whenever a log grows, until every run has reached its budget or Ctrl-C; then one last time, whole."""
+def watch(names: dict[str, str], out: Path, seconds: float) -> None:
+    """Rewrite the page whenever a log grows, until every run has reached its budget or Ctrl-C is pressed."""
     from seqlen_curriculum.analysis.write_report import follow
 
-    print(f"watching; the page is {out / 'report.html'}; Ctrl-C ends", flush=True)
+    print(f"watching the runs; the page is {out / 'report.html'}; press Ctrl-C to stop", flush=True)
     try:
         for _ in follow({name: Path(path) for name, path in names.items()}, out, seconds):
             time.sleep(seconds)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from seqlen_curriculum.analysis.page import page
 from seqlen_curriculum.analysis.report import report
 from seqlen_curriculum.analysis.run import Run, Series
 from seqlen_curriculum.analysis.seed_groups import seed_groups
-from seqlen_curriculum.analysis.sentences import describe_comparison
+from seqlen_curriculum.analysis.tables import ReportTables
 
 
 def synthetic(name, losses, valid_losses, seconds=36.0, tokens=100, **changes):
@@ -56,20 +57,43 @@ def test_the_comparison_by_hand():
     assert json.loads(json.dumps(found, allow_nan=False)) == found
 
 
-def test_the_outcome_in_words():
-    comparison, spikes = report([BASE, FAST])["outcome"]
-    assert comparison == (
-        "fast reached base's best validation perplexity of 7.389 with 4.0x fewer tokens and in 6.0x less time."
-    )
-    assert spikes.endswith("base 1 in 4 steps, up to 1.30x; fast 0 in 4 steps.")
+def columns(table):
+    """The lines of a table for a terminal, split where two blanks or more part the columns."""
+    return [re.split(r"  +", line) for line in table.as_text().splitlines()]
+
+
+def test_the_outcome_in_two_sentences():
+    numbers = report([BASE, FAST])
+    comparison, spikes = numbers["outcome"]
+    # 100 of 400 tokens and 27 of 162 s
+    assert re.fullmatch(r"fast reached base's .* 7\.389 .* 25% .* 17% .*", comparison)
+    assert re.search(r"1 of 2 runs.* base.* 1 in 4 steps", spikes)
+    base, fast = (run["stability"] for run in numbers["runs"])
+    assert (base["spikes"], base["steps"], base["max_loss_ratio"]) == (1, 4, pytest.approx(1.3))
+    assert (fast["spikes"], fast["steps"]) == (0, 4)
     comparison, spikes = report([FAST, BASE])["outcome"]
-    assert comparison == "base has not reached fast's best validation perplexity of 6.686; its own best is 7.389."
-    assert report([BASE, SLOW, FAST])["outcome"][0].endswith("Of 2 runs compared with base, 1 reached it.")
-    alone, spikes = report([FAST])["outcome"]
-    assert alone == "fast came to a validation perplexity of 6.686, at step 2, in 200 tokens and 54.0 s."
-    assert spikes.startswith("It had no loss spike")
-    told = describe_comparison(report([BASE, FAST, SLOW])).splitlines()
-    assert told[2:] == ["fast  2 steps (2.0x), 100 tokens (4.0x), 27.0 s (6.0x)", "slow  never"]
+    assert re.fullmatch(r"No other .* fast's .* 6\.686; .* base .* 7\.389\.", comparison)
+    assert report([BASE, SLOW, FAST])["outcome"][0].startswith("fast reached base's")
+    numbers = report([FAST])
+    alone, spikes = numbers["outcome"]
+    assert re.fullmatch(r"fast .* 6\.686 at step 2\.", alone)
+    assert (numbers["runs"][0]["end"]["consumed_tokens"], numbers["runs"][0]["end"]["hours"] * 3600) == (200, 54)
+    assert spikes.startswith("No loss spikes")
+
+
+def test_the_comparison_for_a_terminal():
+    caption, head, base, *others = columns(ReportTables(report([BASE, FAST, SLOW])).comparison())
+    assert re.search(r"base's best validation perplexity of 7\.389 ", caption[0])
+    assert head == ["Run", "Steps", "Tokens", "Time"]
+    assert base == ["base", "4 (1.0x)", "400 (1.0x)", "2.7 min (1.0x)"]
+    assert others == [["fast", "2 (2.0x)", "100 (4.0x)", "27.0 s (6.0x)"], ["slow", "never", "never", "never"]]
+
+
+def test_what_cannot_be_compared():
+    without = synthetic("without", [4.0, 3.0], {})
+    assert report([without, BASE])["outcome"][0].startswith("without has no evaluation")
+    assert report([BASE, without])["outcome"][0].startswith("No other run has reached base's")
+    assert ReportTables(report([without, BASE])).comparison().rows == ()
 
 
 @pytest.mark.parametrize(
@@ -95,7 +119,7 @@ def test_numbers_read_well(text, expected):
     assert text == expected
 
 
-def test_only_what_differs_is_told_as_differing():
+def test_only_what_differs_is_listed_as_differing():
     def configured(name, config):
         return Run(name, BASE.records, {"config": config, "launches": []})
 
@@ -109,6 +133,13 @@ def test_only_what_differs_is_told_as_differing():
     assert [entry["key"] for entry in found["config"]["shared"]] == ["lr", "training.train_tokens"]
     assert [one["finished"] for one in found["runs"]] == [True, True, False]
     assert "No run.json in a, b, base" in page(found, [ours, theirs, BASE])
+
+
+def test_a_run_without_a_launch_leaves_its_column_empty():
+    launch = {"started": "2026-01-01T00:00:00+00:00", "ranks": 2, "first_step": 1, "versions": {}, "device": {}}
+    launched = Run("launched", BASE.records, {"config": {}, "launches": [launch]})
+    bare = Run("bare", BASE.records, {"config": {}, "launches": []})
+    assert columns(ReportTables(report([launched, bare])).conditions())[2:] == [["Ranks", "2", "–"]]
 
 
 def test_a_run_has_finished_with_its_last_evaluation():
@@ -194,13 +225,11 @@ def test_seeds_of_one_configuration_are_put_together_by_hand():
 def test_seeds_in_words_and_on_the_page():
     found = report(SEEDS)
     comparison, spikes = found["outcome"]
-    assert comparison == (
-        "Over seeds, fast came to the lowest mean final validation loss, 1.700 (1.000 to 2.300); base to 2.100 (2.000 to "
-        "2.200)."
-    )
-    assert spikes.endswith("base 1 in 2 runs, up to 1.30x; fast 1 in 3 runs, up to 1.50x.")
-    told = describe_comparison(found).splitlines()
-    assert told[1].startswith("base  valid. loss 2.100 (2.000 to 2.200); spikes 1, 0; largest ratio 1.300; tokens 1.0x")
+    assert re.fullmatch(r"Over seeds, fast .* 1\.700\.", comparison)
+    assert re.search(r"2 of 5 runs.* 1 in 4 steps", spikes)
+    _, _, base, fast = columns(ReportTables(found).comparison())
+    assert base == ["base", "1, 0", "1.300, 1.000", "2.000, 2.200", "2.100", "2 of 2", "1.0x", "1.0x"]
+    assert fast == ["fast", "0, 1, 0", "0.750, 1.500, 0.750", "1.800, 2.300, 1.000", "1.700", "1 of 2", "4.0x", "6.0x"]
     text = page(found, SEEDS)
     assert text.count('class="line"') == 2
     assert "fast (3 seeds)" in text
@@ -219,7 +248,7 @@ def test_repeats_and_unfinished_runs_are_no_seeds_to_average():
     found = report([*SEEDS[:4], on_the_way])
     assert found["seeds"][1]["final_valid_loss"] == [1.8, 2.3, None]
     assert found["seeds"][1]["mean_final_valid_loss"] is None
-    assert found["outcome"][0].startswith("Over seeds, base came to the lowest mean")
+    assert found["outcome"][0].startswith("Over seeds, base ")
 
 
 ROLLED_BACK = {"step": 3, "loss": 9.0, "ratio": 3.0, "returned_to": 1, "skipped": [3, 4], "seconds": 18.0}
@@ -236,4 +265,5 @@ def test_what_a_rollback_cost_and_skipped_is_counted():
     assert (found["skipped_steps"], found["final"]["step"]) == (2, 2)
     assert found["final"]["hours"] == pytest.approx((36 + 18 + 36 + 9) / 3600)
     assert run.series("loss").hours.tolist() == pytest.approx([36 / 3600, 90 / 3600])
-    assert report([run])["outcome"][1].endswith("back 0 in 2 steps, after 1 rollback.")
+    assert (found["stability"]["spikes"], found["stability"]["steps"], len(found["rollbacks"])) == (0, 2, 1)
+    assert re.search(r"rollbacks: 1", report([run])["outcome"][1])

@@ -1,5 +1,6 @@
 """The page of a report: synthetic runs in words and figures, two real ones in a real browser."""
 
+import html
 import json
 import math
 import re
@@ -15,13 +16,13 @@ from test_matrix import launch_runs
 from test_report import BASE, synthetic
 
 from seqlen_curriculum import CheckpointError, ConfigError, DataError, RunConfig
-from seqlen_curriculum.analysis.drawing import COLOURS, draw_run, save_png, style_of, svg
+from seqlen_curriculum.analysis.curves import COLOURS, style_of
+from seqlen_curriculum.analysis.drawing import draw_run, save_png, svg
 from seqlen_curriculum.analysis.page import page
 from seqlen_curriculum.analysis.plots import PLOTS
 from seqlen_curriculum.analysis.read_run import load_run
 from seqlen_curriculum.analysis.report import report
 from seqlen_curriculum.analysis.run import Run
-from seqlen_curriculum.analysis.style import STYLE
 from seqlen_curriculum.analysis.write_report import check_folder, follow, write_report
 from seqlen_curriculum.run_folder.run_log import RunLog
 
@@ -62,7 +63,7 @@ def test_variance_rollbacks_and_many_spikes_have_their_places():
     text = page(found, [run, BASE])
     assert "the first 10 and the 10 largest others of 30" in text
     assert "Not logged by base." in text
-    assert "Logged by no run, so without a plot: Adam&#x27;s variance: norm" in page(report([BASE]), [BASE])
+    assert "Logged by no run, so without a plot: Adam's variance: norm" in html.unescape(page(report([BASE]), [BASE]))
     assert "Dotted: a rollback." in text
     assert {f"plot-{name}" for name in ("variance_norm", "variance_max", "ratio_variance_norm")} <= set(
         re.findall(r'svg id="([^"]+)"', text)
@@ -78,7 +79,8 @@ def luminance(colour):
 
 
 def test_curves_stand_out_from_light_and_dark_pages():
-    light, dark = map(luminance, re.findall(r"--page: (#\w{6})", STYLE))
+    style = (ROOT / "seqlen_curriculum" / "analysis" / "templates" / "report.css").read_text()
+    light, dark = map(luminance, re.findall(r"--page: (#\w{6})", style))
     for colour in map(luminance, COLOURS):
         assert (light + 0.05) / (colour + 0.05) >= 3
         assert (colour + 0.05) / (dark + 0.05) >= 3
@@ -141,7 +143,7 @@ def test_nothing_of_others_is_written_over(tmp_path):
     for name in ("report.html", "report.json", "loss_step.png"):
         before = (tmp_path / name).read_bytes()
         (tmp_path / name).write_bytes(b"my own")
-        with pytest.raises(ConfigError, match=f"{name} in it is no earlier report's"):
+        with pytest.raises(ConfigError, match=f"--out .*{name}"):
             check_folder(tmp_path)
         (tmp_path / name).write_bytes(before)
 
@@ -157,7 +159,7 @@ def test_following_rewrites_when_a_log_has_changed_and_ends_at_the_budget(tmp_pa
     next(following)
     text = (out / "report.html").read_text()
     assert '<meta http-equiv="refresh" content="1">' in text
-    assert "loads itself anew every 0.5 seconds" in text
+    assert re.search(r"every 0\.5 seconds", text)
     assert sorted(path.name for path in out.iterdir()) == ["report.html", "report.json"]
     (out / "report.html").unlink()
     next(following)
@@ -221,7 +223,7 @@ def out(real):
     result = subprocess.run(list(map(str, command)), capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert f"report           {real / 'out' / 'report.html'}" in result.stdout
-    assert "to reach constant's best validation perplexity of" in result.stdout
+    assert re.search(r"constant's best validation perplexity of \d", result.stdout)
     return real / "out"
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from seqlen_curriculum.analysis.run import Run
 from seqlen_curriculum.analysis.stability import SPIKE
@@ -14,73 +13,84 @@ __all__ = ["PLOTS", "SUMMARY", "Plot"]
 
 @dataclass(frozen=True)
 class Plot:
-    """One plot: a key of the records, or what ``Run.series`` makes of them, of every run that has it."""
+    """One plot of the values that ``Run.series(key)`` has, one curve per run."""
 
     name: str
     title: str
-    of: str
-    against: str = "step"
+    key: str
+    x: str = "step"
     """``step``, ``tokens`` or ``hours``."""
     label: str = ""
+    """Of the y axis."""
     group: str = ""
+    """The section of the page: ``cost``, ``stability`` or ``schedule``."""
     note: str = ""
     log: bool = False
-    stays: bool = False
+    from_zero: bool = False
+    """Whether the y axis begins at zero."""
+    steps: bool = False
     """Whether a value holds until it changes."""
-    line: float | None = None
+    threshold: float | None = None
     """A level to draw across."""
-    beside: str = ""
-    """A second key, drawn with ``of`` for the most unstable run alone, each over its largest value (Figure 1(g), (h))."""
-    changing: bool = False
-    """Whether the plot is only worth its place where a run's values change."""
+    second_key: str = ""
+    """A second curve, of the most unstable run alone, each over its maximum (the paper's Figure 1(g), (h))."""
+    only_if_changing: bool = False
+    """Whether the plot is left out if no run's values change."""
+
+    @property
+    def keys(self) -> list[str]:
+        """One or two keys of ``Run.series``."""
+        return [self.key, self.second_key] if self.second_key else [self.key]
 
     @property
     def marks_rollbacks(self) -> bool:
-        """Whether the steps at which runs went back are shown."""
-        return self.of in ("loss", "loss_ratio") and self.against == "step" and not self.beside
+        """Whether the steps of rollbacks are marked."""
+        return self.key in ("loss", "loss_ratio") and self.x == "step" and not self.second_key
 
     def runs(self, runs: Sequence[Run]) -> list[Run]:
-        """Those of ``runs`` that have the values; for ``beside`` the most unstable of them."""
-        having = [run for run in runs if all(len(run.series(name).values) for name in (self.of, self.beside) if name)]
-        if self.beside and having:
-            return [max(having, key=lambda run: float(run.series(self.of).values.max()))]
-        changing = any(len(set(run.series(self.of).values.tolist())) > 1 for run in having) if self.changing else True
-        return having if changing else []
+        """Return those of ``runs`` that have the values; with ``second_key`` the most unstable of them."""
+        logged = [run for run in runs if all(len(run.series(key).values) for key in self.keys)]
+        if self.second_key and logged:
+            return [max(logged, key=lambda run: float(run.series(self.key).values.max()))]
+        if self.only_if_changing and all(len(set(run.series(self.key).values.tolist())) == 1 for run in logged):
+            return []
+        return logged
 
     def top(self, runs: Sequence[Run]) -> float | None:
-        """Where the axis of a validation perplexity ends; None where nothing is cut off.
+        """Return where the axis of a validation perplexity ends; None where nothing is cut off.
 
-        What follows a run's first descent to thrice its best is all in view: there the curves differ.
+        A run's perplexity falls from tens of thousands to tens, which would flatten all that follows. The axis shows
+        everything after a run's first descent to three times its best: there the curves differ.
         """
-        if self.of != "valid_ppl":
+        if self.key != "valid_ppl":
             return None
-        columns = [run.series(self.of).values for run in self.runs(runs)]
+        columns = [run.series(self.key).values for run in self.runs(runs)]
+        # 900, 30, 40, 12, 10: 30 is the first value within 3 x 10, the largest from there on is 40, the axis ends at 42.
         top = 1.05 * max(float(values[int((values <= 3 * values.min()).argmax()) :].max()) for values in columns)
         return top if top < max(float(values.max()) for values in columns) else None
 
 
-def _perplexity(against: str, word: str) -> Plot:
-    options: dict[str, Any] = {
-        "label": "perplexity",
-        "group": "cost",
-        "log": True,
-        "note": "At full length.",
-    }
-    return Plot(f"perplexity_{against}", f"Validation perplexity against {word}", "valid_ppl", against, **options)
+def _perplexity(x: str, against: str) -> Plot:
+    title, note = f"Validation perplexity against {against}", "At full length."
+    return Plot(f"perplexity_{x}", title, "valid_ppl", x, "validation perplexity", "cost", note, log=True)
 
 
-def _loss(against: str, word: str) -> Plot:
-    note = "At each step's own length: no guide to quality while lengths grow."
-    return Plot(f"loss_{against}", f"Training loss against {word}", "loss", against, "nats a token", "stability", note)
+def _loss(x: str, against: str) -> Plot:
+    title, note = (
+        f"Training loss against {against}",
+        "At each step's own length: no guide to quality while lengths grow.",
+    )
+    return Plot(f"loss_{x}", title, "loss", x, "training loss (nats/token)", "stability", note)
 
 
-def _adam(of: str, title: str, label: str) -> Plot:
-    return Plot(of, title, of, label=label, group="stability", log=True)
+def _adam(key: str, title: str, label: str) -> Plot:
+    return Plot(key, title, key, label=label, group="stability", log=True)
 
 
-def _beside(of: str, title: str, note: str) -> Plot:
-    title, label = f"Loss ratio beside {title}", "of its largest"
-    return Plot(f"ratio_{of}", title, "loss_ratio", label=label, group="stability", beside=of, note=note)
+def _loss_ratio_and(key: str, words: str) -> Plot:
+    title, note = f"Loss ratio and {words}", "The run of the largest loss ratio."
+    label = "fraction of maximum"
+    return Plot(f"ratio_{key}", title, "loss_ratio", "step", label, "stability", note, second_key=key, from_zero=True)
 
 
 PLOTS = (
@@ -93,33 +103,53 @@ PLOTS = (
         "loss_ratio",
         "Loss ratio",
         "loss_ratio",
-        label="loss over the least before",
+        label="loss / lowest earlier loss",
         group="stability",
         note=f"A step above the dashed line, {SPIKE}, is a spike.",
-        line=SPIKE,
+        threshold=SPIKE,
     ),
-    _adam("variance_norm", "Adam's variance: norm", "l1 norm"),
-    _adam("variance_max", "Adam's variance: largest element", "largest element"),
-    _adam("momentum_norm", "Adam's momentum: norm", "l1 norm"),
-    _adam("momentum_max", "Adam's momentum: largest element", "largest element"),
-    _beside("variance_norm", "the variance's norm", "The run of the largest loss ratio."),
-    _beside("variance_max", "the variance's largest element", "The run of the largest loss ratio."),
-    Plot("seqlen", "Sequence length", "seqlen", label="tokens", group="schedule", stays=True),
-    Plot("rows", "Rows of a step", "rows", label="rows", group="schedule", stays=True, changing=True),
-    Plot("lr", "Learning rate", "lr", label="learning rate", group="schedule"),
+    _adam("variance_norm", "Adam's variance: norm", "L1 norm of sqrt(v)"),
+    _adam("variance_max", "Adam's variance: largest element", "largest element of sqrt(v)"),
+    _adam("momentum_norm", "Adam's momentum: norm", "L1 norm of m"),
+    _adam("momentum_max", "Adam's momentum: largest element", "largest element of m"),
+    _loss_ratio_and("variance_norm", "the variance's norm"),
+    _loss_ratio_and("variance_max", "the variance's largest element"),
+    Plot(
+        "seqlen",
+        "Sequence length",
+        "seqlen",
+        label="sequence length (tokens)",
+        group="schedule",
+        steps=True,
+        from_zero=True,
+    ),
+    Plot(
+        "rows",
+        "Rows per step",
+        "rows",
+        label="rows per step",
+        group="schedule",
+        steps=True,
+        from_zero=True,
+        only_if_changing=True,
+    ),
+    Plot("lr", "Learning rate", "lr", label="learning rate", group="schedule", from_zero=True),
     Plot(
         "tokens_per_second",
-        "Speed",
+        "Throughput",
         "tokens_per_second",
-        label="tokens/s",
+        label="throughput (tokens/s)",
         group="schedule",
-        note="Of training alone; a point is the mean of equally many steps.",
+        note="Without evaluations; each point is the mean over the same number of steps.",
+        from_zero=True,
     ),
 )
 SUMMARY = (
-    Plot("losses_tokens", "Loss against tokens", "loss", "tokens", "nats a token"),
-    Plot("losses_step", "Loss against steps", "loss", "step", "nats a token"),
-    Plot("seqlen_tokens", "Sequence length", "seqlen", "tokens", "tokens", stays=True),
-    Plot("lr_tokens", "Learning rate", "lr", "tokens", "learning rate"),
+    Plot("losses_tokens", "Loss against tokens", "loss", "tokens", "loss (nats/token)"),
+    Plot("losses_step", "Loss against steps", "loss", "step", "loss (nats/token)"),
+    Plot(
+        "seqlen_tokens", "Sequence length", "seqlen", "tokens", "sequence length (tokens)", steps=True, from_zero=True
+    ),
+    Plot("lr_tokens", "Learning rate", "lr", "tokens", "learning rate", from_zero=True),
 )
-"""The four of the picture of a run."""
+"""The four plots of the picture of a run."""

@@ -5,62 +5,61 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from seqlen_curriculum import fields
 from seqlen_curriculum.analysis.run import Run
 from seqlen_curriculum.analysis.seed_groups import over_seeds
 from seqlen_curriculum.analysis.sentences import outcome
+from seqlen_curriculum.analysis.stability import listed_spikes
 
-__all__ = ["MADE_BY", "report"]
+__all__ = ["MADE_BY", "compare_settings", "report", "summary_of"]
 
 MADE_BY = "seqlen-curriculum report"
 """Stands at the beginning of every file of a report, so that no other file is taken for one."""
-_LISTED = 10
 
 Point = dict[str, Any]
 
 
 def report(runs: Sequence[Run]) -> dict[str, Any]:
-    """The runs' numbers; the first run is what the others are compared with.
+    """Return the numbers of the runs; the others are compared with the first.
 
-    ``made_by``; ``outcome``, sentences; ``reference`` {``run``, ``valid_ppl``}, the first run's best, None without its
-    evaluation; ``runs``, a list of what ``_one`` tells of each; ``seeds``, of ``over_seeds``; ``config`` {``differing``
-    [{``key``, ``values``, one a run}], ``shared`` [{``key``, ``value``}]}, of the runs whose folder holds a ``run.json``.
-    Hours are those of training and evaluation, without what lies between launches.
+    ``made_by``; ``outcome``, two sentences; ``reference`` {``run``, ``valid_ppl``}, the first run's best perplexity, None
+    if it has no evaluation; ``runs``, a list of ``summary_of`` each, with ``end_ratio``, ``reached`` and
+    ``reached_ratio``; ``seeds``, of ``over_seeds``; ``config``, of ``compare_settings``. Hours are training and
+    evaluation time, without the gaps between launches.
     """
-    told = [_one(run) for run in runs]
-    best = told[0]["best"]
-    for one, run in zip(told, runs, strict=True):
-        one["end_ratio"] = _ratios(told[0]["end"], one["end"])
-        one["reached"] = run.reached(best)
-        one["reached_ratio"] = _ratios(best, one["reached"])
-    found = {
-        "made_by": MADE_BY,
+    summaries = [summary_of(run) for run in runs]
+    best = summaries[0]["best"]
+    for summary, run in zip(summaries, runs, strict=True):
+        summary["end_ratio"] = _ratios(summaries[0]["end"], summary["end"])
+        summary["reached"] = run.reached(best)
+        summary["reached_ratio"] = _ratios(best, summary["reached"])
+    numbers = {
         "reference": {"run": runs[0].name, "valid_ppl": best["valid_ppl"]} if best else None,
-        "runs": told,
-        "seeds": over_seeds(runs, told),
-        "config": _config(runs),
+        "runs": summaries,
+        "seeds": over_seeds(runs, summaries),
+        "config": compare_settings(runs),
     }
-    return {"made_by": MADE_BY, "outcome": outcome(found), **found}
+    return {"made_by": MADE_BY, "outcome": outcome(numbers), **numbers}
 
 
-def _one(run: Run) -> dict[str, Any]:
-    """A run by itself: its ``end``, ``final`` and ``best`` evaluation as points (step, tokens, hours), and the rest."""
-    points = run.points
-    seconds = sum(record["seconds"] for record in run.steps)
+def summary_of(run: Run) -> dict[str, Any]:
+    """Return the numbers of one run; ``end``, ``final`` and ``best`` evaluation have step, tokens and hours."""
+    points, measures = run.points, run.stability
     first, last = run.steps[0], run.steps[-1]
+    # The report has the numbers of spikes and fluctuations in place of their lists, which may be thousands long.
+    counts = {key: len(measures[key]) for key in ("spikes", "fluctuations")}
     return {
         "name": run.name,
         "first_step": run.records[0]["step"],
         "end": run.end,
         "train_tokens": run.budget,
         "finished": run.finished,
-        "training_hours": seconds / 3600,
+        "training_hours": sum(record["seconds"] for record in run.steps) / 3600,
         "tokens_per_second": run.tokens_per_second,
         "seqlen": [first["seqlen"], last["seqlen"]],
         "loss": last["loss"],
         "final": points[-1] if points else None,
         "best": min(points, key=lambda point: point["valid_loss"]) if points else None,
-        "stability": _stability(run),
+        "stability": {**measures, **counts, "spikes_listed": listed_spikes(measures["spikes"])},
         "skipped_steps": run.skipped_steps,
         "rollbacks": run.rollbacks,
         "launches": run.info.get("launches"),
@@ -68,32 +67,23 @@ def _one(run: Run) -> dict[str, Any]:
 
 
 def _ratios(reference: Point | None, point: Point | None) -> dict[str, float | None] | None:
-    """How many times fewer of each ``point`` took than ``reference``, as Table 2 has it in brackets."""
+    """Return how many times fewer steps, tokens and hours ``point`` took than ``reference`` (Table 2's brackets)."""
     if reference is None or point is None:
         return None
+    # 400 tokens of the reference over 100 of the run: 4.0x fewer. Below 1 the run took more.
+    return {key: reference[key] / point[key] if point[key] else None for key in ("step", "consumed_tokens", "hours")}
+
+
+def compare_settings(runs: Sequence[Run]) -> dict[str, Any]:
+    """Return the settings that differ and those that are shared, over the runs whose configuration is known.
+
+    ``differing`` [{``key``, ``values``, one per run, None if unknown}], ``shared`` [{``key``, ``value``}].
+    """
+    # A run without run.json would make every setting differ: it has None in each list, but no say in which those are.
+    known = [run.settings for run in runs if run.settings]
+    keys = list(dict.fromkeys(key for settings in known for key in settings))
+    differing = [key for key in keys if any(settings.get(key) != known[0].get(key) for settings in known)]
     return {
-        name: reference[name] / point[name] if point[name] else None for name in ("step", "consumed_tokens", "hours")
-    }
-
-
-def _stability(run: Run) -> dict[str, Any]:
-    """``stability``'s summary, its spikes and fluctuations counted; of more than 20 spikes the first and largest 10."""
-    found = run.stability
-    spikes, fluctuations = found["spikes"], found["fluctuations"]
-    listed = spikes
-    if len(spikes) > 2 * _LISTED:
-        largest = sorted(spikes[_LISTED:], key=lambda spike: spike["ratio"])[-_LISTED:]
-        listed = sorted([*spikes[:_LISTED], *largest], key=lambda spike: spike["step"])
-    return {**found, "spikes": len(spikes), "spikes_listed": listed, "fluctuations": len(fluctuations)}
-
-
-def _config(runs: Sequence[Run]) -> dict[str, Any]:
-    flat = [dict(fields.flat(run.config)) for run in runs]
-    known = [config for config in flat if config]
-    keys = list(dict.fromkeys(key for config in known for key in config))
-    differing = [key for key in keys if any(config.get(key) != known[0].get(key) for config in known)]
-    shared = [{"key": key, "value": known[0][key]} for key in keys if key not in differing]
-    return {
-        "differing": [{"key": key, "values": [config.get(key) for config in flat]} for key in differing],
-        "shared": shared,
+        "differing": [{"key": key, "values": [run.settings.get(key) for run in runs]} for key in differing],
+        "shared": [{"key": key, "value": known[0][key]} for key in keys if key not in differing],
     }

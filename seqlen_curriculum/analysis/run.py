@@ -1,4 +1,4 @@
-"""A run's folder as curves: what was logged, against steps, consumed tokens and hours."""
+"""A run's log as curves against steps, consumed tokens and hours."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from seqlen_curriculum import fields
 from seqlen_curriculum.analysis.stability import stability
 from seqlen_curriculum.run_folder.ratios import ratios_to_best
 
@@ -19,25 +20,26 @@ __all__ = ["Run", "Series", "summarise"]
 Records = list[dict[str, Any]]
 Column = NDArray[np.float64]
 
-_SPEED_POINTS = 200
+_THROUGHPUT_POINTS = 200
 
 
 @dataclass(frozen=True, eq=False)
 class Series:
-    """Logged values (n,) and where they stand, each (n,) too; ``hours`` are those of training and evaluation alone."""
+    """Logged values (n,) and where they stand, each (n,) too."""
 
     values: Column
     step: Column
     tokens: Column
+    """Consumed tokens."""
     hours: Column
+    """Time of training and evaluation, without the gaps between launches."""
 
     def thinned(self, most: int = 2000) -> Series:
-        """At most ``most`` points and the two ends: of each of ``most / 2`` buckets the least and the largest value.
-
-        So the shortest spike of the longest run stays as high as it was.
-        """
+        """Return at most ``most`` points and the two ends, with every extreme kept."""
         if len(self.values) <= most:
             return self
+        # 400,000 steps and most = 2000: 1000 buckets of 400 steps, of each its lowest and its highest value. So a spike
+        # of a single step stays as high as it was; means or every 200th value would hide it.
         edges = np.linspace(0, len(self.values), most // 2 + 1).astype(int)
         kept = {0, len(self.values) - 1}
         for start, end in pairwise(edges):
@@ -51,16 +53,21 @@ class Series:
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """What a run folder holds. ``info`` is ``run.json`` ({} in a folder without), ``rollbacks`` None where none is told."""
+    """What a run folder holds."""
 
     name: str
     records: Records
+    """Of ``runlog.jsonl``, in order."""
     info: dict[str, Any] = field(default_factory=dict)
+    """``run.json``; {} where there is none."""
     rollbacks: Records | None = None
+    """``rollbacks.json``; None where there is none."""
+    _series: dict[str, Series] = field(default_factory=dict, init=False, repr=False)
+    """What ``series`` has computed so far."""
 
     @cached_property
     def steps(self) -> Records:
-        """Training records; steps that were skipped have no loss and are not among them."""
+        """Training records, without those of skipped steps, which have no loss."""
         return [record for record in self.records if "loss" in record]
 
     @cached_property
@@ -70,130 +77,136 @@ class Run:
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """As trained, all defaults and overrides in it; {} where the folder doesn't tell."""
+        """The configuration with all defaults and overrides; {} if unknown."""
         config = self.info.get("config")
         return config if isinstance(config, dict) else {}
 
-    def _training(self, key: str) -> int | None:
-        section = self.config.get("training")
-        value = section.get(key) if isinstance(section, dict) else None
-        return value if isinstance(value, int) else None
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        """The configuration with keys like ``training.seed``."""
+        return dict(fields.flat(self.config))
 
     @property
     def budget(self) -> int | None:
-        """``training.train_tokens``, None where the folder doesn't tell."""
-        return self._training("train_tokens")
-
-    @cached_property
-    def stability(self) -> dict[str, Any]:
-        """The paper's measures, of ``stability.stability``."""
-        return stability(self.steps, self.evaluations)
+        """``training.train_tokens``; None if unknown."""
+        tokens = self.settings.get("training.train_tokens")
+        return tokens if isinstance(tokens, int) else None
 
     @property
     def finished(self) -> bool:
-        """Whether the budget is reached, and the evaluation that comes at the end is there."""
+        """Whether the run has consumed its budget and made the evaluation that follows."""
+        # The last step is logged before the evaluation at the end begins: a page that stopped there would lack its result.
         if not self.budget or not self.records or self.records[-1]["consumed_tokens"] < self.budget:
             return False
-        return not self._training("eval_interval") or "valid_loss" in self.records[-1]
+        return not self.settings.get("training.eval_interval") or "valid_loss" in self.records[-1]
+
+    @cached_property
+    def stability(self) -> dict[str, Any]:
+        """The paper's measures, as ``stability.stability`` returns them."""
+        return stability(self.steps, self.evaluations)
 
     @cached_property
     def points(self) -> Records:
         """``step, consumed_tokens, hours, valid_loss, valid_ppl`` of every evaluation."""
+        keys = ("step", "consumed_tokens", "valid_loss", "valid_ppl")
         hours = self.series("valid_loss").hours.tolist()
-        told = ("step", "consumed_tokens", "valid_loss", "valid_ppl")
         return [
-            {"hours": at, **{name: record[name] for name in told}}
+            {"hours": at, **{key: record[key] for key in keys}}
             for at, record in zip(hours, self.evaluations, strict=True)
         ]
 
     def reached(self, best: dict[str, Any] | None) -> dict[str, Any] | None:
-        """The first of its ``points`` that is as good as ``best``; None if there is none of either."""
+        """Return the first of ``points`` whose loss is at most that of ``best``; None if there is none."""
         return next((point for point in self.points if best and point["valid_loss"] <= best["valid_loss"]), None)
 
     @cached_property
-    def _places(self) -> tuple[Column, Column, Column]:
+    def ends(self) -> tuple[Column, Column, Column]:
         """Step, consumed tokens and hours at the end of every record, (records,) each."""
-        step, tokens, seconds = (_column(self.records, name) for name in ("step", "consumed_tokens", "seconds"))
-        # What a rollback gave up is no longer in the log, but its time was spent before what is there instead.
-        given_up = sum((one.get("seconds", 0) * (step > one["returned_to"]) for one in self.rollbacks or ()), 0.0)
-        return step, tokens, (np.cumsum(seconds) + given_up) / 3600
+        step, tokens, seconds = (_column(self.records, key) for key in ("step", "consumed_tokens", "seconds"))
+        elapsed = np.cumsum(seconds)
+        # A rollback from step 70 to 50 removes steps 51 to 70 from the log, yet their time was spent before the run came
+        # to step 51 again: every record after step 50 is that much later.
+        for rollback in self.rollbacks or ():
+            elapsed += np.where(step > rollback["returned_to"], rollback.get("seconds", 0), 0)
+        return step, tokens, elapsed / 3600
 
     @property
     def end(self) -> dict[str, Any]:
-        """``step, consumed_tokens, hours`` of what is done, skipped steps too."""
-        step, tokens, hours = (place[-1].item() for place in self._places)
+        """``step, consumed_tokens, hours`` of the last record, skipped steps included."""
+        step, tokens, hours = (end[-1].item() for end in self.ends)
         return {"step": int(step), "consumed_tokens": int(tokens), "hours": hours}
 
     @property
     def skipped_steps(self) -> int:
-        """Steps that rollbacks passed over."""
+        """The number of steps that rollbacks skipped."""
         return sum(bool(record.get("skipped")) for record in self.records)
 
-    @cached_property
-    def _known(self) -> dict[str, Series]:
-        return {}
+    def series(self, key: str) -> Series:
+        """Return the logged values of ``key``, or ``loss_ratio`` or ``tokens_per_second``, which follow from the log."""
+        # Twenty plots, tables and legends ask for the same few keys of up to 400,000 records.
+        if key not in self._series:
+            computed = {"loss_ratio": self.loss_ratios, "tokens_per_second": self.throughput}
+            self._series[key] = computed[key]() if key in computed else self.logged(key)
+        return self._series[key]
 
-    def series(self, name: str) -> Series:
-        """The records' values of a key, where they have one; ``loss_ratio`` and ``tokens_per_second`` follow from them."""
-        if name not in self._known:
-            self._known[name] = self._series(name)
-        return self._known[name]
+    def logged(self, key: str) -> Series:
+        """Return the values of ``key`` of the records that have one."""
+        chosen = np.array([n for n, record in enumerate(self.records) if record.get(key) is not None], dtype=int)
+        values = np.array([self.records[n][key] for n in chosen.tolist()], dtype=np.float64)
+        return Series(values, *(end[chosen] for end in self.ends))
 
-    def _series(self, name: str) -> Series:
-        if name == "tokens_per_second":
-            return self._speed()
-        if name == "loss_ratio":
-            losses = self.series("loss")
-            ratios = Series(ratios_to_best(losses.values), losses.step, losses.tokens, losses.hours)
-            return ratios[np.arange(1, max(1, len(losses.values)))]  # the first step has none
-        found = [(n, record[name]) for n, record in enumerate(self.records) if record.get(name) is not None]
-        chosen = np.array([n for n, _ in found], dtype=int)
-        values = np.array([value for _, value in found], dtype=np.float64)
-        return Series(values, *(place[chosen] for place in self._places))
+    def loss_ratios(self) -> Series:
+        """Return the loss ratio of every step but the first, which has none."""
+        losses = self.series("loss")
+        ratios = Series(ratios_to_best(losses.values), losses.step, losses.tokens, losses.hours)
+        return ratios[np.arange(1, max(1, len(losses.values)))]
 
     @cached_property
-    def _timed(self) -> tuple[NDArray[Any], Column, Column]:
-        """(records, tokens, seconds) of the steps that were trained and whose tokens are known."""
-        step, tokens, _ = self._places
-        others = [(n, "loss" in record) for n, record in enumerate(self.records) if "valid_loss" not in record]
-        trained = np.array([n for n, _ in others], dtype=int)
-        timed = np.array([has_loss for _, has_loss in others], dtype=bool)
-        last_step, before = (np.concatenate([[0.0], place[trained][:-1]]) for place in (step, tokens))
-        timed &= step[trained] == last_step + 1  # of a step after others that are not in the log it tells no tokens
-        chosen = trained[timed]
-        return chosen, (tokens[trained] - before)[timed], _column([self.records[n] for n in chosen.tolist()], "seconds")
+    def timed(self) -> tuple[NDArray[Any], Column, Column]:
+        """Numbers of the records, tokens and seconds, (n,) each, of the trained steps whose tokens are known."""
+        training = np.array([n for n, record in enumerate(self.records) if "valid_loss" not in record], dtype=int)
+        step, tokens = (end[training] for end in self.ends[:2])
+        has_loss = np.array(["loss" in self.records[n] for n in training.tolist()], dtype=bool)
+        # The log has consumed tokens, so those of a step are its own less those of the step before. Where the step before
+        # isn't in the log (its beginning was lost), the difference would be that of many steps.
+        known = has_loss & (step == np.concatenate([[0], step[:-1]]) + 1)
+        step_tokens = tokens - np.concatenate([[0], tokens[:-1]])
+        chosen = training[known]
+        return chosen, step_tokens[known], _column([self.records[n] for n in chosen.tolist()], "seconds")
 
     @property
     def tokens_per_second(self) -> float | None:
-        """Of training alone; None where no step has a time."""
-        _, tokens, seconds = self._timed
+        """Throughput of training, without evaluations; None where no step has a time."""
+        _, tokens, seconds = self.timed
         return float(tokens.sum() / seconds.sum()) if seconds.sum() else None
 
-    def _speed(self) -> Series:
-        """Means over equally many steps each, at most 200 of them, of training alone."""
-        step, tokens, hours = self._places
-        chosen, step_tokens, step_seconds = self._timed
+    def throughput(self) -> Series:
+        """Return tokens per second of training as at most 200 means, over the same number of steps each."""
+        chosen, step_tokens, step_seconds = self.timed
         if not len(chosen):
-            return Series(*[np.zeros(0)] * 4)
-        starts = np.unique(np.linspace(0, len(chosen), _SPEED_POINTS, endpoint=False).astype(int))
+            empty = np.zeros(0)
+            return Series(empty, empty, empty, empty)
+        # 1000 steps: the means begin at steps 0, 5, 10, ... and each stands at its last step: 4, 9, 14, ...
+        starts = np.unique(np.linspace(0, len(chosen), _THROUGHPUT_POINTS, endpoint=False).astype(int))
+        lasts = chosen[np.append(starts[1:], len(chosen)) - 1]
         seconds = np.add.reduceat(step_seconds, starts)
-        ends = chosen[np.append(starts[1:], len(chosen)) - 1]
-        speeds = np.add.reduceat(step_tokens, starts) / np.maximum(seconds, 1e-9)
-        return Series(speeds, step[ends], tokens[ends], hours[ends])
+        values = np.add.reduceat(step_tokens, starts) / np.maximum(seconds, 1e-9)
+        return Series(values, *(end[lasts] for end in self.ends))
 
 
-def _column(records: Sequence[dict[str, Any]], name: str) -> Column:
-    return np.array([record.get(name) or 0 for record in records], dtype=np.float64)
+def _column(records: Sequence[dict[str, Any]], key: str) -> Column:
+    """Return the values of ``key``, (records,), with 0 where a record has none."""
+    return np.array([record.get(key) or 0 for record in records], dtype=np.float64)
 
 
 def summarise(run: Run) -> str:
-    """The run in a few lines for a terminal."""
-    steps, evaluations = run.steps, run.evaluations
+    """Return the run in a few lines for a terminal."""
+    steps, evaluations, end = run.steps, run.evaluations, run.end
     seconds = sum(record["seconds"] for record in steps)
     speed = f", {run.tokens_per_second:,.0f} tokens/s" if run.tokens_per_second else ""
-    end, skipped = run.end, run.skipped_steps
+    skipped = f", {run.skipped_steps:,} of them skipped by rollbacks" if run.skipped_steps else ""
     lines = [
-        f"steps            {end['step']:,}" + (f", {skipped:,} of them skipped by rollbacks" if skipped else ""),
+        f"steps            {end['step']:,}{skipped}",
         f"consumed tokens  {end['consumed_tokens']:,}",
         f"seqlen           {steps[0]['seqlen']} to {steps[-1]['seqlen']}",
         f"training loss    {steps[0]['loss']:.3f} to {steps[-1]['loss']:.3f}",

@@ -1,7 +1,7 @@
 """How stable a run was, from its log alone: the measures of the paper's Tables 1 and 3.
 
-The loss ratio of a step is its training loss over the least of all earlier steps. Under a curriculum that compares losses
-at different lengths, so the same is told of the validation perplexity, which is always at full length.
+The loss ratio of a step is its training loss over the lowest of all earlier steps. Under a curriculum that compares losses
+at different lengths, so the same ratio of the validation perplexity, which is always at full length, stands beside it.
 """
 
 from __future__ import annotations
@@ -16,84 +16,98 @@ from numpy.typing import NDArray
 from seqlen_curriculum.run_folder.ratios import perplexity_ratios, ratios_to_best
 from seqlen_curriculum.schedule.schedule_config import SIGNIFICANT
 
-__all__ = ["SPIKE", "describe_stability", "stability"]
+__all__ = ["SPIKE", "correlations", "describe_stability", "listed_spikes", "stability"]
 
 SPIKE = 1.2
-"""A step of a larger loss ratio is a spike (Table 1)."""
-_VARIANCES = ("variance_norm", "variance_max")
+"""A step with a larger loss ratio is a spike (Table 1)."""
 
 
 def stability(steps: Sequence[dict[str, Any]], evaluations: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
-    """Training and evaluation records of a run (``load_run``) as one JSON-able object.
+    """Return the measures of training and evaluation records (of ``load_run``) as one JSON-able object.
 
     ``steps, spikes`` [{step, seqlen, lr, loss, ratio}], ``spike_share`` of all steps, ``max_loss_ratio`` and its
     ``max_loss_ratio_step`` (None for a single step); ``evaluations, fluctuations`` [{step, valid_ppl, ratio}],
-    ``max_perplexity_ratio``; and where the records hold Adam's variance, ``correlations`` {``variance_norm``,
-    ``variance_max``: {r, p, steps}} of Pearson between it and the loss ratio.
+    ``max_perplexity_ratio``; and ``correlations``.
     """
     ratios = ratios_to_best([record["loss"] for record in steps])
-    # From the loss: the perplexity in the log is cut off at exp(20).
+    # From the loss, because the log's perplexity is cut off at exp(20).
     perplexity = perplexity_ratios([record["valid_loss"] for record in evaluations])
-    told = ("step", "seqlen", "lr", "loss")
-    spikes = [
-        {**{name: record[name] for name in told}, "ratio": float(ratio)}
-        for record, ratio in zip(steps, ratios, strict=True)
-        if ratio > SPIKE
-    ]
-    fluctuations = [
-        {"step": record["step"], "valid_ppl": record["valid_ppl"], "ratio": float(ratio)}
-        for record, ratio in zip(evaluations, perplexity, strict=True)
-        if ratio > SIGNIFICANT
-    ]
+    spikes = _records_above(SPIKE, steps, ratios, ("step", "seqlen", "lr", "loss"))
+    # A single step has the ratio NaN, so there is no maximum.
     return {
         "steps": len(steps),
         "spikes": spikes,
         "spike_share": len(spikes) / len(steps),
-        "max_loss_ratio": _largest(ratios),
+        "max_loss_ratio": float(np.nanmax(ratios)) if len(steps) > 1 else None,
         "max_loss_ratio_step": steps[int(np.nanargmax(ratios))]["step"] if len(steps) > 1 else None,
         "evaluations": len(evaluations),
-        "fluctuations": fluctuations,
-        "max_perplexity_ratio": _largest(perplexity),
-        "correlations": _correlations(steps, ratios),
+        "fluctuations": _records_above(SIGNIFICANT, evaluations, perplexity, ("step", "valid_ppl")),
+        "max_perplexity_ratio": float(np.nanmax(perplexity)) if len(evaluations) > 1 else None,
+        "correlations": correlations(steps, ratios),
     }
 
 
-def _largest(ratios: NDArray[np.float64]) -> float | None:
-    return float(np.nanmax(ratios)) if len(ratios) > 1 else None
+def _records_above(
+    limit: float, records: Sequence[dict[str, Any]], ratios: NDArray[np.float64], keys: Sequence[str]
+) -> list[dict[str, Any]]:
+    """Return ``keys`` and ``ratio`` of the records whose ratio is above ``limit``."""
+    return [
+        {**{key: record[key] for key in keys}, "ratio": float(ratio)}
+        for record, ratio in zip(records, ratios, strict=True)
+        if ratio > limit
+    ]
 
 
-def _correlations(steps: Sequence[dict[str, Any]], ratios: NDArray[np.float64]) -> dict[str, dict[str, float]]:
-    """Pearson's r and its p-value over the steps that hold a variance; none where one of the two never changes."""
-    found = {}
-    for name in _VARIANCES:
+def listed_spikes(spikes: Sequence[dict[str, Any]], half: int = 10) -> Sequence[dict[str, Any]]:
+    """Return the first ``half`` spikes and the ``half`` largest others, in order of their steps."""
+    if len(spikes) <= 2 * half:
+        return spikes
+    largest = sorted(spikes[half:], key=lambda spike: float(spike["ratio"]))[-half:]
+    return sorted([*spikes[:half], *largest], key=lambda spike: int(spike["step"]))
+
+
+def correlations(steps: Sequence[dict[str, Any]], ratios: NDArray[np.float64]) -> dict[str, dict[str, float]]:
+    """Return Pearson's r of Adam's variance and the loss ratio, its p-value, and the number of steps that have both.
+
+    {``variance_norm``: {``r``, ``p``, ``steps``}, ``variance_max``: ...}; without a measure that fewer than three steps
+    have, or where one of the two never changes.
+    """
+    measured = {}
+    for name in ("variance_norm", "variance_max"):
         pairs = [
             (float(ratio), float(record[name]))
             for record, ratio in zip(steps, ratios, strict=True)
             if record.get(name) is not None and not math.isnan(ratio)
         ]
-        if len(pairs) < 3 or any(len(set(column)) == 1 for column in zip(*pairs, strict=True)):
+        # r of two points is always 1 or -1, and a constant has no correlation.
+        loss_ratios, variances = [ratio for ratio, _ in pairs], [variance for _, variance in pairs]
+        if len(pairs) < 3 or len(set(loss_ratios)) == 1 or len(set(variances)) == 1:
             continue
         from scipy.stats import pearsonr  # slow to import, and only needed here
 
-        result = pearsonr(*zip(*pairs, strict=True))
-        found[name] = {"r": float(result.statistic), "p": float(result.pvalue), "steps": len(pairs)}
-    return found
+        result = pearsonr(loss_ratios, variances)
+        measured[name] = {"r": float(result.statistic), "p": float(result.pvalue), "steps": len(pairs)}
+    return measured
 
 
 def describe_stability(summary: dict[str, Any]) -> str:
-    """The summary as lines for a terminal."""
+    """Return the measures as lines for a terminal."""
     if summary["max_loss_ratio"] is None:
         return "loss ratio       needs two steps"
-    count, share = len(summary["spikes"]), summary["spike_share"]
+    spikes, share = len(summary["spikes"]), summary["spike_share"]
     lines = [
-        f"loss ratio       over {SPIKE} at {count:,} of {summary['steps']:,} steps ({share:.2%}), at most "
+        f"loss ratio       over {SPIKE} at {spikes:,} of {summary['steps']:,} steps ({share:.2%}), at most "
         f"{summary['max_loss_ratio']:.3f} at step {summary['max_loss_ratio_step']:,}"
     ]
     if summary["max_perplexity_ratio"] is not None:
-        count, most = len(summary["fluctuations"]), summary["max_perplexity_ratio"]
-        of = f"{summary['evaluations']:,} evaluations"
-        lines.append(f"perplexity ratio over {SIGNIFICANT} at {count:,} of {of}, at most {most:.3f}")
-    for name, one in summary["correlations"].items():
-        told = f"p = {one['p']:.2g}, {one['steps']:,} steps"
-        lines.append(f"Pearson's r      {one['r']:.2f} of loss ratio and {name} ({told})")
+        fluctuations, evaluations = len(summary["fluctuations"]), summary["evaluations"]
+        lines.append(
+            f"perplexity ratio over {SIGNIFICANT} at {fluctuations:,} of {evaluations:,} evaluations, at most "
+            f"{summary['max_perplexity_ratio']:.3f}"
+        )
+    for name, pearson in summary["correlations"].items():
+        lines.append(
+            f"Pearson's r      {pearson['r']:.2f} of loss ratio and {name} "
+            f"(p = {pearson['p']:.2g}, {pearson['steps']:,} steps)"
+        )
     return "\n".join(lines)

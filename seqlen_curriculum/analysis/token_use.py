@@ -1,4 +1,4 @@
-"""What the ways of cutting make of a run's corpora, as a picture."""
+"""How the ways of shortening samples use a run's corpora, as a picture."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ __all__ = ["draw_data_use"]
 
 
 def draw_data_use(summary: dict[str, Any], path: Path) -> None:
-    """Tokens trained on, recycled and dropped by each of ``ways``; epochs of each of ``sources`` against steps.
+    """Write the tokens each way trains on, recycles and drops, and the epochs of each source against steps.
 
-    ``summary`` is ``seqlen_curriculum.data.inspection.token_use.account``'s; a picture by suffix.
+    ``summary`` is what ``seqlen_curriculum.data.inspection.token_use.account`` returns; the suffix is the format.
     """
     from matplotlib.figure import Figure  # slow to import, and only needed here
 
@@ -19,11 +19,13 @@ def draw_data_use(summary: dict[str, Any], path: Path) -> None:
     bars, epochs = figure.subplots(1, 2)
     _draw_ways(bars, summary["ways"])
     for source in summary["sources"]:
-        steps = source["epoch_steps"]
-        last = [(summary["steps"], source["epochs"])] if len(steps) >= source["epochs"] else []  # else not all are told
-        points = [*((step, epoch) for epoch, step in enumerate(steps)), *last]
-        epochs.plot(*zip(*points, strict=True), marker=".", label=source["name"])
-    epochs.set(xlabel="step", ylabel="epochs read", title="this run's sources")
+        points = [(step, epoch) for epoch, step in enumerate(source["epoch_steps"])]
+        # 2.5 epochs begin at 3 steps, and the run ends half an epoch after the third. A source of very many epochs lists
+        # the first of them only: its line ends with the last that is listed.
+        if len(points) >= source["epochs"]:
+            points.append((summary["steps"], source["epochs"]))
+        epochs.plot([step for step, _ in points], [epoch for _, epoch in points], marker=".", label=source["name"])
+    epochs.set(xlabel="step", ylabel="epochs read", title="sources of this run")
     epochs.legend(fontsize="small")
     for axis in (bars, epochs):
         axis.grid(alpha=0.3)
@@ -31,18 +33,17 @@ def draw_data_use(summary: dict[str, Any], path: Path) -> None:
 
 
 def _draw_ways(axis: Any, ways: list[dict[str, Any]]) -> None:
-    """A bar a way, from the top in the order of the table."""
+    """Draw one bar per way, in the order of the table from the top."""
     names = [f"{way['method']}, {way['leftovers']}{' *' if way['configured'] else ''}" for way in ways]
-    fresh = [way["trained_tokens"] - way["recycled_tokens"] for way in ways]
-    left = [0] * len(ways)
-    parts = {"trained on, fresh": fresh}
-    parts |= {
-        label: [way[key] for way in ways]
-        for label, key in (("trained on, recycled", "recycled_tokens"), ("dropped", "dropped_tokens"))
+    parts = {
+        "trained on, fresh": [way["trained_tokens"] - way["recycled_tokens"] for way in ways],
+        "trained on, recycled": [way["recycled_tokens"] for way in ways],
+        "dropped": [way["dropped_tokens"] for way in ways],
     }
-    for label, values in parts.items():
-        axis.barh(names, values, left=left, label=label)
-        left = [before + value for before, value in zip(left, values, strict=True)]
+    left = [0] * len(ways)
+    for label, tokens in parts.items():
+        axis.barh(names, tokens, left=left, label=label)
+        left = [begin + width for begin, width in zip(left, tokens, strict=True)]
     axis.invert_yaxis()
-    axis.set(xlabel="tokens", title="same budget by method and leftovers (* is this file's)")
+    axis.set(xlabel="tokens", title="same budget by method and leftovers (* is this configuration)")
     axis.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=3)  # below: bars fill the axis

@@ -1,9 +1,10 @@
-"""A report as files in a folder, each whole at every moment, none over a file of somebody else's."""
+"""A report as files in a folder: each is complete at every moment, and none replaces a file that is not a report's."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,11 @@ _PAGE, _NUMBERS = "report.html", "report.json"
 
 
 def check_folder(folder: Path) -> None:
-    """Raises ConfigError where a report in ``folder`` would go over a file that isn't part of an earlier one."""
+    """Raise ConfigError where a report in ``folder`` would replace a file that isn't part of an earlier one."""
     for name in (_PAGE, _NUMBERS, *(f"{plot.name}.png" for plot in PLOTS)):
         path = folder / name
+        # The mark stands near the beginning of all three kinds: the page's generator, the first key of the JSON file, and
+        # the Software entry of a PNG, which matplotlib writes before the pixels.
         if path.is_dir() or (path.exists() and MADE_BY.encode() not in path.read_bytes()[:1000]):
             raise ConfigError(
                 f"--out {folder}: {name} in it is no earlier report's; move it away or choose another folder"
@@ -32,46 +35,49 @@ def check_folder(folder: Path) -> None:
 
 
 def write_report(
-    runs: Sequence[Run], folder: Path, refresh_seconds: float | None = None, found: dict[str, Any] | None = None
+    runs: Sequence[Run], folder: Path, refresh_seconds: float | None = None, numbers: dict[str, Any] | None = None
 ) -> Path:
-    """Write ``report.html``, ``report.json`` and a PNG a plot; return the page's path. ``found`` is ``report(runs)``.
+    """Write ``report.html``, ``report.json`` and one PNG per plot; return the page's path.
 
-    With ``refresh_seconds``, for a page that will be written again soon, the page loads itself anew, and there are no PNGs.
+    ``numbers`` is ``report(runs)``, where the caller has it already. With ``refresh_seconds``, for a page that will be
+    written again soon, the page reloads itself and there are no PNGs.
     """
-    found = report(runs) if found is None else found
+    numbers = report(runs) if numbers is None else numbers
     for plot in PLOTS:
         picture = folder / f"{plot.name}.png"
         if refresh_seconds is None and plot.runs(runs):
-            _replace(picture, lambda path, plot=plot: save_png(plot, runs, path, MADE_BY))  # type: ignore[misc]
+            _replace(picture, partial(save_png, plot, runs, made_by=MADE_BY))
         else:
             picture.unlink(missing_ok=True)  # an earlier report's, by check_folder: of other runs, or out of date
-    numbers, text = json.dumps(found, indent=2) + "\n", page(found, runs, refresh_seconds)
-    _replace(folder / _NUMBERS, lambda path: path.write_text(numbers, encoding="utf-8"))
-    _replace(folder / _PAGE, lambda path: path.write_text(text, encoding="utf-8"))
+    numbers_text, page_text = json.dumps(numbers, indent=2) + "\n", page(numbers, runs, refresh_seconds)
+    _replace(folder / _NUMBERS, lambda path: path.write_text(numbers_text, encoding="utf-8"))
+    _replace(folder / _PAGE, lambda path: path.write_text(page_text, encoding="utf-8"))
     return folder / _PAGE
 
 
 def follow(folders: Mapping[str, Path], out: Path, seconds: float) -> Iterator[None]:
-    """Rewrite the report of runs (name to folder) where a log has changed since the last time, at every ``next``.
+    """Rewrite the report of runs (name to folder) at every ``next`` before which a log has changed.
 
-    Ends when all of them have reached their budgets. Runs that have made no step yet are waited for; where there is no
-    such folder, raises DataError.
+    Ends when all runs have reached their budgets. Waits for runs that have made no step yet. Raises DataError where a
+    folder doesn't exist.
     """
     before: list[tuple[int, int]] | None = None
     while True:
-        now = [_stamp(folder / log) for folder in folders.values() for log in LOGS]
-        known = [read_run(folder, name) for name, folder in folders.items()] if now != before else []
-        runs = [run for run in known if run.steps]
-        if runs:
-            write_report(runs, out, refresh_seconds=seconds)
-            if len(runs) == len(folders) and all(run.finished for run in runs):
+        stamps = [_stamp(folder / log) for folder in folders.values() for log in LOGS]
+        if stamps != before:
+            runs = [read_run(folder, name) for name, folder in folders.items()]
+            started = [run for run in runs if run.steps]
+            if started:
+                write_report(started, out, refresh_seconds=seconds)
+            if all(run.steps and run.finished for run in runs):
                 return
-        before = now
+        # Taken before the logs were read: what was written meanwhile changes the stamps of the next round.
+        before = stamps
         yield
 
 
 def _stamp(path: Path) -> tuple[int, int]:
-    """Changes whenever the file does; (0, 0) where there is none."""
+    """Return a value that changes whenever the file does; (0, 0) where there is none."""
     try:
         stat = path.stat()
     except FileNotFoundError:
@@ -80,6 +86,7 @@ def _stamp(path: Path) -> tuple[int, int]:
 
 
 def _replace(path: Path, write: Callable[[Path], object]) -> None:
+    # A browser that reloads sees the old file or the new one, never half of one.
     try:
         replace(path, write)
     except OSError as error:

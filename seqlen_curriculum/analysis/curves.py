@@ -1,0 +1,129 @@
+"""The curves of runs on matplotlib's axes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from textwrap import wrap
+from typing import Any
+
+from seqlen_curriculum.analysis.formats import tick
+from seqlen_curriculum.analysis.plots import Plot
+from seqlen_curriculum.analysis.run import Run, Series
+from seqlen_curriculum.analysis.seed_groups import seed_groups
+
+__all__ = ["COLOURS", "Curves", "add_legend", "scale_axes", "style_of"]
+
+COLOURS = ("#2f7fd1", "#d9631e", "#14966c", "#c05fa0", "#8a7a14", "#7a6bd8")
+"""Of the runs in their order: distinct for colour-blind readers, with at least 3:1 contrast on light and dark."""
+_DASHES = ("solid", "dashed", "dotted")
+_TIME_UNITS = {"hours": 1.0, "minutes": 1 / 60, "seconds": 1 / 3600}
+
+
+def style_of(number: int) -> tuple[str, str]:
+    """Return (colour, dashes) of seed group ``number``, counted from 0; the first 18 differ."""
+    return COLOURS[number % len(COLOURS)], _DASHES[number // len(COLOURS) % len(_DASHES)]
+
+
+class Curves:
+    """Draws plots of the same runs. Runs that differ only in their seed share a colour and a legend entry."""
+
+    def __init__(self, runs: Sequence[Run]) -> None:
+        self.runs = runs
+        self.groups = seed_groups(runs)
+        longest = max(float(run.series("loss").hours[-1]) for run in runs)
+        # The first unit in which the longest run takes at least 1.5: 2 h, 84 min, 72 s.
+        fitting = [unit for unit, hours in _TIME_UNITS.items() if longest >= 1.5 * hours]
+        self.time_unit = fitting[0] if fitting else "seconds"
+
+    def draw(self, axis: Any, plot: Plot) -> None:
+        """Draw the curves of ``plot`` with labels and scales."""
+        shown = plot.runs(self.runs)
+        for number, group in enumerate(self.groups):
+            label = f" {group.name}"
+            for run in (self.runs[member] for member in group.members):
+                if run in shown:
+                    self.draw_curves(axis, plot, run, style_of(number), label)
+                    label = "_"  # matplotlib leaves it out of the legend: one entry for all seeds
+        if plot.threshold is not None:
+            axis.axhline(plot.threshold, color=axis.xaxis.label.get_color(), lw=0.9, ls="--")
+        x_labels = {"step": "step", "tokens": "tokens", "hours": f"training and evaluation time ({self.time_unit})"}
+        axis.set(xlabel=x_labels[plot.x], ylabel=plot.label)
+        scale_axes(axis, plot, plot.top(self.runs))
+
+    def draw_curves(self, axis: Any, plot: Plot, run: Run, style: tuple[str, str], label: str) -> None:
+        """Draw one run: its values, those of ``plot.second_key``, and its rollbacks."""
+        colour, dashes = style
+        for key in plot.keys:
+            x, y = self.points(run.series(key).thinned(), plot)
+            if key == plot.key:
+                options = {"color": colour, "ls": dashes, "alpha": 0.88}
+            else:
+                options = {"color": axis.xaxis.label.get_color(), "alpha": 0.7}
+            # A loss ratio near 1 and a variance of 1e-5 fit one axis as fractions of their maxima.
+            if plot.second_key:
+                y, label = y / y.max(), f" {key.replace('_', ' ')}"
+            if len(x) == 1:
+                options["marker"] = "o"  # a line of one point shows nothing
+            steps = "steps-pre" if plot.steps else "default"
+            axis.plot(x, y, label=label, lw=1.2, drawstyle=steps, markersize=4, **options)
+        if plot.marks_rollbacks:
+            for rollback in run.rollbacks or ():
+                axis.axvline(rollback["step"], color=colour, lw=0.9, ls=":")
+
+    def add_validation_losses(self, axis: Any, plot: Plot) -> None:
+        """Draw validation losses as thick lines over the training losses, which become thin."""
+        from matplotlib.patheffects import withStroke
+
+        for line in axis.lines:
+            line.set(linewidth=0.7, alpha=0.6)
+        halo = withStroke(linewidth=4.5, foreground="white")
+        for number, group in enumerate(self.groups):
+            colour, dashes = style_of(number)
+            for member in group.members:
+                x, y = self.points(self.runs[member].series("valid_loss"), plot)
+                axis.plot(x, y, color=colour, ls=dashes, lw=2.4, path_effects=[halo])
+
+    def points(self, series: Series, plot: Plot) -> tuple[Any, Any]:
+        """Return the coordinates (n,) and (n,) of the series."""
+        if plot.x == "hours":
+            return series.hours / _TIME_UNITS[self.time_unit], series.values
+        return getattr(series, plot.x), series.values
+
+
+def add_legend(figure: Any, title: str | None = None) -> None:
+    """Add a legend above the axes, where it covers no curve, in as many columns as the longest name leaves room for."""
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    # Ten letters fit an inch, and the line before a label is as wide as six: a figure of 7 inches has room for 70
+    # letters, so names of up to 16 stand in three columns, of up to 28 in two, and one over 64 is wrapped.
+    room = int(10 * figure.get_figwidth())
+    columns = max(1, min(3, room // (max(map(len, labels)) + 6)))
+    # The blank before a label: matplotlib leaves out labels that begin with an underscore, as a run's name may.
+    labels = [" " + "\n ".join(wrap(label, room - 6)) for label in labels]
+    legend = figure.legend(handles, labels, loc="outside upper center", ncols=columns, title=title)
+    for line in legend.get_lines():
+        line.set(linewidth=2.4, alpha=1)
+
+
+def scale_axes(axis: Any, plot: Plot, top: float | None) -> None:
+    """Set few ticks at round numbers, without powers of ten beside the axis."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+
+    round_steps = {"steps": (1, 2, 2.5, 5, 10), "min_n_ticks": 3}
+    if plot.log:
+        axis.set_yscale("log")
+        if top:
+            axis.set_ylim(axis.dataLim.y0 / 1.08, top)
+        low, high = axis.get_ylim()
+        # Over less than a factor of 8 powers of ten would leave one tick or none; over more than 1000 they suffice.
+        if high / low < 8:
+            axis.yaxis.set_major_locator(MaxNLocator(5, **round_steps))
+        else:
+            axis.yaxis.set_major_locator(LogLocator(subs=(1,) if high / low > 1e3 else (1, 2, 5)))
+        axis.yaxis.set_minor_locator(NullLocator())
+    else:
+        axis.yaxis.set_major_locator(MaxNLocator(6, **round_steps))
+    if plot.from_zero:
+        axis.set_ylim(bottom=0)
+    axis.xaxis.set_major_locator(MaxNLocator(6, **round_steps))
+    for side in (axis.xaxis, axis.yaxis):
+        side.set_major_formatter(FuncFormatter(lambda value, _: tick(value)))
