@@ -72,8 +72,9 @@ def generate(
     """
     for prompt in prompts:
         _check_utf8(prompt)
-    words, model = load_tokenizer(path, tokenizer), load_model(path)
-    generator = _Generator(model, words, sampling, sizes_in(model.config.to_dict()).get("max_position_embeddings"))
+    loaded_tokenizer, model = load_tokenizer(path, tokenizer), load_model(path)
+    positions = sizes_in(model.config.to_dict()).get("max_position_embeddings")
+    generator = _Generator(model, loaded_tokenizer, sampling, positions)
     encoded = [generator.encode(prompt) for prompt in prompts]
     model.to(torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu"))
     for ids in encoded:
