@@ -132,7 +132,7 @@ def test_custom_set_on_the_scheduler():
         scheduler.get_difficulty(1)
     scheduler.set_custom_get_difficulty(lambda step: 10 * step)
     assert [scheduler.get_difficulty(t) for t in (0, 1, 500)] == [8, 10, 1024]
-    with pytest.raises(ConfigError, match="takes no function"):
+    with pytest.raises(ConfigError, match="schedule_type: 'fixed_linear'"):
         CurriculumScheduler(LINEAR).set_custom_get_difficulty(lambda _step: 8)
 
 
@@ -156,7 +156,7 @@ BAD = {
     "min above max": (block(min_difficulty=2048), "min_difficulty 2048 is above max_difficulty 1024"),
     "rung above max": (
         block({"total_curriculum_step": 9, "difficulty_step": 2000}),
-        "difficulty_step 2000 lifts min_difficulty 8 to 2000, above max_difficulty 1024",
+        "difficulty_step 2000 .*min_difficulty 8 .*max_difficulty 1024",
     ),
     "negative root": (
         block({**LINEAR["schedule_config"], "root_degree": -1}, schedule_type="fixed_root"),
@@ -177,7 +177,7 @@ BAD = {
         block({"total_curriculum_step": 9, "curriculum_fraction": 0.3, "difficulty_step": 8}),
         "total_curriculum_step and curriculum_fraction are given; give exactly one",
     ),
-    "no duration": (block({"difficulty_step": 8}), "none is given; give exactly one"),
+    "no duration": (block({"difficulty_step": 8}), "give exactly one of total_curriculum_step"),
     "fraction above 1": (
         block({"curriculum_fraction": 1.5, "difficulty_step": 8}),
         "curriculum_fraction: 1.5 is not valid",

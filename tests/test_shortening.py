@@ -97,5 +97,5 @@ def test_the_method_in_the_block():
     assert parse_curriculum(_block(method="window", restart_positions=True)).restart_positions
     with pytest.raises(ConfigError, match=r"curriculum_learning.method: 'windows' is not valid: .*'truncate'"):
         parse_curriculum(_block(method="windows"))
-    with pytest.raises(ConfigError, match=r'restart_positions: true goes with method "window"'):
+    with pytest.raises(ConfigError, match=r'restart_positions: true .*"window"'):
         parse_curriculum(_block(method="segment", restart_positions=True))

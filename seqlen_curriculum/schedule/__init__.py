@@ -1,1 +1,1 @@
-"""The whole run by arithmetic: lengths, rows, tokens and learning rates of any step."""
+"""The schedules of a run as pure functions of the step: sequence length, rows, consumed tokens, learning rate."""

@@ -1,4 +1,4 @@
-"""Pacing functions made of others: in coarser lengths, or by a clock that stands still at times."""
+"""Pacing functions derived from others: with lengths rounded to a bucket, or with pauses."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ import numpy as np
 
 from seqlen_curriculum.errors import ConfigError
 from seqlen_curriculum.schedule.pacing import Pacing, StepFunction, lengths_by_run
-from seqlen_curriculum.schedule.piecewise import IntArray
+from seqlen_curriculum.schedule.piecewise import IntArray, ceil_div
 
 __all__ = ["Bucketed", "Paused", "bucketed"]
 
 
 @dataclass(frozen=True)
 class Bucketed(StepFunction):
-    """Every length of ``inner`` down to a multiple of ``bucket``, as ``difficulty_step`` rounds those of a ramp.
+    """``inner`` with every length rounded down to a multiple of ``bucket``, as ``difficulty_step`` does for a ramp.
 
-    Never below ``inner.lowest`` rounded up to a multiple; ``inner.highest`` stays as it is even where it is none.
+    No length is below ``inner.lowest`` rounded up to a multiple. ``inner.highest`` stays even if it is not a multiple.
     """
 
     inner: Pacing
@@ -29,7 +29,7 @@ class Bucketed(StepFunction):
 
     @property
     def lowest(self) -> int:
-        return min(-(-self.inner.lowest // self.bucket) * self.bucket, self.highest)
+        return min(ceil_div(self.inner.lowest, self.bucket) * self.bucket, self.highest)
 
     @property
     def highest(self) -> int:
@@ -39,6 +39,7 @@ class Bucketed(StepFunction):
         return self._rounded(self.inner(steps))
 
     def _rounded(self, lengths: IntArray) -> IntArray:
+        # Bucket 64 of lengths 8 to 100: 8 -> 64 (lowest), 70 -> 64, 99 -> 64, and 100, the longest, stays 100.
         down = np.maximum(lengths - lengths % self.bucket, self.lowest)
         return np.where(lengths == self.highest, self.highest, down)
 
@@ -49,7 +50,10 @@ class Bucketed(StepFunction):
 
 @dataclass(frozen=True)
 class Paused(StepFunction):
-    """``inner`` by a clock that stands still for ``interval`` steps after each step of ``held``, which are as far apart."""
+    """``inner`` paused for ``interval`` steps after each step of ``held``; these are at least ``interval`` apart.
+
+    With ``held`` (2,) and ``interval`` 3, steps 1 to 7 have the lengths of steps 1, 2, 2, 2, 2, 3, 4 of ``inner``.
+    """
 
     inner: Pacing
     held: tuple[int, ...]
@@ -69,14 +73,16 @@ class Paused(StepFunction):
         return self.inner.highest
 
     def clock(self, steps: IntArray) -> IntArray:
-        """Which of the steps of ``inner`` each step is."""
-        waited = np.clip(steps[:, None] - np.asarray(self.held, np.int64), 0, self.interval).sum(axis=1)
-        return np.asarray(steps - waited, np.int64)
+        """Return the step of ``inner`` whose length each step has."""
+        # (steps, held): how many steps of each pause are over, 0 before it and all of them after it.
+        paused = np.clip(steps[:, None] - np.asarray(self.held, np.int64), 0, self.interval)
+        return np.asarray(steps - paused.sum(axis=1), np.int64)
 
     def _at_clock(self, times: IntArray) -> IntArray:
-        """The first step at which the clock shows each of ``times``."""
-        before = np.searchsorted(self.clock(np.asarray(self.held, np.int64)), times, side="left")
-        return np.asarray(times + self.interval * before, np.int64)
+        """Return the first step at which the clock shows each of ``times``."""
+        # A pause after the first step that shows the time doesn't count, so only holds at an earlier time do.
+        pauses_before = np.searchsorted(self.clock(np.asarray(self.held, np.int64)), times, side="left")
+        return np.asarray(times + self.interval * pauses_before, np.int64)
 
     def _lengths(self, steps: IntArray) -> IntArray:
         return self.inner(self.clock(steps))
@@ -87,15 +93,15 @@ class Paused(StepFunction):
 
 
 def bucketed(pacing: Pacing, bucket: int | None) -> Pacing:
-    """``pacing`` in lengths that are multiples of ``bucket``; as it is for None. ConfigError if there are none."""
+    """Return ``pacing`` with lengths in multiples of ``bucket``, unchanged for None. ConfigError if no multiple fits."""
     if bucket is None:
         return pacing
     if bucket > pacing.highest:
         raise ConfigError(f"training.seqlen_bucket: {bucket} is above the longest length {pacing.highest}; lower it")
-    lowest = -(-pacing.lowest // bucket) * bucket
+    lowest = ceil_div(pacing.lowest, bucket) * bucket
     if lowest > pacing.highest > pacing.lowest:
         raise ConfigError(
-            f"training.seqlen_bucket: {bucket} lifts the shortest length {pacing.lowest} to {lowest}, above the longest "
+            f"training.seqlen_bucket: {bucket} raises the shortest length {pacing.lowest} to {lowest}, above the longest "
             f"{pacing.highest}; lower it"
         )
     return Bucketed(pacing, bucket)

@@ -1,4 +1,4 @@
-"""DeepSpeed's ``curriculum_learning`` block as users have it on disk, checked, and the pacing function it names."""
+"""DeepSpeed's ``curriculum_learning`` block: its checks, and the pacing function of each schedule type."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from seqlen_curriculum.fields import Section, Seqlen, describe_errors, load_func
 from seqlen_curriculum.schedule.adjusted_pacing import bucketed
 from seqlen_curriculum.schedule.batch_size_warmup import BatchSizeRamp
 from seqlen_curriculum.schedule.pacing import Custom, Discrete, Mixed, Pacing, Root
+from seqlen_curriculum.schedule.piecewise import ceil_div
 from seqlen_curriculum.schedule.schedule_config import (
     AdaptiveSchedule,
     CustomSchedule,
@@ -37,7 +38,7 @@ BLOCK = "curriculum_learning"
 
 
 class _Curriculum(Section):
-    """What every schedule type shares."""
+    """The keys that every schedule type has."""
 
     enabled: bool = True
     """``false`` trains at full length from the first step."""
@@ -48,16 +49,18 @@ class _Curriculum(Section):
     max_difficulty: Seqlen
     """Last length, normally the data's ``seq_length``."""
     method: Method = "truncate"
-    """What becomes of a sample of ``seq_length`` tokens: ``truncate`` to its first tokens, as in the paper; ``segment``: cut
-    into ``seq_length // seqlen`` rows; ``window``: whole rows that attend within aligned windows of today's length."""
+    """How a sample of ``seq_length`` tokens is shortened to the step's ``seqlen``. ``truncate`` keeps its first tokens, as
+    in the paper. ``segment`` cuts it into ``seq_length // seqlen`` rows. ``window`` keeps whole rows and limits attention
+    to aligned windows of ``seqlen`` tokens."""
     restart_positions: bool = False
-    """With ``window``: positions are counted from 0 in each window. Without, they run on through the row."""
+    """Only with ``window``: count positions from 0 in each window instead of through the whole row."""
 
     @model_validator(mode="after")
     def _positions_of_windows(self) -> _Curriculum:
         if self.restart_positions and self.method != "window":
             raise ValueError(
-                f'restart_positions: true goes with method "window"; "{self.method}" counts every row\'s positions from 0'
+                f'restart_positions: true needs method "window", not "{self.method}", which counts every row from 0; set it '
+                "to false"
             )
         return self
 
@@ -68,27 +71,38 @@ class _Curriculum(Section):
                 f"min_difficulty {self.min_difficulty} is above max_difficulty {self.max_difficulty}; "
                 "lengths grow from the minimum to the maximum"
             )
-        step = getattr(getattr(self, "schedule_config", None), "difficulty_step", 1)
-        lowest = -(-self.min_difficulty // step) * step
+        step = self.difficulty_step
+        lowest = ceil_div(self.min_difficulty, step) * step  # 8 in steps of 2000 is 2000
         if lowest > self.max_difficulty:
             raise ValueError(
-                f"schedule_config.difficulty_step {step} lifts min_difficulty {self.min_difficulty} to {lowest}, above "
+                f"schedule_config.difficulty_step {step} raises min_difficulty {self.min_difficulty} to {lowest}, above "
                 f"max_difficulty {self.max_difficulty}; lower difficulty_step"
             )
         return self
 
-    def shortening(self, seq_length: int | None = None) -> Shortening:
-        """What becomes of a sample of ``seq_length`` tokens (default: of the longest length)."""
-        return Shortening(self.method, seq_length or self.max_difficulty)
+    @property
+    def difficulty_step(self) -> int:
+        """Every length but the longest is a multiple of this; 1 where lengths are listed."""
+        return 1
 
-    def _range_of(self, schedule: LinearSchedule | CustomSchedule) -> tuple[int, int, int]:
-        return self.min_difficulty, self.max_difficulty, schedule.difficulty_step
+    def shortening(self, seq_length: int | None = None) -> Shortening:
+        """Return how samples of ``seq_length`` tokens (default: the longest length) are shortened."""
+        return Shortening(self.method, seq_length or self.max_difficulty)
 
 
 class RampCurriculum(_Curriculum):
     """``fixed_linear`` and ``fixed_root``."""
 
     schedule_config: LinearSchedule
+
+    @property
+    def difficulty_step(self) -> int:
+        return self.schedule_config.difficulty_step
+
+    @property
+    def root_degree(self) -> float:
+        """The ramp's exponent is ``1 / root_degree``; 1 is linear."""
+        return 1.0
 
     def pacing(
         self,
@@ -97,14 +111,17 @@ class RampCurriculum(_Curriculum):
         bucket: int | None = None,
         seq_length: int | None = None,
     ) -> Pacing:
-        """The ramp in multiples of ``bucket``. The rest, of the run, is needed unless the ramp is given in steps."""
-        schedule = self.schedule_config
-        bounds = self._range_of(schedule)
-        degree, shortening = getattr(schedule, "root_degree", 1.0), self.shortening(seq_length)
+        """Return the ramp with lengths in multiples of ``bucket``.
+
+        A ramp given in tokens needs ``rows``, one given as a fraction ``train_tokens`` too. Raises ConfigError.
+        """
+        schedule, shortening = self.schedule_config, self.shortening(seq_length)
 
         def ramp(total_steps: int) -> Pacing:
-            return bucketed(Root(*bounds, total_steps=total_steps, root_degree=degree), bucket)
+            bounds = (self.min_difficulty, self.max_difficulty, self.difficulty_step)
+            return bucketed(Root(*bounds, total_steps=total_steps, root_degree=self.root_degree), bucket)
 
+        # T is solved with the bucketed ramp, whose lengths the run has: a coarser ramp needs more steps for as many tokens.
         if schedule.total_curriculum_step is not None:
             return ramp(schedule.total_curriculum_step)
         if rows is not None and schedule.total_curriculum_tokens is not None:
@@ -129,12 +146,16 @@ class RootCurriculum(RampCurriculum):
     schedule_type: Literal["fixed_root"]
     schedule_config: RootSchedule
 
+    @property
+    def root_degree(self) -> float:
+        return self.schedule_config.root_degree
+
 
 class AdaptiveCurriculum(RampCurriculum):
-    """The paper's linear function by a clock that stands still while the validation perplexity fluctuates.
+    """The paper's linear function, paused while the validation perplexity fluctuates.
 
-    Section 4 tried pacing by losses, found it no better than linear, and in need of tuning. Where no evaluation is held
-    this is ``fixed_linear``; what was held is state of a run (``RunConfig.held``).
+    Section 4 tried pacing by losses and found it no better than linear, and in need of tuning. Without a pause this is
+    ``fixed_linear``. The pauses are state of a run (``RunConfig.held``).
     """
 
     schedule_type: Literal["adaptive"]
@@ -142,10 +163,11 @@ class AdaptiveCurriculum(RampCurriculum):
 
 
 class _PlainCurriculum(_Curriculum):
-    """What depends on the step alone, not on the run."""
+    """Schedules that depend on the step alone, not on the rows or the budget of the run."""
 
     @abstractmethod
-    def _schedule(self) -> Pacing: ...
+    def _schedule(self) -> Pacing:
+        """Return the pacing before its lengths are rounded to a bucket."""
 
     def pacing(
         self,
@@ -154,7 +176,7 @@ class _PlainCurriculum(_Curriculum):
         bucket: int | None = None,
         seq_length: int | None = None,  # noqa: ARG002
     ) -> Pacing:
-        """The length of each step, in multiples of ``bucket``."""
+        """Return the pacing with lengths in multiples of ``bucket``. Raises ConfigError."""
         return bucketed(self._schedule(), bucket)
 
 
@@ -165,7 +187,8 @@ class LevelsCurriculum(_PlainCurriculum):
 
     @model_validator(mode="after")
     def _inside_range(self) -> LevelsCurriculum:
-        outside = [d for d in self.schedule_config.difficulty if not self.min_difficulty <= d <= self.max_difficulty]
+        lengths = self.schedule_config.difficulty
+        outside = [length for length in lengths if not self.min_difficulty <= length <= self.max_difficulty]
         if outside:
             raise ValueError(
                 f"schedule_config.difficulty: {outside} lie outside min_difficulty {self.min_difficulty} to "
@@ -185,7 +208,7 @@ class DiscreteCurriculum(LevelsCurriculum):
 
 
 class MixedCurriculum(LevelsCurriculum):
-    """Lengths that take turns; the paper's Figure 2 is ``{"difficulty": [128, 1024], "steps": [900, 100]}``."""
+    """Lengths that alternate; the paper's Figure 2 is ``{"difficulty": [128, 1024], "steps": [900, 100]}``."""
 
     schedule_type: Literal["fixed_mixed"]
     schedule_config: MixedSchedule
@@ -195,22 +218,26 @@ class MixedCurriculum(LevelsCurriculum):
 
 
 class CustomCurriculum(_PlainCurriculum):
-    """A function of the user's, by import path or set on the scheduler."""
+    """A user's function, given by import path or set on the scheduler."""
 
     schedule_type: Literal["custom"]
     schedule_config: CustomSchedule = CustomSchedule()
 
+    @property
+    def difficulty_step(self) -> int:
+        return self.schedule_config.difficulty_step
+
     def _schedule(self) -> Custom:
         if self.schedule_config.function is None:
             raise ConfigError(
-                f"{BLOCK}.schedule_config.function: not given; name a 'package.module:function', or call "
+                f"{BLOCK}.schedule_config.function: required, but not given; write 'package.module:function', or call "
                 "set_custom_get_difficulty before the first step"
             )
         return self.with_function(load_function(self.schedule_config.function))
 
     def with_function(self, function: Callable[[int], float]) -> Custom:
-        """The pacing of ``function(step)``."""
-        return Custom(*self._range_of(self.schedule_config), function=function)
+        """Return the pacing of ``function(step)``."""
+        return Custom(self.min_difficulty, self.max_difficulty, self.difficulty_step, function=function)
 
 
 CurriculumConfig: TypeAlias = (
@@ -227,7 +254,7 @@ _TYPES: dict[str, type[CurriculumConfig]] = {
 
 
 def curriculum_problems(block: object) -> tuple[CurriculumConfig | None, list[str]]:
-    """The parsed block, or None and one line for each of its problems."""
+    """Return the parsed block, or None and one line for each of its problems."""
     if not isinstance(block, Mapping):
         return None, [f"{BLOCK}: {block!r} is not an object; write {{...}}"]
     kind = block.get("schedule_type")
@@ -242,15 +269,15 @@ def curriculum_problems(block: object) -> tuple[CurriculumConfig | None, list[st
 
 
 def parse_curriculum(block: Mapping[str, Any]) -> CurriculumConfig:
-    """DeepSpeed's block as a checked object; a ConfigError lists all its problems."""
-    config, found = curriculum_problems(block)
+    """Return DeepSpeed's block as a checked object. Raises one ConfigError that lists all problems."""
+    config, problems = curriculum_problems(block)
     if config is None:
-        raise ConfigError(found)
+        raise ConfigError(problems)
     return config
 
 
 def constant_curriculum(seqlen: int) -> DiscreteCurriculum:
-    """One stage of ``seqlen`` that never ends: no curriculum."""
+    """Return the curriculum that has ``seqlen`` at every step: training without a curriculum."""
     stages = DiscreteSchedule(difficulty=[seqlen], max_step=[])
     return DiscreteCurriculum(
         min_difficulty=seqlen, max_difficulty=seqlen, schedule_type="fixed_discrete", schedule_config=stages

@@ -1,9 +1,9 @@
 """Pacing functions: the sequence length of a step, as pure functions of the step.
 
-IntArray are 1-based as in DeepSpeed: the first optimizer step is 1. Every function takes one step or an array of steps
-and gives the same value for a step either way, to the last bit. Source: Section 4 of Li, Zhang and He, 2022 ("The
-Stability-Efficiency Dilemma"), and DeepSpeed's ``curriculum_scheduler.py``, whose formula this equals wherever that
-one is valid (lengths that are multiples of ``difficulty_step``).
+Steps are 1-based as in DeepSpeed: the first optimizer step is 1. Every function takes one step or an array of steps and
+returns bit-identical values either way. Source: Section 4 of Li, Zhang and He, 2022 ("The Stability-Efficiency
+Dilemma"), and DeepSpeed's ``curriculum_scheduler.py``. The lengths equal DeepSpeed's wherever DeepSpeed's are valid
+(multiples of ``difficulty_step``).
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ import numpy as np
 import numpy.typing as npt
 
 from seqlen_curriculum.errors import ConfigError
-from seqlen_curriculum.schedule.piecewise import IntArray
+from seqlen_curriculum.schedule.piecewise import IntArray, ceil_div
 
 __all__ = ["Custom", "Discrete", "Mixed", "Pacing", "Root", "StepFunction", "elementwise", "lengths_by_run"]
 
 
 def elementwise(function: Callable[[float], float], values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """``function`` of the C library on each value.
+    """Apply a ``function`` of the C library to each value.
 
     numpy's own ``power`` and ``cos`` use SIMD code that may differ from the C library in the last bit, and a floor
     would make that one bit a different length: a plan must equal its run.
@@ -33,7 +33,7 @@ def elementwise(function: Callable[[float], float], values: npt.NDArray[np.float
 
 
 class Pacing(Protocol):
-    """A step-to-length function that also knows where it changes."""
+    """A function from step to length that can also list its changes."""
 
     @overload
     def __call__(self, steps: int) -> int: ...
@@ -41,7 +41,7 @@ class Pacing(Protocol):
     def __call__(self, steps: IntArray) -> IntArray: ...
 
     def changes(self, last_step: int) -> tuple[IntArray, IntArray]:
-        """First step and length of each run of equal lengths, covering at least steps 1 to ``last_step``."""
+        """Return first step and length of each run of equal lengths, for at least steps 1 to ``last_step``."""
         ...
 
     @property
@@ -61,10 +61,11 @@ class Pacing(Protocol):
 
 
 class StepFunction(ABC):
-    """Scalar and vectorised calls from one vectorised ``_lengths``."""
+    """Base that derives calls with one step or an array of steps from one vectorised ``_lengths``."""
 
     @abstractmethod
-    def _lengths(self, steps: IntArray) -> IntArray: ...
+    def _lengths(self, steps: IntArray) -> IntArray:
+        """Return the length of each step, (n,) to (n,)."""
 
     @overload
     def __call__(self, steps: int) -> int: ...
@@ -73,16 +74,17 @@ class StepFunction(ABC):
     def __call__(self, steps: int | IntArray) -> int | IntArray:
         at = np.asarray(steps)
         if at.dtype.kind not in "iu":
-            raise ConfigError(f"step: {steps!r} is not a whole number; steps count from 1")
+            raise ConfigError(f"step: {steps!r} is not a whole number; give steps counted from 1")
         if at.size and int(at.min()) < 0:
-            raise ConfigError(f"step: {int(at.min())} is negative; steps count from 1")
+            raise ConfigError(f"step: {int(at.min())} is negative; give steps counted from 1")
+        # One step takes the same vectorised path as many, so a plan of all steps equals the run step by step.
         lengths = self._lengths(np.atleast_1d(at))
         return int(lengths[0]) if at.ndim == 0 else lengths
 
 
 @dataclass(frozen=True)
 class _Ladder(StepFunction):
-    """The rungs that lengths are rounded to: multiples of ``difficulty_step``, and the maximum itself."""
+    """Rounding to rungs: multiples of ``difficulty_step``, and the maximum itself whether it is a multiple or not."""
 
     min_difficulty: int
     max_difficulty: int
@@ -91,14 +93,16 @@ class _Ladder(StepFunction):
     @property
     def lowest(self) -> int:
         """``min_difficulty`` rounded up to a multiple of ``difficulty_step``."""
-        return -(-self.min_difficulty // self.difficulty_step) * self.difficulty_step
+        return ceil_div(self.min_difficulty, self.difficulty_step) * self.difficulty_step
 
     @property
     def highest(self) -> int:
         return self.max_difficulty
 
     def _rounded(self, raw: npt.NDArray[np.float64]) -> IntArray:
-        """Floor, round down to a multiple, never below ``lowest``, exactly the maximum where ``raw`` reaches it."""
+        """Floor, round down to a multiple, never below ``lowest``; exactly the maximum where ``raw`` reaches it."""
+        # min 10, max 100, step 16: 10.0 -> 16 (lowest), 47.9 -> 32, 99.9 -> 96, 100.0 -> 100 (no multiple, but the maximum).
+        # With min 97 lowest would be 112, above the maximum; the last minimum keeps such a rung at 100.
         whole = np.floor(np.clip(raw, 0, self.max_difficulty)).astype(np.int64)
         rung = np.maximum(whole - whole % self.difficulty_step, self.lowest)
         return np.where(raw >= self.max_difficulty, self.max_difficulty, np.minimum(rung, self.max_difficulty))
@@ -128,9 +132,10 @@ class Root(_Ladder):
         return np.where(steps >= self.total_steps, self.max_difficulty, self._rounded(raw))
 
     def changes(self, last_step: int) -> tuple[IntArray, IntArray]:  # noqa: ARG002 - the whole ramp costs no more
-        """By bisection for every rung at once: the cost grows with log(T), not with T."""
+        """Bisect for the first step of every rung at once: the cost grows with log(T), not with T."""
         rungs = np.arange(self.lowest, self.max_difficulty, self.difficulty_step, dtype=np.int64)
         rungs = np.append(rungs, self.max_difficulty)
+        # (before, at] holds the first step whose length reaches the rung; each pass halves it for all rungs together.
         before, at = np.zeros_like(rungs), np.full_like(rungs, max(self.total_steps, 1))
         while np.any(at - before > 1):  # invariant: length(before) < rung <= length(at), step 0 counting as below
             middle = (before + at) // 2
@@ -143,7 +148,7 @@ class Root(_Ladder):
 
 @dataclass(frozen=True)
 class _Levels(StepFunction):
-    """Lengths that are listed one by one."""
+    """Lengths listed one by one in ``difficulty``."""
 
     difficulty: tuple[int, ...]
 
@@ -158,9 +163,9 @@ class _Levels(StepFunction):
 
 @dataclass(frozen=True)
 class Discrete(_Levels):
-    """``difficulty[i]`` up to and including step ``max_step[i]``; the last length for all later steps.
+    """``difficulty[i]`` up to and including step ``max_step[i]``, and the last length for all later steps.
 
-    One more difficulty than steps. Two levels are Shortformer's two stages. Lengths may also fall.
+    ``difficulty`` has one entry more than ``max_step``. Two levels are Shortformer's two stages. Lengths may also fall.
     """
 
     max_step: tuple[int, ...]
@@ -170,17 +175,18 @@ class Discrete(_Levels):
         return self.max_step[-1] + 1 if self.max_step else 1
 
     def _lengths(self, steps: IntArray) -> IntArray:
+        # side="left": step max_step[i] itself still has level i.
         level = np.searchsorted(np.asarray(self.max_step, np.int64), steps, side="left")
         return np.asarray(self.difficulty, np.int64)[level]
 
-    def changes(self, last_step: int) -> tuple[IntArray, IntArray]:  # noqa: ARG002 - all of it is in the lists
+    def changes(self, last_step: int) -> tuple[IntArray, IntArray]:  # noqa: ARG002 - the lists are the whole run
         first_steps = np.asarray([1, *(step + 1 for step in self.max_step)], np.int64)
         return lengths_by_run(first_steps, np.asarray(self.difficulty, np.int64))
 
 
 @dataclass(frozen=True)
 class Mixed(_Levels):
-    """``steps[i]`` steps of ``difficulty[i]`` each, one after the other, again and again without end.
+    """``steps[i]`` steps of ``difficulty[i]``, one after the other, repeated without end.
 
     The paper's Figure 2: 900 steps of 128, then 100 of 1024, in every 1,000.
     """
@@ -193,20 +199,22 @@ class Mixed(_Levels):
 
     def _lengths(self, steps: IntArray) -> IntArray:
         ends = np.cumsum(self.steps, dtype=np.int64)
-        in_cycle = np.maximum(steps - 1, 0) % ends[-1]  # step 0, before training, has the first length
-        lengths: IntArray = np.asarray(self.difficulty, np.int64)[np.searchsorted(ends, in_cycle, side="right")]
+        # Steps 900 and 901 are 899 and 900 of the cycle; with ends [900, 1000] these are turns 0 and 1.
+        step_in_cycle = np.maximum(steps - 1, 0) % ends[-1]  # step 0, before training, has the first length
+        turn = np.searchsorted(ends, step_in_cycle, side="right")
+        lengths: IntArray = np.asarray(self.difficulty, np.int64)[turn]
         return lengths
 
     def changes(self, last_step: int) -> tuple[IntArray, IntArray]:
         ends = np.cumsum(self.steps, dtype=np.int64)
-        cycles = np.arange(-(-last_step // int(ends[-1])), dtype=np.int64)
-        first_steps = 1 + ends[-1] * cycles[:, None] + (ends - self.steps)
+        cycles = np.arange(ceil_div(last_step, int(ends[-1])), dtype=np.int64)
+        first_steps = 1 + ends[-1] * cycles[:, None] + (ends - self.steps)  # (cycles, turns)
         return lengths_by_run(first_steps.ravel(), np.tile(np.asarray(self.difficulty, np.int64), len(cycles)))
 
 
 @dataclass(frozen=True)
 class Custom(_Ladder):
-    """A user's ``function(step) -> length``, clamped to the range and rounded like every other pacing."""
+    """A user's ``function(step) -> length``, clamped to the range and rounded like a ramp."""
 
     function: Callable[[int], float]
 
@@ -224,8 +232,8 @@ class Custom(_Ladder):
             raise ConfigError(f"custom schedule: raised {type(error).__name__} at step {step}: {error}") from error
         number = isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
         if not number or not abs(value) < math.inf:
-            raise ConfigError(f"custom schedule: gave {value!r} at step {step}; it must give a finite number")
-        return float(max(min(value, self.max_difficulty), 0))  # as integers: 10**400 is no float
+            raise ConfigError(f"custom schedule: returned {value!r} at step {step}; return a finite number")
+        return float(max(min(value, self.max_difficulty), 0))  # clamped first, because float(10**400) overflows
 
     def changes(self, last_step: int) -> tuple[IntArray, IntArray]:
         steps = np.arange(1, last_step + 1, dtype=np.int64)
@@ -233,6 +241,6 @@ class Custom(_Ladder):
 
 
 def lengths_by_run(steps: IntArray, lengths: IntArray) -> tuple[IntArray, IntArray]:
-    """Keep only the entries where the length changes."""
+    """Return only the entries at which the length changes: each run of equal lengths becomes one entry."""
     changed = np.append(True, lengths[1:] != lengths[:-1])
     return steps[changed], lengths[changed]

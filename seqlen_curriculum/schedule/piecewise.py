@@ -1,4 +1,7 @@
-"""A whole number for each step of a run, and its running sum, in as many entries as the number has changes."""
+"""A whole number for each step of a run, and its running sum, in as many entries as the number has changes.
+
+For example, lengths 8, 8, 16, 16, 16, ... are ``first_steps = [1, 3]`` and ``values = [8, 16]``, however long the run is.
+"""
 
 from __future__ import annotations
 
@@ -8,39 +11,47 @@ from typing import overload
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["IntArray", "Piecewise"]
+__all__ = ["IntArray", "Piecewise", "ceil_div"]
 
 IntArray = npt.NDArray[np.int64]
 
 
-class Piecewise:
-    """``values[i]`` from step ``first_steps[i]`` (the first is 1, increasing) up to the next; the last for ever.
+def ceil_div(numerator: int, denominator: int) -> int:
+    """Return ``numerator / denominator`` rounded up, in exact integers."""
+    return -(-numerator // denominator)
 
-    Questions may be asked for one step or an array of them, and are answered by bisection. Sums must fit 64 bits.
+
+class Piecewise:
+    """``values[i]`` from step ``first_steps[i]`` (the first is 1, increasing) up to the next; the last value has no end.
+
+    Methods take one step or an array of steps and find its piece by bisection. Sums must fit 64 bits.
     """
 
     def __init__(self, first_steps: IntArray, values: IntArray) -> None:
         self.first_steps, self.values = first_steps, values
-        spent = (first_steps[1:] - first_steps[:-1]) * values[:-1]
-        self._before = np.concatenate(([0], np.cumsum(spent, dtype=np.int64)))  # the sum before each piece
+        # The sum before each piece: 8, 8, 16, ... has a first piece of 2 steps and 16 tokens, so _before is [0, 16].
+        sums = (first_steps[1:] - first_steps[:-1]) * values[:-1]  # all pieces but the last, which has no end
+        self._before = np.concatenate(([0], np.cumsum(sums, dtype=np.int64)))
 
     @classmethod
     def constant(cls, value: int) -> Piecewise:
-        """``value`` at every step."""
+        """Return ``value`` at every step."""
         return cls(np.ones(1, np.int64), np.array([value], np.int64))
 
     def map(self, function: Callable[[IntArray], IntArray]) -> Piecewise:
-        """``function`` of the value at every step."""
+        """Return ``function`` of the value at every step."""
         return Piecewise(self.first_steps, function(self.values))
 
     def times(self, other: Piecewise) -> Piecewise:
-        """The product of both at every step."""
+        """Return the product of both at every step."""
         if len(other.values) == 1:
             return Piecewise(self.first_steps, self.values * other.values)
+        # The product changes only where one of the factors does.
         first_steps = np.union1d(self.first_steps, other.first_steps)
         return Piecewise(first_steps, self.at(first_steps) * other.at(first_steps))
 
     def _piece(self, steps: int | IntArray) -> IntArray:
+        # Step 0, before training, belongs to the first piece; total() then gives 0 for it.
         return np.maximum(np.searchsorted(self.first_steps, steps, side="right") - 1, 0)
 
     @overload
@@ -48,7 +59,7 @@ class Piecewise:
     @overload
     def at(self, steps: IntArray) -> IntArray: ...
     def at(self, steps: int | IntArray) -> int | IntArray:
-        """The value of each step."""
+        """Return the value of each step."""
         if len(self.values) == 1:  # the rows of nearly every run
             return int(self.values[0]) if isinstance(steps, int) else np.full_like(steps, self.values[0])
         values = self.values[self._piece(steps)]
@@ -59,7 +70,7 @@ class Piecewise:
     @overload
     def total(self, steps: IntArray) -> IntArray: ...
     def total(self, steps: int | IntArray) -> int | IntArray:
-        """The sum from step 1 to the end of each step; 0 for step 0."""
+        """Return the sum from step 1 to the end of each step; 0 for step 0."""
         if len(self.values) == 1:
             return steps * int(self.values[0])
         piece = self._piece(steps)
@@ -67,12 +78,13 @@ class Piecewise:
         return int(total) if isinstance(steps, int) else total
 
     def steps_to(self, total: int) -> int:
-        """The first step at whose end the sum is at least ``total``; 0 for 0."""
+        """Return the first step at whose end the sum is at least ``total``; 0 for a total of 0."""
+        # side="left": a total that is exactly reached at the end of a piece is reached in that piece, not in the next one.
         piece = max(int(np.searchsorted(self._before, total, side="left")) - 1, 0)
-        in_piece = -(-(total - int(self._before[piece])) // int(self.values[piece]))
-        return int(self.first_steps[piece]) - 1 + in_piece
+        steps_in_piece = ceil_div(total - int(self._before[piece]), int(self.values[piece]))
+        return int(self.first_steps[piece]) - 1 + steps_in_piece
 
     def first_step_of(self, value: int) -> int | None:
-        """The first step with this value; None if there is none."""
-        found = np.flatnonzero(self.values == value)
-        return int(self.first_steps[found[0]]) if found.size else None
+        """Return the first step with this value, or None if no step has it."""
+        pieces = np.flatnonzero(self.values == value)
+        return int(self.first_steps[pieces[0]]) if pieces.size else None

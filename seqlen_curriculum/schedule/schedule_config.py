@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Annotated
 
 from pydantic import Field, model_validator
@@ -20,10 +21,10 @@ __all__ = [
 ]
 
 SIGNIFICANT = 1.3
-"""A validation perplexity above this multiple of the best one so far fluctuates significantly (the paper's Section 4)."""
+"""A significant fluctuation is a validation perplexity above this multiple of the best so far (the paper's Section 4)."""
 
 DURATIONS = ("total_curriculum_step", "total_curriculum_tokens", "curriculum_fraction")
-"""The keys that tell how long a ramp is, of which it has one."""
+"""The keys that set the length of a ramp; a ramp has exactly one of them."""
 
 
 class LinearSchedule(Section):
@@ -32,7 +33,7 @@ class LinearSchedule(Section):
     total_curriculum_step: Count | None = None
     """Steps from the minimum to the maximum (DeepSpeed's key; *T* in the paper). Exactly one of the three durations."""
     total_curriculum_tokens: Count | None = None
-    """The ramp's length in consumed target tokens: the smallest T whose ramp consumes at least these."""
+    """The ramp's length in consumed target tokens: the smallest T whose ramp consumes at least this many."""
     curriculum_fraction: Annotated[float, Field(gt=0, le=1)] | None = None
     """The ramp's length as a share of the run's steps (Composer's ``duration``, where 0.3 is recommended)."""
     difficulty_step: Count
@@ -42,8 +43,8 @@ class LinearSchedule(Section):
     def _one_duration(self) -> LinearSchedule:
         given = [name for name in DURATIONS if getattr(self, name) is not None]
         if len(given) != 1:
-            found = " and ".join(given) + " are given" if given else "none is given"
-            raise ValueError(f"{found}; give exactly one of {', '.join(DURATIONS)}")
+            stated = " and ".join(given) + " are given" if given else "no duration is given"
+            raise ValueError(f"{stated}; give exactly one of {', '.join(DURATIONS)}")
         return self
 
 
@@ -51,21 +52,21 @@ class AdaptiveSchedule(LinearSchedule):
     """``schedule_config`` of ``adaptive``."""
 
     perplexity_ratio: float = Field(default=SIGNIFICANT, gt=1)
-    """An evaluation whose perplexity is over so many times the best before it holds the lengths for an interval."""
+    """The ramp pauses for ``training.eval_interval`` steps whenever perplexity exceeds this multiple of the best so far."""
 
 
 class RootSchedule(LinearSchedule):
     """``schedule_config`` of ``fixed_root``."""
 
     root_degree: float = Field(gt=0)
-    """DeepSpeed's key: the exponent is ``1 / root_degree``; 1 is linear, 2 a square root that grows fast at first."""
+    """DeepSpeed's key: the exponent is ``1 / root_degree``. 1 is linear; 2 is a square root, which grows fast at first."""
 
 
 class DiscreteSchedule(Section):
     """``schedule_config`` of ``fixed_discrete``."""
 
     difficulty: list[Seqlen] = Field(min_length=1)
-    """Lengths, one for each stage."""
+    """Lengths, one per stage."""
     max_step: list[Count]
     """Last step of each stage but the last, increasing: one entry fewer than ``difficulty``."""
 
@@ -76,7 +77,7 @@ class DiscreteSchedule(Section):
                 f"difficulty has {len(self.difficulty)} entries and max_step {len(self.max_step)}; "
                 "max_step needs exactly one fewer (the last length has no end)"
             )
-        if any(later <= earlier for earlier, later in zip(self.max_step, self.max_step[1:], strict=False)):
+        if any(later <= earlier for earlier, later in pairwise(self.max_step)):
             raise ValueError(f"max_step {self.max_step} does not increase; give each stage a later last step")
         return self
 
@@ -85,9 +86,9 @@ class MixedSchedule(Section):
     """``schedule_config`` of ``fixed_mixed``."""
 
     difficulty: list[Seqlen] = Field(min_length=1)
-    """Lengths that take turns, for ever."""
+    """Lengths that alternate without end."""
     steps: list[Count]
-    """Steps of each turn, one entry for each length."""
+    """Steps of each turn, one entry per length."""
 
     @model_validator(mode="after")
     def _turns_match(self) -> MixedSchedule:
@@ -102,6 +103,7 @@ class CustomSchedule(Section):
     """``schedule_config`` of ``custom``."""
 
     function: ImportPath | None = None
-    """Import path ``package.module:function`` of a ``function(step) -> length``; ``set_custom_get_difficulty`` otherwise."""
+    """Import path ``package.module:function`` of a ``function(step) -> length``. Without it the script must call
+    ``set_custom_get_difficulty``."""
     difficulty_step: Count = 1
-    """Its values are rounded down to a multiple of this, after clamping to the range."""
+    """The function's values are clamped to the range, then rounded down to a multiple of this."""

@@ -1,4 +1,4 @@
-"""The scheduler class that DeepSpeed had before 0.19.8 removed it, so that a script changes its import line only."""
+"""The scheduler class that DeepSpeed 0.19.8 removed: a script that used it changes only its import line."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ __all__ = ["CurriculumScheduler"]
 
 
 class CurriculumScheduler:
-    """DeepSpeed's class of this name, without its faults: the length of a step depends on the step alone.
+    """DeepSpeed's class of this name, except that the length of a step depends on the step alone.
 
     ``config`` is the ``curriculum_learning`` block (a mapping, as in DeepSpeed) or a parsed one. ``rows`` (the global
-    batch, or its warmup) and ``train_tokens`` are needed only when the ramp is given in tokens or as a fraction. With
-    ``bucket`` every length is rounded down to a multiple of it. ``seq_length`` is the data's, by default the longest length.
-    Raises ConfigError.
+    batch, or its warmup) and ``train_tokens`` are needed only if the ramp is given in tokens or as a fraction. With
+    ``bucket`` every length is rounded down to a multiple of it. ``seq_length`` is that of the data (default: the longest
+    length). Raises ConfigError.
     """
 
     def __init__(
@@ -34,25 +34,26 @@ class CurriculumScheduler:
     ) -> None:
         self.config = config if isinstance(config, Section) else parse_curriculum(config)
         self._bucket = bucket
+        # A custom schedule may get its function after the scheduler is built, by set_custom_get_difficulty.
         waits = isinstance(self.config, CustomCurriculum) and self.config.schedule_config.function is None
         self._pacing: Pacing | None = None if waits else self.config.pacing(rows, train_tokens, bucket, seq_length)
         self.current_difficulty: int = self.config.min_difficulty if waits else self.get_difficulty(1)
 
     @property
     def pacing(self) -> Pacing:
-        """The step-to-length function. ConfigError while a custom schedule has no function yet."""
+        """The function from step to length. ConfigError while a custom schedule has no function."""
         return self._pacing if self._pacing is not None else self.config.pacing()
 
     def hold(self, steps: Sequence[int], interval: int) -> None:
-        """Let the lengths stand still for the ``interval`` steps after each of ``steps``, instead of those held before.
+        """Pause the ramp for ``interval`` steps after each of ``steps``, in place of all earlier pauses.
 
-        ``steps`` (1-based, ascending) are at least ``interval`` apart: an ``adaptive`` schedule's evaluations.
+        ``steps`` (1-based, ascending) are at least ``interval`` apart: evaluations of an ``adaptive`` schedule.
         """
         inner = self._pacing.inner if isinstance(self._pacing, Paused) else self.pacing
         self._pacing = Paused(inner, tuple(steps), interval) if steps else inner
 
     def get_difficulty(self, global_steps: int) -> int:
-        """The length of step ``global_steps`` (1-based), whatever was asked before."""
+        """Return the length of step ``global_steps`` (1-based), whatever the current step is."""
         return self.pacing(global_steps)
 
     def update_difficulty(self, global_steps: int) -> int:
@@ -61,7 +62,7 @@ class CurriculumScheduler:
         return self.current_difficulty
 
     def get_current_difficulty(self) -> int:
-        """The length last set by ``update_difficulty`` or ``set_current_difficulty``."""
+        """Return the length last set by ``update_difficulty`` or ``set_current_difficulty``."""
         return self.current_difficulty
 
     def set_current_difficulty(self, difficulty: int) -> None:
@@ -69,35 +70,40 @@ class CurriculumScheduler:
         self.current_difficulty = difficulty
 
     def set_custom_get_difficulty(self, schedule_function: Callable[[int], float]) -> None:
-        """Give the function of a ``custom`` schedule; its values are clamped and rounded."""
+        """Set the function of a ``custom`` schedule; its values are clamped and rounded. Raises ConfigError."""
         if not isinstance(self.config, CustomCurriculum):
-            raise ConfigError(f"{BLOCK}.schedule_type: {self.config.schedule_type!r} takes no function; use 'custom'")
+            raise ConfigError(
+                f"{BLOCK}.schedule_type: {self.config.schedule_type!r} takes no function; set it to 'custom'"
+            )
         if not callable(schedule_function):
             raise ConfigError(f"{BLOCK}: {schedule_function!r} is not a function; give a function(step) -> length")
         self._pacing = bucketed(self.config.with_function(schedule_function), self._bucket)
 
     def get_state(self) -> dict[str, Any]:
-        """DeepSpeed's state: the block's settings and ``current_difficulty``."""
-        ours = {"enabled", "curriculum_type", "method", "restart_positions"}
-        settings = self.config.model_dump(exclude_none=True, exclude=ours)
+        """Return DeepSpeed's state: the block's settings and ``current_difficulty``."""
+        not_deepspeeds = {"enabled", "curriculum_type", "method", "restart_positions"}
+        settings = self.config.model_dump(exclude_none=True, exclude=not_deepspeeds)
         return {**settings, "current_difficulty": self.current_difficulty}
 
     def set_state(self, state: Mapping[str, Any]) -> None:
-        """Take over a state of ``get_state``; ConfigError if it is another schedule's."""
+        """Load a state returned by ``get_state``. ConfigError if it belongs to another schedule."""
         if not isinstance(state.get("current_difficulty"), int):
             raise ConfigError(f"{BLOCK}: {state!r} is not a state of this scheduler; give what get_state returned")
-        ours = self.get_state()
-        other = {name: state[name] for name in ours if name in state and name != "current_difficulty"}
-        changed = [name for name in other if other[name] != ours[name]]
+        settings = self.get_state()
+        del settings["current_difficulty"]
+        # Keys of other versions of DeepSpeed are ignored on either side; only shared ones must agree.
+        changed = [name for name in settings if name in state and state[name] != settings[name]]
         if changed:
-            told = "; ".join(f"{name} is {other[name]!r} there, {ours[name]!r} here" for name in changed)
-            raise ConfigError(f"{BLOCK}: the saved state is another schedule's ({told})")
+            details = "; ".join(f"{name} is {state[name]!r} there, {settings[name]!r} here" for name in changed)
+            raise ConfigError(
+                f"{BLOCK}: the saved state belongs to another schedule ({details}); load that of this one"
+            )
         self.current_difficulty = state["current_difficulty"]
 
     def state_dict(self) -> dict[str, Any]:
-        """Same as ``get_state``, by torch's name."""
+        """Return ``get_state()``, under torch's name."""
         return self.get_state()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Same as ``set_state``, by torch's name."""
+        """Call ``set_state``, under torch's name."""
         self.set_state(state)

@@ -1,7 +1,7 @@
-"""The whole run by arithmetic: length, rows, tokens and epochs of any step, without training any.
+"""The length, rows and consumed tokens of any step of a run, computed without training.
 
-Schedules of lengths and of rows are piecewise constant, so the timeline stores one entry per change of either and answers
-for any step by bisection: a 400,000-step run costs as much as its number of different shapes.
+Lengths and rows are piecewise constant, so a timeline stores one entry per change of either and finds any step by
+bisection. A 400,000-step run costs as much as its number of different shapes.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ import numpy as np
 from seqlen_curriculum.errors import ConfigError
 from seqlen_curriculum.schedule.batch_size_warmup import BatchSizeRamp, lowest_rows, rows_by_step
 from seqlen_curriculum.schedule.pacing import Pacing
-from seqlen_curriculum.schedule.piecewise import IntArray, Piecewise
+from seqlen_curriculum.schedule.piecewise import IntArray, Piecewise, ceil_div
 from seqlen_curriculum.schedule.shortening import TRUNCATE, Shortening
 
 __all__ = ["Timeline", "ramp_steps_for_fraction", "ramp_steps_for_tokens"]
 
 
 class Timeline:
-    """Every step of a run that reads ``rows`` samples a step and stops at ``train_tokens`` consumed target tokens.
+    """A run that reads ``rows`` samples per step and stops at ``train_tokens`` consumed target tokens.
 
-    ``steps`` is the first step at whose end ``consumed_tokens >= train_tokens``. Questions may be asked for one step or an
-    array of them, from 1 to the end of the run. ``rows`` is the global batch, or its warmup; ``shortening``
-    says how a sample is shortened. Raises ConfigError for a budget too large to count in 64 bits.
+    ``rows`` is the global batch or its warmup, ``shortening`` how a sample is shortened. ``steps`` is the number of steps:
+    the first at whose end ``consumed_tokens >= train_tokens``. Methods take one step or an array of steps, from 1 to the
+    end of the run. Raises ConfigError for a budget too large to count in 64 bits.
     """
 
     def __init__(
@@ -35,6 +35,8 @@ class Timeline:
         self.pacing, self.shortening = pacing, shortening
         self.global_batch = rows if isinstance(rows, int) else rows.final
         self.train_tokens = train_tokens
+        # How far the changes must be listed depends on the number of steps, which depends on the lengths. A pacing that
+        # settles lists all its changes at once; for others twice as many steps are tried until the run ends inside.
         last_step = 1 << 16
         while True:
             self._lengths = self._within_budget(*pacing.changes(last_step), lowest_rows(rows))
@@ -48,9 +50,13 @@ class Timeline:
             last_step *= 2
 
     def _within_budget(self, first_steps: IntArray, lengths: IntArray, fewest_samples: int) -> Piecewise:
-        """Leave out what begins after any run of this budget has ended, where sums could overflow."""
+        """Return the lengths without those that begin after any run of this budget has ended: their sums could overflow.
+
+        Raises ConfigError if the sums of the others could.
+        """
         used = self.shortening.used_tokens_per_sample(lengths)
-        most_steps = -(-self.train_tokens // (fewest_samples * int(used.min())))
+        most_steps = ceil_div(self.train_tokens, fewest_samples * int(used.min()))
+        # The last step may overshoot the budget, hence one step more.
         if (most_steps + 1) * self.global_batch * int(used.max()) >= 2**63:
             raise ConfigError(
                 f"training.train_tokens: {self.train_tokens} in steps of {self.global_batch} samples of {used.min()} to "
@@ -64,7 +70,7 @@ class Timeline:
     @overload
     def seqlen(self, steps: IntArray) -> IntArray: ...
     def seqlen(self, steps: int | IntArray) -> int | IntArray:
-        """Tokens a row that each step trains on."""
+        """Return the sequence length of each step, in tokens."""
         return self.pacing(steps)
 
     @overload
@@ -72,7 +78,7 @@ class Timeline:
     @overload
     def samples(self, steps: IntArray) -> IntArray: ...
     def samples(self, steps: int | IntArray) -> int | IntArray:
-        """Samples that each step reads, over all ranks."""
+        """Return the samples that each step reads, over all ranks."""
         return self._samples.at(steps)
 
     @overload
@@ -80,7 +86,7 @@ class Timeline:
     @overload
     def rows(self, steps: IntArray) -> IntArray: ...
     def rows(self, steps: int | IntArray) -> int | IntArray:
-        """Rows that each step trains on, over all ranks: its samples, or their segments."""
+        """Return the rows that each step trains on, over all ranks: its samples, or their segments."""
         return self._rows.at(steps)
 
     @overload
@@ -88,7 +94,7 @@ class Timeline:
     @overload
     def consumed_samples(self, steps: IntArray) -> IntArray: ...
     def consumed_samples(self, steps: int | IntArray) -> int | IntArray:
-        """Samples read by the end of each step."""
+        """Return the samples read by the end of each step."""
         return self._samples.total(steps)
 
     @overload
@@ -96,48 +102,50 @@ class Timeline:
     @overload
     def consumed_tokens(self, steps: IntArray) -> IntArray: ...
     def consumed_tokens(self, steps: int | IntArray) -> int | IntArray:
-        """Target tokens trained on by the end of each step; step 0 has consumed none."""
+        """Return the target tokens trained on by the end of each step; 0 for step 0."""
         return self._tokens.total(steps)
 
     def steps_to(self, tokens: int) -> int:
-        """The first step at whose end at least ``tokens`` tokens are consumed."""
+        """Return the first step at whose end at least ``tokens`` tokens are consumed."""
         return self._tokens.steps_to(tokens)
 
     def steps_to_samples(self, samples: int) -> int:
-        """The first step at whose end at least ``samples`` samples are read."""
+        """Return the first step at whose end at least ``samples`` samples are read."""
         return self._samples.steps_to(samples)
 
     def first_step_at(self, seqlen: int) -> int | None:
-        """The first step of this length; None if the run has none."""
+        """Return the first step of this length, or None if the run has none."""
         return self._within_run(self._lengths.first_step_of(seqlen))
 
     def first_step_of_samples(self, samples: int) -> int | None:
-        """The first step of as many samples over all ranks; None if the run has none."""
+        """Return the first step that reads ``samples`` samples over all ranks, or None if the run has none."""
         return self._within_run(self._samples.first_step_of(samples))
 
     def _within_run(self, step: int | None) -> int | None:
         return step if step is not None and step <= self.steps else None
 
     def tokens_by_length(self) -> tuple[IntArray, IntArray]:
-        """Lengths in the order of use, one entry a change, and the target tokens trained on at each."""
-        first_steps = self._lengths.first_steps
-        used = first_steps <= self.steps
-        ends = np.append(first_steps[used][1:] - 1, self.steps)
-        return self._lengths.values[used], np.diff(self.consumed_tokens(ends), prepend=0)
+        """Return the lengths in order of use, one entry per change, and the target tokens trained on at each."""
+        reached = self._lengths.first_steps <= self.steps
+        first_steps = self._lengths.first_steps[reached]
+        last_steps = np.append(first_steps[1:] - 1, self.steps)
+        return self._lengths.values[reached], np.diff(self.consumed_tokens(last_steps), prepend=0)
 
     def lengths(self) -> list[int]:
-        """Every seqlen of the run, shortest first."""
-        return sorted({*self.tokens_by_length()[0].tolist()})
+        """Return every sequence length of the run, shortest first."""
+        lengths, _ = self.tokens_by_length()
+        return sorted(set(lengths.tolist()))
 
     def shapes(self) -> list[tuple[int, int]]:
-        """Every (rows, tokens of a row) the run will use, shortest first."""
+        """Return every (rows, tokens per row) that the run will use, shortest rows first."""
         steps = self._tokens.first_steps[self._tokens.first_steps <= self.steps]
         row_tokens = self.shortening.tokens_per_row(self._lengths.at(steps)).tolist()
-        used = set(zip(row_tokens, self._rows.at(steps).tolist(), strict=True))
-        return [(rows, tokens) for tokens, rows in sorted(used)]
+        shapes = set(zip(self._rows.at(steps).tolist(), row_tokens, strict=True))
+        return sorted(shapes, key=lambda shape: (shape[1], shape[0]))
 
     def tokens_by_sample(self) -> Piecewise:
-        """Target tokens of every sample in the order of reading; the first sample is 1, as steps are."""
+        """Return the target tokens of each sample in the order of reading; samples count from 1, as steps do."""
+        # Pieces by sample, not by step: 2 steps of 4 samples at 8 tokens, then 16, are 8 from sample 1 and 16 from sample 9.
         first_samples = self.consumed_samples(self._lengths.first_steps - 1) + 1
         return Piecewise(first_samples, self.shortening.used_tokens_per_sample(self._lengths.values))
 
@@ -145,7 +153,7 @@ class Timeline:
 def ramp_steps_for_tokens(
     pacing: Callable[[int], Pacing], rows: int | BatchSizeRamp, tokens: int, shortening: Shortening = TRUNCATE
 ) -> int:
-    """The smallest T whose ramp consumes at least ``tokens`` target tokens by its own end, step T.
+    """Return the smallest T whose ramp consumes at least ``tokens`` target tokens by its own end, step T.
 
     ``pacing(T)`` builds the ramp. Exact, also under a batch size warmup: each length of the longer ramp is at least that
     of the shorter one a step earlier, so by induction are its consumed tokens and the rows that follow from them. The
@@ -156,8 +164,7 @@ def ramp_steps_for_tokens(
     def enough(total_steps: int) -> bool:
         return Timeline(pacing(total_steps), rows, tokens, shortening).consumed_tokens(total_steps) >= tokens
 
-    smallest_step = lowest_rows(rows) * shortening.least_used_tokens(pacing(1).lowest)
-    return _smallest(enough, 1, max(-(-tokens // smallest_step), 1))
+    return _smallest(enough, 1, _most_steps(pacing, rows, tokens, shortening))
 
 
 def ramp_steps_for_fraction(
@@ -167,10 +174,10 @@ def ramp_steps_for_fraction(
     fraction: float,
     shortening: Shortening = TRUNCATE,
 ) -> int:
-    """The largest T with ``T <= fraction * steps``, where ``steps`` is the length of the run that this very T gives.
+    """Return the largest T with ``T <= fraction * steps``, where ``steps`` is the length of the run that this T gives.
 
     Composer's ``duration``. A longer ramp makes the run at most one step longer for each step of ramp (the induction of
-    ``ramp_steps_for_tokens``), so for ``fraction <= 1`` bisection finds the one answer. At least 1. Under ``segment`` it
+    ``ramp_steps_for_tokens``), so for ``fraction <= 1`` bisection finds the one answer, at least 1. Under ``segment`` it
     finds a T that is within the fraction where T + 1 isn't.
     """
 
@@ -179,12 +186,19 @@ def ramp_steps_for_fraction(
     def too_long(total_steps: int) -> bool:
         return total_steps > share * Timeline(pacing(total_steps), rows, train_tokens, shortening).steps
 
-    longest_run = -(-train_tokens // (lowest_rows(rows) * shortening.least_used_tokens(pacing(1).lowest)))
+    # A ramp longer than the longest run is too long at any fraction, so the bisection has an end.
+    longest_run = _most_steps(pacing, rows, train_tokens, shortening)
     return max(_smallest(too_long, 1, longest_run + 1) - 1, 1)
 
 
+def _most_steps(pacing: Callable[[int], Pacing], rows: int | BatchSizeRamp, tokens: int, shortening: Shortening) -> int:
+    """Return how many steps consume ``tokens`` even if all of them are as small as the smallest."""
+    smallest_step = lowest_rows(rows) * shortening.least_used_tokens(pacing(1).lowest)
+    return max(ceil_div(tokens, smallest_step), 1)
+
+
 def _smallest(holds: Callable[[int], bool], low: int, high: int) -> int:
-    """The smallest value in [low, high] for which ``holds``; it must hold at ``high`` and stay true once true."""
+    """Return the smallest value in [low, high] for which ``holds``; it must hold at ``high`` and stay true once true."""
     while low < high:
         middle = (low + high) // 2
         low, high = (low, middle) if holds(middle) else (middle + 1, high)

@@ -30,7 +30,7 @@ class TokenCosineParams(Section):
     warmup_steps: CountOrZero | None = None
     """Linear warmup over this many steps (the paper: 3000). At most one of the three warmups."""
     warmup_samples: CountOrZero | None = None
-    """Linear warmup over this many rows."""
+    """Linear warmup over this many samples."""
     warmup_tokens: CountOrZero | None = None
     """Linear warmup over this many target tokens (GPT-3: 375e6). Slower under a sequence length warmup."""
     decay_tokens: Count | None = None
@@ -40,16 +40,15 @@ class TokenCosineParams(Section):
 
     @model_validator(mode="after")
     def _one_warmup(self) -> TokenCosineParams:
-        given = [
-            name for name in ("warmup_steps", "warmup_samples", "warmup_tokens") if getattr(self, name) is not None
-        ]
+        warmups = ("warmup_steps", "warmup_samples", "warmup_tokens")
+        given = [name for name in warmups if getattr(self, name) is not None]
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)} are given; keep one")
         return self
 
 
 class TokenCosineConfig(Section):
-    """The ``scheduler`` section when its type is ours; other types are left to DeepSpeed."""
+    """The ``scheduler`` section if its type is ``TokenCosineLR``; other types are left to DeepSpeed."""
 
     type: Literal["TokenCosineLR"]
     """The name that selects this schedule."""
@@ -58,15 +57,16 @@ class TokenCosineConfig(Section):
 
 
 def is_token_cosine(scheduler: object) -> bool:
-    """Whether a ``scheduler`` section means ours, also where the name is nearly right."""
+    """Return whether a ``scheduler`` section asks for ``TokenCosineLR``, also if the name is slightly misspelt."""
     kind = scheduler.get("type") if isinstance(scheduler, Mapping) else None
     return isinstance(kind, str) and suggest(kind.lower(), ["tokencosinelr"], cutoff=0.8) is not None
 
 
 class TokenCosine:
-    """The learning rate of any step of a timeline, in closed form; Megatron's warmup and cosine, counted in tokens.
+    """The learning rate of any step of a timeline in closed form: Megatron's warmup and cosine, counted in tokens.
 
-    ``max_lr`` is the optimizer's ``lr``. Raises ConfigError if the warmup is as long as the decay or ``min_lr`` above it.
+    ``max_lr`` is the optimizer's ``lr``. Raises ConfigError if the warmup isn't shorter than the decay, or if ``min_lr`` is
+    above ``max_lr``.
     """
 
     def __init__(self, timeline: Timeline, params: TokenCosineParams, max_lr: float) -> None:
@@ -84,20 +84,21 @@ class TokenCosine:
             )
 
     def _tokens_at_end_of_warmup(self) -> int:
-        """Consumed tokens at the very end of the warmup, interpolated inside a step for a warmup in samples."""
+        """Return the consumed tokens at the end of the warmup, which may be inside a step if it is given in samples."""
         params, timeline = self.params, self.timeline
         after_the_run = timeline.steps + 1  # a warmup that never ends needs no exact end
         if params.warmup_steps is not None:
             return timeline.consumed_tokens(min(params.warmup_steps, after_the_run))
         if params.warmup_samples:
             samples = min(params.warmup_samples, timeline.consumed_samples(after_the_run))
+            # 6 samples of 8 tokens at 4 per step end inside step 2: 64 consumed tokens by its end, less 2 samples, are 48.
             step = timeline.steps_to_samples(samples)
             sample_tokens = timeline.shortening.used_tokens_per_sample(timeline.seqlen(step))
             return timeline.consumed_tokens(step) - (timeline.consumed_samples(step) - samples) * sample_tokens
         return params.warmup_tokens or 0
 
     def _warmup_progress(self, steps: IntArray) -> npt.NDArray[np.float64]:
-        """Share of the warmup done by the end of each step: above 1 after it, infinite where there is none."""
+        """Return the share of the warmup done by the end of each step: above 1 after it, infinite without a warmup."""
         params, timeline = self.params, self.timeline
         for length, done in (
             (params.warmup_steps, steps),
@@ -113,14 +114,14 @@ class TokenCosine:
     @overload
     def __call__(self, steps: IntArray) -> npt.NDArray[np.float64]: ...
     def __call__(self, steps: int | IntArray) -> float | npt.NDArray[np.float64]:
-        """The rate of one step (1-based) or of an array of them, the same to the last bit either way."""
+        """Return the rate of one step (1-based) or of an array of steps, bit-identical either way."""
         at = np.atleast_1d(np.asarray(steps, np.int64))
         warmup = self._warmup_progress(at)
-        # Both differences are exact integers, so at constant length this quotient is the step-wise one to the last bit.
+        # Both differences are exact integers, so at constant length this quotient is bit-identical to the step-wise one.
         decayed = self.timeline.consumed_tokens(at) - self.warmup_tokens
         progress = np.clip(decayed / (self.decay_tokens - self.warmup_tokens), 0.0, 1.0)
         cosine = 0.5 * (1.0 + elementwise(lambda x: math.cos(math.pi * x), progress))
         rate = self.params.min_lr + (self.max_lr - self.params.min_lr) * cosine
-        rate = np.where(progress >= 1.0, self.params.min_lr, rate)
+        rate = np.where(progress >= 1.0, self.params.min_lr, rate)  # whatever the C library's cos(pi) is
         rate = np.where(warmup <= 1.0, self.max_lr * np.minimum(warmup, 1.0), rate)
         return float(rate[0]) if isinstance(steps, int) else rate
