@@ -1,4 +1,4 @@
-"""Evaluate a checkpoint zero-shot: WikiText-103 and LAMBADA by Megatron's recipe, GPT-3's tasks by lm-evaluation-harness.
+"""Evaluate a checkpoint zero-shot: WikiText-103 and LAMBADA as in Megatron, GPT-3's tasks with lm-evaluation-harness.
 
 Example:
   python scripts/evaluate.py runs/slw60k --task wikitext103=wiki.test.tokens --task lambada=lambada_test.jsonl
@@ -30,10 +30,10 @@ def parse() -> argparse.Namespace:
         action="append",
         default=[],
         metavar="NAME=PATH",
-        help="wikitext103=PATH (.tokens): perplexity, a token's and adjusted to words, which is comparable between "
-        "vocabularies; lambada=PATH (JSON lines of {'text': ...}): is the last word the model's first choice",
+        help="wikitext103=PATH (a .tokens file): perplexity per token, and per word to compare vocabularies; "
+        "lambada=PATH (JSON lines of {'text': ...}): share of passages whose last word is the model's first choice",
     )
-    tasks.add_argument("--limit", type=int, metavar="N", help="only the first N windows or items of each, for a try")
+    tasks.add_argument("--limit", type=int, metavar="N", help="read only the first N windows or items of each task")
     tasks.add_argument(
         "--overlap",
         type=int,
@@ -47,13 +47,13 @@ def parse() -> argparse.Namespace:
         default=[],
         metavar="NAME",
         help="gpt3: the paper's eleven tasks (hellaswag lambada triviaqa webqs winogrande piqa arc_challenge arc_easy "
-        "anli_r1 anli_r2 anli_r3); or some of them, or any other task of lm-eval by its name",
+        "anli_r1 anli_r2 anli_r3); or names of tasks, of these or of lm-eval's",
     )
     harness.add_argument(
         "--include-path",
         type=Path,
         metavar="FOLDER",
-        help="task files (.yaml) that come before lm-eval's own; such a file may name local data, so nothing is fetched",
+        help="task files (.yaml) that replace lm-eval's own of the same name; they may read local data without a download",
     )
     harness.add_argument("--shots", type=int, default=0, metavar="N", help="examples before each question (default: 0)")
     model = parser.add_argument_group("model")
@@ -78,7 +78,7 @@ def parse() -> argparse.Namespace:
         "--out",
         type=Path,
         metavar="FILE",
-        help="write that object; a launcher's own lines are on the output, not in it",
+        help="write that object to a file (a launcher adds lines of its own to the printed one)",
     )
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # given by the launcher
     return parser.parse_args()
@@ -87,27 +87,27 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     args = parse()
     check(args)
-    first = os.environ.get("RANK", "0") == "0"  # set by the launcher
-    results = measure(args, print_lines if first and not args.json else lambda *_: None)
-    if first and args.json:
+    is_first_rank = os.environ.get("RANK", "0") == "0"  # set by the launcher
+    results = measure(args, print_lines if is_first_rank and not args.json else lambda *_: None)
+    if is_first_rank and args.json:
         print(json.dumps(results, indent=2))
-    if first and args.out:
+    if is_first_rank and args.out:
         write(args.out, results)
 
 
 def check(args: argparse.Namespace) -> None:
-    """Refuse flags that can't be meant. Raises ConfigError."""
+    """Refuse flags that exclude or lack each other, and an --out that can't be written. Raises ConfigError."""
     if not args.task and not args.harness:
         raise ConfigError("--task, --harness: neither is given; name what to evaluate, as --task wikitext103=PATH")
-    for flag, given in (("--include-path", args.include_path), ("--shots", args.shots)):
-        if given and not args.harness:
-            raise ConfigError(f"{flag} {given}: goes with --harness alone; leave it out")
-    if args.overlap is not None and not any(one.startswith("wikitext103=") for one in args.task):
+    for flag, value in (("--include-path", args.include_path), ("--shots", args.shots)):
+        if value and not args.harness:
+            raise ConfigError(f"{flag} {value}: goes with --harness alone; leave it out")
+    if args.overlap is not None and not any(task.startswith("wikitext103=") for task in args.task):
         raise ConfigError(f"--overlap {args.overlap}: goes with --task wikitext103=PATH alone; leave it out")
     if args.shots < 0:
-        raise ConfigError(f"--shots {args.shots}: give 0 or more")
+        raise ConfigError(f"--shots: {args.shots} is not valid; give 0 or more")
     if args.batch_tokens < 1:
-        raise ConfigError(f"--batch-tokens {args.batch_tokens}: give 1 or more")
+        raise ConfigError(f"--batch-tokens: {args.batch_tokens} is not valid; give 1 or more")
     if args.out and args.out.is_dir():
         raise ConfigError(f"--out {args.out}: is a folder; name a file in it")
     if args.out:
@@ -118,52 +118,53 @@ def print_lines(*lines: str) -> None:
     print(*lines, sep="\n", flush=True)
 
 
-def measure(args: argparse.Namespace, tell: Callable[..., None]) -> dict[str, Any]:
-    """All numbers of all tasks, and what they were measured on; everything is read and checked before the weights.
+def measure(args: argparse.Namespace, show: Callable[..., None]) -> dict[str, Any]:
+    """Return all numbers of all tasks, and what they were measured on.
 
-    ``tell`` is called with lines for a terminal as soon as there are any.
+    Tasks and tokenizer are read and checked before the weights. ``show`` is called with lines for a terminal as soon as
+    there are any.
     """
-    import torch  # seconds: after --help
+    import torch  # takes seconds, so only after --help
 
     from seqlen_curriculum.evaluation import evaluate
     from seqlen_curriculum.evaluation import lm_eval_tasks as harness
     from seqlen_curriculum.evaluation.distributed import join
-    from seqlen_curriculum.evaluation.task import OVERLAP, Limits
+    from seqlen_curriculum.evaluation.task import Limits
     from seqlen_curriculum.files import read_json
     from seqlen_curriculum.models.pretrained import load_model, load_tokenizer, model_folder
 
     tasks = evaluate.read_tasks(args.task)
     folder = model_folder(args.checkpoint)
-    seqlen = evaluate.window(read_json(folder / "config.json"), args.seq_length)
-    limits = Limits(seqlen, min(OVERLAP, seqlen) if args.overlap is None else args.overlap, args.limit)
-    limits.check()
+    seqlen = evaluate.evaluation_seqlen(read_json(folder / "config.json"), args.seq_length)
+    limits = Limits(seqlen=seqlen, overlap=args.overlap, limit=args.limit)
     tokenizer = load_tokenizer(folder, args.tokenizer)
-    prepared = {name: task(tokenizer, limits) for name, task in tasks.items()}
-    questions = harness.read_harness_tasks(args.harness, args.include_path, args.shots) if args.harness else {}
+    tokenized = {name: task(tokenizer, limits) for name, task in tasks.items()}
+    harness_tasks = harness.read_harness_tasks(args.harness, args.include_path, args.shots) if args.harness else {}
     ranks = join(args.device)
     model = load_model(folder, getattr(torch, args.dtype)).to(ranks.device)
 
-    ranked = f", {ranks.world} ranks" if ranks.world > 1 else ""
-    tell(f"{folder}: {args.dtype}, {limits.seqlen:,} tokens at once{ranked}")
-    found = {}
-    for name, numbers in evaluate.evaluate(model, prepared, ranks, args.batch_tokens):
-        found[name] = numbers
-        tell("", evaluate.describe(name, numbers))
-    if questions:
-        tell("", harness.describe_head(args.shots))
-    answers = {}
-    scores = harness.evaluate_harness(model, tokenizer, questions, limits, ranks, args.batch_tokens, args.shots)
-    for name, numbers in scores:
-        answers[name] = numbers
-        tell(harness.describe_task(name, numbers))
-    for line in harness.describe_end(answers):
-        tell(line)
+    on_ranks = f", {ranks.world} ranks" if ranks.world > 1 else ""
+    show(f"{folder}: {args.dtype}, {limits.seqlen:,} tokens at once{on_ranks}")
+    task_numbers = {}
+    for name, numbers in evaluate.evaluate(model, tokenized, ranks, args.batch_tokens):
+        task_numbers[name] = numbers
+        show("", evaluate.describe(name, numbers))
+    if harness_tasks:
+        show("", harness.describe_head(args.shots))
+    harness_numbers = {}
+    for name, numbers in harness.evaluate_harness(
+        model, tokenizer, harness_tasks, limits, ranks, args.batch_tokens, args.shots
+    ):
+        harness_numbers[name] = numbers
+        show(harness.describe_task(name, numbers))
+    for line in harness.describe_end(harness_numbers):
+        show(line)
     about = {"checkpoint": str(folder), "dtype": args.dtype, "seqlen": limits.seqlen, "ranks": ranks.world}
-    return {**about, "tasks": found, "harness": answers}
+    return {**about, "tasks": task_numbers, "harness": harness_numbers}
 
 
 def write(path: Path, results: dict[str, Any]) -> None:
-    """The numbers as one JSON object, all of it or nothing. Raises ConfigError."""
+    """Write the numbers as one JSON object, whole or not at all. Raises ConfigError."""
     from seqlen_curriculum.files import replace_text
 
     try:

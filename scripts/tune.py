@@ -4,9 +4,9 @@ Example:
   python scripts/tune.py configs/tiny_cpu.json --save runs/tuning --dry-run
   python scripts/tune.py configs/tiny_cpu.json --save runs/tuning --launcher "deepspeed --num_accelerators 2"
 
-Each probe is the real training, by train_gpt2.py, of the first steps of a schedule, ended where the validation perplexity
-fluctuates. All is kept in --save: the answer as tuned.json, a report of all probes, and what the same command goes on from
-after it was interrupted or killed.
+Each probe trains the first steps of a schedule with train_gpt2.py and stops where the validation perplexity fluctuates.
+--save holds the answer as tuned.json, a report of all probes, and the state: rerun the same command to resume a search
+that was interrupted or killed.
 """
 
 import argparse
@@ -21,16 +21,16 @@ from seqlen_curriculum.errors import ConfigError, DivergenceError
 from seqlen_curriculum.files import writable_folder
 
 SEARCH = {
-    "--min-difficulty": (int, "LENGTH", "the first length to try, each next one twice as long (8)"),
-    "--first-warmups": (float, "N", "T that lengths are tried with, in LR warmups (4)"),
+    "--min-difficulty": (int, "LENGTH", "the first length to try; each next one is twice as long (8)"),
+    "--first-warmups": (float, "N", "the T that lengths are tried with, in LR warmups (4)"),
     "--beginning-warmups": (float, "N", "how long the very beginning is, in LR warmups (1)"),
-    "--probe-warmups": (float, "N", "for how long a T must be stable, in LR warmups (3)"),
-    "--resolution": (float, "RATIO", "of each T to the next shorter one (1.25)"),
+    "--probe-warmups": (float, "N", "how long a T must be stable, in LR warmups (3)"),
+    "--resolution": (float, "RATIO", "ratio of each T to the next smaller one (1.25)"),
     "--most-of-run": (float, "SHARE", "the largest T, as a share of its run's steps (0.8)"),
-    "--ratio": (float, "RATIO", "a perplexity of over so many times the best before it fluctuates (1.3)"),
-    "--warmup-steps": (int, "STEPS", "of the LR warmup, where the file doesn't tell"),
-    "--eval-interval": (int, "STEPS", "between evaluations of a probe (an eighth of the LR warmup)"),
-    "--eval-rows": (int, "ROWS", "of an evaluation of a probe (the file's)"),
+    "--ratio": (float, "RATIO", "a perplexity above RATIO x the best so far is a fluctuation (1.3)"),
+    "--warmup-steps": (int, "STEPS", "steps of the LR warmup, if CONFIG has none"),
+    "--eval-interval": (int, "STEPS", "steps between evaluations of a probe (an eighth of the LR warmup)"),
+    "--eval-rows": (int, "ROWS", "rows of each evaluation of a probe (CONFIG's)"),
 }
 
 
@@ -40,7 +40,7 @@ def main() -> None:
         launcher = shlex.split(args.launcher)
     except ValueError as error:
         raise ConfigError(
-            f"--launcher {args.launcher!r}: can't be read as a command ({error}); mend the quotes"
+            f"--launcher {args.launcher!r}: can't be read as a command ({error}); fix the quotes"
         ) from error
     if not launcher or shutil.which(launcher[0]) is None:
         raise ConfigError(f"--launcher {args.launcher!r}: no such command is found; give deepspeed, with its flags")
@@ -49,93 +49,93 @@ def main() -> None:
     from seqlen_curriculum.data.from_config import open_run_data
     from seqlen_curriculum.files import apply_override, read_json
     from seqlen_curriculum.tuning.report import describe_costs, describe_space
-    from seqlen_curriculum.tuning.space import Settings
+    from seqlen_curriculum.tuning.space import Budget, Settings
     from seqlen_curriculum.tuning.study import Study
 
+    budget = Budget(max_share=args.max_share, max_minutes=args.max_minutes)
+    names = {flag.removeprefix("--").replace("-", "_") for flag in SEARCH}
+    settings = Settings(**{name: value for name, value in vars(args).items() if name in names})
     raw = read_json(Path(args.config))
     for override in args.set:
         apply_override(raw, override)
     config = RunConfig.from_dict(raw, where=args.config, require=("optimizer", "model", "data", "training"))
     warn(config.warnings())
-    names = {flag.removeprefix("--").replace("-", "_") for flag in SEARCH}
-    settings = Settings(**{name: value for name, value in vars(args).items() if name in names})
-    most_tokens = int(args.max_share * config.train_tokens)
+    most_tokens = int(budget.max_share * config.train_tokens)
     script = Path(__file__).with_name("train_gpt2.py")
-    tuning = Study(raw, settings, args.save, launcher, script, most_tokens, args.max_minutes * 60)
-    print(describe_space(tuning.space))
-    print(f"budget            {most_tokens:,} tokens, {args.max_share:.0%} of the training's")
+    study = Study(raw, settings, args.save, launcher, script, most_tokens, budget.max_minutes * 60)
+    print(describe_space(study.space))
+    print(f"budget            {most_tokens:,} tokens, {budget.max_share:.0%} of the training's")
     if args.dry_run:
-        print(describe_costs(tuning))
+        print(describe_costs(study))
         return
-    open_run_data(tuning.run_of(tuning.first).config)
+    open_run_data(study.run_of(study.first).config)
     writable_folder("--save", args.save)
-    tuning.open()
-    search(tuning)
+    study.open()
+    search(study)
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", metavar="CONFIG", help="the run's JSON file")
-    parser.add_argument("--save", required=True, type=Path, metavar="FOLDER", help="the search and its answer go here")
+    parser.add_argument(
+        "--save", required=True, type=Path, metavar="FOLDER", help="folder of the search and its answer"
+    )
     parser.add_argument("--launcher", default="deepspeed", metavar="COMMAND", help="launches each probe (deepspeed)")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override, as training.seed=7")
-    parser.add_argument("--dry-run", action="store_true", help="show what would be probed and what it costs, and end")
+    parser.add_argument("--dry-run", action="store_true", help="print the search and the cost of its probes, and exit")
     budget = parser.add_argument_group("budget")
     budget.add_argument(
-        "--max-share", type=float, default=0.2, metavar="SHARE", help="of the training's tokens (0.2), for all probes"
+        "--max-share", type=float, default=0.2, metavar="SHARE", help="tokens of all probes, of the training's (0.2)"
     )
     budget.add_argument(
-        "--max-minutes", type=float, default=float("inf"), metavar="N", help="over all calls (no limit)"
+        "--max-minutes", type=float, default=float("inf"), metavar="N", help="minutes over all calls (no limit)"
     )
     group = parser.add_argument_group("search")
     for flag, (kind, metavar, text) in SEARCH.items():
         group.add_argument(flag, type=kind, metavar=metavar, default=argparse.SUPPRESS, help=text)
-    args = parser.parse_args()
-    for flag, value in (("--max-share", args.max_share), ("--max-minutes", args.max_minutes)):
-        if not value > 0:
-            raise ConfigError(f"{flag}: {value} is not valid; give a number above 0")
-    if not args.max_share < 1e6:
-        raise ConfigError(f"--max-share: {args.max_share} is not valid; give a share of the training's tokens, as 0.2")
-    return args
+    return parser.parse_args()
 
 
-def search(tuning) -> None:
+def search(study) -> None:
     from tqdm import tqdm
 
-    from seqlen_curriculum.tuning.report import describe_cost, describe_finding, describe_outcome, write_page
+    from seqlen_curriculum.tuning.report import describe_cost, describe_outcome, describe_result, write_page
 
     bar = tqdm(
         disable=None, unit="step", dynamic_ncols=True, bar_format="{desc} {n_fmt}/{total_fmt} [{elapsed}]{postfix}"
     )
 
-    def watch(finding, trial) -> None:
-        if finding.trial is not None:
+    def watch(result, trial) -> None:
+        if result.trial is not None:
             bar.clear()
-            print(describe_finding(finding), flush=True)
+            print(describe_result(result), flush=True)
             return
-        (length, total), bar.total = finding.probe.candidate, finding.probe.until_step
-        bar.set_description_str(f"probe {finding.number}: min_difficulty {length}, T {total:,}: step", refresh=False)
+        (length, total), bar.total = result.probe.candidate, result.probe.until_step
+        bar.set_description_str(f"probe {result.number}: min_difficulty {length}, T {total:,}: step", refresh=False)
         if trial.ratio is not None:
             bar.set_postfix_str(f"perplexity at most {trial.ratio:.3f} times its best before", refresh=False)
         bar.n = trial.step
         bar.refresh()
 
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a probe under way is stopped and saved first
+    # SIGTERM as Ctrl-C: the running probe is stopped and saved first.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     with bar:
-        outcome = tuning.run(watch)
-    print(describe_outcome(tuning, outcome))
-    print(describe_cost(tuning))
-    page = write_page(tuning)
+        outcome = study.run(watch)
+    print(describe_outcome(study, outcome))
+    print(describe_cost(study))
+    page = write_page(study)
     if page is not None:
         print(f"report            {page}")
     if outcome.best is not None:
-        print(f"configuration     {tuning.result}")
+        print(f"configuration     {study.result}")
     elif outcome.complete:
         raise DivergenceError(
             "no schedule is without fluctuation; lower optimizer.params.lr and tune in another --save"
         )
     else:
-        sys.exit("error: the budget ended before a stable T was found; raise --max-share or --max-minutes and go on")
+        sys.exit(
+            "error: the budget ended before a stable T was found; raise --max-share or --max-minutes, rerun the command"
+        )
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 
 from seqlen_curriculum.errors import CheckpointError, ConfigError
 from seqlen_curriculum.evaluation.distributed import Ranks
-from seqlen_curriculum.evaluation.evaluate import evaluate, read_tasks, window
+from seqlen_curriculum.evaluation.evaluate import evaluate, evaluation_seqlen, read_tasks
 from seqlen_curriculum.evaluation.lambada import split_last_word
 from seqlen_curriculum.evaluation.scoring import batches, score
 from seqlen_curriculum.evaluation.task import Limits, Row
@@ -77,7 +77,9 @@ def test_every_row_is_in_one_batch_of_one_rank(shapes, batch_tokens, ranks):
 
 def test_lambada_is_as_in_a_plain_loop(evaluated_place, evaluated_model):
     task = read_tasks([f"lambada={evaluated_place.folder / 'lambada_test.jsonl'}"])["lambada"]
-    ((_, found),) = evaluate(evaluated_model, {"lambada": task(evaluated_place.tokenizer, Limits(POSITIONS))}, Ranks())
+    ((_, found),) = evaluate(
+        evaluated_model, {"lambada": task(evaluated_place.tokenizer, Limits(seqlen=POSITIONS))}, Ranks()
+    )
     split = [split_last_word(text) for text in evaluated_place.texts]
     loop = [
         tail(evaluated_place, ids(evaluated_place, context), ids(evaluated_place, target)) for context, target in split
@@ -94,7 +96,7 @@ def test_lambada_is_as_in_a_plain_loop(evaluated_place, evaluated_model):
 def test_wikitext_is_as_in_a_plain_loop(evaluated_place, evaluated_model, seqlen, overlap):
     path = evaluated_place.folder / "wiki.test.tokens"
     task = read_tasks([f"wikitext103={path}"])["wikitext103"]
-    ready = task(evaluated_place.tokenizer, Limits(seqlen, overlap))
+    ready = task(evaluated_place.tokenizer, Limits(seqlen=seqlen, overlap=overlap))
     ((_, found),) = evaluate(evaluated_model, {"wikitext103": ready}, Ranks(), batch_tokens=300)
     tokens, total, done = ids(evaluated_place, detokenize(path.read_text())), 0.0, 0
     for start in range(0, len(tokens) - 1, overlap):
@@ -222,13 +224,13 @@ def test_a_bare_hugging_face_folder_with_a_tokenizer_of_choice(evaluated_place, 
         (["runs/gpt3", "--task", "lambada=no.jsonl"], "--task lambada=no.jsonl: can't be read"),
         (["runs/gpt3", "--task", "lambada=a", "--task", "lambada=b"], "lambada is given twice"),
         (["runs/none", "--task", "lambada=lambada_test.jsonl"], "runs/none"),
-        (["runs/gpt3", "--task", "wikitext103=wiki.test.tokens", "--overlap", "49"], "--overlap 49: give 1 to 48"),
-        (["runs/gpt3", "--task", "wikitext103=wiki.test.tokens", "--overlap", "0"], "--overlap 0: give 1 to 48"),
+        (["runs/gpt3", "--task", "wikitext103=wiki.test.tokens", "--overlap", "49"], "--overlap: 49 is above the 48"),
+        (["runs/gpt3", "--task", "wikitext103=wiki.test.tokens", "--overlap", "0"], "--overlap: 0 is not valid"),
         (["runs/gpt3", "--task", "lambada=lambada_test.jsonl", "--seq-length", "49"], "--seq-length 49: give 1 to 48"),
-        (["runs/gpt3", "--task", "lambada=lambada_test.jsonl", "--limit", "0"], "--limit 0: give 1 or more"),
+        (["runs/gpt3", "--task", "lambada=lambada_test.jsonl", "--limit", "0"], "--limit: 0 is not valid"),
         (
             ["runs/gpt3", "--task", "lambada=lambada_test.jsonl", "--batch-tokens", "0"],
-            "--batch-tokens 0: give 1 or more",
+            "--batch-tokens: 0 is not valid",
         ),
         (["runs/gpt3", "--task", "lambada=lambada_test.jsonl", "--include-path", "tasks"], "goes with --harness alone"),
         (
@@ -236,7 +238,7 @@ def test_a_bare_hugging_face_folder_with_a_tokenizer_of_choice(evaluated_place, 
             "goes with --task wikitext103=PATH alone",
         ),
         (["runs/gpt3", "--task", "lambada=lambada_test.jsonl", "--shots", "2"], "goes with --harness alone"),
-        (["runs/gpt3", "--harness", "piqa", "--shots", "-1"], "--shots -1: give 0 or more"),
+        (["runs/gpt3", "--harness", "piqa", "--shots", "-1"], "--shots: -1 is not valid"),
         (
             ["runs/gpt3", "--task", "lambada=lambada_test.jsonl", "--device", "cuda"],
             "--device cuda: no GPU is seen here; leave",
@@ -268,13 +270,13 @@ def test_mistakes_are_told_before_the_weights_are_read(evaluate_error, monkeypat
 
 def test_positions_by_the_names_of_families():
     for name in ("n_positions", "max_position_embeddings", "max_seq_len", "max_sequence_length"):
-        assert window({name: 1024}) == sizes_in({name: 1024})["max_position_embeddings"] == 1024
-    assert window({"n_positions": 1024}, 1) == 1
-    assert window({"n_positions": 1024}, 1024) == 1024
+        assert evaluation_seqlen({name: 1024}) == sizes_in({name: 1024})["max_position_embeddings"] == 1024
+    assert evaluation_seqlen({"n_positions": 1024}, 1) == 1
+    assert evaluation_seqlen({"n_positions": 1024}, 1024) == 1024
     with pytest.raises(ConfigError, match="--seq-length 0: give 1 to 8, the model's positions"):
-        window({"n_positions": 8}, 0)
-    assert window({}, 9) == 9
-    with pytest.raises(ConfigError, match="tells no number of positions"):
-        window({})
+        evaluation_seqlen({"n_positions": 8}, 0)
+    assert evaluation_seqlen({}, 9) == 9
+    with pytest.raises(ConfigError, match="--seq-length: "):
+        evaluation_seqlen({})
     with pytest.raises(ConfigError, match="--seq-length 0: give 1 or more"):
-        window({}, 0)
+        evaluation_seqlen({}, 0)

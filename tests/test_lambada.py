@@ -79,9 +79,9 @@ def test_an_item_that_just_fits_is_whole(lines, tokenizer):
 
 def test_a_part_says_so(lines, tokenizer):
     task = read_lambada(lines("a b", "c d", "e f"))
-    result = task(tokenizer, Limits(seqlen=8, rows=2)).result(_none(2))
+    result = task(tokenizer, Limits(seqlen=8, limit=2)).result(_none(2))
     assert (result["items"], result["items_in_all"], result["partial"]) == (2, 3, True)
-    assert not task(tokenizer, Limits(seqlen=8, rows=3)).result(_none(3))["partial"]
+    assert not task(tokenizer, Limits(seqlen=8, limit=3)).result(_none(3))["partial"]
 
 
 def _none(rows):

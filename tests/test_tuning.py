@@ -165,18 +165,18 @@ def test_it_tells_what_it_found_and_what_it_cost(searches, config_file):
 
 
 @pytest.mark.parametrize(
-    ("launcher", "told"),
-    [(["false"], "ended with status 1 and is not at step 9"), (["true"], "ended with status 0 and is not at step 9")],
+    ("launcher", "message"),
+    [(["false"], "status 1 .*step 9"), (["true"], "status 0 .*step 9")],
 )
-def test_a_probe_that_fails_otherwise_is_no_verdict(tmp_path, tiny_run, launcher, told):
+def test_a_probe_that_fails_otherwise_is_no_verdict(tmp_path, tiny_run, launcher, message):
     """Also where the log is at the step already: it was killed before that step's evaluation, say."""
-    run = ProbeRun(tmp_path / "probe", tiny_run, most=1.3)
+    run = ProbeRun(tmp_path / "probe", tiny_run, max_ratio=1.3)
     run.save.mkdir()
     log = RunLog(run.save / "runlog.jsonl")
     log.write({"step": 9, "loss": 3.0})
     log.close()
     run.save.with_suffix(".log").write_text("error: of an earlier launch\n")
-    with pytest.raises(CheckpointError, match=told) as raised:
+    with pytest.raises(CheckpointError, match=message) as raised:
         run.train(9, launcher, ROOT / "scripts" / "train_gpt2.py", lambda _: None)
     assert "earlier launch" not in str(raised.value)
 
@@ -258,7 +258,7 @@ def test_a_training_that_diverges_is_no_answer(config_file, tmp_path):
     [
         (("--launcher", "deep'speed"), "No closing quotation"),
         (("--launcher", "no-such-launcher"), "--launcher 'no-such-launcher': no such command is found"),
-        (("--max-share", "0"), "--max-share: 0.0 is not valid; give a number above 0"),
+        (("--max-share", "0"), "--max-share: 0.0 is not valid"),
         (("--set", 'data.train=["nowhere"]'), "nowhere"),
         (("--set", "training.train_tokenz=1"), "did you mean 'train_tokens'"),
     ],
@@ -328,9 +328,9 @@ def test_a_probe_is_judged_by_its_log(tmp_path, tiny_run):
     for step, loss in enumerate([3.0, 2.0, 2.2, 1.9, 2.5, 1.0], start=1):
         log.write({"step": 2 * step, "valid_loss": loss})
     log.close()
-    run = ProbeRun(tmp_path, tiny_run, most=1.3)
-    assert run.judged(until_step=2) == (True, 2, None)
-    assert run.judged(until_step=8) == (True, 8, pytest.approx(np.exp(0.2)))  # 2.2 after 2.0
-    assert run.judged(until_step=10) == (False, 10, pytest.approx(np.exp(0.6)))  # 2.5 after 1.9
+    run = ProbeRun(tmp_path, tiny_run, max_ratio=1.3)
+    assert run.judge(until_step=2) == (True, 2, None)
+    assert run.judge(until_step=8) == (True, 8, pytest.approx(np.exp(0.2)))  # 2.2 after 2.0
+    assert run.judge(until_step=10) == (False, 10, pytest.approx(np.exp(0.6)))  # 2.5 after 1.9
     assert run.last_step() == 12
-    assert ProbeRun(tmp_path / "not begun", tiny_run, most=1.3).judged(9) == (True, 0, None)
+    assert ProbeRun(tmp_path / "not begun", tiny_run, max_ratio=1.3).judge(9) == (True, 0, None)

@@ -95,7 +95,7 @@ def test_numbers_by_hand(tmp_path, tokenizer):
 def test_a_part_says_so_and_keeps_the_whole_ratio(tmp_path, tokenizer):
     path = tmp_path / "wiki.tokens"
     path.write_text("abc def ghi")  # 11 tokens of bytes, 3 words
-    prepared = read_wikitext103(path)(tokenizer, Limits(seqlen=4, overlap=2, rows=2))
+    prepared = read_wikitext103(path)(tokenizer, Limits(seqlen=4, overlap=2, limit=2))
     result = prepared.result(Scores(np.array([3.0, 3.0]), np.zeros(2, dtype=bool)))
     assert (result["windows"], result["windows_in_all"], result["partial"]) == (2, 5, True)
     assert result["loss"] == 1.0  # of 4 + 2 targets
@@ -122,18 +122,18 @@ def test_files_that_are_no_such_text(tmp_path, data, told):
 
 
 @pytest.mark.parametrize(
-    ("limits", "told"),
+    ("limits", "message"),
     [
-        (Limits(4, 0), "--overlap 0: give 1 to 4"),
-        (Limits(4, 5), "--overlap 5: give 1 to 4"),
-        (Limits(4, 4, 0), "--limit 0: give 1 or more"),
+        ({"overlap": 0}, "--overlap: 0 "),
+        ({"overlap": 5}, r"--overlap: 5 .*\b4\b"),
+        ({"overlap": 4, "limit": 0}, "--limit: 0 "),
     ],
 )
-def test_limits_out_of_range(limits, told):
-    with pytest.raises(ConfigError, match=told):
-        limits.check()
-    Limits(4, 1, 1).check()
-    Limits(4, 4).check()
+def test_limits_out_of_range(limits, message):
+    with pytest.raises(ConfigError, match=message):
+        Limits(seqlen=4, **limits)
+    Limits(seqlen=4, overlap=1, limit=1)
+    Limits(seqlen=4, overlap=4)
 
 
 def test_counts_of_the_test_file():

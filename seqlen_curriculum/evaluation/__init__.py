@@ -1,1 +1,1 @@
-"""Zero-shot evaluation: Megatron's WikiText-103 and LAMBADA, and the tasks of GPT-3 by way of lm-evaluation-harness."""
+"""Zero-shot evaluation: WikiText-103 and LAMBADA as in Megatron, and GPT-3's tasks through lm-evaluation-harness."""

@@ -1,12 +1,14 @@
 """LAMBADA, strict, as Megatron measures it (tasks/zeroshot_gpt): is the last word of a passage the model's first choice?
 
-The last word is split off the text before anything is tokenized, and counts only if every one of its tokens is right.
-A passage that is longer than the model reads loses its beginning; such items are counted.
+The last word is split off before anything is tokenized, and counts only if every one of its tokens is right. A passage
+that is longer than the model reads loses its beginning. Such items are counted.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,13 +16,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from seqlen_curriculum.errors import DataError
-from seqlen_curriculum.evaluation.task import Limits, Prepared, Row, Scores, Task, encode, perplexity, read_text
+from seqlen_curriculum.evaluation.task import Limits, Row, Scores, Task, encode, perplexity, read_text
 
-__all__ = ["Item", "read_lambada", "split_last_word"]
+__all__ = ["Item", "TokenizedLambada", "read_lambada", "split_last_word", "tokenize"]
 
 
 class Item(NamedTuple):
-    """A passage split for the task."""
+    """A passage, split."""
 
     where: str
     """File and line."""
@@ -29,27 +31,44 @@ class Item(NamedTuple):
     """A space and the last word."""
 
 
-def split_last_word(text: str) -> tuple[str, str]:
-    """``"He said: yes"`` to ``("He said:", " yes")``: what is before the last word, and a space with the word.
+@dataclass(frozen=True)
+class TokenizedLambada:
+    """A row for each item that is read."""
 
-    The word is what is last after splitting at any white space, taken where it occurs last. Both are empty or nearly so
-    where the text has no words.
-    """
-    word = (text.split() or [""])[-1]
-    return text[: text.rfind(word)].strip(), " " + word
+    rows: list[Row]
+    items_in_all: int
+    items_cut: int
+    """Items that lost their beginning."""
+
+    def result(self, scores: Scores) -> dict[str, Any]:
+        """Return accuracy over items, loss over tokens, and perplexity for each token and each word."""
+        items, targets = len(self.rows), sum(row.targets for row in self.rows)
+        right, nll = int(np.sum(scores.right)), float(np.sum(scores.nll))
+        return {
+            "accuracy": right / items,
+            "right": right,
+            "loss": nll / targets,
+            "perplexity": perplexity(nll / targets),
+            "adjusted_perplexity": perplexity(nll / items),  # one word in each item
+            "targets": targets,
+            "items": items,
+            "items_in_all": self.items_in_all,
+            "items_cut": self.items_cut,
+            "partial": items < self.items_in_all,
+        }
 
 
 def read_lambada(path: Path) -> Task:
-    """The task on JSON lines of ``{"text": ...}``. Raises DataError naming the line that can't be used."""
+    """Read the task from JSON lines of ``{"text": ...}``. Raises DataError that names the line."""
     flag = f"--task lambada={path}"
     lines = read_text(flag, path).split("\n")
-    items = [_item(f"{flag}, line {number}", line) for number, line in enumerate(lines, 1) if line.strip()]
+    items = [_read_item(f"{flag}, line {number}", line) for number, line in enumerate(lines, 1) if line.strip()]
     if not items:
         raise DataError(f"{flag}: is empty; give LAMBADA's test set, a {{'text': ...}} a line")
-    return partial(_prepare, items)
+    return partial(tokenize, items)
 
 
-def _item(where: str, line: str) -> Item:
+def _read_item(where: str, line: str) -> Item:
     try:
         text = json.loads(line)["text"]
     except (ValueError, TypeError, KeyError) as error:
@@ -62,36 +81,28 @@ def _item(where: str, line: str) -> Item:
     return Item(where, context, target)
 
 
-def _prepare(items: list[Item], tokenizer: Any, limits: Limits) -> Prepared:
-    rows, cut = [], 0
-    for item in items[: limits.rows]:
-        row = _row(item, tokenizer, limits.seqlen)
-        cut += len(row.tokens) > limits.seqlen + 1
-        rows.append(Row(row.tokens[-limits.seqlen - 1 :], row.targets))
-    facts = {"items": len(rows), "items_in_all": len(items), "items_cut": cut}
-    return Prepared(rows, partial(_result, rows, facts))
+def split_last_word(text: str) -> tuple[str, str]:
+    """Split ``"He said: yes"`` into ``("He said:", " yes")``: the text before the last word, and a space with the word.
+
+    Words are separated by any white space. Of the word's occurrences in the text the last one is taken. Without words
+    both parts are empty or nearly so.
+    """
+    word = (text.split() or [""])[-1]
+    return text[: text.rfind(word)].strip(), " " + word
 
 
-def _row(item: Item, tokenizer: Any, seqlen: int) -> Row:
-    context, target = encode(tokenizer, item.context), encode(tokenizer, item.target)
-    if len(target) > seqlen:
-        raise DataError(
-            f"{item.where}: the last word {item.target!r} is {len(target)} tokens, the model reads {seqlen} at once; "
-            "raise --seq-length or remove the line"
-        )
-    return Row(np.concatenate([context, target]), len(target))
-
-
-def _result(rows: list[Row], facts: dict[str, int], scores: Scores) -> dict[str, Any]:
-    targets, nll = sum(row.targets for row in rows), float(np.sum(scores.nll))
-    right = int(np.sum(scores.right))
-    return {
-        "accuracy": right / len(rows),
-        "right": right,
-        "loss": nll / targets,
-        "perplexity": perplexity(nll / targets),
-        "adjusted_perplexity": perplexity(nll / len(rows)),
-        "targets": targets,
-        **facts,
-        "partial": facts["items"] < facts["items_in_all"],
-    }
+def tokenize(items: Sequence[Item], tokenizer: Any, limits: Limits) -> TokenizedLambada:
+    """Tokenize the first ``limits.limit`` items. Raises DataError for a word that the model can't read at once."""
+    rows, items_cut = [], 0
+    for item in items[: limits.limit]:
+        context, target = encode(tokenizer, item.context), encode(tokenizer, item.target)
+        if len(target) > limits.seqlen:
+            raise DataError(
+                f"{item.where}: the last word {item.target!r} is {len(target)} tokens, the model reads {limits.seqlen} at "
+                "once; raise --seq-length or remove the line"
+            )
+        # The model reads all tokens but the last: with a seqlen of 1024, a row has up to 1025.
+        row_tokens = limits.seqlen + 1
+        items_cut += len(context) + len(target) > row_tokens
+        rows.append(Row(np.concatenate([context, target])[-row_tokens:], len(target)))
+    return TokenizedLambada(rows, len(items), items_cut)

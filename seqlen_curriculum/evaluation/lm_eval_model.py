@@ -1,10 +1,10 @@
-"""A model as lm-evaluation-harness asks for it, on top of our scoring: without padding, and shared by all ranks."""
+"""A model for lm-evaluation-harness on top of this package's scoring: without padding, and shared by all ranks."""
 
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -25,23 +25,23 @@ _NEW_TOKENS = 256  # lm-eval's own, where a task doesn't say
 
 
 class HarnessModel(TemplateLM):  # type: ignore[misc]
-    """Every rank asks for all requests, and has all answers; the ranks share the work beneath.
+    """Answer lm-eval's requests. Every rank asks all of them and gets all answers; ranks share the scoring beneath.
 
-    What is longer than ``seqlen`` loses its beginning, as in lm-eval's own models; ``cut`` counts such requests.
+    A request longer than ``seqlen`` loses its beginning, as in lm-eval's own models. ``truncated_requests`` counts those.
     """
 
     def __init__(self, model: Any, tokenizer: Any, seqlen: int, ranks: Ranks, batch_tokens: int) -> None:
         super().__init__()
-        self._model, self._tokens, self._seqlen = model, tokenizer, seqlen
+        self._model, self._tokenizer, self._seqlen = model, tokenizer, seqlen
         self._ranks, self._batch_tokens = ranks, batch_tokens
         self.name = ""
-        self.cut = 0
+        self.truncated_requests = 0
 
     @property
     def eot_token_id(self) -> int:
-        """What stands before a text without context: the end of text, else the model's first token."""
+        """The token before a text without context: the end of text, else the model's first token."""
         config = self._model.config
-        for number in (self._tokens.token_to_id(END_OF_TEXT), config.bos_token_id, config.eos_token_id):
+        for number in (self._tokenizer.token_to_id(END_OF_TEXT), config.bos_token_id, config.eos_token_id):
             if isinstance(number, int):
                 return number
         raise ConfigError(
@@ -49,85 +49,92 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         )
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:  # noqa: ARG002
-        """Tokens of ``string``, none added."""
-        return [int(number) for number in encode(self._tokens, string)]
+        """Return the tokens of ``string``, none added."""
+        return [int(number) for number in encode(self._tokenizer, string)]
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
-        """(log likelihood in nats, whether greedy decoding gives it) of each continuation of its context."""
-        found: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=disable_tqdm)
-        return found
+        """Return (log likelihood in nats, whether greedy decoding gives it) of each continuation of its context."""
+        answers: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=disable_tqdm)
+        return answers
 
     def _loglikelihood_tokens(self, requests: Sequence[Any], **_: Any) -> list[tuple[float, bool]]:
-        rows = [self._row(context, continuation) for _, context, continuation in requests]
+        """Answer ((context, continuation), context tokens, continuation tokens): lm-eval's name and arguments."""
+        rows = []
+        for _texts, context, continuation in requests:
+            tokens = np.array(context + continuation, dtype=np.int64)
+            self.truncated_requests += len(tokens) > self._seqlen + 1  # the last token is a target only
+            rows.append(Row(tokens[-self._seqlen - 1 :], min(len(continuation), self._seqlen)))
         scores = score(self._model, rows, self._ranks, self._batch_tokens, self.name)
         return [(-float(nll), bool(right)) for nll, right in zip(scores.nll, scores.right, strict=True)]
 
-    def _row(self, context: list[int], continuation: list[int]) -> Row:
-        tokens = np.array(context + continuation, dtype=np.int64)
-        self.cut += len(tokens) > self._seqlen + 1
-        return Row(tokens[-self._seqlen - 1 :], min(len(continuation), self._seqlen))
-
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[float]:  # noqa: ARG002
-        """Log likelihood in nats of each whole text, in windows that share no target."""
-        owners: list[int] = []
-        pairs: list[tuple[None, list[int], list[int]]] = []
+        """Return the log likelihood in nats of each whole text, in windows that share no target."""
+        # A text of 100 tokens is 4 windows for a seqlen of 32: requests 0, 0, 0, 0, whose sum is the text's answer.
+        window_texts: list[int] = []
+        window_requests: list[tuple[None, list[int], list[int]]] = []
         for number, request in enumerate(requests):
             tokens = self.tok_encode(request.args[0])
-            for one in get_rolling_token_windows(tokens, self.eot_token_id, self._seqlen, context_len=1):
-                owners.append(number)
-                pairs.append((None, *make_disjoint_window(one)))
-        found = np.zeros(len(requests))
-        np.add.at(found, owners, [nats for nats, _ in self._loglikelihood_tokens(pairs)])
-        return [float(nats) for nats in found]
+            for window in get_rolling_token_windows(tokens, self.eot_token_id, self._seqlen, context_len=1):
+                window_texts.append(number)
+                window_requests.append((None, *make_disjoint_window(window)))
+        sums = np.zeros(len(requests))
+        np.add.at(sums, window_texts, [nats for nats, _ in self._loglikelihood_tokens(window_requests)])
+        return [float(nats) for nats in sums]
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[str]:  # noqa: ARG002
-        """Greedy continuations, up to the first of the request's ``until`` texts or the end of text."""
-        settings = [json.dumps(request.args[1], sort_keys=True) for request in requests]
-        texts: dict[int, str] = {}
-        for wanted, group in groupby(sorted(range(len(requests)), key=settings.__getitem__), settings.__getitem__):
-            numbers = list(group)
+        """Return greedy continuations, up to the first of the request's ``until`` texts or the end of text."""
+        alike: defaultdict[str, list[int]] = defaultdict(list)  # numbers of the requests with the same settings
+        for number, request in enumerate(requests):
+            alike[json.dumps(request.args[1], sort_keys=True)].append(number)
+        answers: dict[int, str] = {}
+        for settings, numbers in sorted(alike.items()):
             prompts = [self.tok_encode(requests[number].args[0]) for number in numbers]
-            found = self._generate(prompts, json.loads(wanted))
-            texts |= {numbers[place]: text for place, text in found.items()}
-        return [texts[number] for number in range(len(requests))]
+            answers |= zip(numbers, self._generate(prompts, json.loads(settings)), strict=True)
+        return [answers[number] for number in range(len(requests))]
 
-    def _generate(self, prompts: Sequence[list[int]], settings: Mapping[str, Any]) -> dict[int, str]:
+    def _generate(self, prompts: Sequence[list[int]], settings: Mapping[str, Any]) -> list[str]:
         if settings.get("do_sample"):
             raise ConfigError(f"--harness {self.name}: it asks for random samples; only greedy answers are given here")
         until = settings.get("until") or []
         stops = [until] if isinstance(until, str) else list(until)
-        # A prompt keeps half of what a small model reads at once.
-        new = min(int(settings.get("max_gen_toks", _NEW_TOKENS)), self._seqlen // 2)
-        self.cut += sum(len(prompt) > self._seqlen - new for prompt in prompts)
-        ends = [(prompt or [self.eot_token_id])[new - self._seqlen :] for prompt in prompts]
-        rows = [Row(np.array([*end, 0], dtype=np.int64), 1) for end in ends]  # the last place isn't read
-        own = batches(rows, self._batch_tokens)[self._ranks.rank :: self._ranks.world]
-        answers: dict[int, str] = {}
-        for batch in own:
-            answers |= zip(batch, self._answers([ends[number] for number in batch], stops, new), strict=True)
-        return {number: text for part in self._ranks.gather(answers) for number, text in part.items()}
+        # A model with 48 positions that is to write 256 tokens writes 24, and reads the last 24 of the prompt.
+        new_tokens = min(int(settings.get("max_gen_toks", _NEW_TOKENS)), self._seqlen // 2)
+        prompt_tokens = self._seqlen - new_tokens
+        self.truncated_requests += sum(len(prompt) > prompt_tokens for prompt in prompts)
+        kept = [(prompt or [self.eot_token_id])[-prompt_tokens:] for prompt in prompts]
 
-    def _answers(self, prompts: Sequence[list[int]], stops: list[str], new: int) -> list[str]:
-        """Texts that follow prompts of one length."""
-        end, known = self.eot_token_id, len(prompts[0])
+        # ``batches`` plans rows of S + 1 tokens, S of which are read: the 0 at the end stands for the token to predict.
+        rows = [Row(np.array([*tokens, 0], dtype=np.int64), 1) for tokens in kept]
+        answers: dict[int, str] = {}
+        for batch in batches(rows, self._batch_tokens)[self._ranks.rank :: self._ranks.world]:
+            answers |= zip(
+                batch, self._answer_batch([kept[number] for number in batch], stops, new_tokens), strict=True
+            )
+        answers = {number: text for share in self._ranks.gather(answers) for number, text in share.items()}
+        return [answers[number] for number in range(len(prompts))]
+
+    def _answer_batch(self, prompts: Sequence[list[int]], stops: list[str], new_tokens: int) -> list[str]:
+        """Return the texts that follow prompts of one length."""
+        end, prompt_tokens = self.eot_token_id, len(prompts[0])
 
         def stopped(tokens: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-            ended = [self._cut_text(row, stops)[1] for row in tokens[:, known:].tolist()]
-            return torch.tensor(ended, device=tokens.device)
+            """Return (B) bools for the tokens (B, S) so far."""
+            answers = tokens[:, prompt_tokens:].tolist()
+            return torch.tensor([self._text_before(answer, stops)[1] for answer in answers], device=tokens.device)
 
-        greedy = GenerationConfig(max_new_tokens=new, do_sample=False, eos_token_id=end, pad_token_id=end)
-        inputs = torch.tensor(prompts, device=self._model.device)
+        greedy = GenerationConfig(max_new_tokens=new_tokens, do_sample=False, eos_token_id=end, pad_token_id=end)
+        inputs = torch.tensor(prompts, device=self._model.device)  # (B, S)
         tokens = self._model.generate(
             inputs,
             attention_mask=torch.ones_like(inputs),
             generation_config=greedy,
             stopping_criteria=StoppingCriteriaList([stopped]),
         )
-        return [self._cut_text(row, stops)[0] for row in tokens[:, known:].tolist()]
+        return [self._text_before(answer, stops)[0] for answer in tokens[:, prompt_tokens:].tolist()]
 
-    def _cut_text(self, tokens: list[int], stops: list[str]) -> tuple[str, bool]:
-        """The text before the first of ``stops`` or the end of text, and whether there is one."""
+    def _text_before(self, tokens: list[int], stops: list[str]) -> tuple[str, bool]:
+        """Return the text before the first of ``stops`` or the end of text, and whether there is one."""
         end = tokens.index(self.eot_token_id) if self.eot_token_id in tokens else len(tokens)
-        text = self._tokens.decode(tokens[:end])
-        places = [place for stop in stops if stop and (place := text.find(stop)) >= 0]
+        text = self._tokenizer.decode(tokens[:end])
+        places = [text.find(stop) for stop in stops if stop and stop in text]
         return text[: min(places, default=len(text))], bool(places) or end < len(tokens)

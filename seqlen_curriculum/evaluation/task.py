@@ -1,24 +1,24 @@
-"""What a task is made of: rows of tokens whose last ones are to be predicted, and what becomes of the scores."""
+"""The parts of an evaluation task: rows of tokens of which the last ones are predicted, and numbers from their scores."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field, model_validator
 
-from seqlen_curriculum.errors import ConfigError, DataError
+from seqlen_curriculum.errors import DataError
+from seqlen_curriculum.fields import Flags
 from seqlen_curriculum.schedule.piecewise import IntArray
 
-__all__ = ["OVERLAP", "Limits", "Prepared", "Row", "Scores", "Task", "encode", "perplexity", "read_text"]
+__all__ = ["Limits", "Row", "Scores", "Task", "TokenizedTask", "encode", "perplexity", "read_text"]
 
 
-OVERLAP = 32
-"""Megatron's default."""
+_OVERLAP = 32  # Megatron's default
 
 
 class Row(NamedTuple):
@@ -30,58 +30,65 @@ class Row(NamedTuple):
 
 
 class Scores(NamedTuple):
-    """What a model makes of rows, in their order."""
+    """The scores of rows, in the order of the rows."""
 
     nll: NDArray[np.float64]
-    """Negative log likelihood of a row's targets in nats, summed."""
+    """Negative log likelihood in nats, summed over a row's targets."""
     right: NDArray[np.bool_]
     """Whether every target of a row is the model's first choice."""
 
 
-@dataclass(frozen=True)
-class Limits:
-    """How a text is cut into rows, and how many of them are read."""
+class Limits(Flags):
+    """How a text is split into rows, and how many of them are read. Raises ConfigError for values out of range."""
 
-    seqlen: int
+    seqlen: int = Field(ge=1)
     """Tokens the model reads at once."""
-    overlap: int = OVERLAP
-    """Targets of each window of running text but the first: Megatron's ``--overlapping-eval``."""
-    rows: int | None = None
+    overlap: int | None = Field(default=None, ge=1)
+    """Targets of each window of running text but the first: Megatron's ``--overlapping-eval``. None: see ``stride``."""
+    limit: int | None = Field(default=None, ge=1)
     """Windows or items to stop after; None for all."""
 
-    def check(self) -> None:
-        """Raise ConfigError for an overlap that isn't within a window, or for no rows."""
-        if not 1 <= self.overlap <= self.seqlen:
-            raise ConfigError(f"--overlap {self.overlap}: give 1 to {self.seqlen}, the tokens the model reads at once")
-        if self.rows is not None and self.rows < 1:
-            raise ConfigError(f"--limit {self.rows}: give 1 or more, or leave it out to read all")
+    @property
+    def stride(self) -> int:
+        """Tokens from one window to the next: ``overlap``, by default 32 or the whole window if that is shorter."""
+        return min(_OVERLAP, self.seqlen) if self.overlap is None else self.overlap
+
+    @model_validator(mode="after")
+    def _stride_within_window(self) -> Limits:
+        if self.stride > self.seqlen:
+            raise ValueError(
+                f"--overlap: {self.overlap} is above the {self.seqlen} tokens read at once; give 1 to {self.seqlen}"
+            )
+        return self
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """A task in tokens."""
+class TokenizedTask(Protocol):
+    """A task whose rows can be scored."""
 
-    rows: list[Row]
-    result: Callable[[Scores], dict[str, Any]]
-    """Numbers by name from the scores of ``rows``."""
+    @property
+    def rows(self) -> list[Row]:
+        """The rows, in the order in which ``result`` expects their scores."""
+
+    def result(self, scores: Scores) -> dict[str, Any]:
+        """Return the task's numbers by name, from the scores of ``rows``."""
 
 
-Task = Callable[[Any, Limits], Prepared]
-"""A task whose text is read and checked: (tokenizer, limits) to rows."""
+Task = Callable[[Any, Limits], TokenizedTask]
+"""A task whose text is read and checked; called with a tokenizer and limits."""
 
 
 def encode(tokenizer: Any, text: str) -> IntArray:
-    """Tokens of ``text`` without special ones around it, as GPT-2 was trained."""
+    """Return the tokens of ``text`` without special ones around it, as GPT-2 was trained."""
     return np.array(tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.int64)
 
 
 def perplexity(loss: float) -> float:
-    """``exp(loss)``, e**20 at most, as Megatron has it."""
+    """Return ``exp(loss)``, at most e**20 = 485,165,195, which is Megatron's limit."""
     return math.exp(min(20.0, loss))
 
 
 def read_text(flag: str, path: Path) -> str:
-    """The text of a file. Raises DataError beginning with ``flag``; for bytes that aren't UTF-8 also the line."""
+    """Read a text file. Raises DataError that begins with ``flag``, and names the line of bytes that aren't UTF-8."""
     try:
         data = path.read_bytes()
     except OSError as error:

@@ -1,1 +1,1 @@
-"""Checkpoints as Hugging Face models with a model card."""
+"""Export of checkpoints as Hugging Face models with a model card."""

@@ -1,4 +1,4 @@
-"""A checkpoint as a complete Hugging Face folder: weights without padding, tokenizer, and a card that tells of the run."""
+"""Export of a checkpoint as a complete Hugging Face folder: weights without padding, tokenizer, model card."""
 
 from __future__ import annotations
 
@@ -13,36 +13,42 @@ from seqlen_curriculum.analysis.read_run import LOGS, read_run
 from seqlen_curriculum.analysis.run import Run
 from seqlen_curriculum.data.tokenizer import END_OF_TEXT, tokenizer_files
 from seqlen_curriculum.errors import CheckpointError, ConfigError
-from seqlen_curriculum.export.model_card import Facts, model_card
+from seqlen_curriculum.export.model_card import ModelCard
 from seqlen_curriculum.files import move, new_folder
 from seqlen_curriculum.models.pretrained import copy_tokenizer, load_model, load_tokenizer, model_folder, quiet
 from seqlen_curriculum.run_folder import MANIFEST
 from seqlen_curriculum.run_folder.checkpoint_manifest import Checkpoint, read_checkpoint
 from seqlen_curriculum.run_folder.model_folder import sizes_in
 
-__all__ = ["DTYPES", "export"]
+__all__ = ["DTYPES", "export", "prepare_to_generate", "read_run_up_to"]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _PICTURE = "curves.png"
 
 
 def export(source: Path, out: Path, dtype: str | None = None, tokenizer: Path | None = None) -> Path:
-    """Write the model of ``model_folder(source)`` into the new folder ``out``; return the former.
+    """Write the model of ``model_folder(source)`` into the new folder ``out`` and return the model's folder.
 
-    ``dtype`` is a name of ``DTYPES``, None for the saved one; ``tokenizer`` as in ``load_tokenizer``, None for the source's
-    own if it has one. ``out`` appears whole or not at all. Raises
-    ConfigError, CheckpointError, and DataError for a damaged run log.
+    ``dtype`` is a name of ``DTYPES``, None for the saved one. ``tokenizer`` is as in ``load_tokenizer``, None for the
+    source's own if it has one. ``out`` appears whole or not at all. Raises ConfigError, CheckpointError, and DataError
+    for a damaged run log.
     """
     new_folder("--out", out)
     folder = model_folder(source)
     checkpoint = read_checkpoint(folder) if (folder / MANIFEST).exists() else None
-    run = _run_up_to(checkpoint) if checkpoint else None
+    run = read_run_up_to(checkpoint) if checkpoint else None
     files = tokenizer or (folder if tokenizer_files(folder) else None)
     end = load_tokenizer(folder, tokenizer).token_to_id(END_OF_TEXT) if files else None
     model = load_model(folder, DTYPES[dtype] if dtype else None)
-    if dtype == "float16":
-        _check_range(model, folder)
-    _make_ready(model, end)
+    # The largest float16 is (2 - 2**-10) * 2**15 = 65,504; from 65,520 on, values round to infinity.
+    for name, weight in model.named_parameters():
+        if dtype == "float16" and weight.isinf().any():
+            raise ConfigError(
+                f"--dtype float16: {name} in {folder} has values beyond 65,504, its largest; give bfloat16, which holds them"
+            )
+    prepare_to_generate(model, end)
+
+    # Written beside ``out``, on the same disk, and renamed at the end: a rename happens whole or not at all.
     unfinished = out.resolve().with_name(f".{out.resolve().name}.tmp")
     try:
         shutil.rmtree(unfinished, ignore_errors=True)  # left by a kill
@@ -58,31 +64,29 @@ def export(source: Path, out: Path, dtype: str | None = None, tokenizer: Path | 
     return folder
 
 
-def _check_range(model: Any, folder: Path) -> None:
-    for name, weight in model.named_parameters():
-        if weight.isinf().any():
-            raise ConfigError(
-                f"--dtype float16: {name} in {folder} has values beyond 65,504, its largest; give bfloat16, which holds them"
-            )
+def read_run_up_to(checkpoint: Checkpoint) -> Run | None:
+    """Return what the run had logged by the checkpoint's step, None if no log lies beside the checkpoint.
 
-
-def _run_up_to(checkpoint: Checkpoint) -> Run | None:
-    """What the logs beside the checkpoint tell of the way to it."""
+    The log may go on: a card for step 610 shows neither the losses after it nor rollbacks its weights haven't seen.
+    """
     save = checkpoint.folder.resolve().parent
     if not any((save / name).exists() for name in LOGS):
         return None
     run = read_run(save)
     records = [record for record in run.records if record["step"] <= checkpoint.step]
-    seen = [rollback.model_dump(mode="json") for rollback in checkpoint.rollbacks]
-    return Run(run.name, records, run.info, seen or None)
+    rollbacks = [rollback.model_dump(mode="json") for rollback in checkpoint.rollbacks]
+    return Run(run.name, records, run.info, rollbacks or None)
 
 
-def _make_ready(model: Any, end_of_text: int | None) -> None:
-    """For whoever loads it to generate: a cache, and ends that the vocabulary has."""
+def prepare_to_generate(model: Any, end_of_text: int | None) -> None:
+    """Switch the key-value cache on, and replace begin and end tokens that are missing or outside the vocabulary.
+
+    The default of ``GPT2Config`` is 50256. With a vocabulary of 8,192 tokens no text would end before its limit.
+    """
     for name in ("bos_token_id", "eos_token_id"):
         for config in (model.config, model.generation_config):
-            now = getattr(config, name, None)
-            if now is None or (isinstance(now, int) and now >= model.config.vocab_size):
+            token = getattr(config, name, None)
+            if token is None or (isinstance(token, int) and token >= model.config.vocab_size):
                 setattr(config, name, end_of_text)
     model.config.use_cache = True
 
@@ -93,13 +97,13 @@ def _write(
     with quiet():
         model.save_pretrained(folder)
     for weights in folder.glob("*.safetensors"):
-        shutil.copymode(folder / "config.json", weights)  # safetensors lets nobody else read them
+        shutil.copymode(folder / "config.json", weights)  # safetensors makes files that only their owner can read
     if tokenizer is not None:
         copy_tokenizer(tokenizer, folder)
-    drawn = run is not None and bool(run.steps)
-    if run is not None and drawn:
+    has_curves = run is not None and bool(run.steps)
+    if run is not None and has_curves:
         draw_run([run], folder / _PICTURE)
-    facts = Facts(
+    card = ModelCard(
         name=name,
         architecture=type(model).__name__,
         model_type=model.config.model_type,
@@ -110,6 +114,6 @@ def _write(
         step=checkpoint.step if checkpoint else None,
         settings=checkpoint.run if checkpoint else None,
         run=run,
-        picture=_PICTURE if drawn else None,
+        picture=_PICTURE if has_curves else None,
     )
-    (folder / "README.md").write_text(model_card(facts), encoding="utf-8")
+    (folder / "README.md").write_text(card.markdown(), encoding="utf-8")

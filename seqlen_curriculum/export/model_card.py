@@ -1,4 +1,4 @@
-"""The ``README.md`` of an exported model: what was trained and how it went, as far as its folders tell; nothing else."""
+"""The ``README.md`` of an exported model: what was trained and how it went, as far as its folders record it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from seqlen_curriculum.analysis.formats import count, plain, setting, significant
 from seqlen_curriculum.analysis.run import Run
 
-__all__ = ["Facts", "model_card"]
+__all__ = ["ModelCard"]
 
 _PAPER = "https://arxiv.org/abs/2108.06084"
 _SETTINGS = (
@@ -26,12 +26,12 @@ _SETTINGS = (
     "data.leftovers",
     "training.",
 )
-"""Beginnings of the keys that are told: no paths, and not the sizes, which the architecture tells."""
+"""Prefixes of the keys on the card: no paths, and no sizes of the model, which the card's first sentence has."""
 
 
 @dataclass(frozen=True)
-class Facts:
-    """What is known of an exported model."""
+class ModelCard:
+    """What is known of an exported model, and the card that says it."""
 
     name: str
     architecture: str
@@ -42,84 +42,83 @@ class Facts:
     has_tokenizer: bool
     step: int | None = None
     settings: Mapping[str, Any] | None = None
-    """Those of the run, flat, out of its checkpoint."""
+    """The run's settings from its checkpoint, with flat keys such as ``optimizer.params.lr``."""
     run: Run | None = None
-    """Up to the checkpoint's step, where its log is there."""
+    """The run's log up to the checkpoint's step, if it is there."""
     picture: str | None = None
     """File name of the curves."""
 
+    def markdown(self) -> str:
+        """Return the card with its YAML front matter. It names no licence, which is the owner's choice."""
+        parts = [self.front_matter(), f"# {self.name}", self.architecture_line()]
+        if self.settings is not None:
+            parts += ["## Training", self.training()]
+        if self.picture:
+            parts.append(f"![Losses, sequence length and learning rate while training]({self.picture})")
+        if self.settings is not None:
+            shown = {name: value for name, value in self.settings.items() if name.startswith(_SETTINGS)}
+            rows = [(f"`{name}`", f"`{setting(value)}`") for name, value in shown.items() if value is not None]
+            parts.append(_table("setting", rows))
+        launches = self.run.info.get("launches") if self.run is not None else None
+        if launches and launches[-1]["versions"]:
+            parts.append(_table("trained with", launches[-1]["versions"].items()))
+        return "\n\n".join([*parts, "## Use", self.usage()]) + "\n"
 
-def model_card(facts: Facts) -> str:
-    """Markdown with YAML front matter. It names no licence: that is the owner's to choose."""
-    parts = [_front_matter(facts), f"# {facts.name}", _architecture(facts)]
-    if facts.settings is not None:
-        parts += ["## Training", _training(facts)]
-    if facts.picture:
-        parts.append(f"![Losses, sequence length and learning rate while training]({facts.picture})")
-    if facts.settings is not None:
-        parts.append(_table("setting", _told(facts.settings)))
-    if versions := _versions(facts.run):
-        parts.append(_table("trained with", versions))
-    return "\n\n".join([*parts, "## Use", _use(facts)]) + "\n"
+    def front_matter(self) -> str:
+        """Return the YAML that the Hugging Face hub reads."""
+        tags = [self.model_type]
+        if self.warms_up():
+            tags.append("sequence-length-warmup")
+        tag_lines = "\n".join(f"- {tag}" for tag in tags)
+        return f"---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags:\n{tag_lines}\n---"
 
+    def architecture_line(self) -> str:
+        """Return one sentence with the class, parameters, type and sizes."""
+        sizes = ", ".join(f"`{name}` {count(size)}" for name, size in self.sizes.items())
+        return f"A `{self.architecture}` of {count(self.parameters)} parameters in {self.dtype}: {sizes}."
 
-def _front_matter(facts: Facts) -> str:
-    tags = [facts.model_type, *(["sequence-length-warmup"] if _warms_up(facts.settings) else [])]
-    listed = "\n".join(f"- {tag}" for tag in tags)
-    return f"---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags:\n{listed}\n---"
+    def warms_up(self) -> bool:
+        """Return whether the run has a curriculum whose length changes."""
+        settings = self.settings or {}
+        shortest, longest = (settings.get(f"curriculum_learning.{end}_difficulty") for end in ("min", "max"))
+        return bool(settings.get("curriculum_learning.enabled")) and shortest != longest
 
+    def training(self) -> str:
+        """Return steps, tokens and final validation loss, and the lengths of a warmup."""
+        rows = [("steps", count(self.step or 0))]
+        if self.run is not None and self.run.records:
+            rows.append(("tokens", count(self.run.records[-1]["consumed_tokens"])))
+        if self.run is not None and self.run.points:
+            last = self.run.points[-1]
+            loss, perplexity = plain(last["valid_loss"]), significant(last["valid_ppl"])
+            rows.append((f"validation loss at step {count(last['step'])}", f"{loss} (perplexity {perplexity})"))
+        table = _table("", rows)
+        if not self.warms_up():
+            return table
+        return f"Trained with [Sequence Length Warmup]({_PAPER}), {self.lengths()}.\n\n{table}"
 
-def _architecture(facts: Facts) -> str:
-    sizes = ", ".join(f"`{name}` {count(size)}" for name, size in facts.sizes.items())
-    return f"A `{facts.architecture}` of {count(facts.parameters)} parameters in {facts.dtype}: {sizes}."
+    def lengths(self) -> str:
+        """Return the range of sequence lengths, from the log if it is whole, else from the schedule.
 
+        A log is whole if it starts with step 1. The schedule's last length may not have been reached, because the token
+        budget can end a run before the ramp ends.
+        """
+        if self.run is not None and self.run.steps and self.run.steps[0]["step"] == 1:
+            trained = [record["seqlen"] for record in self.run.steps]
+            return f"on sequences of {min(trained)} to {max(trained)} tokens"
+        assert self.settings is not None
+        shortest, longest = (self.settings[f"curriculum_learning.{end}_difficulty"] for end in ("min", "max"))
+        return f"whose schedule goes from {shortest} to {longest} tokens"
 
-def _warms_up(settings: Mapping[str, Any] | None) -> bool:
-    told = settings or {}
-    lengths = [told.get(f"curriculum_learning.{name}_difficulty") for name in ("min", "max")]
-    return bool(told.get("curriculum_learning.enabled")) and lengths[0] != lengths[1]
-
-
-def _training(facts: Facts) -> str:
-    assert facts.settings is not None
-    rows: list[tuple[str, str]] = [("steps", count(facts.step or 0))]
-    if facts.run is not None and facts.run.records:
-        rows.append(("tokens", count(facts.run.records[-1]["consumed_tokens"])))
-    if facts.run is not None and facts.run.points:
-        last = facts.run.points[-1]
-        loss, perplexity = plain(last["valid_loss"]), significant(last["valid_ppl"])
-        rows.append((f"validation loss at step {count(last['step'])}", f"{loss} (perplexity {perplexity})"))
-    table = _table("", rows)
-    if not _warms_up(facts.settings):
-        return table
-    return f"Trained with [Sequence Length Warmup]({_PAPER}), {_lengths(facts.settings, facts.run)}.\n\n{table}"
-
-
-def _lengths(settings: Mapping[str, Any], run: Run | None) -> str:
-    """Those that were read where the log tells of every step, else those of the schedule, which the budget may cut short."""
-    if run is not None and run.steps and run.steps[0]["step"] == 1:
-        read = [record["seqlen"] for record in run.steps]
-        return f"on sequences of {min(read)} to {max(read)} tokens"
-    ends = (settings[f"curriculum_learning.{name}_difficulty"] for name in ("min", "max"))
-    return "whose schedule goes from {} to {} tokens".format(*ends)
-
-
-def _told(settings: Mapping[str, Any]) -> list[tuple[str, str]]:
-    chosen = {key: value for key, value in settings.items() if key.startswith(_SETTINGS) and value is not None}
-    return [(f"`{key}`", f"`{setting(value)}`") for key, value in chosen.items()]
-
-
-def _versions(run: Run | None) -> list[tuple[str, str]]:
-    launches = run.info.get("launches") if run is not None else None
-    return list(launches[-1]["versions"].items()) if launches else []
+    def usage(self) -> str:
+        """Return the code that loads the model."""
+        lines = ["```python", "import transformers", ""]
+        folder = repr(self.name)  # may have quotes in it
+        if self.has_tokenizer:
+            lines.append(f"tokenizer = transformers.AutoTokenizer.from_pretrained({folder})")
+        lines += [f"model = transformers.AutoModelForCausalLM.from_pretrained({folder})", "```"]
+        return "\n".join(lines)
 
 
 def _table(head: str, rows: Iterable[tuple[str, str]]) -> str:
     return "\n".join([f"| {head} | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in rows)])
-
-
-def _use(facts: Facts) -> str:
-    name = repr(facts.name)  # may have quotes in it
-    tokenizer = [f"tokenizer = transformers.AutoTokenizer.from_pretrained({name})"] if facts.has_tokenizer else []
-    model = f"model = transformers.AutoModelForCausalLM.from_pretrained({name})"
-    return "\n".join(["```python", "import transformers", "", *tokenizer, model, "```"])

@@ -6,7 +6,7 @@ Shapes: ``B`` rows, ``S`` seqlen, ``H`` hidden size, ``V`` padded vocabulary, ``
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,25 +35,12 @@ __all__ = [
 
 
 def build_gpt2(config: ModelConfig, bos_token_id: int | None = None, eos_token_id: int | None = None) -> CausalLM:
-    """A freshly initialised GPT-2 on the CPU in fp32 (GPT-2's init: normal 0.02, residual projections / sqrt(2 layers)).
+    """Build a freshly initialised GPT-2 on the CPU in fp32.
 
-    Weights follow from torch's global seed alone: seed every rank alike. The token ids only go into the saved config.
+    The init is GPT-2's: normal with 0.02, residual projections divided by sqrt(2 layers). Weights follow from torch's global
+    seed alone, so every rank must set the same seed. The token ids only go into the saved config.
     """
-    lm = GPT2LMHeadModel(_hf_config(config, bos_token_id, eos_token_id))
-    if config.activation_checkpointing:
-        checkpoint_activations(lm)
-    return CausalLM(lm)
-
-
-def checkpoint_activations(lm: Any) -> None:
-    """Make a transformers model keep only each block's input."""
-    # The first is the name since 5.23 of transformers, where the second warns.
-    enable = getattr(lm, "activation_checkpointing_enable", None) or lm.gradient_checkpointing_enable
-    enable({"use_reentrant": False})
-
-
-def _hf_config(config: ModelConfig, bos_token_id: int | None, eos_token_id: int | None) -> Any:
-    return GPT2Config(
+    hf_config = GPT2Config(
         vocab_size=config.padded_vocab_size,
         n_positions=config.max_position_embeddings,
         n_embd=config.hidden_size,
@@ -68,13 +55,24 @@ def _hf_config(config: ModelConfig, bos_token_id: int | None, eos_token_id: int 
         eos_token_id=eos_token_id,
         attn_implementation="sdpa_causal",
     )
+    lm = GPT2LMHeadModel(hf_config)
+    if config.activation_checkpointing:
+        checkpoint_activations(lm)
+    return CausalLM(lm)
+
+
+def checkpoint_activations(lm: Any) -> None:
+    """Make a transformers model keep only each block's input and recompute the rest in the backward pass."""
+    # transformers 5.23 renamed the method; the old name still works there, but prints a warning.
+    enable = getattr(lm, "activation_checkpointing_enable", None) or lm.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
 
 
 class CausalLM(nn.Module):
-    """Tokens and their next tokens in, mean loss out; ``lm`` is the Hugging Face model that owns every parameter.
+    """Compute the mean loss from tokens and their next tokens; ``lm`` is the Hugging Face model that owns every parameter.
 
-    ``lm`` gives logits too (``model.lm(inputs).logits``), without padding and without a key-value cache; to generate,
-    ``save_hf`` it and load the folder.
+    ``model.lm(inputs).logits`` gives logits, without padding and without a key-value cache. To generate text, write the
+    model with ``save_hf`` and load the folder.
     """
 
     lm: Any
@@ -88,10 +86,10 @@ class CausalLM(nn.Module):
         set_window(self, None)
 
     def forward(self, inputs: Tensor, targets: Tensor, first_position: int = 0) -> Tensor:
-        """Mean cross entropy in nats, an fp32 scalar, of ``targets`` (B, S) given ``inputs`` (B, S), both int64.
+        """Return the mean cross entropy in nats, an fp32 scalar, of ``targets`` (B, S) given ``inputs`` (B, S), both int64.
 
-        ``targets`` are already shifted: ``targets[:, i]`` follows ``inputs[:, i]``, which stands at ``first_position + i``.
-        ConfigError if a position is at or above ``max_position_embeddings``.
+        ``targets`` are already shifted: ``targets[:, i]`` follows ``inputs[:, i]``, which is at ``first_position + i``.
+        Raises ConfigError if a position is at or above ``max_position_embeddings``.
         """
         end, positions = first_position + inputs.shape[1], self.lm.config.n_positions
         if end > positions:
@@ -100,18 +98,36 @@ class CausalLM(nn.Module):
                 "raise it, or lower data.seq_length and the curriculum's max_difficulty"
             )
         assert inputs.shape == targets.shape
-        position_ids = torch.arange(first_position, end, device=inputs.device).unsqueeze(0)
+        position_ids = torch.arange(first_position, end, device=inputs.device).unsqueeze(0)  # (1, S)
         hidden = self.lm.transformer(inputs, position_ids=position_ids).last_hidden_state  # (B, S, H)
         loss: Tensor = self.lm.lm_head(hidden, targets)
         return loss
 
 
-def set_window(model: CausalLM, window: int | None, restart_positions: bool = False) -> None:
-    """From now on each token attends within its aligned window alone: tokens ``[k * window, (k + 1) * window)`` of its row.
+class LossHead(nn.Module):
+    """The tied head. Its forward is the only place outside the embedding that touches the shared weight.
 
-    None for whole rows. Positions run on through the row, or with ``restart_positions`` begin at 0 in each window, which
-    then is as good as a row of its own. Set it between steps, on every rank: backward may compute the forward again.
-    Source: SkyLadder (Zhu et al. 2025), which masks short windows in full rows. ConfigError if ``window`` is below 1.
+    ZeRO-3 requires this: it gathers a module's parameters only while that module's own forward runs.
+    """
+
+    def __init__(self, weight: nn.Parameter) -> None:
+        super().__init__()
+        self.weight = weight  # (V, H)
+
+    def forward(self, hidden: Tensor, targets: Tensor | None = None) -> Tensor:
+        """Return the logits (..., V) of ``hidden`` (..., H), or, given ``targets`` (...), their mean cross entropy."""
+        if targets is None:
+            return F.linear(hidden, self.weight)
+        return mean_cross_entropy(hidden.flatten(0, -2), self.weight, targets.flatten())
+
+
+def set_window(model: CausalLM, window: int | None, restart_positions: bool = False) -> None:
+    """Restrict attention to aligned windows, tokens ``[k * window, (k + 1) * window)`` of a row; None for whole rows.
+
+    Positions continue through the row, or with ``restart_positions`` start at 0 in each window, which makes a window
+    equivalent to a row of its own. Set it between steps and on every rank, because the backward pass may recompute the
+    forward. Source: SkyLadder (Zhu et al. 2025), which masks short windows in full rows. Raises ConfigError if ``window``
+    is below 1.
     """
     if window is not None and window < 1:
         raise ConfigError(f"window: {window} has no tokens; give 1 or more, or None for whole rows")
@@ -121,28 +137,12 @@ def set_window(model: CausalLM, window: int | None, restart_positions: bool = Fa
 
 
 def _restart_positions(wpe: Any, inputs: tuple[Tensor]) -> tuple[Tensor]:
+    """Count the position ids (1, S) from 0 in each window: with s=4, ``0 1 2 3 4 5`` becomes ``0 1 2 3 0 1``."""
     return inputs if wpe.window is None else (inputs[0] % wpe.window,)
 
 
-class LossHead(nn.Module):
-    """The tied head. Its forward is the only place outside the embedding that touches the shared weight.
-
-    That is what ZeRO-3 needs: a module's parameters are whole only inside its own forward.
-    """
-
-    def __init__(self, weight: nn.Parameter) -> None:
-        super().__init__()
-        self.weight = weight  # (V, H)
-
-    def forward(self, hidden: Tensor, targets: Tensor | None = None) -> Tensor:
-        """Logits (..., V) of ``hidden`` (..., H); given ``targets`` (...), their mean cross entropy instead."""
-        if targets is None:
-            return F.linear(hidden, self.weight)
-        return mean_cross_entropy(hidden.flatten(0, -2), self.weight, targets.flatten())
-
-
 def _refuse_padding(_lm: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-    """Attention never sees the mask, so padding would be taken for text in silence."""
+    """Raise for padded rows: ``causal_attention`` gets no mask, so padding would be read as text without a warning."""
     mask = keywords.get("attention_mask", inputs[2] if len(inputs) > 2 else None)
     if mask is not None and not bool(torch.as_tensor(mask).all()):
         raise NotImplementedError("padding and masks: save_hf() the model and load the folder instead")
@@ -158,39 +158,44 @@ def causal_attention(
     scaling: float | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Causal attention of whole, unpadded rows, or in each ``module.window`` tokens of them (``set_window``).
+    """Attend causally in whole, unpadded rows, or in each ``module.window`` tokens of them (see ``set_window``).
 
-    Query, key and value (B, nh, S, hs), result (B, S, nh, hs).
+    Query, key and value are (B, nh, S, hs), the result (B, S, nh, hs).
     """
     if attention_mask is not None or query.shape[2] != key.shape[2]:
         raise NotImplementedError("masks and key-value caches: save_hf() the model and load the folder instead")
     attend = partial(F.scaled_dot_product_attention, dropout_p=dropout, is_causal=True, scale=scaling)
-    return _attend(attend, module.window, query, key, value), None
-
-
-def _attend(attend: Callable[..., Tensor], window: int | None, *qkv: Tensor) -> Tensor:
-    """Windows as rows of their own, at the cost of short rows. Each of ``qkv`` (B, nh, S, hs), result (B, S, nh, hs)."""
-    rows, heads, seqlen, head_size = qkv[0].shape
+    rows, heads, seqlen, head_size = query.shape
+    window, qkv = module.window, (query, key, value)
     if window is None or window >= seqlen:
-        return attend(*qkv).transpose(1, 2)
-    rest = seqlen % window
-    if rest:
-        parts = zip(*(torch.split(tensor, [seqlen - rest, rest], dim=2) for tensor in qkv), strict=True)
-        return torch.cat([_attend(attend, window, *part) for part in parts], dim=1)
-    windows = (torch.unflatten(tensor, 2, (-1, window)).transpose(1, 2).flatten(0, 1) for tensor in qkv)
-    out = attend(*windows).transpose(1, 2)  # (B * S / s, s, nh, hs)
-    return out.reshape(rows, seqlen, heads, head_size)
+        return attend(*qkv).transpose(1, 2), None
+
+    # Windows become rows of their own, so attention costs S * s and not S * S, and needs no mask. With S=10 and s=4,
+    # tokens 0-3 and 4-7 are two rows of 4 for each row of the batch, and tokens 8-9 one row of 2.
+    whole = seqlen - seqlen % window
+    windows = [
+        torch.unflatten(tensor[:, :, :whole], 2, (-1, window))
+        .transpose(1, 2)
+        .flatten(0, 1)  # (B * whole / s, nh, s, hs)
+        for tensor in qkv
+    ]
+    out = attend(*windows).transpose(1, 2)  # (B * whole / s, s, nh, hs)
+    out = out.reshape(rows, whole, heads, head_size)
+    if whole < seqlen:
+        rest = attend(*(tensor[:, :, whole:] for tensor in qkv)).transpose(1, 2)  # (B, S - whole, nh, hs)
+        out = torch.cat([out, rest], dim=1)
+    return out, None
 
 
-# transformers' own "sdpa" waits for the device on every forward, to see from the position ids whether rows are packed,
-# and under torch.compile, where it can't see, builds the S x S mask. An attention of our own name gets no mask at all.
+# transformers' own "sdpa" waits for the device in every forward, to see from the position ids whether rows are packed.
+# Under torch.compile it can't see that and builds the S x S mask. An attention under a name of our own gets no mask.
 AttentionInterface.register("sdpa_causal", causal_attention)
 
 
 def save_hf(model: CausalLM, folder: str | Path, state_dict: Mapping[str, Tensor] | None = None) -> None:
     """Write ``config.json`` and ``model.safetensors`` for ``AutoModelForCausalLM.from_pretrained(folder)``.
 
-    ``state_dict`` has the keys of ``model.state_dict()`` or of ``model.lm.state_dict()``: give it where ``model``
+    ``state_dict`` has the keys of ``model.state_dict()`` or of ``model.lm.state_dict()``. It is required where ``model``
     itself doesn't hold whole parameters (ZeRO-3). The embedding keeps its padding rows, so logits are
     ``padded_vocab_size`` wide.
     """
@@ -203,10 +208,10 @@ def save_hf(model: CausalLM, folder: str | Path, state_dict: Mapping[str, Tensor
 
 
 def save_config(model: CausalLM, folder: str | Path, dtype: torch.dtype) -> None:
-    """Write ``config.json`` beside weights of ``dtype``."""
+    """Write the ``config.json`` that belongs to weights of ``dtype``."""
     config = copy.deepcopy(model.lm.config)
     config.architectures = ["GPT2LMHeadModel"]
     config.dtype = dtype
-    config.use_cache = True  # whoever loads it generates
+    config.use_cache = True  # off in training, needed to generate
     with quiet():
         config.save_pretrained(folder)

@@ -1,4 +1,6 @@
-"""GPT-2 as a sequence of layers, each taking the one before's output: what a pipeline cuts into stages.
+"""GPT-2 as a list of layers, each taking the output of the one before: what pipeline parallelism cuts into stages.
+
+The layers hold the parameters of a ``CausalLM``, not copies of them.
 
 Shapes: ``B`` rows, ``S`` seqlen, ``H`` hidden size, ``V`` padded vocabulary.
 """
@@ -18,42 +20,46 @@ __all__ = ["WordEmbedding", "hidden_loss", "middle_layers", "with_head"]
 
 
 class WordEmbedding(nn.Module):
-    """First layer and, by ``with_head``, last one: the two ends of a pipeline share its weight."""
+    """The first layer and, through ``with_head``, the last one: both ends of a pipeline share its weight."""
 
     def __init__(self, weight: nn.Parameter) -> None:
         super().__init__()
         self.weight = weight  # (V, H)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Embeddings (B, S, H) of ``tokens`` (B, S)."""
+        """Return the embeddings (B, S, H) of ``tokens`` (B, S)."""
         return F.embedding(tokens, self.weight)
 
 
 class _Positions(nn.Module):
-    """Adds the position embeddings, then dropout."""
+    """Add the position embeddings, then apply dropout."""
 
     def __init__(self, wpe: nn.Embedding, drop: nn.Dropout) -> None:
         super().__init__()
         self.wpe, self.drop = wpe, drop
 
-    def forward(self, words: Tensor) -> Tensor:  # (B, S, H) to (B, S, H)
-        positions = self.wpe(torch.arange(words.shape[1], device=words.device).unsqueeze(0))
-        embedded: Tensor = self.drop(words + positions)
+    def forward(self, words: Tensor) -> Tensor:
+        """Return (B, S, H) for the word embeddings (B, S, H)."""
+        position_ids = torch.arange(words.shape[1], device=words.device).unsqueeze(0)  # (1, S)
+        embedded: Tensor = self.drop(words + self.wpe(position_ids))  # (B, S, H) + (1, S, H)
         return embedded
 
 
 def middle_layers(model: CausalLM) -> list[nn.Module]:
-    """What stands between the word embedding and the head: positions, the blocks, the last layer norm."""
+    """Return the layers between word embedding and head, (B, S, H) each: positions, the blocks, the last layer norm."""
     gpt2 = model.lm.transformer
     return [_Positions(gpt2.wpe, gpt2.drop), *gpt2.h, gpt2.ln_f]
 
 
 def with_head(words: WordEmbedding, hidden: Tensor) -> tuple[Tensor, Tensor]:
-    """The last layer's output: hidden states (B, S, H) and the tied head (V, H), not yet multiplied."""
+    """Return the last layer's output: hidden states (B, S, H) and the tied head (V, H).
+
+    They are multiplied in ``hidden_loss``, chunk by chunk, so that the last stage never holds logits (B, S, V).
+    """
     return hidden, words.weight
 
 
 def hidden_loss(outputs: Sequence[Tensor], targets: Tensor) -> Tensor:
-    """Mean cross entropy in nats, an fp32 scalar, of ``targets`` (B, S) given the output of ``with_head``."""
-    hidden, weight = outputs
+    """Return the mean cross entropy in nats, an fp32 scalar, of ``targets`` (B, S) given the output of ``with_head``."""
+    hidden, weight = outputs  # (B, S, H), (V, H)
     return mean_cross_entropy(hidden.flatten(0, -2), weight, targets.flatten())

@@ -1,4 +1,4 @@
-"""Trained models and their tokenizers, from checkpoints, runs and Hugging Face folders; nothing is fetched."""
+"""Trained models and their tokenizers, from checkpoints, runs and Hugging Face folders; nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ __all__ = [
     "copy_tokenizer",
     "load_model",
     "load_tokenizer",
-    "mend_generation",
     "model_folder",
     "quiet",
+    "replace_invalid_generation_config",
     "save_tokenizer",
 ]
 
@@ -39,32 +39,41 @@ _TOKENIZER_FILES = (
 
 
 def load_model(path: Path, dtype: torch.dtype | None = torch.float32, padding: bool = False) -> Any:
-    """The ``AutoModelForCausalLM`` of ``model_folder(path)`` on the CPU, in eval mode, without padding rows unless asked.
+    """Load the ``AutoModelForCausalLM`` of ``model_folder(path)`` on the CPU, in eval mode.
 
-    ``dtype`` is float32 whatever was saved: it holds every saved value exactly, and logits that are compared or summed
-    need its digits; None for the saved one. Raises CheckpointError.
+    Padding rows of the vocabulary are removed unless ``padding``. The default ``dtype`` is float32 whatever was saved: it
+    holds every saved value exactly, and sums of logits need its digits. None keeps the saved one. Raises CheckpointError.
     """
     folder = model_folder(path)
     try:
         with quiet():
-            model, told = AutoModelForCausalLM.from_pretrained(
+            model, loading = AutoModelForCausalLM.from_pretrained(
                 folder, dtype=dtype or "auto", local_files_only=True, output_loading_info=True
             )
     except Exception as error:  # damaged files make the libraries raise nearly anything
-        raise CheckpointError(f"{folder}: can't be loaded as a causal language model ({_first_line(error)})") from error
-    lost = sorted({*told["missing_keys"], *(key[0] for key in told["mismatched_keys"])})
+        message = (str(error).strip().splitlines() or [""])[0]
+        raise CheckpointError(
+            f"{folder}: can't be loaded as a causal language model ({type(error).__name__}: {message})"
+        ) from error
+    # transformers only warns of weights it doesn't find, and initialises them at random.
+    lost = sorted({*loading["missing_keys"], *(key[0] for key in loading["mismatched_keys"])})
     if lost:
         raise CheckpointError(
             f"{folder}: its files lack {len(lost)} of the model's weights, such as {lost[0]}; give a whole model with a head"
         )
-    if not padding:
-        _cut_vocabulary(model, vocabulary(folder))
-    mend_generation(model)
+    size = vocabulary(folder)
+    if not padding and size is not None and size < model.get_input_embeddings().num_embeddings:
+        with quiet():
+            model.resize_token_embeddings(size)
+    replace_invalid_generation_config(model)
     return model.eval()
 
 
-def mend_generation(model: Any) -> None:
-    """Put defaults for a ``generation_config.json`` that contradicts itself: transformers would refuse to save it again."""
+def replace_invalid_generation_config(model: Any) -> None:
+    """Replace a ``generation_config.json`` that contradicts itself by defaults.
+
+    transformers loads such a file, ``temperature`` without ``do_sample`` say, but refuses to save it again.
+    """
     with quiet():
         try:
             model.generation_config.validate(strict=True)
@@ -72,14 +81,8 @@ def mend_generation(model: Any) -> None:
             model.generation_config = GenerationConfig.from_model_config(model.config)
 
 
-def _cut_vocabulary(model: Any, size: int | None) -> None:
-    if size is not None and size < model.get_input_embeddings().num_embeddings:
-        with quiet():
-            model.resize_token_embeddings(size)
-
-
 def load_tokenizer(path: Path, tokenizer: Path | None = None) -> Tokenizer:
-    """The tokenizer of ``model_folder(path)``, or the one at ``tokenizer``: a file, a folder, GPT-2's pair of files.
+    """Load the tokenizer of ``model_folder(path)``, or the one at ``tokenizer``: a file, a folder, GPT-2's pair of files.
 
     Raises CheckpointError, and ConfigError where there is none or it has more tokens than the model.
     """
@@ -89,27 +92,28 @@ def load_tokenizer(path: Path, tokenizer: Path | None = None) -> Tokenizer:
             f"{folder}: has no tokenizer.json; give --tokenizer, a tokenizer.json or a folder with one or with GPT-2's "
             "encoder.json and vocab.bpe"
         )
-    found, size = read_tokenizer(tokenizer or folder), vocabulary(folder)
-    if size is not None and vocab_size(found) > size:
+    loaded, size = read_tokenizer(tokenizer or folder), vocabulary(folder)
+    if size is not None and vocab_size(loaded) > size:
         raise ConfigError(
-            f"{tokenizer or folder}: the tokenizer has {vocab_size(found)} tokens, the model in {folder} {size}; give the "
+            f"{tokenizer or folder}: the tokenizer has {vocab_size(loaded)} tokens, the model in {folder} {size}; give the "
             "--tokenizer that it was trained with"
         )
-    return found
+    return loaded
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     """Write ``tokenizer.json`` and ``tokenizer_config.json`` for ``AutoTokenizer.from_pretrained(folder)``."""
-    ends = tokenizer.token_to_id(END_OF_TEXT) is not None
-    names = {"eos_token": END_OF_TEXT, "bos_token": END_OF_TEXT} if ends else {}
+    special_tokens = {}
+    if tokenizer.token_to_id(END_OF_TEXT) is not None:
+        special_tokens = {"eos_token": END_OF_TEXT, "bos_token": END_OF_TEXT}
     with quiet():
-        PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder)
+        PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special_tokens).save_pretrained(folder)
 
 
 def copy_tokenizer(source: Path, folder: Path) -> None:
-    """Put the tokenizer at ``source``, a file or folder as for ``load_tokenizer``, into ``folder``, for ``AutoTokenizer``.
+    """Copy the tokenizer at ``source``, a file or folder as for ``load_tokenizer``, into ``folder``, for ``AutoTokenizer``.
 
-    What a Hugging Face folder has is copied as it is, chat template and all. Raises ConfigError.
+    The files of a Hugging Face folder are copied unchanged, chat template included. Raises ConfigError.
     """
     if not (source / "tokenizer_config.json").exists():
         save_tokenizer(read_tokenizer(source), folder)
@@ -121,7 +125,7 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep transformers' bars and advice off the terminal; its errors are raised all the same."""
+    """Keep the progress bars and warnings of transformers off the terminal. Its errors are raised as usual."""
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity(logging.CRITICAL)
     logging.disable_progress_bar()
@@ -131,7 +135,3 @@ def quiet() -> Iterator[None]:
         logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"

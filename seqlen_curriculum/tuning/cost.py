@@ -1,4 +1,4 @@
-"""What steps of a run cost: tokens, and floating point operations with those of its evaluations."""
+"""The cost of steps of a run: tokens, and floating point operations including those of its evaluations."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ __all__ = ["Cost", "cost_of"]
 
 
 class Cost(NamedTuple):
-    """Of training, or of a part of it."""
+    """The cost of training, or of a part of it."""
 
     tokens: int = 0
     """Target tokens trained on."""
     flops: float = 0.0
-    """Of training and of evaluating, whose forward is a third of training; see ``ModelConfig.flops_per_token``."""
+    """Of training and of evaluation, whose forward pass is a third of training; see ``ModelConfig.flops_per_token``."""
 
     def __add__(self, other: object) -> Cost:
         assert isinstance(other, Cost)
@@ -25,7 +25,7 @@ class Cost(NamedTuple):
 
 
 def cost_of(config: RunConfig, first_step: int, last_step: int) -> Cost:
-    """Of the steps from ``first_step`` to ``last_step`` of a run with model, data and training sections."""
+    """Return the cost of steps ``first_step`` to ``last_step`` of a run that has model, data and training sections."""
     assert config.model is not None
     assert config.data is not None
     assert config.training is not None
@@ -35,10 +35,14 @@ def cost_of(config: RunConfig, first_step: int, last_step: int) -> Cost:
         return Cost()
     steps = np.arange(first_step, last_step + 1)
     tokens = np.diff(timeline.consumed_tokens(steps), prepend=timeline.consumed_tokens(first_step - 1))
-    trained = float(np.sum(tokens * config.model.flops_per_token(timeline.seqlen(steps))))
-    interval = training.eval_interval or timeline.steps + 1
-    evaluations = last_step // interval - (first_step - 1) // interval
-    evaluations += bool(training.eval_interval and last_step == timeline.steps and last_step % interval)
-    length = config.data.seq_length
-    evaluated = evaluations * training.eval_rows * length * config.model.flops_per_token(length) / 3
-    return Cost(int(tokens.sum()), trained + float(evaluated))
+    flops = float(np.sum(tokens * config.model.flops_per_token(timeline.seqlen(steps))))
+
+    evaluations = 0
+    if training.eval_interval:
+        # With an interval of 3, steps 3 to 7 are evaluated after 3 and 6: 7 // 3 - 2 // 3 = 2 times. A run of 46 steps is
+        # also evaluated after step 46, which is no multiple of 3.
+        evaluations = last_step // training.eval_interval - (first_step - 1) // training.eval_interval
+        evaluations += last_step == timeline.steps and last_step % training.eval_interval > 0
+    seqlen = config.data.seq_length
+    flops += float(evaluations * training.eval_rows * seqlen * config.model.flops_per_token(seqlen) / 3)
+    return Cost(int(tokens.sum()), flops)

@@ -1,11 +1,12 @@
 """A probe: the real training script, run under the launcher up to a step, and judged by its log.
 
-A probe is a run folder like any other. What it has in common with an earlier one it takes over: the log and the checkpoint
-up to where their schedules part.
+A probe is a run folder like any other. Where its schedule equals that of an earlier probe for the first steps, it inherits
+the log and the checkpoint of those steps.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -35,7 +36,7 @@ Watch = Callable[["Trial"], None]
 
 
 class Trial(NamedTuple):
-    """How a probe came out."""
+    """The verdict on a probe."""
 
     stable: bool
     step: int
@@ -50,71 +51,80 @@ class ProbeRun:
 
     save: Path
     raw: dict[str, Any]
-    """Its file."""
-    most: float
-    """The perplexity over the best before it that is still no fluctuation."""
+    """Its configuration."""
+    max_ratio: float
+    """The largest perplexity over the best before it that is no fluctuation."""
 
     @property
     def config(self) -> RunConfig:
-        """Its file, checked."""
+        """Its configuration, checked."""
         return RunConfig.from_dict(self.raw)
 
     @property
-    def _launch(self) -> Path:
-        """Locked by the launcher, whose ranks lock the folder only after they have started."""
+    def launch_lock(self) -> Path:
+        """Locked by the launcher and its ranks, because ranks lock the run's folder only after they have started."""
         return self.save.with_suffix(".launch")
 
     def records(self) -> list[dict[str, Any]]:
-        """Of its log, none before it has begun."""
+        """Return the records of its log, none before it has begun."""
         return list(read_run_log(self.save / RUN_LOG)) if (self.save / RUN_LOG).exists() else []
 
     def last_step(self) -> int:
-        """The last one in its log; 0 before it has begun."""
+        """Return the last step in its log, 0 before it has begun."""
         return max((record["step"] for record in self.records()), default=0)
 
     def inherited_steps(self) -> int:
-        """Steps taken over from another probe."""
+        """Return the steps inherited from another probe."""
         info = read_run_info(self.save)
         if info is None:
-            return self.last_step()  # taken over, and not yet launched
+            return self.last_step()  # inherited, and not yet launched
         return info.launches[0].first_step - 1
 
-    def judged(self, until_step: int) -> Trial:
-        """What the log tells of the steps up to ``until_step``, of all there are."""
+    def judge(self, until_step: int) -> Trial:
+        """Return the verdict on those of the steps up to ``until_step`` that are in the log."""
         records = [record for record in self.records() if record["step"] <= until_step]
+        step = records[-1]["step"] if records else 0
         losses = [record["valid_loss"] for record in records if "valid_loss" in record]
-        return _trial(records[-1]["step"] if records else 0, losses, self.most)
+        if len(losses) < 2:
+            return Trial(True, step, None)
+        # Losses of 3.0, 2.0 and 2.2 are perplexities of 20.1, 7.4 and 9.0: the largest ratio is 9.0 / 7.4 = 1.22, of the
+        # third. The first has none before it.
+        ratios = perplexity_ratios(losses)[1:]
+        largest = float(ratios.max())
+        return Trial(largest <= self.max_ratio, step, largest)
 
     def train(self, until_step: int, launcher: Sequence[str], script: Path, watch: Watch) -> Trial:
-        """Train up to ``until_step``, or on from where an earlier call stopped; ``watch`` is told how it stands.
+        """Train up to ``until_step``, resuming an earlier call, and call ``watch`` with the verdict so far twice a second.
 
-        Raises CheckpointError where the script fails for another reason than a fluctuation, with the end of its output.
+        Raises CheckpointError, with the end of the script's output, if it fails for another reason than a fluctuation.
         """
-        self._wait_for_earlier(until_step, watch)
-        trial = self.judged(until_step)
-        if not trial.stable or self._is_through(until_step):
+        self._wait_for_unlock(until_step, watch)
+        trial = self.judge(until_step)
+        if not trial.stable or self.is_saved_at(until_step):
             return trial
         output = self.save.with_suffix(".log")
         before = output.stat().st_size if output.exists() else 0
         process = self._start([*launcher, str(script)], until_step, output)
         try:
             status = self._wait(process, until_step, watch)
-        except BaseException:  # Ctrl-C, or the end of the budget: the run saves and the same command goes on
+        except BaseException:  # Ctrl-C, or the end of the budget: the run saves, and the same command resumes it
             _terminate(process)
-            self._wait_for_earlier(until_step, lambda _: None)
+            self._wait_for_unlock(until_step, lambda _: None)
             raise
-        trial = self.judged(until_step)
+        trial = self.judge(until_step)
         if not trial.stable:
             return trial
         if status == DIVERGED:
             return Trial(False, trial.step, None)
-        if status or not self._is_through(until_step):
-            told = f"{output}: the probe ended with status {status} and is not at step {until_step}, saved"
-            raise CheckpointError(f"{told}; mend what it tells, then give the same command:\n{_tail(output, before)}")
+        if status or not self.is_saved_at(until_step):
+            raise CheckpointError(
+                f"{output}: the probe ended with status {status} before step {until_step} was saved; fix the error below, "
+                f"then rerun the same command:\n{_error_in(output, before)}"
+            )
         return trial
 
-    def _is_through(self, until_step: int) -> bool:
-        """Whether it is saved after ``until_step``, so that this step's evaluation is in the log."""
+    def is_saved_at(self, until_step: int) -> bool:
+        """Return whether there is a checkpoint of ``until_step``, so that this step's evaluation is in the log."""
         try:
             return read_checkpoint(self.save / f"global_step{until_step}").step == until_step
         except CheckpointError:
@@ -124,63 +134,56 @@ class ProbeRun:
         path = self.save.with_suffix(".json")
         replace_text(path, json.dumps(self.raw, indent=2) + "\n")
         flags = ["--config", str(path), "--save", str(self.save), "--until-step", str(until_step)]
-        lock = try_lock(self._launch)
+        lock = try_lock(self.launch_lock)
         assert lock is not None
+        # A flock lasts until every copy of its open file is closed. The launcher and its ranks inherit one, so the lock
+        # tells that they are alive, even after this process was killed and has closed its own.
         with output.open("ab") as out:
-            options: dict[str, Any] = {"stdout": out, "stderr": subprocess.STDOUT, "start_new_session": True}
-            process = subprocess.Popen([*command, *flags], **options, pass_fds=(lock,))  # it holds the lock from now on
+            process = subprocess.Popen(
+                [*command, *flags], stdout=out, stderr=subprocess.STDOUT, start_new_session=True, pass_fds=(lock,)
+            )
         os.close(lock)
         return process
 
     def _wait(self, process: subprocess.Popen[bytes], until_step: int, watch: Watch) -> int:
         while process.poll() is None:
-            watch(self.judged(until_step))
+            watch(self.judge(until_step))
             time.sleep(_POLL_SECONDS)
-        self._wait_for_earlier(until_step, watch)  # the launcher may end before its ranks
+        self._wait_for_unlock(until_step, watch)  # the launcher may end before its ranks
         return int(process.returncode)
 
-    def _wait_for_earlier(self, until_step: int, watch: Watch) -> None:
-        """A launch outlives the command that began it, if that is killed; it trains what is wanted."""
-        while is_locked(self._launch) or is_locked(lock_of(self.save)):
-            watch(self.judged(until_step))
+    def _wait_for_unlock(self, until_step: int, watch: Watch) -> None:
+        """Wait for processes of an earlier launch: they outlive a killed command, and train what is wanted."""
+        while is_locked(self.launch_lock) or is_locked(lock_of(self.save)):
+            watch(self.judge(until_step))
             time.sleep(_POLL_SECONDS)
-
-
-def _trial(step: int, losses: Sequence[float], most: float) -> Trial:
-    if len(losses) < 2:
-        return Trial(True, step, None)
-    ratios = perplexity_ratios(losses)[1:]
-    largest = float(ratios.max())
-    return Trial(largest <= most, step, largest)
 
 
 def _terminate(process: subprocess.Popen[bytes]) -> None:
-    """SIGTERM to the launcher and all ranks on this node, which finish their step and save."""
-    try:
+    """Send SIGTERM to the launcher and all ranks on this node, which finish their step and save."""
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGTERM)
-    except ProcessLookupError:
-        return
-    process.wait()
+        process.wait()
 
 
-def _tail(output: Path, start: int) -> str:
-    """The error that the script told of, else its last lines, of what it wrote from the byte ``start`` on."""
+def _error_in(output: Path, start: int) -> str:
+    """Return the script's last ``error: `` line, else the last ten lines, of its output from byte ``start`` on."""
     lines = output.read_bytes()[start:].decode("utf-8", errors="replace").splitlines()
     errors = [line for line in lines if line.startswith("error: ")]
     return "\n".join(errors[-1:] or lines[-10:])
 
 
 def inherit(run: ProbeRun, donors: Sequence[ProbeRun], until_step: int) -> int:
-    """Let a run that has not begun start with what it has in common with one of ``donors``; returns these steps.
+    """Give a run that has not begun the most steps it has in common with one of ``donors``, and return their number.
 
-    A folder appears whole or not at all; the files of checkpoints are linked, not copied, where the disk can.
+    A folder appears whole or not at all. Files of checkpoints are linked, not copied, where the disk can.
     """
     if run.save.exists():
         return run.inherited_steps()
-    shared = [(checkpoint.step, donor, checkpoint) for donor, checkpoint in _usable(run, donors, until_step)]
+    shared = [(checkpoint.step, donor, checkpoint) for donor, checkpoint in _shared(run, donors, until_step)]
     if not shared:
         return 0
-    step, donor, checkpoint = max(shared, key=lambda one: one[0])
+    step, donor, checkpoint = max(shared, key=lambda candidate: candidate[0])
     unfinished = run.save.with_name(f".{run.save.name}.tmp")
     shutil.rmtree(unfinished, ignore_errors=True)
     shutil.copytree(checkpoint.folder, unfinished / checkpoint.folder.name, copy_function=_link)
@@ -190,15 +193,16 @@ def inherit(run: ProbeRun, donors: Sequence[ProbeRun], until_step: int) -> int:
     return step
 
 
-def _usable(run: ProbeRun, donors: Sequence[ProbeRun], until_step: int) -> Iterator[tuple[ProbeRun, Checkpoint]]:
+def _shared(run: ProbeRun, donors: Sequence[ProbeRun], until_step: int) -> Iterator[tuple[ProbeRun, Checkpoint]]:
+    """Yield the donors' checkpoints of steps up to which ``run`` has the same schedule."""
     for donor in donors:
-        alike = count_identical_steps(run.config, donor.config, until_step)
+        identical_steps = count_identical_steps(run.config, donor.config, until_step)
         for folder in checkpoint_folders(donor.save):
             try:
                 checkpoint = read_checkpoint(folder)
-            except SeqlenCurriculumError:
+            except SeqlenCurriculumError:  # incomplete
                 continue
-            if checkpoint.step <= alike:
+            if checkpoint.step <= identical_steps:
                 yield donor, checkpoint
 
 

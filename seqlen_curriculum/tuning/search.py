@@ -1,9 +1,9 @@
-"""The search itself, of one answer from verdicts alone: which schedule to probe next, and when to stop.
+"""The search for the one answer, from verdicts alone: which schedule to probe next, and when to stop.
 
 The paper's Section 4: (1) start at a length of 8 with T of a few LR warmups; (2) raise the length until the validation
 perplexity has no significant fluctuation at the very beginning; (3) search the largest T without one during the first few
-LR warmups by bisection. The largest T comes first in (3): its steps are the shortest, so it is the cheapest to probe, and
-where it is stable nothing else need be. The verdicts decide everything, so a search is resumed by telling them again.
+LR warmups by bisection. In (3) the largest T comes first: its steps are the shortest, so it is the cheapest to probe, and
+if it is stable no other T has to be probed. The verdicts decide everything, so sending them again resumes a search.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ __all__ = ["BudgetSpent", "Candidate", "Outcome", "Probe", "Space", "search", "t
 
 
 class Candidate(NamedTuple):
-    """What is tuned of a schedule."""
+    """The tuned values of a schedule."""
 
     min_difficulty: int
     total_steps: int
@@ -32,14 +32,14 @@ class Probe(NamedTuple):
 
 @dataclass(frozen=True)
 class Space:
-    """What is searched."""
+    """The values that are searched."""
 
     lengths: tuple[int, ...]
     """``min_difficulty`` to try, ascending."""
     totals: tuple[int, ...]
     """T to try, ascending."""
     first_total: int
-    """Of them the one that lengths are probed with."""
+    """The one of ``totals`` that lengths are probed with."""
     beginning_steps: int
     """The very beginning, over which a length must be stable."""
     probe_steps: int
@@ -48,12 +48,12 @@ class Space:
     """Steps between the evaluations of a probe."""
 
 
-class BudgetSpent(Exception):  # noqa: N818 - no error: the search ends with what it has
+class BudgetSpent(Exception):  # noqa: N818 - no error: the search ends with the best schedule so far
     """Raised by a probe that the budget cut off."""
 
 
 class Outcome(NamedTuple):
-    """What a search came to."""
+    """The result of a search."""
 
     best: Candidate | None
     """Stable for ``probe_steps``; None if none was found."""
@@ -64,7 +64,7 @@ class Outcome(NamedTuple):
 
 
 def search(space: Space) -> Generator[Probe, bool, Candidate | None]:
-    """Yields probes, is sent whether each was stable, returns the answer: None if no schedule is."""
+    """Yield probes, receive whether each was stable, and return the answer: None if no schedule is stable."""
     for length in space.lengths:
         if (yield Probe(Candidate(length, space.first_total), space.beginning_steps)):
             total = yield from _largest_stable(space, length)
@@ -74,17 +74,21 @@ def search(space: Space) -> Generator[Probe, bool, Candidate | None]:
 
 
 def _largest_stable(space: Space, length: int) -> Generator[Probe, bool, int | None]:
-    """The largest T that is stable, or a stable one where stability is not monotone."""
+    """Return the largest T that is stable, or a stable one where stability is not monotone."""
     start = space.totals.index(space.first_total)
     top = space.totals[-1]
     if (yield Probe(Candidate(length, top), space.probe_steps)):
         return top
-    # The smaller T are, the dearer: those below the first are only looked at where none from it on is stable.
+    # A smaller T is dearer to probe: those below the first are only searched if none from it on is stable.
     above = yield from _bisect(space, length, space.totals[start:-1])
-    return above if above is not None else (yield from _bisect(space, length, space.totals[:start]))
+    if above is not None:
+        return above
+    return (yield from _bisect(space, length, space.totals[:start]))
 
 
 def _bisect(space: Space, length: int, totals: Sequence[int]) -> Generator[Probe, bool, int | None]:
+    # Invariant: all up to ``stable`` count as stable, all from ``unstable`` on as unstable. At first these are the places
+    # before and behind ``totals``, so 7 values take at most 3 probes.
     stable, unstable = -1, len(totals)
     while unstable - stable > 1:
         middle = (stable + unstable) // 2
@@ -96,22 +100,23 @@ def _bisect(space: Space, length: int, totals: Sequence[int]) -> Generator[Probe
 
 
 def upcoming(space: Space, verdicts: Sequence[bool]) -> Probe | Candidate | None:
-    """What follows after these verdicts: the next probe, or the answer."""
+    """Return what follows after these verdicts: the next probe, or the answer."""
     questions = search(space)
     try:
         question = next(questions)
         for verdict in verdicts:
             question = questions.send(verdict)
-    except StopIteration as answer:
-        found: Candidate | None = answer.value
-        return found
+    except StopIteration as end:
+        answer: Candidate | None = end.value
+        return answer
     return question
 
 
 def tune(space: Space, probe: Callable[[Probe], bool], affordable: Callable[[Probe], bool] = lambda _: True) -> Outcome:
-    """Search with ``probe``, which tells whether a schedule is stable, to the answer or the end of the budget.
+    """Search with ``probe``, which returns whether a schedule is stable, to the answer or the end of the budget.
 
-    That is the first probe not ``affordable``, or one that raises BudgetSpent.
+    The budget ends with the first probe that is not ``affordable``, or that raises BudgetSpent. The best so far is then the
+    largest T that was stable for ``probe_steps``, at the last length that was tried.
     """
     verdicts: list[tuple[Probe, bool]] = []
     while isinstance(question := upcoming(space, [stable for _, stable in verdicts]), Probe):
@@ -120,11 +125,6 @@ def tune(space: Space, probe: Callable[[Probe], bool], affordable: Callable[[Pro
                 raise BudgetSpent
             verdicts.append((question, probe(question)))
         except BudgetSpent:
-            return Outcome(_best_so_far(space, verdicts), False, verdicts)
+            long_enough = [asked for asked, stable in verdicts if stable and asked.until_step >= space.probe_steps]
+            return Outcome(max((asked.candidate for asked in long_enough), default=None), False, verdicts)
     return Outcome(question, True, verdicts)
-
-
-def _best_so_far(space: Space, verdicts: Sequence[tuple[Probe, bool]]) -> Candidate | None:
-    """The largest T that was stable for long enough, at the last length that was tried."""
-    stable = [one.candidate for one, is_stable in verdicts if is_stable and one.until_step >= space.probe_steps]
-    return max(stable, default=None)
