@@ -12,7 +12,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,9 @@ import pytest
 
 from helpers.capabilities import lacking, require, require_launches
 from helpers.launching import launch_command, limit, running
+
+STARTUP_SECONDS = 600
+"""On a quiet machine, until all ranks have DeepSpeed's C++ parts compiled and loaded."""
 
 
 @dataclass
@@ -36,11 +39,11 @@ class Part:
     """How long it may take on a quiet machine."""
 
 
-class Results(Mapping[str, Any]):
+class Results:
     """What the parts returned on rank 0, by name; asking for one that failed or was skipped fails or skips the test."""
 
     def __init__(self) -> None:
-        self.values_by_name: dict[str, Any] = {}
+        self.values: dict[str, Any] = {}
         self.errors: dict[str, str] = {}
         self.skips: dict[str, str] = {}
         self.output = ""
@@ -51,13 +54,10 @@ class Results(Mapping[str, Any]):
             pytest.skip(self.skips[name])
         if name in self.errors:
             pytest.fail(f"{name}: {self.errors[name]}", pytrace=False)
-        return self.values_by_name[name]
+        return self.values[name]
 
-    def __iter__(self) -> Any:
-        return iter([*self.values_by_name, *self.errors, *self.skips])
-
-    def __len__(self) -> int:
-        return len(list(iter(self)))
+    def __contains__(self, name: str) -> bool:
+        return name in self.values or name in self.errors or name in self.skips
 
 
 def launch_parts(
@@ -102,13 +102,11 @@ def _launch_once(folder: Path, script: str | Path, parts: list[Part], ranks: int
     log = folder / "log"
     hung = ""
     with running(launch_command(script, folder, ranks=ranks), log) as process:
-        finished, since = 0, time.monotonic()
+        finished, since = -1, time.monotonic()  # -1: DeepSpeed starts, and may compile
         while process.poll() is None:
             if finished < len(parts) and _is_done(folder, finished, ranks):
                 finished, since = finished + 1, time.monotonic()
-            seconds = parts[min(finished, len(parts) - 1)].seconds + 300 * (
-                finished == 0
-            )  # DeepSpeed may compile first
+            seconds = parts[finished].seconds if 0 <= finished < len(parts) else STARTUP_SECONDS
             if time.monotonic() > since + limit(seconds):
                 hung = f"hung for {limit(seconds):.0f} seconds"
                 break
@@ -122,11 +120,11 @@ def _launch_once(folder: Path, script: str | Path, parts: list[Part], ranks: int
         if errors:
             results.errors[part.name] = "\n".join(errors)
         elif all(outcomes) and (process.returncode == 0 or number + 1 < len(parts)):
-            results.values_by_name[part.name] = outcomes[0]["value"]
+            results.values[part.name] = outcomes[0]["value"]
             continue
         else:
             results.errors[part.name] = f"the launch {ended}\n{output[-8000:]}"
-        if not any(outcomes) and number == 0 and not (folder / "begun").exists():
+        if not _is_done(folder, -1, ranks):
             # Nothing began: the launch itself fails, and would again.
             results.errors |= {left.name: results.errors[part.name] for left in parts}
         return
@@ -135,7 +133,7 @@ def _launch_once(folder: Path, script: str | Path, parts: list[Part], ranks: int
 def do_parts(do: Callable[..., Any]) -> None:
     """Call ``do(**arguments)`` for each part of the launch whose folder is this process's last argument."""
     folder, rank, ranks = Path(sys.argv[-1]), int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    (folder / "begun").touch()
+    _path(folder, -1, rank).touch()
     for number, part in enumerate(json.loads((folder / "todo.json").read_text())):
         begin = time.monotonic(), time.process_time()
         try:
@@ -155,6 +153,7 @@ def do_parts(do: Callable[..., Any]) -> None:
 
 
 def _path(folder: Path, number: int, rank: int) -> Path:
+    """Return the file that a rank leaves when it is done with a part, counted from 0, or with starting, -1."""
     return folder / f"{number}.rank{rank}.json"
 
 
