@@ -1,4 +1,4 @@
-"""The tiny corpus, the tiny run, and the real launcher."""
+"""Capabilities and environment of the machine; the tiny corpus, the tiny run, and evaluate.py."""
 
 import contextlib
 import json
@@ -10,29 +10,49 @@ import socket
 import subprocess
 import sys
 import textwrap
-import time
 from pathlib import Path
 
-import psutil
 import pytest
+from helpers import capabilities
+from helpers.launching import ROOT, slowness
 from hypothesis import settings
 
 from seqlen_curriculum.data.writer import CorpusWriter
 
-ROOT = Path(__file__).parent.parent
 settings.register_profile("untimed", deadline=None)  # a shared machine has its pauses
 settings.load_profile("untimed")
-# Compiled once a machine, outside the repository.
-os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path.home() / ".cache" / "seqlen-curriculum" / "torch_extensions"))
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+capabilities.set_up_environment()
+resources = contextlib.ExitStack()
 
 
-def shared(name):
-    """A file of the test data, which isn't part of the repository; the test is skipped without it."""
-    folder = Path(os.environ.get("SEQLEN_SHARED_DATA", ROOT.parent / "shared" / "data"))
-    if not (folder / name).exists():
-        pytest.skip(f"{name} is not here; SEQLEN_SHARED_DATA names the folder of the test data")
-    return folder / name
+def pytest_configure(config):
+    """Find out once what the machine has and how slow it is. A worker of xdist has its controller's answers."""
+    if hasattr(config, "workerinput"):
+        return
+    try:
+        without = capabilities.disbelieved()
+    except ValueError as error:
+        raise pytest.UsageError(str(error)) from None
+    stale_locks = subprocess.run(
+        ["bash", str(ROOT / "scripts" / "stale_locks.sh"), os.environ["TORCH_EXTENSIONS_DIR"]],
+        capture_output=True,
+        text=True,
+    )
+    if stale_locks.returncode:
+        raise pytest.UsageError(stale_locks.stderr)
+    resources.enter_context(capabilities.hidden_commands(without))
+    slowness()
+    if config.getoption("numprocesses", None):
+        capabilities.ask_all()
+
+
+def pytest_unconfigure():
+    resources.close()
+
+
+def pytest_runtest_setup(item):
+    for mark in item.iter_markers("needs"):
+        capabilities.require(*mark.args)
 
 
 @pytest.fixture(scope="session")
@@ -84,55 +104,10 @@ def tiny_run(corpus):
     }
 
 
-def launch_command(script, *args, ranks=1):
-    """The command line of the real DeepSpeed launcher."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", str(ranks)]
-    return [*launcher, "--master_port", str(port), str(ROOT / script), *map(str, args)]
-
-
-def start(command, log, **kwargs):
-    """Start a command in a process group of its own, its output going to the file ``log``."""
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
-    options = {"stderr": subprocess.STDOUT, "env": environment, "start_new_session": True, "cwd": ROOT, **kwargs}
-    with open(log, "w") as out:
-        return subprocess.Popen(command, stdout=out, **options)
-
-
-def wait_for_all(process, seconds=120):
-    """Wait for a command and everything it started; after a signal the launcher ends before its ranks do."""
-    process.wait(timeout=seconds)
-    deadline = time.monotonic() + seconds
-    while _group_is_alive(process.pid):
-        assert time.monotonic() < deadline, f"process group {process.pid} is still alive"
-        time.sleep(0.1)
-
-
-def _group_is_alive(group):
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error, ProcessLookupError):
-            if os.getpgid(process.pid) == group and process.status() != psutil.STATUS_ZOMBIE:
-                return True
-    return False
-
-
-def launch(log, script, *args, ranks=1, seconds=300, **kwargs):
-    """Run a script under the launcher to its end; (exit status, output)."""
-    process = start(launch_command(script, *args, ranks=ranks), log, **kwargs)
-    try:
-        status = process.wait(timeout=seconds)
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-    return status, Path(log).read_text()
-
-
 @pytest.fixture(scope="session")
 def evaluated_place(tmp_path_factory):
     """What the examples of evaluate.py name, with a small trained model."""
-    from evaluated import make
+    from helpers.evaluated import make
 
     return make(tmp_path_factory.mktemp("evaluated"))
 

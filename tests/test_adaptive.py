@@ -3,8 +3,8 @@
 import json
 
 import pytest
-from test_matrix import launch_runs
-from test_training import planned_samples, records, samples_by_step
+from helpers.runs import Runs, planned_samples, records, samples_by_step
+from helpers.runs import run as run_of
 
 import seqlen_curriculum
 from seqlen_curriculum import ConfigError, RunConfig
@@ -35,24 +35,35 @@ def runs(tmp_path_factory, adaptive_run, tiny_run):
     (folder / "linear.json").write_text(json.dumps(tiny_run))
 
     def run(config, name, *sets, **more):
-        return {"config": f"{folder}/{config}.json", "sets": sets, "save": f"{folder}/{name}", "resume": "auto", **more}
+        return run_of(folder / f"{config}.json", folder / name, sets, **more)
 
     twice, steep = "curriculum_learning.schedule_config.total_curriculum_step=40", "training.save_interval=0"
     all_runs = [
         run("adaptive", "whole"),
         run("adaptive", "begun", until_step=16),
-        run("adaptive", "parts", goes_on_from=f"{folder}/begun"),
-        run("adaptive", "elsewhere", resume=f"{folder}/whole/global_step20"),
+        run("adaptive", "parts", begins_as_copy_of=f"{folder}/begun", after="begun"),
+        run("adaptive", "elsewhere", resume=f"{folder}/whole/global_step20", after="whole"),
         # 8 + 24 t / 20 reaches 12 at step 4 of T = 20 and at step 7 of T = 40
         run("linear", "steep", steep, until_step=3),
         run("linear", "steep-later", steep, until_step=4),
         run("linear", "flat", steep, twice, until_step=12),
-        run("linear", "flat-from-steep", steep, twice, until_step=12, goes_on_from=f"{folder}/steep"),
-        run("linear", "too-late", steep, twice, goes_on_from=f"{folder}/steep-later", fails=True),
+        run(
+            "linear", "flat-from-steep", steep, twice, until_step=12, begins_as_copy_of=f"{folder}/steep", after="steep"
+        ),
+        run(
+            "linear",
+            "too-late",
+            steep,
+            twice,
+            begins_as_copy_of=f"{folder}/steep-later",
+            after="steep-later",
+            fails=True,
+        ),
         run("adaptive", "stopped", f"training.stop_perplexity_ratio={RATIO}", fails=True),
     ]
-    launch_runs(folder, "all", all_runs, ranks=2)
-    return folder
+    done = Runs(folder)
+    done.launch("all", all_runs, ranks=2)
+    return done
 
 
 def held_of(save):
@@ -61,8 +72,8 @@ def held_of(save):
 
 
 def test_lengths_wait_exactly_where_the_perplexity_fluctuated(runs, adaptive_run):
-    steps, evaluations = records(runs / "whole")
-    held = held_of(runs / "whole")
+    steps, evaluations = records(runs["whole"])
+    held = held_of(runs["whole"])
     plan = RunConfig.from_dict(adaptive_run).plan.holding(*held)
     timeline, rate = plan.timeline, plan.learning_rate()
     settles_at = timeline.pacing.settles_at
@@ -82,50 +93,50 @@ def test_lengths_wait_exactly_where_the_perplexity_fluctuated(runs, adaptive_run
 
 def test_every_token_it_reads_is_the_one_that_the_lengths_held_name(runs, adaptive_run):
     config = RunConfig.from_dict(adaptive_run)
-    plan = config.plan.holding(*held_of(runs / "whole"))
+    plan = config.plan.holding(*held_of(runs["whole"]))
     data, _ = open_run_data(config)
-    assert samples_by_step(runs / "whole") == planned_samples(data.along(plan.timeline))
+    assert samples_by_step(runs["whole"]) == planned_samples(data.along(plan.timeline))
 
 
 def test_stopped_and_continued_it_decides_the_same(runs):
-    assert records(runs / "parts") == records(runs / "whole")
-    assert samples_by_step(runs / "parts") == samples_by_step(runs / "whole")
-    assert held_of(runs / "parts") == held_of(runs / "whole")
+    assert records(runs["parts"]) == records(runs["whole"])
+    assert samples_by_step(runs["parts"]) == samples_by_step(runs["whole"])
+    assert held_of(runs["parts"]) == held_of(runs["whole"])
 
 
 def test_a_checkpoint_brings_its_decisions_along(runs):
-    ours, theirs = records(runs / "elsewhere"), records(runs / "whole")
+    ours, theirs = records(runs["elsewhere"]), records(runs["whole"])
     assert ours[0] == [one for one in theirs[0] if one["step"] > 20]
     assert ours[1] == [one for one in theirs[1] if one["step"] > 20]
-    assert held_of(runs / "elsewhere") == held_of(runs / "whole")
+    assert held_of(runs["elsewhere"]) == held_of(runs["whole"])
 
 
 def test_checkpoints_that_were_asked_for_stay(runs):
-    assert (runs / "whole" / "global_step7").is_dir()
-    assert (runs / "whole" / "global_step20").is_dir()
+    assert (runs["whole"] / "global_step7").is_dir()
+    assert (runs["whole"] / "global_step20").is_dir()
 
 
 def test_a_run_ends_after_the_step_it_was_asked_to(runs):
-    assert records(runs / "flat")[0][-1]["step"] == 12
-    assert [path.name for path in (runs / "flat").glob("global_step*")] == ["global_step12"]
+    assert records(runs["flat"])[0][-1]["step"] == 12
+    assert [path.name for path in (runs["flat"]).glob("global_step*")] == ["global_step12"]
 
 
 def test_runs_that_begin_alike_share_their_checkpoint(runs):
-    assert records(runs / "flat-from-steep") == records(runs / "flat")
-    assert samples_by_step(runs / "flat-from-steep") == samples_by_step(runs / "flat")
+    assert records(runs["flat-from-steep"]) == records(runs["flat"])
+    assert samples_by_step(runs["flat-from-steep"]) == samples_by_step(runs["flat"])
 
 
 def test_a_checkpoint_from_after_their_parting_is_refused(runs):
-    error = (runs / "too-late" / "error").read_text()
+    error = (runs["too-late"] / "error").read_text()
     assert "made by another run" in error
     assert "total_curriculum_step: 20 in the checkpoint, 40 now" in error
 
 
 def test_a_run_may_end_at_its_first_fluctuation(runs):
-    error = (runs / "stopped" / "error").read_text()
-    evaluations = records(runs / "stopped")[1]
-    first = held_of(runs / "whole")[0]
-    assert evaluations == [one for one in records(runs / "whole")[1] if one["step"] <= first]
+    error = (runs["stopped"] / "error").read_text()
+    evaluations = records(runs["stopped"])[1]
+    first = held_of(runs["whole"])[0]
+    assert evaluations == [one for one in records(runs["whole"])[1] if one["step"] <= first]
     assert f"step {first}: the validation perplexity is " in error
     assert f"(training.stop_perplexity_ratio {RATIO})" in error
 

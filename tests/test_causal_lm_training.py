@@ -6,8 +6,10 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import launch
-from test_model_folder import make_models
+from helpers.launching import launch
+from helpers.models import make_models
+from helpers.runs import Runs
+from helpers.runs import run as run_of
 from transformers import AutoTokenizer
 
 from seqlen_curriculum import RunConfig
@@ -60,49 +62,57 @@ def trained(run_file, folders):
     """The folder of ``RUNS``, all trained by two ranks in one launch."""
     root = run_file.parent
 
-    def run(name, model, sets, resume):
+    def run(name, model, sets, resume, **more):
         path = root / model if "/" in model else folders / model
-        resume = f"{root}/{resume}" if resume else "auto"
         sets = [f"model.hf_checkpoint={path}", *sets]
-        return {"config": str(run_file), "sets": sets, "save": f"{root}/{name}", "resume": resume}
+        begins_with = [where.split("/")[0] for where in (model, resume or "") if "/" in where]
+        needs = ["bf16"] if "bf16" in name else []
+        resume = root / resume if resume else "auto"
+        return run_of(run_file, root / name, sets, resume, needs, after=begins_with[0] if begins_with else None, **more)
 
-    runs = [run(name, *how) for name, how in RUNS.items()]
-    (root / "runs.json").write_text(json.dumps([*runs, {**run("refused", *REFUSED), "fails": True}]))
-    status, output = launch(root / "log", "tests/launched_matrix.py", root / "runs.json", ranks=2)
-    assert status == 0, output
-    assert "[transformers]" not in output
-    return root
+    runs = Runs(root)
+    refused = run("refused", *REFUSED, fails=True)
+    runs.launch("all", [*(run(name, *how) for name, how in RUNS.items()), refused], ranks=2)
+    return runs
+
+
+def test_transformers_prints_nothing(trained):
+    assert "[transformers]" not in trained.outputs["all"]
 
 
 def losses(folder, kind="loss"):
     return [record[kind] for record in read_run_log(folder / "runlog.jsonl") if kind in record]
 
 
-def test_every_run_learns_and_saves_a_loadable_folder(trained):
-    for name, (model, _, _) in RUNS.items():
-        found = losses(trained / name)
-        if not name.endswith(("resumed", "goes-on")):
-            assert found[0] > 4.9, name  # ln(257) is 5.5
-            assert found[-1] < found[0] - 0.5, name
-        checkpoint = trained / name / "global_step18"
-        assert load_model(checkpoint).config.model_type == model.split("/")[0], name
-        assert AutoTokenizer.from_pretrained(checkpoint, local_files_only=True)("ab").input_ids == [65, 66]
+@pytest.mark.parametrize("name", RUNS)
+def test_every_run_learns_and_saves_a_loadable_folder(trained, name):
+    found = losses(trained[name])
+    if not name.endswith(("resumed", "goes-on")):
+        assert found[0] > 4.9  # ln(257) is 5.5
+        assert found[-1] < found[0] - 0.5
+    checkpoint = trained[name] / "global_step18"
+    model, _, _ = RUNS[name]
+    assert load_model(checkpoint).config.model_type == model.split("/")[0]
+    assert AutoTokenizer.from_pretrained(checkpoint, local_files_only=True)("ab").input_ids == [65, 66]
 
 
-def test_the_engines_agree(trained):
-    for one, other, rounding in (
+@pytest.mark.parametrize(
+    ("one", "other", "rounding"),
+    [
         ("gpt2", "gpt2-zero3", 1e-4),
         ("gpt2", "gpt2-tensor", 1e-4),
         ("gpt2", "gpt2-pipeline", 1e-4),
         ("llama", "llama-zero3", 1e-4),
         ("llama", "llama-bf16", 2e-2),
-    ):
-        assert losses(trained / other) == pytest.approx(losses(trained / one), rel=rounding), other
-        assert losses(trained / other, "valid_loss") == pytest.approx(losses(trained / one, "valid_loss"), rel=rounding)
+    ],
+)
+def test_the_engines_agree(trained, one, other, rounding):
+    assert losses(trained[other]) == pytest.approx(losses(trained[one]), rel=rounding)
+    assert losses(trained[other], "valid_loss") == pytest.approx(losses(trained[one], "valid_loss"), rel=rounding)
 
 
 def test_a_run_resumes_to_the_last_bit(trained):
-    whole, resumed = trained / "llama-zero3", trained / "llama-zero3-resumed"
+    whole, resumed = trained["llama-zero3"], trained["llama-zero3-resumed"]
     assert losses(resumed) == losses(whole)[9:]
     assert losses(resumed, "valid_loss") == losses(whole, "valid_loss")[1:]
     assert losses(resumed, "variance_norm") == losses(whole, "variance_norm")[1:]
@@ -110,8 +120,8 @@ def test_a_run_resumes_to_the_last_bit(trained):
 
 def test_a_checkpoint_goes_on_with_the_loss_it_had(trained):
     # At a rate of 1e-12 the evaluation at step 9 is that of the weights it began with.
-    (ended,) = losses(trained / "gpt2", "valid_loss")[1:]
-    assert losses(trained / "gpt2-goes-on", "valid_loss") == pytest.approx([ended, ended], rel=1e-5)
+    (ended,) = losses(trained["gpt2"], "valid_loss")[1:]
+    assert losses(trained["gpt2-goes-on"], "valid_loss") == pytest.approx([ended, ended], rel=1e-5)
 
 
 def saved_loss(folder, config):
@@ -123,29 +133,29 @@ def saved_loss(folder, config):
     return float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()))
 
 
-def test_the_saved_weights_have_the_evaluated_loss(trained, run_file, folders):
-    # In bf16 too, where rotary positions would be others if the engine rounded their frequencies.
-    for name, rounding in (("llama-zero3", 1e-5), ("bloom-zero3", 1e-5), ("llama-bf16", 1e-4)):
-        sets = [f"model.hf_checkpoint={folders / name.split('-')[0]}", "model.max_position_embeddings=32"]
-        loss = saved_loss(trained / name / "global_step18", RunConfig.load(run_file, sets))
-        assert loss == pytest.approx(losses(trained / name, "valid_loss")[1], rel=rounding), name
+# In bf16 too, where rotary positions would be others if the engine rounded their frequencies.
+@pytest.mark.parametrize(("name", "rounding"), [("llama-zero3", 1e-5), ("bloom-zero3", 1e-5), ("llama-bf16", 1e-4)])
+def test_the_saved_weights_have_the_evaluated_loss(trained, run_file, folders, name, rounding):
+    sets = [f"model.hf_checkpoint={folders / name.split('-')[0]}", "model.max_position_embeddings=32"]
+    loss = saved_loss(trained[name] / "global_step18", RunConfig.load(run_file, sets))
+    assert loss == pytest.approx(losses(trained[name], "valid_loss")[1], rel=rounding)
 
 
 def test_the_flag_continues_on_one_rank(trained, run_file, folders, tmp_path):
     """Another number of ranks and another ZeRO stage, by the command."""
-    shutil.copytree(trained / "llama-zero3", tmp_path / "run")
+    shutil.copytree(trained["llama-zero3"], tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "global_step18")
     arguments = ["--config", run_file, "--hf-checkpoint", folders / "llama", "--save", tmp_path / "run"]
     status, output = launch(tmp_path / "log", "scripts/train_gpt2.py", *arguments, ranks=1)
     assert status == 0, output
-    assert losses(tmp_path / "run") == pytest.approx(losses(trained / "llama-zero3"), rel=1e-4)
+    assert losses(tmp_path / "run") == pytest.approx(losses(trained["llama-zero3"]), rel=1e-4)
 
 
 def test_another_start_is_refused_by_name(trained, run_file, folders):
-    told = (trained / "refused" / "error").read_text()
+    told = (trained["refused"] / "error").read_text()
     (line,) = [line for line in told.splitlines() if "model.initial_weights" in line]
     assert "now; set model.hf_checkpoint to the folder that the run began from, its files as they were" in line
-    saved = read_checkpoint(trained / "llama-zero3" / "global_step9").run
+    saved = read_checkpoint(trained["llama-zero3"] / "global_step9").run
     other = RunConfig.load(run_file, [f"model.hf_checkpoint={folders / 'neox'}"]).settings()
     model = {key: value for key, value in saved.items() if key in other}
     assert [line.partition(":")[0] for line in differences(model, other)] == ["model.initial_weights"]

@@ -1,12 +1,32 @@
-"""``initialize`` in a user's own loop: one launch on two ranks sees many engines, each test looks at one of them."""
+"""``initialize`` in a user's own loop: one launch on two ranks has many engines, each test looks at one or two of them.
 
+The launched script is this file: ``SCENARIOS`` are its functions, ``PARTS`` what they are called with.
+"""
+
+import copy
 import json
+import resource
+from pathlib import Path
 
+import deepspeed
+import psutil
 import pytest
 import torch
-from conftest import launch
+from deepspeed import comm as dist
+from deepspeed.pipe import PipelineModule
+from deepspeed.runtime.data_pipeline.curriculum_scheduler import CurriculumScheduler as DeepSpeedScheduler
+from helpers.parts import Part, do_parts, launch_parts
 
-from seqlen_curriculum import ConfigError
+from seqlen_curriculum import ConfigError, CurriculumScheduler, RunConfig, initialize
+from seqlen_curriculum.config.model import ModelConfig
+from seqlen_curriculum.models.gpt2 import build_gpt2
+from seqlen_curriculum.schedule.micro_batch import balanced_rows
+from seqlen_curriculum.training.accumulate import accumulate
+from seqlen_curriculum.training.adam_moments import adam_moments
+from seqlen_curriculum.training.build import write_model
+from seqlen_curriculum.training.checkpoint import Checkpoints
+from seqlen_curriculum.training.executor import DataParallel
+from seqlen_curriculum.training.preflight import preflight
 
 # The file of DeepSpeed's curriculum learning tutorial, to the letter.
 PAPER_JSON = """{
@@ -44,22 +64,343 @@ PAPER_JSON = """{
 }
 """
 LENGTHS = [4, 8, 8, 12, 12, 16, 16, 16]  # 4 + 12 * t / 6, down to a multiple of 4
+BLOCK = {
+    "enabled": True,
+    "curriculum_type": "seqlen",
+    "min_difficulty": 4,
+    "max_difficulty": 16,
+    "schedule_type": "fixed_linear",
+    "schedule_config": {"total_curriculum_step": 6, "difficulty_step": 4},
+}
+PAPER_BLOCK = {**BLOCK, "min_difficulty": 8, "max_difficulty": 1024}
+PAPER_BLOCK["schedule_config"] = {"total_curriculum_step": 60_000, "difficulty_step": 8}
+RUN = {
+    "train_batch_size": 4,
+    "train_micro_batch_size_per_gpu": 1,
+    "optimizer": {"type": "Adam", "params": {"lr": 1e-2, "torch_adam": True}},
+    "gradient_clipping": 0.5,
+    "curriculum_learning": BLOCK,
+    "scheduler": {"type": "TokenCosineLR", "params": {"warmup_steps": 2, "min_lr": 1e-3}},
+    "training": {"train_tokens": 1000},
+}
+
+
+def model(positions=16):
+    torch.manual_seed(0)
+    sizes = {"num_layers": 2, "hidden_size": 16, "num_attention_heads": 2, "vocab_size": 128}
+    return build_gpt2(ModelConfig(max_position_embeddings=positions, **sizes))
+
+
+def train(engine, steps, rows, device_rows_seed=1):
+    """``steps`` optimizer steps as a user's own loop would do them; (losses, lengths, rates) of each."""
+    losses, lengths, rates = [], [], []
+    for _ in range(steps):
+        step = engine.global_steps + 1
+        seqlen = engine.curriculum_scheduler.update_difficulty(step)
+        generator = torch.Generator().manual_seed(device_rows_seed * 1000 + step)
+        tokens = torch.randint(0, 128, (dist.get_world_size(), rows, seqlen + 1), generator=generator)[dist.get_rank()]
+        total = 0.0
+        for row in range(0, rows, engine.train_micro_batch_size_per_gpu()):
+            micro = tokens[row : row + engine.train_micro_batch_size_per_gpu()]
+            loss = engine(micro[:, :-1], micro[:, 1:])
+            total += float(loss.detach()) / engine.gradient_accumulation_steps()
+            engine.backward(loss)
+            rates_now = engine.get_lr()[0]
+            engine.step()
+        mean = torch.tensor(total, dtype=torch.float64)
+        dist.all_reduce(mean)
+        losses.append(float(mean) / dist.get_world_size())
+        lengths.append(seqlen)
+        rates.append(rates_now)
+    return losses, lengths, rates
+
+
+def engine_for(model, config):
+    engine, _, _, lr_scheduler = initialize(model=model, model_parameters=model.parameters(), config=config)
+    return engine, lr_scheduler
+
+
+def run(**changes):
+    return {**copy.deepcopy(RUN), **changes}
+
+
+def zero_stage(stage, **precision):
+    """Losses, lengths and rates of 8 steps."""
+    engine, _ = engine_for(model(), run(zero_optimization={"stage": stage}, **precision))
+    return train(engine, 8, rows=2)
+
+
+def micro_batches(stage, kind):
+    """50 steps whose micro-batches change with the length, or are fixed."""
+    config = run(train_batch_size=8, zero_optimization={"stage": stage}, training={"train_tokens": 20_000})
+    config["curriculum_learning"]["schedule_config"] = {"total_curriculum_step": 40, "difficulty_step": 2}
+    config["optimizer"]["params"]["lr"] = 2e-3  # noise has no structure to learn: higher rates amplify rounding
+    engine, _ = engine_for(model(), config)
+    losses, shapes = [], []
+    for step in range(1, 51):
+        seqlen = engine.curriculum_scheduler.update_difficulty(step)
+        generator = torch.Generator().manual_seed(step)
+        tokens = torch.randint(0, 128, (2, 4, seqlen + 1), generator=generator)[dist.get_rank()]
+        rows = balanced_rows(4, 1, 16, seqlen) if kind == "balanced" else 1
+        batches = [(part[:, :-1], part[:, 1:]) for part in torch.split(tokens, rows)]
+        loss = accumulate(engine, batches)
+        engine.step()
+        dist.all_reduce(loss)
+        losses.append(float(loss) / dist.get_world_size())
+        shapes.append(len(batches))
+    return {"losses": losses, "micro_batches": shapes, "steps": engine.global_steps}
+
+
+# A higher rate amplifies rounding from step to step.
+CALM = {
+    "gradient_clipping": 0,
+    "optimizer": {"type": "Adam", "params": {"lr": 1e-5, "torch_adam": True}},
+    "scheduler": {"type": "TokenCosineLR", "params": {"warmup_steps": 2}},
+}
+
+
+def moments(**changes):
+    """Adam's state before the first step and after each of 3."""
+    engine, _ = engine_for(model(), run(**CALM, **changes))
+    measured = [adam_moments(DataParallel(engine))]
+    for _ in range(3):
+        train(engine, 1, rows=2)
+        measured.append(adam_moments(DataParallel(engine)))
+    return measured
+
+
+def no_moments(**changes):
+    """What is measured after a step where there are no moments, or none in fp32."""
+    engine, _ = engine_for(model(), run(**changes))
+    train(engine, 1, rows=2)
+    return adam_moments(DataParallel(engine))
+
+
+def plain_torch(steps):
+    """The run of ``train`` with both ranks' rows in one batch and neither DeepSpeed nor our code around torch's Adam."""
+    config = RunConfig.from_dict(run(**CALM))
+    network, timeline = model(), config.timeline()
+    rate, optimizer, seen = config.plan.learning_rate(), torch.optim.AdamW(network.parameters(), weight_decay=0), []
+    for step in range(1, steps + 1):
+        generator = torch.Generator().manual_seed(1000 + step)
+        tokens = torch.randint(0, 128, (2, 2, timeline.seqlen(step) + 1), generator=generator).flatten(0, 1)
+        network(tokens[:, :-1], tokens[:, 1:]).backward()
+        optimizer.param_groups[0]["lr"] = rate(step)
+        optimizer.step()
+        optimizer.zero_grad()
+        state = optimizer.state.values()
+        root = torch.cat([one["exp_avg_sq"].flatten() for one in state]).double().sqrt()
+        momentum = torch.cat([one["exp_avg"].flatten() for one in state]).double().abs()
+        sizes = (root.sum(), root.max(), momentum.sum(), momentum.max())
+        names = ("variance_norm", "variance_max", "momentum_norm", "momentum_max")
+        seen.append({name: float(size) for name, size in zip(names, sizes, strict=True)})
+    return seen
+
+
+def skipped_steps():
+    """A loss scale no gradient survives: fp16 skips the first steps, whose tokens were read all the same."""
+    fp16 = {"enabled": True, "initial_scale_power": 28, "hysteresis": 1}
+    engine, lr_scheduler = engine_for(model(), run(zero_optimization={"stage": 1}, fp16=fp16))
+    _, lengths, rates = train(engine, 12, rows=2)
+    rate = lr_scheduler.rate
+    return {
+        "skipped": engine.skipped_steps,
+        "rates": rates,
+        "lengths": lengths,
+        "planned": [rate(step) for step in range(1, 13)],
+    }
+
+
+def zero_3_checkpoint(folder):
+    """Save a sharded model after step 3; steps 4 and 5 as they were, and continued from the checkpoint."""
+    folder = Path(folder)
+    config = run(zero_optimization={"stage": 3})
+    checkpoints = Checkpoints(folder, 1, RunConfig.from_dict(config).settings())
+    engine, _ = engine_for(model(), config)
+    train(engine, 3, rows=2)
+    checkpoints.save(engine, 3, lambda path: write_model(engine.module, path))
+    expected = train(engine, 2, rows=2)
+    again, _ = engine_for(model(), config)
+    checkpoints.load(again, checkpoints.find("auto"))
+    return {"expected": expected, "resumed": train(again, 2, rows=2), "folder": str(folder / "global_step3")}
+
+
+def preflight_traces(preflights, **changes):
+    """Losses of 4 steps, random state and counters, with preflights before and between the steps or without."""
+    engine, _ = engine_for(model(), run(**changes))
+    torch.manual_seed(7)
+    losses = []
+    for _ in range(2):
+        if preflights:
+            preflight(DataParallel(engine), rows=3, seqlen=16)
+        losses += train(engine, 2, rows=2)[0]
+    return [losses, torch.get_rng_state().tolist(), engine.skipped_steps, engine.global_samples]
+
+
+def out_of_memory():
+    """The second rank alone may hold no more than 300 MB beyond what it has; both are told."""
+    engine, _ = engine_for(model(positions=512), run())
+    if dist.get_rank() == 1:
+        held = psutil.Process().memory_info().data
+        resource.setrlimit(resource.RLIMIT_DATA, (held + 300_000_000, resource.RLIM_INFINITY))
+    try:
+        preflight(DataParallel(engine), rows=600, seqlen=512)
+        told = ""
+    except ConfigError as error:
+        told = str(error)
+    resource.setrlimit(resource.RLIMIT_DATA, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    both = [None, None]
+    dist.all_gather_object(both, told)
+    return both
+
+
+def paper_json_in_deepspeed(path):
+    network = model(positions=1024)
+    try:
+        deepspeed.initialize(model=network, model_parameters=network.parameters(), config=path)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def paper_json(path):
+    engine, _ = engine_for(model(positions=1024), path)
+    losses, lengths, _ = train(engine, 2, rows=2048)
+    return {"losses": losses, "lengths": lengths, "clipping": engine.gradient_clipping()}
+
+
+def own_optimizer():
+    """deepspeed.initialize's positional arguments, a client optimizer, the batch given by its parts."""
+    config = run()
+    del config["optimizer"], config["train_batch_size"]
+    config["gradient_accumulation_steps"] = 2
+    network = model()
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.25)
+    engine, _, _, lr_scheduler = initialize(None, network, optimizer, config=config)
+    _, _, rates = train(engine, 4, rows=2)
+    try:
+        initialize(None, network, optimizer, config={**config, "scheduler": {"type": "Foo", "params": {}}})
+        refusal = ""
+    except ConfigError as error:
+        refusal = str(error)
+    return {
+        "rates": rates,
+        "planned": [lr_scheduler.rate(step) for step in range(1, 5)],
+        "train_batch_size": engine.train_batch_size(),
+        "refusal": refusal,
+    }
+
+
+def own_pipeline():
+    """A PipelineModule of the user's, the batch given by its parts, a loader that cuts to the length in force."""
+    torch.manual_seed(0)
+    layers = [torch.nn.Embedding(128, 16), torch.nn.Linear(16, 16), torch.nn.Linear(16, 128)]
+    network = PipelineModule(
+        layers, 2, loss_fn=lambda out, y: torch.nn.functional.cross_entropy(out.flatten(0, 1), y.flatten())
+    )
+    config = run(gradient_accumulation_steps=2)
+    del config["train_batch_size"]
+    engine, _ = engine_for(network, config)
+    lengths = []
+
+    def micro_batches():
+        while True:
+            lengths.append(engine.curriculum_scheduler.get_current_difficulty())
+            tokens = torch.arange(lengths[-1] + 1)[None] % 128
+            yield tokens[:, :-1], tokens[:, 1:]
+
+    losses = [float(engine.train_batch(micro_batches())) for _ in range(8)]
+    return {"train_batch_size": engine.train_batch_size(), "lengths": lengths, "losses": losses}
+
+
+def deepspeed_scheduler():
+    """Steps of the paper's block at which DeepSpeed's own scheduler, still inside its data pipeline, disagrees."""
+    theirs, ours = DeepSpeedScheduler(copy.deepcopy(PAPER_BLOCK)), CurriculumScheduler(PAPER_BLOCK)
+    return [step for step in range(1, 60_003) if theirs.get_difficulty(step) != ours.get_difficulty(step)]
+
+
+SCENARIOS = {
+    scenario.__name__: scenario
+    for scenario in (
+        zero_stage,
+        micro_batches,
+        moments,
+        no_moments,
+        plain_torch,
+        skipped_steps,
+        zero_3_checkpoint,
+        preflight_traces,
+        out_of_memory,
+        paper_json_in_deepspeed,
+        paper_json,
+        own_optimizer,
+        deepspeed_scheduler,
+        own_pipeline,
+    )
+}
+FP16 = {"fp16": {"enabled": True, "initial_scale_power": 8}}
+SHARDINGS = {f"zero {stage}": {"zero_optimization": {"stage": stage}} for stage in range(4)}
+OFFLOAD = {
+    "zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}},
+    "zero_force_ds_cpu_optimizer": False,
+}
+PREFLIGHTS = {"zero 0": {}, "zero 1": SHARDINGS["zero 1"], "zero 2 fp16": {**SHARDINGS["zero 2"], **FP16}}
+PREFLIGHTS["zero 3"] = SHARDINGS["zero 3"]
+
+
+def part(name, scenario, needs=(), **arguments):
+    return Part(name, {"scenario": scenario.__name__, **arguments}, needs)
+
+
+def parts_in(folder):
+    files = {"with fp16": folder / "paper.json", "in fp32": folder / "paper_fp32.json"}
+    files["with fp16"].write_text(PAPER_JSON)
+    paper = json.loads(PAPER_JSON)
+    del paper["fp16"]
+    files["in fp32"].write_text(json.dumps(paper))
+    return [
+        *(part(f"zero {stage}", zero_stage, stage=stage) for stage in range(4)),
+        part("bf16", zero_stage, ("bf16",), stage=1, bf16={"enabled": True}),
+        *(
+            part(f"{kind} {stage}", micro_batches, stage=stage, kind=kind)
+            for stage in range(4)
+            for kind in ("fixed", "balanced")
+        ),
+        *(part(f"moments {name}", moments, **zero) for name, zero in {**SHARDINGS, "offload": OFFLOAD}.items()),
+        part("moments torch", plain_torch, steps=3),
+        part("moments sgd", no_moments, optimizer={"type": "SGD", "params": {"lr": 1e-2}}),
+        part("moments fp16", no_moments, ("fp16",), **FP16),
+        part("skipped steps", skipped_steps, ("fp16",)),
+        part("zero 3 checkpoint", zero_3_checkpoint, folder=str(folder / "zero3")),
+        *(
+            part(f"preflight {name} {tried}", preflight_traces, needs_of(changes), preflights=tried, **changes)
+            for name, changes in PREFLIGHTS.items()
+            for tried in (False, True)
+        ),
+        part("out of memory", out_of_memory),
+        part("paper in deepspeed", paper_json_in_deepspeed, path=str(files["with fp16"])),
+        part("paper with fp16", paper_json, ("fp16", "compiler"), path=str(files["with fp16"])),  # Adam is compiled
+        part("paper in fp32", paper_json, ("compiler",), path=str(files["in fp32"])),
+        part("own optimizer", own_optimizer),
+        part("deepspeed scheduler", deepspeed_scheduler),
+        part("own pipeline", own_pipeline),  # the last: no other engine can follow it in a process
+    ]
+
+
+def needs_of(changes):
+    return ("fp16",) if "fp16" in changes else ()
 
 
 @pytest.fixture(scope="session")
 def seen(tmp_path_factory):
     folder = tmp_path_factory.mktemp("engine")
-    (folder / "paper.json").write_text(PAPER_JSON)
-    out = folder / "seen.json"
-    status, output = launch(folder / "log", "tests/launched_engine.py", out, folder / "paper.json", ranks=2)
-    assert status == 0, output
-    return json.loads(out.read_text())
+    return launch_parts(folder, __file__, parts_in(folder), ranks=2)
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_every_zero_stage_trains_the_same_run(seen, stage):
-    losses, lengths, rates = seen["zero_stages"][f"zero {stage}"]
-    reference = seen["zero_stages"]["zero 0"]
+    losses, lengths, rates = seen[f"zero {stage}"]
+    reference = seen["zero 0"]
     assert lengths == LENGTHS
     assert losses == pytest.approx(reference[0], rel=1e-5)
     assert rates == reference[2]
@@ -67,23 +408,23 @@ def test_every_zero_stage_trains_the_same_run(seen, stage):
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_balanced_micro_batches_train_the_same_run(seen, stage):
-    fixed, balanced = (seen["balanced"][f"{kind} {stage}"] for kind in ("fixed", "balanced"))
+    fixed, balanced = (seen[f"{kind} {stage}"] for kind in ("fixed", "balanced"))
     assert balanced["losses"] == pytest.approx(fixed["losses"], rel=1e-5)
-    assert fixed["losses"] == pytest.approx(seen["balanced"]["fixed 0"]["losses"], rel=1e-5)
+    assert fixed["losses"] == pytest.approx(seen["fixed 0"]["losses"], rel=1e-5)
     assert set(fixed["micro_batches"]) == {4}
     assert sorted(set(balanced["micro_batches"])) == [1, 2, 4]  # 4 rows: all at once up to 4 tokens, one by one from 9
     assert fixed["steps"] == balanced["steps"] == 50
 
 
 def test_bf16_follows_fp32(seen):
-    losses, lengths, rates = seen["zero_stages"]["bf16"]
+    losses, lengths, rates = seen["bf16"]
     assert lengths == LENGTHS
-    assert losses == pytest.approx(seen["zero_stages"]["zero 0"][0], rel=2e-2)
-    assert rates == seen["zero_stages"]["zero 0"][2]
+    assert losses == pytest.approx(seen["zero 0"][0], rel=2e-2)
+    assert rates == seen["zero 0"][2]
 
 
 def test_skipped_fp16_steps_count_their_tokens(seen):
-    skipped = seen["skipped_steps"]
+    skipped = seen["skipped steps"]
     assert 0 < skipped["skipped"] < 12
     assert skipped["rates"] == skipped["planned"]
     assert skipped["lengths"][:8] == LENGTHS
@@ -92,40 +433,45 @@ def test_skipped_fp16_steps_count_their_tokens(seen):
 def test_zero_3_resumes_exactly_and_saves_the_whole_model(seen):
     from transformers import AutoModelForCausalLM
 
-    checkpoint = seen["zero_3_checkpoint"]
+    checkpoint = seen["zero 3 checkpoint"]
     assert checkpoint["resumed"] == checkpoint["expected"]
     loaded, info = AutoModelForCausalLM.from_pretrained(checkpoint["folder"], output_loading_info=True)
     assert not info["missing_keys"]
     assert loaded.transformer.wte.weight.shape == (128, 16)
 
 
-def test_the_papers_own_file_trains_here_and_is_refused_by_deepspeed(seen):
-    paper = seen["paper_json"]
-    assert paper["refusal"].startswith("DeepSpeedConfigError")
-    assert "curriculum_learning" in paper["refusal"]
+def test_deepspeed_refuses_the_papers_own_file(seen):
+    refusal = seen["paper in deepspeed"]
+    assert refusal.startswith("DeepSpeedConfigError")
+    assert "curriculum_learning" in refusal
+
+
+@pytest.mark.parametrize("precision", ["with fp16", "in fp32"])
+def test_the_papers_own_file_trains_here(seen, precision):
+    paper = seen[f"paper {precision}"]
     assert paper["lengths"] == [8, 8]
     assert all(4 < loss < 6 for loss in paper["losses"])  # ln 128 = 4.85 at the start
     assert paper["clipping"] == 1.0
 
 
 def test_deepspeeds_own_scheduler_agrees_at_every_step(seen):
-    assert seen["deepspeed_scheduler"] == []
+    assert seen["deepspeed scheduler"] == []
 
 
 def test_an_optimizer_of_the_users_own_gives_the_rate(seen):
-    own = seen["own_optimizer"]
+    own = seen["own optimizer"]
     assert own["rates"] == own["planned"]
     assert own["train_batch_size"] == 4
     assert own["refusal"].startswith("DeepSpeed refuses its part of the configuration")
 
 
-@pytest.mark.parametrize("kind", ["zero 0", "zero 1", "zero 2 fp16", "zero 3"])
+@pytest.mark.parametrize("kind", PREFLIGHTS)
 def test_a_preflight_leaves_no_trace(seen, kind):
-    assert seen["preflight_traces"][f"{kind}, True"] == seen["preflight_traces"][f"{kind}, False"]
+    assert seen[f"preflight {kind} True"] == seen[f"preflight {kind} False"]
 
 
 def test_a_preflight_tells_all_ranks_who_is_out_of_memory(seen):
-    first, second = seen["out_of_memory"]
+    first, second = seen["out of memory"]
     wanted = (
         "a micro-batch of 600 rows of 512 tokens, the largest of this run, does not fit the memory of rank 1; lower it"
     )
@@ -135,15 +481,13 @@ def test_a_preflight_tells_all_ranks_who_is_out_of_memory(seen):
 
 
 def test_a_pipeline_of_the_users_own_follows_the_lengths(seen):
-    own = seen["own_pipeline"]
+    own = seen["own pipeline"]
     assert own["train_batch_size"] == 2  # 1 row x 2 micro-batches: two ranks have one model between them
     assert own["lengths"] == [length for length in LENGTHS for _ in range(2)]
     assert own["losses"][-1] < own["losses"][0]
 
 
 def test_misuse_is_told_before_deepspeed_starts():
-    from seqlen_curriculum import initialize
-
     config = {"train_batch_size": 4, "optimizer": {"type": "Adam", "params": {"lr": 1e-3}}}
     with pytest.raises(ConfigError, match="neither a path, a dict nor a RunConfig"):
         initialize(config=3)
@@ -165,8 +509,6 @@ class Truncating(torch.nn.Linear):
 
 @pytest.mark.parametrize("keyword", ["curriculum_seqlen", "seqlen", "input"])
 def test_a_model_that_takes_no_length_is_told_before_deepspeed_starts(keyword):
-    from seqlen_curriculum import initialize
-
     config = {"train_batch_size": 4, "optimizer": {"type": "Adam", "params": {"lr": 1e-3}}}
     block = {"enabled": False, "max_difficulty": 8}
     model = torch.nn.Embedding(4, 4) if keyword == "curriculum_seqlen" else Truncating(4, 4)
@@ -178,8 +520,6 @@ def test_a_model_that_takes_no_length_is_told_before_deepspeed_starts(keyword):
 
 
 def test_a_length_that_no_section_gives_is_told_before_deepspeed_starts():
-    from seqlen_curriculum import initialize
-
     config = {"train_batch_size": 4, "optimizer": {"type": "Adam", "params": {"lr": 1e-3}}}
     with pytest.raises(
         ConfigError, match="'curriculum_seqlen' asks for the step's length, but no section gives it; add"
@@ -187,11 +527,21 @@ def test_a_length_that_no_section_gives_is_told_before_deepspeed_starts():
         initialize(model=Truncating(4, 4), config=config, curriculum_kwarg="curriculum_seqlen")
 
 
-@pytest.mark.parametrize("sharding", ["zero 0", "zero 1", "zero 2", "zero 3", "offload"])
+@pytest.mark.parametrize("sharding", [*SHARDINGS, "offload"])
 def test_adams_moments_are_those_of_an_unsharded_run(seen, sharding):
-    before, *measured = seen["moments"][sharding]
+    before, *measured = seen[f"moments {sharding}"]
     assert before == {}
-    for ours, theirs in zip(measured, seen["moments"]["torch"], strict=True):
+    for ours, theirs in zip(measured, seen["moments torch"], strict=True):
         assert ours == pytest.approx(theirs, rel=1e-5)
     assert len(measured) == 3
-    assert seen["moments"]["sgd"] == seen["moments"]["fp16"] == {}  # none there, and none true at stage 0
+
+
+@pytest.mark.parametrize("kind", ["sgd", "fp16"])
+def test_where_there_are_no_true_moments_none_are_measured(seen, kind):
+    assert seen[f"moments {kind}"] == {}
+
+
+if __name__ == "__main__":
+    deepspeed.init_distributed()
+    do_parts(lambda scenario, **arguments: SCENARIOS[scenario](**arguments))
+    dist.destroy_process_group()

@@ -11,8 +11,8 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, launch
-from evaluated import ITEMS, POSITIONS, ids, logits_of, tail
+from helpers.evaluated import ITEMS, POSITIONS, ids, logits_of, tail
+from helpers.launching import ROOT, launch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional as F

@@ -1,9 +1,11 @@
-"""Each example under the real launcher on two ranks: one launch, each test looks at one of them."""
+"""Each example under the real launcher on two ranks: one launch, of this file, and each test looks at one of them."""
 
-import json
+import runpy
 
+import deepspeed
 import pytest
-from conftest import launch
+from helpers.launching import ROOT
+from helpers.parts import Part, do_parts, launch_parts
 
 # 8 + 56 * t / 20 down to a multiple of 8, for t = 1 to 20; full length from then on
 RAMP = [8, 8, 16, 16, 16, 24, 24, 24, 32, 32, 32, 40, 40, 40, 48, 48, 48, 56, 56, 64]
@@ -13,10 +15,14 @@ HUGGING_FACE = ("llama", "bloom", "bert")
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory):
     folder = tmp_path_factory.mktemp("examples")
-    out = folder / "seen.json"
-    status, output = launch(folder / "log", "tests/launched_examples.py", out, ranks=2)
-    assert status == 0, output
-    return json.loads(out.read_text())
+    hugging_face = [Part(name, {"example": "huggingface", "architecture": name}) for name in HUGGING_FACE]
+    return launch_parts(
+        folder, __file__, [*hugging_face, Part("megatron_style", {"example": "megatron_style"})], ranks=2
+    )
+
+
+def run_example(example, **arguments):
+    return runpy.run_path(str(ROOT / "examples" / f"{example}.py"))["main"](**arguments)
 
 
 def of(history, name):
@@ -64,3 +70,9 @@ def test_the_model_that_truncates_inside_consumes_rows_times_length(seen):
     history = seen["megatron_style"]
     assert of(history, "consumed_tokens")[19] == 8 * sum(RAMP)
     assert of(history, "consumed_tokens")[-1] == 8 * (sum(RAMP) + 64 * 19)
+
+
+if __name__ == "__main__":
+    deepspeed.init_distributed()
+    do_parts(run_example)
+    deepspeed.comm.destroy_process_group()

@@ -12,8 +12,8 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT
-from test_pretrained import SIZES, complete
+from helpers.launching import ROOT
+from helpers.models import SIZES, complete
 from transformers import AutoModelForCausalLM, AutoTokenizer, BloomConfig, GenerationConfig
 from transformers.utils import logging
 

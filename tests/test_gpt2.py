@@ -12,67 +12,15 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from helpers.gpt2 import TINY, Squares, batch, gradients, reference, relative_error, seeded_gradients, tiny
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM
 from transformers.activations import ACT2FN
 
 from seqlen_curriculum.config.model import PRESETS, ModelConfig
 from seqlen_curriculum.errors import ConfigError
-from seqlen_curriculum.models.gpt2 import CausalLM, build_gpt2, save_hf
-
-TINY: dict[str, Any] = {
-    "num_layers": 2,
-    "hidden_size": 32,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 64,
-    "vocab_size": 200,
-}
-
-
-def tiny(seed: int = 0, **keys: Any) -> CausalLM:
-    torch.manual_seed(seed)
-    return build_gpt2(ModelConfig.model_validate(TINY | keys))
-
-
-def batch(rows: int = 3, seqlen: int = 37) -> tuple[Tensor, Tensor]:
-    tokens = torch.randint(0, 200, (rows, seqlen + 1), generator=torch.Generator().manual_seed(1))
-    return tokens[:, :-1], tokens[:, 1:]
-
-
-def gradients(model: torch.nn.Module) -> dict[str, Tensor]:
-    return {
-        name.removeprefix("lm."): parameter.grad
-        for name, parameter in model.named_parameters()
-        if parameter.grad is not None
-    }
-
-
-def relative_error(found: Tensor, expected: Tensor) -> float:
-    return float((found.double() - expected.double()).norm() / expected.double().norm())
-
-
-def reference(model: CausalLM) -> Any:
-    """Hugging Face's own GPT-2 with the weights of ``model``: eager attention, gelu_new, its own head."""
-    c = model.lm.config
-    hf = GPT2LMHeadModel(
-        GPT2Config(
-            vocab_size=c.vocab_size,
-            n_positions=c.n_positions,
-            n_embd=c.n_embd,
-            n_layer=c.n_layer,
-            n_head=c.n_head,
-            resid_pdrop=0.0,
-            embd_pdrop=0.0,
-            attn_pdrop=0.0,
-            attn_implementation="eager",
-        )
-    )
-    hf.load_state_dict(model.lm.state_dict())
-    return hf
+from seqlen_curriculum.models.gpt2 import build_gpt2, save_hf
 
 
 def test_loss_and_every_gradient_equal_hugging_face_in_double() -> None:
@@ -155,20 +103,6 @@ class AttentionCalls(TorchFunctionMode):
         return func(*args, **kwargs or {})
 
 
-class Squares(TorchDispatchMode):
-    """Names of the operators that made a tensor whose last two sizes are both ``seqlen``."""
-
-    def __init__(self, seqlen: int) -> None:
-        super().__init__()
-        self.seqlen, self.found = seqlen, list[str]()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **kwargs or {})
-        if any(isinstance(x, Tensor) and x.shape[-2:] == (self.seqlen,) * 2 for x in tree_leaves(out)):
-            self.found.append(str(func))
-        return out
-
-
 @pytest.mark.parametrize("seqlen", [1, 2, 8, 63, 64])
 def test_attention_is_causal_without_a_mask_at_every_seqlen(seqlen: int) -> None:
     model, (inputs, targets) = tiny(), batch(seqlen=seqlen)
@@ -249,13 +183,6 @@ def test_bf16_model_trains() -> None:
         losses.append(loss.item())
     assert loss.dtype == torch.float32
     assert losses[-1] < losses[0] - 0.5
-
-
-def seeded_gradients(model: CausalLM, seed: int) -> dict[str, Tensor]:
-    model.zero_grad()
-    torch.manual_seed(seed)
-    model(*batch()).backward()
-    return {name: grad.clone() for name, grad in gradients(model).items()}
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])

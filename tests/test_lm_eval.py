@@ -6,8 +6,8 @@ import sys
 from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT
-from evaluated import ITEMS, POSITIONS, WORDS, ids, logits_of, tail
+from helpers.evaluated import ITEMS, POSITIONS, WORDS, ids, logits_of, tail
+from helpers.launching import ROOT
 from transformers import AutoModelForCausalLM
 
 from seqlen_curriculum.errors import ConfigError

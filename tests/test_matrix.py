@@ -8,31 +8,10 @@ import json
 import re
 
 import pytest
-from conftest import launch
-from test_training import hugging_face_loss, records, samples_by_step
+from helpers.runs import ENGINES, Runs, hugging_face_loss, records, run, samples_by_step
 
 from seqlen_curriculum import CheckpointError, RunConfig
 
-ENGINES = {
-    "zero0": [],
-    "zero1": ["zero_optimization.stage=1"],
-    "zero2": ["zero_optimization.stage=2"],
-    "zero3": ["zero_optimization.stage=3"],
-    # With torch's Adam: DeepSpeed's CPU Adam takes minutes to compile.
-    "offload": [
-        "zero_optimization.stage=2",
-        'zero_optimization.offload_optimizer={"device": "cpu"}',
-        "zero_force_ds_cpu_optimizer=false",
-    ],
-    "checkpointing": ["zero_optimization.stage=1", "model.activation_checkpointing=true"],
-    "ulysses": ["sequence_parallel_size=2", "zero_optimization.stage=1"],
-    # DeepSpeed keeps these engines' groups in globals: no other can follow them in a process.
-    "tensor_zero0": ["tensor_parallel.autotp_size=2"],
-    "tensor": ["tensor_parallel.autotp_size=2", "zero_optimization.stage=1"],
-    "tensor_zero3": ["tensor_parallel.autotp_size=2", "zero_optimization.stage=3"],
-    "pipeline": ["pipeline.stages=2"],
-    "pipeline_zero1": ["pipeline.stages=2", "zero_optimization.stage=1"],
-}
 PRECISIONS = {
     "fp32": [],
     "bf16": ["bf16.enabled=true"],
@@ -84,49 +63,43 @@ def run_file(tmp_path_factory, tiny_run):
     return path
 
 
-def launch_runs(folder, name, runs, ranks):
-    """Do all ``runs`` in one launch."""
-    (folder / f"{name}.json").write_text(json.dumps(runs))
-    status, output = launch(
-        folder / f"{name}.log", "tests/launched_matrix.py", folder / f"{name}.json", ranks=ranks, seconds=600
-    )
-    assert status == 0, output
-
-
 @pytest.fixture(scope="module")
 def matrix(run_file):
-    """The folder of the runs: ``CELL`` trained, ``CELL-resumed`` and ``CELL-ranks`` continued amid the warmup."""
-    folder = run_file.parent
+    """The runs: ``CELL`` trained, ``CELL-resumed`` and ``CELL-ranks`` continued amid the warmup."""
+    runs = Runs(run_file.parent)
+    folder = runs.folder
 
-    def run(engine, precision, kind, resume):
+    def in_cell(engine, precision, kind, resumes):
         # A continued run does without the preflight: if that left a trace, the two would differ.
         column = {**PRECISIONS, "dropout": ["model.dropout=0.1"]}[precision]
         sets = [*ENGINES[engine], *column, f"training.preflight={json.dumps(kind == '')}"]
         cell = f"{engine}-{precision}"
-        resume = resume and f"{folder}/{cell}/global_step{MID_WARMUP}"
-        return {"config": str(run_file), "sets": sets, "save": f"{folder}/{cell}{kind}", "resume": resume or "auto"}
+        resume = f"{folder}/{cell}/global_step{MID_WARMUP}" if resumes else "auto"
+        needs = [precision] if precision in ("fp16", "bf16") else []
+        return run(run_file, folder / f"{cell}{kind}", sets, resume, needs, after=cell if resumes else None)
 
     cells = sorted(
         [*CELLS, *((engine, "dropout") for engine in WITH_DROPOUT)], key=lambda cell: list(ENGINES).index(cell[0])
     )
-    both = [run(*cell, kind, resume) for cell in cells for kind, resume in (("", False), ("-resumed", True))]
-    plain = {"config": str(run_file), "sets": SIXTY_FOUR_LENGTHS, "save": f"{folder}/plain", "resume": "auto"}
-    compiled = {**plain, "sets": [*SIXTY_FOUR_LENGTHS, "training.compile=true"], "save": f"{folder}/compiled"}
+    both = [in_cell(*cell, kind, resumes) for cell in cells for kind, resumes in (("", False), ("-resumed", True))]
+    plain = run(run_file, folder / "plain", SIXTY_FOUR_LENGTHS)
+    compiled = run(run_file, folder / "compiled", [*SIXTY_FOUR_LENGTHS, "training.compile=true"], needs=["compiler"])
     # Any other key of ZeRO may lay the shards out otherwise, so they are taken apart and put together again.
-    reordered = {**run("zero2", "fp32", "", True), "save": f"{folder}/reordered"}
-    reordered["sets"] = [*reordered["sets"], "zero_optimization.reduce_bucket_size=1000"]
-    at = 1 + max(number for number, one in enumerate(both) if "zero2-fp32" in one["save"])
-    launch_runs(folder, "two", [plain, compiled, *both[:at], reordered, *both[at:]], ranks=2)
+    saved = folder / "zero2-fp32" / f"global_step{MID_WARMUP}"
+    other_keys = [*ENGINES["zero2"], "zero_optimization.reduce_bucket_size=1000", "training.preflight=true"]
+    reordered = run(run_file, folder / "reordered", other_keys, saved, after="zero2-fp32")
+    at = 1 + max(number for number, part in enumerate(both) if part.name.startswith("zero2-fp32"))
+    runs.launch("two", [plain, compiled, *both[:at], reordered, *both[at:]], ranks=2)
     cut = [cell for cell in CELLS if cell[0].startswith(("pipeline", "tensor"))]  # keep two ranks to a model
-    others = [run(*cell, "-ranks", True) for cell in CELLS if cell not in cut]
+    others = [in_cell(*cell, "-ranks", True) for cell in CELLS if cell not in cut]
     for one_rank in others:
-        one_rank["sets"] = [value for value in one_rank["sets"] if value != "sequence_parallel_size=2"]
-    reference = {**run("zero0", "fp32", "", False), "save": f"{folder}/one-rank"}
-    resharded = {**run("zero2", "fp32", "", True), "sets": ENGINES["zero3"], "save": f"{folder}/zero2-to-zero3"}
-    uncompiled = {**reference, "sets": ["training.compile=true"], "save": f"{folder}/uncompiled", "no_compiler": True}
-    launch_runs(folder, "one", [reference, *others, resharded, uncompiled], ranks=1)
-    launch_runs(folder, "four", [run(*cell, "-ranks", True) for cell in cut], ranks=4)
-    return folder
+        one_rank.arguments["sets"] = [key for key in one_rank.arguments["sets"] if key != "sequence_parallel_size=2"]
+    reference = run(run_file, folder / "one-rank", ["training.preflight=true"])
+    resharded = run(run_file, folder / "zero2-to-zero3", ENGINES["zero3"], saved, after="zero2-fp32")
+    uncompiled = run(run_file, folder / "uncompiled", ["training.compile=true"], no_compiler=True)
+    runs.launch("one", [reference, *others, resharded, uncompiled], ranks=1)
+    runs.launch("four", [in_cell(*cell, "-ranks", True) for cell in cut], ranks=4)
+    return runs
 
 
 def assert_same_losses(ours, theirs, tolerance):
@@ -146,12 +119,12 @@ def after_resume(run):
 @pytest.mark.parametrize(("engine", "precision"), CELLS)
 def test_trains_along_the_plan_and_evaluates(matrix, run_file, engine, precision):
     timeline = RunConfig.load(run_file).timeline()
-    steps, evaluations = records(matrix / f"{engine}-{precision}")
+    steps, evaluations = records(matrix[f"{engine}-{precision}"])
     lengths = [record["seqlen"] for record in steps]
     assert lengths == [timeline.seqlen(step) for step in range(1, timeline.steps + 1)]
     assert len(set(lengths)) >= 9
     assert [record["step"] for record in evaluations] == [12, timeline.steps]
-    reference = records(matrix / "one-rank")
+    reference = records(matrix["one-rank"])
     for ours, theirs in zip((steps, evaluations), reference, strict=True):
         if (engine, precision) == ("zero0", "fp16"):  # its Adam's state is no true one, and left out
             theirs = [{name: one[name] for name in one if name[:8] not in ("variance", "momentum")} for one in theirs]
@@ -160,8 +133,8 @@ def test_trains_along_the_plan_and_evaluates(matrix, run_file, engine, precision
 
 @pytest.mark.parametrize(("engine", "precision"), CELLS)
 def test_resumes_amid_the_warmup(matrix, engine, precision):
-    resumed = records(matrix / f"{engine}-{precision}-resumed")
-    expected = after_resume(matrix / f"{engine}-{precision}")
+    resumed = records(matrix[f"{engine}-{precision}-resumed"])
+    expected = after_resume(matrix[f"{engine}-{precision}"])
     for ours, theirs in zip(resumed, expected, strict=True):
         assert_same_losses(ours, theirs, tolerance=0.0)
 
@@ -176,24 +149,24 @@ def assert_continues(resumed, run, tolerance):
 @pytest.mark.parametrize(("engine", "precision"), CELLS)
 def test_changes_the_number_of_ranks(matrix, engine, precision):
     cell = f"{engine}-{precision}"
-    assert_continues(matrix / f"{cell}-ranks", matrix / cell, rounding(engine, precision))
+    assert_continues(matrix[f"{cell}-ranks"], matrix[cell], rounding(engine, precision))
 
 
 def test_goes_on_under_other_keys_of_zero(matrix):
-    assert_continues(matrix / "reordered", matrix / "zero2-fp32", 1e-4)
+    assert_continues(matrix["reordered"], matrix["zero2-fp32"], 1e-4)
     told = "saved by 2 data-parallel ranks under ZeRO stage 2, continuing on 2 under stage 2"
-    assert f"zero2-fp32/global_step{MID_WARMUP}: {told}" in (matrix / "two.log").read_text()
+    assert f"zero2-fp32/global_step{MID_WARMUP}: {told}" in matrix.outputs["two"]
 
 
 def test_goes_on_under_another_zero_stage_on_another_number_of_ranks(matrix):
-    assert_continues(matrix / "zero2-to-zero3", matrix / "zero2-fp32", 1e-4)
+    assert_continues(matrix["zero2-to-zero3"], matrix["zero2-fp32"], 1e-4)
     told = "saved by 2 data-parallel ranks under ZeRO stage 2, continuing on 1 under stage 3"
-    assert f"zero2-fp32/global_step{MID_WARMUP}: {told}" in (matrix / "one.log").read_text()
+    assert f"zero2-fp32/global_step{MID_WARMUP}: {told}" in matrix.outputs["one"]
 
 
 @pytest.mark.parametrize("engine", ["zero3", "pipeline", "pipeline_zero1", "tensor", "tensor_zero3", "ulysses"])
 def test_leaves_a_hugging_face_folder(matrix, run_file, engine):
-    run = matrix / f"{engine}-fp32"
+    run = matrix[f"{engine}-fp32"]
     evaluation = records(run)[1][-1]
     loss = hugging_face_loss(run / f"global_step{evaluation['step']}", RunConfig.load(run_file))
     assert loss == pytest.approx(evaluation["valid_loss"], rel=1e-6)
@@ -206,30 +179,30 @@ def test_a_model_in_parts_stays_in_as_many(matrix, run_file, engine, key):
     from seqlen_curriculum.run_folder.checkpoint_manifest import read_checkpoint
     from seqlen_curriculum.training.checkpoint import Checkpoints
 
-    checkpoint = read_checkpoint(matrix / f"{engine}-fp32" / f"global_step{MID_WARMUP}")
-    checkpoints = Checkpoints(matrix, 9, RunConfig.load(run_file).settings())
+    checkpoint = read_checkpoint(matrix[f"{engine}-fp32"] / f"global_step{MID_WARMUP}")
+    checkpoints = Checkpoints(matrix.folder, 9, RunConfig.load(run_file).settings())
     with pytest.raises(CheckpointError, match=f"saved with {key} 2; set it to 2, not 1"):
         checkpoints.load(None, checkpoint)  # told before the engine is touched
 
 
-def test_dropout_draws_again_what_it_drew(matrix):
-    for engine in WITH_DROPOUT:
-        run = matrix / f"{engine}-dropout"
-        assert list(records(matrix / f"{engine}-dropout-resumed")) == after_resume(run)
-        assert records(run)[0][0]["loss"] != records(matrix / f"{engine}-fp32")[0][0]["loss"]
+@pytest.mark.parametrize("engine", WITH_DROPOUT)
+def test_dropout_draws_again_what_it_drew(matrix, engine):
+    run = matrix[f"{engine}-dropout"]
+    assert list(records(matrix[f"{engine}-dropout-resumed"])) == after_resume(run)
+    assert records(run)[0][0]["loss"] != records(matrix[f"{engine}-fp32"])[0][0]["loss"]
 
 
 def test_a_ramp_over_64_lengths_compiles_three_graphs_at_most(matrix):
-    steps, evaluations = records(matrix / "compiled")
+    steps, evaluations = records(matrix["compiled"])
     assert len({record["seqlen"] for record in steps}) == 64
-    assert_same_losses(steps, records(matrix / "plain")[0], 1e-4)
-    assert_same_losses(evaluations, records(matrix / "plain")[1], 1e-4)
-    graphs = json.loads((matrix / "compiled" / "graphs.json").read_text())
+    assert_same_losses(steps, records(matrix["plain"])[0], 1e-4)
+    assert_same_losses(evaluations, records(matrix["plain"])[1], 1e-4)
+    graphs = json.loads((matrix["compiled"] / "graphs.json").read_text())
     assert 1 <= graphs <= 3
 
 
 def test_without_a_compiler_it_trains_uncompiled_and_says_so(matrix):
-    assert records(matrix / "uncompiled") == records(matrix / "one-rank")
-    log = (matrix / "one.log").read_text()
+    assert records(matrix["uncompiled"]) == records(matrix["one-rank"])
+    log = matrix.outputs["one"]
     assert re.search("training.compile: .*; training without compilation", log)
-    assert json.loads((matrix / "uncompiled" / "graphs.json").read_text()) <= 0
+    assert json.loads((matrix["uncompiled"] / "graphs.json").read_text()) <= 0

@@ -8,21 +8,15 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT
+from helpers.launching import ROOT
+from helpers.models import CONFIGS, complete, make_models, save
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
-from test_pretrained import complete
 from transformers import (
-    AutoModelForCausalLM,
     BertConfig,
     BertForMaskedLM,
     BertLMHeadModel,
-    BloomConfig,
-    GPT2Config,
-    GPTNeoXConfig,
-    LlamaConfig,
-    Qwen2Config,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -33,18 +27,8 @@ from seqlen_curriculum.data.from_config import open_run_data
 from seqlen_curriculum.data.tokenizer import TokenizerChoice, build_tokenizer
 from seqlen_curriculum.models.causal_lm import AnyCausalLM, build_model
 from seqlen_curriculum.models.gpt2 import CausalLM, build_gpt2, save_hf
-from seqlen_curriculum.models.pretrained import load_model, quiet, save_tokenizer
+from seqlen_curriculum.models.pretrained import load_model
 
-ALIKE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 257}
-ALIKE |= {"intermediate_size": 48, "max_position_embeddings": 32}
-CONFIGS = {
-    "llama": LlamaConfig(**ALIKE),
-    "neox": GPTNeoXConfig(**ALIKE),
-    "qwen2": Qwen2Config(num_key_value_heads=1, tie_word_embeddings=True, **ALIKE),
-    "bloom": BloomConfig(n_layer=2, n_head=2, hidden_size=32, vocab_size=257),
-    "gpt2": GPT2Config(n_embd=32, n_layer=2, n_head=2, n_positions=32, vocab_size=257, activation_function="relu"),
-    "narrow_gpt2": GPT2Config(n_embd=32, n_layer=2, n_head=2, n_positions=32, vocab_size=257, n_inner=48),
-}
 PARAMETERS = {  # by hand, of H=32, V=257, I=48, two layers
     # each 4 H^2 + 3 H I + 2 H, then the last norm and both ends
     "llama": 2 * (4 * 32**2 + 3 * 32 * 48 + 2 * 32) + 32 + 2 * 257 * 32,
@@ -54,21 +38,6 @@ PARAMETERS = {  # by hand, of H=32, V=257, I=48, two layers
     "gpt2": 2 * (12 * 32**2 + 13 * 32) + 2 * 32 + (384 + 32) * 32,
     "narrow_gpt2": 2 * (4 * 32**2 + 2 * 32 * 48 + 48 + 9 * 32) + 2 * 32 + (384 + 32) * 32,
 }
-
-
-def save(model, folder):
-    with quiet():
-        model.save_pretrained(folder)
-    return folder
-
-
-def make_models(root):
-    """A tiny random model of each kind, saved by transformers."""
-    for name, config in CONFIGS.items():
-        torch.manual_seed(0)
-        save(AutoModelForCausalLM.from_config(config), root / name)
-    save_tokenizer(build_tokenizer(TokenizerChoice(train_vocab=257), []), root / "llama")
-    return root
 
 
 @pytest.fixture(scope="module")

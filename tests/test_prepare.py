@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import shared
+from helpers.shared_data import shared
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer

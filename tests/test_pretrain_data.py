@@ -4,9 +4,9 @@ import json
 
 import numpy as np
 import pytest
-from conftest import launch
-from test_matrix import launch_runs
-from test_training import TRAIN, planned_samples, records, samples_by_step
+from helpers.launching import launch
+from helpers.runs import TRAIN, Runs, planned_samples, records, samples_by_step
+from helpers.runs import run as run_of
 
 from seqlen_curriculum import RunConfig
 from seqlen_curriculum.data.from_config import open_run_data
@@ -101,18 +101,21 @@ def continued(trained):
     save, _, run_file = trained
     folder = save.parent
 
-    def run(name, sets=(), resume="auto"):
-        return {"config": str(run_file), "sets": list(sets), "save": str(folder / name), "resume": str(resume)}
+    def run(name, sets=(), resume="auto", after=None):
+        return run_of(run_file, folder / name, sets, resume, after=after)
 
     resume = save / "global_step30"
     small = [run(name, [*SMALL, *sets]) for name, sets in SMALL_RUNS.items()]
-    again = run("window-resumed", [*SMALL, *SMALL_RUNS["window"]], folder / "window" / f"global_step{RECYCLED}")
-    launch_runs(folder, "two", [run("resumed", (), resume), small[0], small[1], again, *small[2:]], ranks=2)
+    again = run(
+        "window-resumed", [*SMALL, *SMALL_RUNS["window"]], folder / "window" / f"global_step{RECYCLED}", "window"
+    )
+    runs = Runs(folder)
+    runs.launch("two", [run("resumed", (), resume), small[0], small[1], again, *small[2:]], ranks=2)
     one = {"segment": SMALL_RUNS["segment"][:1], "window": SMALL_RUNS["window"][:1]}
     references = [run(f"{name}-one", [*SMALL, *sets]) for name, sets in one.items()]
     restarted = run("restarted", [*SMALL, *one["window"], "curriculum_learning.restart_positions=true"])
-    launch_runs(folder, "one", [run("one-rank", (), resume), *references, restarted], ranks=1)
-    return folder
+    runs.launch("one", [run("one-rank", (), resume), *references, restarted], ranks=1)
+    return runs
 
 
 def assert_same(ours, theirs, tolerance):
@@ -128,36 +131,36 @@ def test_a_resume_amid_the_warmup_equals_the_uninterrupted_run(trained, continue
     save, _, _ = trained
     timeline = RunConfig.from_dict(blended_run).timeline()
     assert 2 < timeline.rows(30) < timeline.rows(timeline.steps)
-    for ours, theirs in zip(records(continued / "resumed"), records(save), strict=True):
+    for ours, theirs in zip(records(continued["resumed"]), records(save), strict=True):
         assert ours == [record for record in theirs if record["step"] > 30]
     samples = {step: read for step, read in samples_by_step(save).items() if step > 30}
-    assert samples_by_step(continued / "resumed") == samples
+    assert samples_by_step(continued["resumed"]) == samples
 
 
 @pytest.mark.parametrize("name", SMALL_RUNS)
 def test_each_method_trains_as_on_one_rank(continued, trained, name):
     config = RunConfig.load(trained[2], [*SMALL, SMALL_RUNS[name][0]])
     timeline, (train, _) = config.timeline(), open_run_data(config)
-    steps, evaluations = records(continued / name)
+    steps, evaluations = records(continued[name])
     assert [(r["seqlen"], r["rows"], r["consumed_tokens"]) for r in steps] == [
         (timeline.seqlen(step), timeline.rows(step), timeline.consumed_tokens(step))
         for step in range(1, timeline.steps + 1)
     ]
-    assert samples_by_step(continued / name) == planned_samples(train)
+    assert samples_by_step(continued[name]) == planned_samples(train)
     assert evaluations
-    assert_same((steps, evaluations), records(continued / f"{name.split('-')[0]}-one"), 2e-4)
+    assert_same((steps, evaluations), records(continued[f"{name.split('-')[0]}-one"]), 2e-4)
 
 
 def test_windows_resume_to_the_last_bit(continued):
-    expected = [[r for r in part if r["step"] > RECYCLED] for part in records(continued / "window")]
-    assert_same(records(continued / "window-resumed"), expected, 0.0)
+    expected = [[r for r in part if r["step"] > RECYCLED] for part in records(continued["window"])]
+    assert_same(records(continued["window-resumed"]), expected, 0.0)
 
 
 def test_positions_may_restart_in_each_window(continued):
-    runs_on, restarts = records(continued / "window-one")[0], records(continued / "restarted")[0]
+    runs_on, restarts = records(continued["window-one"])[0], records(continued["restarted"])[0]
     assert 0 < abs(restarts[0]["loss"] - runs_on[0]["loss"]) < 0.1 * runs_on[0]["loss"]
 
 
 def test_the_blend_goes_on_on_another_number_of_ranks(continued, trained):
     samples = {step: read for step, read in samples_by_step(trained[0]).items() if step > 30}
-    assert samples_by_step(continued / "one-rank") == samples
+    assert samples_by_step(continued["one-rank"]) == samples

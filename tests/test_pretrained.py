@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from helpers.models import SIZES, complete
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
@@ -14,17 +15,6 @@ from seqlen_curriculum.data.tokenizer import TokenizerChoice, build_tokenizer
 from seqlen_curriculum.errors import CheckpointError, ConfigError
 from seqlen_curriculum.models.gpt2 import build_gpt2, save_hf
 from seqlen_curriculum.models.pretrained import load_model, load_tokenizer, model_folder, save_tokenizer
-
-SIZES = {"num_layers": 1, "hidden_size": 16, "num_attention_heads": 2, "max_position_embeddings": 16, "vocab_size": 257}
-
-
-def complete(folder, step=1, vocab_size=257, rollbacks=()):
-    """Make ``folder`` a complete checkpoint of what lies in it."""
-    sizes = {path.name: path.stat().st_size for path in folder.iterdir() if path.name != "complete.json"}
-    manifest = {"step": step, "data_ranks": 1, "zero_stage": 0, "zero": {}, "rollbacks": list(rollbacks)}
-    manifest |= {"run": {"model.vocab_size": vocab_size}, "files": sizes}
-    (folder / "complete.json").write_text(json.dumps(manifest))
-    return folder
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import launch
+from helpers.launching import launch
 
 from seqlen_curriculum import RunConfig
 from seqlen_curriculum.files import read_json

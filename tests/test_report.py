@@ -6,6 +6,7 @@ import re
 
 import numpy as np
 import pytest
+from helpers.synthetic_runs import BASE, synthetic
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -16,20 +17,6 @@ from seqlen_curriculum.analysis.run import Run, Series
 from seqlen_curriculum.analysis.seed_groups import seed_groups
 from seqlen_curriculum.analysis.tables import ReportTables
 
-
-def synthetic(name, losses, valid_losses, seconds=36.0, tokens=100, **changes):
-    """A run of steps of ``seconds`` and ``tokens``; ``valid_losses`` {step: loss}, each taking 9 s."""
-    records = []
-    for step, loss in enumerate(losses, 1):
-        at = {"step": step, "consumed_tokens": tokens * step}
-        records.append({**at, "seqlen": 8, "rows": 4, "loss": loss, "lr": 0.1, "grad_norm": 1.0, "seconds": seconds})
-        if step in valid_losses:
-            valid = {"valid_loss": valid_losses[step], "valid_ppl": math.exp(valid_losses[step])}
-            records.append({**at, **valid, "seconds": 9.0})
-    return Run(name, records, **changes)
-
-
-BASE = synthetic("base", [4.0, 3.0, 3.9, 2.0], {2: 2.5, 4: 2.0})
 FAST = synthetic("fast", [4.0, 3.0, 2.0, 1.0], {2: 1.9, 4: 2.1}, seconds=9.0, tokens=50)
 SLOW = synthetic("slow", [4.0] * 5, {5: 2.2})
 

@@ -7,13 +7,13 @@ import re
 import signal
 import subprocess
 import sys
-import time
 
-import browser
 import pytest
-from conftest import ROOT, start
-from test_matrix import launch_runs
-from test_report import BASE, synthetic
+from helpers import browser
+from helpers.launching import ROOT, limit, running, wait_until
+from helpers.runs import Runs
+from helpers.runs import run as run_of
+from helpers.synthetic_runs import BASE, synthetic
 
 from seqlen_curriculum import CheckpointError, ConfigError, DataError, RunConfig
 from seqlen_curriculum.analysis.curves import COLOURS, style_of
@@ -206,29 +206,27 @@ def real(tmp_path_factory, tiny_run):
     folder = tmp_path_factory.mktemp("report")
     (folder / "run.json").write_text(json.dumps(tiny_run))
 
-    def run(name, *sets, resume="auto"):
-        return {"config": str(folder / "run.json"), "sets": sets, "save": str(folder / name), "resume": resume}
-
-    resumed = run("resumed", resume=f"{folder}/warmup/global_step42")
-    launch_runs(
-        folder, "three", [run("constant", "curriculum_learning.enabled=false"), run("warmup"), resumed], ranks=2
-    )
-    return folder
+    config = folder / "run.json"
+    constant = run_of(config, folder / "constant", ["curriculum_learning.enabled=false"])
+    resumed = run_of(config, folder / "resumed", resume=folder / "warmup" / "global_step42", after="warmup")
+    runs = Runs(folder)
+    runs.launch("three", [constant, run_of(config, folder / "warmup"), resumed], ranks=2)
+    return runs
 
 
 @pytest.fixture(scope="module")
 def out(real):
     """The report of the two, from the command line."""
-    command = [*REPORT, real / "constant", real / "warmup", "--out", real / "out"]
+    command = [*REPORT, real["constant"], real["warmup"], "--out", real.folder / "out"]
     result = subprocess.run(list(map(str, command)), capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    assert f"report           {real / 'out' / 'report.html'}" in result.stdout
+    assert f"report           {real.folder / 'out' / 'report.html'}" in result.stdout
     assert re.search(r"constant's best validation perplexity of \d", result.stdout)
-    return real / "out"
+    return real.folder / "out"
 
 
 def test_a_run_records_what_it_was_trained_with(real, tiny_run):
-    info = load_run(real / "warmup").info
+    info = load_run(real["warmup"]).info
     config = RunConfig.from_dict(info["config"])
     assert config.settings() == RunConfig.from_dict(tiny_run).for_ranks(2).settings()
     assert config.training == RunConfig.from_dict(tiny_run).training
@@ -238,8 +236,8 @@ def test_a_run_records_what_it_was_trained_with(real, tiny_run):
     assert {"python", "torch", "deepspeed", "transformers", "numpy"} <= set(one["versions"])
     assert (one["device"]["cores"] >= 1, one["device"]["memory_bytes"] > 2**28) == (True, True)
     assert set(one["device"]) >= {"accelerator", "cpu"}
-    assert load_run(real / "resumed").info["launches"][0]["first_step"] == 43
-    assert load_run(real / "constant").info["config"]["curriculum_learning"] == {"enabled": False}
+    assert load_run(real["resumed"]).info["launches"][0]["first_step"] == 43
+    assert load_run(real["constant"]).info["config"]["curriculum_learning"] == {"enabled": False}
     assert not list(real.glob("*/*.tmp"))
 
 
@@ -263,7 +261,7 @@ def test_a_launch_more_is_added_and_damage_does_not_stop_it(tmp_path):
 
 
 def test_the_report_is_printed_as_it_is_written(real, out):
-    command = [*REPORT, str(real / "constant"), str(real / "warmup"), "--json"]
+    command = [*REPORT, str(real["constant"]), str(real["warmup"]), "--json"]
     printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert json.loads(printed) == json.loads((out / "report.json").read_text())
     assert all((out / f"{name}.png").read_bytes().startswith(b"\x89PNG") for name in ("perplexity_hours", "seqlen"))
@@ -279,11 +277,6 @@ def at(found, path):
     for key in path.split("/"):
         found = found[int(key)] if isinstance(found, list) else found[key]
     return found
-
-
-in_a_browser = pytest.mark.skipif(
-    browser.CHROMIUM is None, reason="no chromium, chromium-browser or google-chrome to open the page in"
-)
 
 
 def assert_readable(seen, width, found, runs):
@@ -305,7 +298,7 @@ def assert_readable(seen, width, found, runs):
     assert len(set(seen["ids"])) == len(seen["ids"])
 
 
-@in_a_browser
+@pytest.mark.needs("browser")
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 def test_the_page_in_a_browser(out, tmp_path, dark):
     found = json.loads((out / "report.json").read_text())
@@ -324,7 +317,7 @@ def test_the_page_in_a_browser(out, tmp_path, dark):
     )
 
 
-@in_a_browser
+@pytest.mark.needs("browser")
 def test_long_names_and_all_the_plots_in_a_browser(tmp_path):
     run = unstable("runs/<i>" + "a-very-long-name-of-a-run" * 5)
     run = Run(run.name, run.records, {"config": {"model": {"preset": "gpt2-117m"}}}, run.rollbacks)
@@ -354,13 +347,10 @@ def overlapping(boxes):
 def test_watching_ends_with_ctrl_c_and_a_page_that_stays(tmp_path):
     written(tmp_path / "run", BASE)
     out, log = tmp_path / "out", tmp_path / "log"
-    process = start([*REPORT, str(tmp_path / "run"), "--out", str(out), "--watch", "0.2"], log)
-    deadline = time.monotonic() + 60
-    while not (out / "report.html").exists():
-        assert time.monotonic() < deadline, log.read_text()
-        time.sleep(0.05)
-    assert 'http-equiv="refresh"' in (out / "report.html").read_text()
-    process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=60) == 0, log.read_text()
+    with running([*REPORT, str(tmp_path / "run"), "--out", str(out), "--watch", "0.2"], log) as process:
+        wait_until((out / "report.html").exists, "no report is written")
+        assert 'http-equiv="refresh"' in (out / "report.html").read_text()
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=limit(60)) == 0, log.read_text()
     assert 'http-equiv="refresh"' not in (out / "report.html").read_text()
     assert (out / "loss_step.png").exists()

@@ -11,9 +11,19 @@ from functools import partial
 
 import numpy as np
 import pytest
-from conftest import launch_command
-from test_matrix import ENGINES, launch_runs
-from test_training import TRAIN, assert_same_run, has_reached, planned_samples, records, run_and_kill, samples_by_step
+from helpers.launching import launch_command
+from helpers.runs import (
+    ENGINES,
+    TRAIN,
+    Runs,
+    assert_same_run,
+    has_reached,
+    planned_samples,
+    records,
+    run_and_kill,
+    samples_by_step,
+)
+from helpers.runs import run as run_of
 
 from seqlen_curriculum import RunConfig
 from seqlen_curriculum.analysis.stability import stability
@@ -75,8 +85,8 @@ def runs(run_file):
     """The folder of all runs."""
     folder = run_file.parent
 
-    def run(name, *sets, resume="auto", **more):
-        return {"config": str(run_file), "sets": sets, "save": f"{folder}/{name}", "resume": resume, **more}
+    def run(name, *sets, **more):
+        return run_of(run_file, folder / name, sets, **more)
 
     assert run_and_kill(killed_command(folder), folder / "killed.log", (folder / "killed" / ROLLBACKS).exists)
     shutil.copy(folder / "killed" / "runlog.jsonl", folder / "killed.jsonl")
@@ -97,19 +107,27 @@ def runs(run_file):
         run("killed", *ZERO2),
         run("log", *ENGINES["zero2"]),
         run("stop", *ENGINES["zero2"], "training.on_spike=stop", fails=True),
-        run("too-new", *ZERO2, "training.spike_skip_steps=8", resume=f"{folder}/stop/global_step18", fails=True),
-        run("newer", *ZERO2, "training.spike_skip_steps=7", goes_on_from=f"{folder}/too-new"),
-        run("from-elsewhere", *ZERO2, resume=f"{folder}/zero2/global_step24"),
+        run(
+            "too-new",
+            *ZERO2,
+            "training.spike_skip_steps=8",
+            resume=f"{folder}/stop/global_step18",
+            after="stop",
+            fails=True,
+        ),
+        run("newer", *ZERO2, "training.spike_skip_steps=7", begins_as_copy_of=f"{folder}/too-new", after="too-new"),
+        run("from-elsewhere", *ZERO2, resume=f"{folder}/zero2/global_step24", after="zero2"),
         run("too-fast", *ZERO2, *too_fast, fails=True),
         run("restless", *ZERO2, *restless, fails=True),
-        run("rested", *ENGINES["zero2"], *restless, goes_on_from=f"{folder}/restless"),
+        run("rested", *ENGINES["zero2"], *restless, begins_as_copy_of=f"{folder}/restless", after="restless"),
         run("terminated", *ZERO2, *few, sigterm_at=f"{folder}/terminated/{ROLLBACKS}"),
         run("no-lock", *ZERO2, fails=True),
         run("no-pointer", *ZERO2, fails=True),
     ]
     at = len(by_engine) - 2  # no other engine can follow a pipeline
-    launch_runs(folder, "spikes", [*by_engine[:at], *others, *by_engine[at:]], ranks=2)
-    return folder
+    all_runs = Runs(folder)
+    all_runs.launch("spikes", [*by_engine[:at], *others, *by_engine[at:]], ranks=2)
+    return all_runs
 
 
 def raw(run, name="runlog.jsonl"):
@@ -118,7 +136,7 @@ def raw(run, name="runlog.jsonl"):
 
 @pytest.mark.parametrize("engine", ROLLED_BACK)
 def test_a_rollback_is_the_run_that_skips_these_steps_from_the_start(runs, engine):
-    run, planned = runs / engine, runs / f"{engine}-planned"
+    run, planned = runs[engine], runs / f"{engine}-planned"
     assert raw(run) == raw(planned)
     assert samples_by_step(run) == samples_by_step(planned)
     weights = [sorted((folder / "global_step41").glob("*.safetensors")) for folder in (run, planned)]
@@ -176,9 +194,9 @@ def test_the_engine_counts_the_skipped_steps(runs):
 def test_checkpoints_tell_their_course(runs, run):
     seen = {
         int(path.parent.name.removeprefix("global_step")): json.loads(path.read_text())["rollbacks"]
-        for path in (runs / run).glob("global_step*/complete.json")
+        for path in (runs[run]).glob("global_step*/complete.json")
     }
-    ledger = json.loads((runs / run / ROLLBACKS).read_text())
+    ledger = json.loads((runs[run] / ROLLBACKS).read_text())
     assert seen == {0: [], 6: [], 12: [], 18: [], 24: ledger, 30: ledger, 36: ledger, 41: ledger}
 
 
@@ -190,7 +208,7 @@ def assert_same_rollback(run, reference):
 
 
 def test_killed_amid_the_rollback_it_comes_out_the_same(runs):
-    assert raw(runs, "killed.jsonl")[-1]["step"] < 41
+    assert raw(runs.folder, "killed.jsonl")[-1]["step"] < 41
     assert_same_rollback(runs / "killed", runs / "zero2")
 
 
@@ -253,7 +271,7 @@ def test_without_a_checkpoint_from_before_it_says_what_goes_on(runs):
 
 def test_a_checkpoint_from_elsewhere_brings_its_skipped_steps(runs):
     assert raw(runs / "from-elsewhere") == [record for record in raw(runs / "zero2") if record["step"] > 24]
-    manifests = [runs / run / "global_step41" / "complete.json" for run in ("from-elsewhere", "zero2")]
+    manifests = [runs[run] / "global_step41" / "complete.json" for run in ("from-elsewhere", "zero2")]
     ours, theirs = (json.loads(path.read_text())["rollbacks"] for path in manifests)
     assert ours == theirs != []
 

@@ -10,49 +10,24 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from functools import partial
 
-import numpy as np
 import pytest
-from conftest import ROOT, launch, launch_command, start, wait_for_all
+from helpers.launching import ROOT, launch, launch_command, running, wait_for_all, wait_until
+from helpers.runs import (
+    TRAIN,
+    assert_same_run,
+    has_reached,
+    hugging_face_loss,
+    planned_samples,
+    records,
+    run_and_kill,
+    samples_by_step,
+)
 
 from seqlen_curriculum import RunConfig, Timeline
 from seqlen_curriculum.data.from_config import open_run_data
 from seqlen_curriculum.errors import DIVERGED
-from seqlen_curriculum.run_folder.run_log import read_run_log
-
-TRAIN = "scripts/train_gpt2.py"
-
-
-def records(save):
-    """(training records, evaluation records) of a run, each without its time."""
-    both = [
-        {name: value for name, value in record.items() if name != "seconds"}
-        for record in read_run_log(save / "runlog.jsonl")
-    ]
-    return [r for r in both if "loss" in r], [r for r in both if "valid_loss" in r]
-
-
-def samples_by_step(save):
-    """(source, epoch, number) of each sample read at each step, in their order over the ranks."""
-    read = [record for path in save.glob("samples.rank*.jsonl") for record in read_run_log(path)]
-    steps = {}
-    for record in sorted(read, key=lambda record: (record["step"], record["first_sample"])):
-        steps.setdefault(record["step"], []).extend(map(tuple, record["samples"]))
-    return steps
-
-
-def assert_same_run(save, reference, loss_tolerance=0.0):
-    """Equal to the last bit, or to ``loss_tolerance`` in what a sum over ranks rounds."""
-    for ours, theirs in zip(records(save), records(reference), strict=True):
-        assert len(ours) == len(theirs)
-        for one, other in zip(ours, theirs, strict=True):
-            assert one.keys() == other.keys()
-            for name, value in one.items():
-                rounded = loss_tolerance if name.endswith(("loss", "_ppl", "_norm", "_max")) else 0.0
-                assert value == pytest.approx(other[name], rel=rounded, abs=0.0), (one, other)
-    assert samples_by_step(save) == samples_by_step(reference)
 
 
 @pytest.fixture(scope="session")
@@ -127,25 +102,6 @@ def test_reads_the_samples_that_the_arithmetic_names(reference, tiny_run):
     assert samples_by_step(reference) == planned_samples(train)
 
 
-def planned_samples(feed):
-    """What ``samples_by_step`` ought to give."""
-    steps = range(1, feed.timeline.steps + 1)
-    return {step: list(zip(*np.stack(feed.sample_ids(step)).tolist(), strict=True)) for step in steps}
-
-
-def hugging_face_loss(folder, config):
-    """The validation loss of a checkpoint, with nothing but transformers."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(folder).eval()
-    _, valid = open_run_data(config)
-    tokens = torch.from_numpy(valid.read(np.arange(5) * valid.num_samples // 5, 32)).long()
-    with torch.no_grad():
-        logits = model(tokens[:, :-1]).logits
-    return float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()))
-
-
 def test_keeps_the_last_checkpoints_and_they_are_hugging_face_folders(reference, tiny_run):
     steps, evaluations = records(reference)
     last = len(steps)
@@ -166,25 +122,6 @@ def test_the_monitor_has_values_against_steps_and_against_tokens(reference):
     assert [first, second] == [record["consumed_tokens"] for record in steps[:2]]
     assert int(by_steps[2].split(",")[0]) == 2
     assert len(by_steps) == len(by_tokens) == len(steps) + 1
-
-
-def has_reached(save, step):
-    return (save / "runlog.jsonl").exists() and any(r["step"] >= step for r in read_run_log(save / "runlog.jsonl"))
-
-
-def run_and_kill(command, log, due):
-    """Train until ``due()``, then kill -9 all of it. False if the run ended before."""
-    process = start(command, log)
-    try:
-        while process.poll() is None:
-            if due():
-                return True
-            time.sleep(0.002)
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            wait_for_all(process)
-    return False
 
 
 def kill_and_resume(reference, run_file, folder, kill_after):
@@ -209,11 +146,10 @@ def test_killed_at_six_random_steps(reference, run_file, tmp_path):
 
 def test_two_ranks_stopped_by_sigterm_and_resumed_on_one(fixed_reference, fixed_file, tmp_path):
     save = tmp_path / "run"
-    process = start(launch_command(TRAIN, "--config", fixed_file, "--save", save, ranks=2), tmp_path / "log")
-    while process.poll() is None and not (save / "global_step6").exists():
-        time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGTERM)  # as a terminal or a batch system does; `deepspeed` itself passes nothing on
-    wait_for_all(process)
+    with running(launch_command(TRAIN, "--config", fixed_file, "--save", save, ranks=2), tmp_path / "log") as process:
+        wait_until(lambda: process.poll() is not None or (save / "global_step6").exists(), "the run hung", seconds=300)
+        os.killpg(process.pid, signal.SIGTERM)  # as a terminal or a batch system does; `deepspeed` passes nothing on
+        wait_for_all(process)
     stopped = len(records(save)[0])
     assert 6 <= stopped < len(records(fixed_reference)[0]), (tmp_path / "log").read_text()
     assert (save / f"global_step{stopped}" / "complete.json").exists()

@@ -7,14 +7,14 @@ import re
 import shlex
 import subprocess
 import sys
-import time
 
 import numpy as np
 import psutil
 import pytest
-from conftest import ROOT, launch_command
-from test_training import records
-from test_tuning_space import changed
+from helpers.capabilities import require_launches
+from helpers.launching import ROOT, launch_command, limit, running, wait_until
+from helpers.runs import records
+from helpers.settings import changed
 
 from seqlen_curriculum import CheckpointError, RunConfig
 from seqlen_curriculum.config.equivalence import count_identical_steps
@@ -63,26 +63,22 @@ def killed_at(command, log, is_time, everything):
     """Start a search, kill it with -9 once ``is_time``: alone, or with all that it has started."""
     with open(log, "ab") as out:
         process = psutil.Popen(command, stdout=out, stderr=subprocess.STDOUT, cwd=ROOT)
-    deadline = time.monotonic() + 120
-    while not is_time():
+    try:
+        wait_until(lambda: is_time() or process.poll() is not None, "the search hung", seconds=300)
         assert process.poll() is None, log.read_text()
-        assert time.monotonic() < deadline, log.read_text()
-        time.sleep(0.02)
-    doomed = [process, *(process.children(recursive=True) if everything else ())]
-    for one in doomed:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            one.kill()
-    process.wait()
+    finally:
+        doomed = [process, *(process.children(recursive=True) if everything else ())]
+        for one in doomed:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                one.kill()
+        process.wait()
 
 
 @pytest.fixture(scope="module")
 def searches(config_file):
     """A search, and the same one killed twice: in its first probe alone, in its second with all processes."""
+    require_launches()
     folder = config_file.parent
-    with open(folder / "whole.log", "wb") as out:
-        whole = subprocess.Popen(
-            tune_command(config_file, folder / "whole", *SEARCH), stdout=out, stderr=subprocess.STDOUT, cwd=ROOT
-        )
     command, save = tune_command(config_file, folder / "killed", *SEARCH), folder / "killed"
 
     def has_run(number, steps):
@@ -90,11 +86,12 @@ def searches(config_file):
         logs = sorted(save.glob("probes/*/runlog.jsonl"), key=lambda path: path.stat().st_ctime)
         return len(logs) >= number and len(logs[number - 1].read_text().splitlines()) >= steps
 
-    killed_at(command, folder / "killed.log", lambda: has_run(1, 1), everything=False)
-    killed_at(command, folder / "killed.log", lambda: has_run(2, 4), everything=True)
-    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    assert result.returncode == 0, result.stdout + result.stderr + (folder / "killed.log").read_text()
-    assert whole.wait(timeout=120) == 0, (folder / "whole.log").read_text()
+    with running(tune_command(config_file, folder / "whole", *SEARCH), folder / "whole.log") as whole:
+        killed_at(command, folder / "killed.log", lambda: has_run(1, 1), everything=False)
+        killed_at(command, folder / "killed.log", lambda: has_run(2, 4), everything=True)
+        result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+        assert result.returncode == 0, result.stdout + result.stderr + (folder / "killed.log").read_text()
+        assert whole.wait(timeout=limit(120)) == 0, (folder / "whole.log").read_text()
     (folder / "killed.out").write_text(result.stdout)
     return folder
 
@@ -218,6 +215,7 @@ def test_a_search_with_fluctuations_bisects(config_file, tmp_path):
         "--ratio",
         "1.03",
     )
+    require_launches()
     command = tune_command(config_file, tmp_path / "hot", *flags, "--set", "optimizer.params.lr=2e-2")
     result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert result.returncode in (0, DIVERGED), result.stdout + result.stderr
@@ -246,6 +244,7 @@ def test_a_folder_of_another_search_is_refused(searches, config_file):
 
 def test_a_training_that_diverges_is_no_answer(config_file, tmp_path):
     sets = ("--set", "optimizer.params.lr=1e20", "--set", "gradient_clipping=0")
+    require_launches()
     command = tune_command(config_file, tmp_path / "hot", *SEARCH, *sets)
     result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert result.returncode == DIVERGED, result.stdout + result.stderr
@@ -318,6 +317,7 @@ def test_the_first_example_in_the_help_works(checkout):
 
 @pytest.mark.slow
 def test_the_second_example_in_the_help_works(checkout):
+    require_launches()
     result = run_example(examples()[1], checkout)
     assert result.returncode == 0, result.stdout + result.stderr
     assert (checkout / "runs" / "tuning" / "tuned.json").exists()

@@ -1,25 +1,12 @@
 """What is searched for a run, and what steps of it cost: by hand."""
 
-import json
-
 import numpy as np
 import pytest
+from helpers.settings import changed
 
 from seqlen_curriculum import ConfigError, RunConfig
 from seqlen_curriculum.tuning.cost import cost_of
 from seqlen_curriculum.tuning.space import Settings, scheduled, space_of, warmup_steps
-
-
-def changed(run, **changes):
-    """The run with ``a.b`` of it, written ``a__b``, replaced."""
-    run = json.loads(json.dumps(run))
-    for path, value in changes.items():
-        *parents, key = path.split("__")
-        section = run
-        for parent in parents:
-            section = section[parent]
-        section[key] = value
-    return run
 
 
 def test_the_space_counts_in_warmups(tiny_run):

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from conftest import shared
+from helpers.shared_data import shared
 from hypothesis import given
 from hypothesis import strategies as st
 

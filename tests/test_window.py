@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.gpt2 import Squares, batch, gradients, reference, relative_error, seeded_gradients, tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_gpt2 import Squares, batch, gradients, reference, relative_error, seeded_gradients, tiny
 from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode

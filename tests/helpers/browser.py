@@ -3,10 +3,11 @@
 import html
 import json
 import re
-import shutil
 import subprocess
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+from helpers.capabilities import find_browser
+from helpers.launching import limit
+
 FLAGS = ("--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
          "--disable-component-update --disable-sync --virtual-time-budget=5000 --window-size=1300,900")  # fmt: skip
 WIDTHS = (390, 1280)
@@ -77,8 +78,8 @@ def measured(page, folder, dark):
     frames.write_text(FRAMES.format(frames=boxes, loads=load))  # the frames load once there is somebody to tell
     scheme = f"--blink-settings=preferredColorScheme={0 if dark else 1}"
     profile = folder / f"profile-{dark}"
-    command = [CHROMIUM, *FLAGS.split(), scheme, f"--user-data-dir={profile}", "--dump-dom", frames.as_uri()]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    command = [find_browser(), *FLAGS.split(), scheme, f"--user-data-dir={profile}", "--dump-dom", frames.as_uri()]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=limit(120))
     found = re.search(r"<pre>(.*?)</pre>", result.stdout, re.DOTALL)
     assert found is not None, result.stderr
     assert found[1], "the page told nothing"

@@ -1,0 +1,205 @@
+"""What this machine has. Pytest's controller asks once; its workers and every launched process inherit the answers.
+
+``SEQLEN_TEST_WITHOUT=fp16,compiler`` makes the tests believe that these are missing, and hides their commands.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Iterator
+from fnmatch import fnmatch
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import psutil
+import pytest
+
+ANSWERS = "SEQLEN_TEST_CAPABILITIES"
+"""The environment variable that hands the answers down: JSON, name to what is missing, empty if nothing is."""
+WITHOUT = "SEQLEN_TEST_WITHOUT"
+GIB = 2**30
+
+
+def _fp16() -> str:
+    from deepspeed.accelerator import get_accelerator
+
+    return "" if get_accelerator().is_fp16_supported() else "DeepSpeed supports no fp16 on this device"
+
+
+def _bf16() -> str:
+    from deepspeed.accelerator import get_accelerator
+
+    return "" if get_accelerator().is_bf16_supported() else "DeepSpeed supports no bf16 on this device"
+
+
+def _compiler() -> str:
+    """DeepSpeed compiles with ninja, a C++ compiler and Python's headers."""
+    compiler = os.environ.get("CXX", "c++")
+    for command in (compiler, "ninja"):
+        if not shutil.which(command):
+            return f"no {command} (Debian: apt-get install g++ ninja-build)"
+    check = [compiler, "-x", "c++", "-fsyntax-only", f"-I{sysconfig.get_path('include')}", "-"]
+    done = subprocess.run(check, input="#include <vector>\n#include <Python.h>\n", text=True, capture_output=True)
+    return "" if done.returncode == 0 else f"{compiler} can't compile a file with Python.h: {done.stderr.strip()[:200]}"
+
+
+def _browser() -> str:
+    return "" if find_browser() else "no browser (Debian: apt-get install chromium)"
+
+
+def _npm() -> str:
+    return "" if shutil.which("npm") else "no npm (Debian: apt-get install npm)"
+
+
+def _ports() -> str:
+    """The ranks of a launch meet at a port of this machine."""
+    try:
+        with socket.create_server(("127.0.0.1", 0)):
+            return ""
+    except OSError as error:
+        return f"no port of 127.0.0.1 can be listened on: {error}"
+
+
+def _memory() -> str:
+    """Two launches at once of up to 4 ranks, each of 0.5 GiB."""
+    available = psutil.virtual_memory().available
+    for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with contextlib.suppress(OSError, ValueError):  # absent, or "max"
+            available = min(available, int(Path(limit).read_text()))
+    return "" if available >= 4 * GIB else f"{available / GIB:.1f} GiB of memory are free; the largest launches need 4"
+
+
+def _shm() -> str:
+    """Each rank fills a buffer of 67 MB in /dev/shm, and dies of SIGBUS where there is no room."""
+    try:
+        free = shutil.disk_usage("/dev/shm").free
+    except OSError as error:
+        return f"no /dev/shm: {error}"
+    return "" if free >= GIB / 2 else f"{free / 2**20:.0f} MiB are free in /dev/shm; launches need 512"
+
+
+PROBES = {
+    "fp16": _fp16,
+    "bf16": _bf16,
+    "compiler": _compiler,
+    "browser": _browser,
+    "npm": _npm,
+    "ports": _ports,
+    "memory": _memory,
+    "shm": _shm,
+}
+COMMANDS = {
+    "compiler": ("c++*", "g++*", "gcc*", "cc", "c89*", "c99*", "clang*", "*-g++*", "*-gcc*"),
+    "browser": ("chromium*", "google-chrome*"),
+    "npm": ("npm",),
+}
+"""What SEQLEN_TEST_WITHOUT hides of PATH."""
+
+
+def find_browser() -> str | None:
+    return next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+def disbelieved() -> set[str]:
+    """Return the names in SEQLEN_TEST_WITHOUT. Raises ValueError for an unknown one."""
+    names = {name.strip() for name in os.environ.get(WITHOUT, "").split(",")} - {""}
+    if unknown := sorted(names - PROBES.keys()):
+        raise ValueError(f"{WITHOUT}: unknown {', '.join(unknown)}; valid are {', '.join(PROBES)}")
+    return names
+
+
+def missing(name: str) -> str:
+    """Return what this machine lacks of the capability, empty if nothing."""
+    answers = json.loads(os.environ.get(ANSWERS, "{}"))
+    if name not in answers:
+        answers[name] = f"believed missing ({WITHOUT})" if name in disbelieved() else PROBES[name]()
+        os.environ[ANSWERS] = json.dumps(answers)
+    return str(answers[name])
+
+
+def ask_all() -> None:
+    for name in PROBES:
+        missing(name)
+
+
+def lacking(names: tuple[str, ...]) -> str:
+    """Return the first capability of ``names`` that is missing, with the reason; empty if all are there."""
+    return next((f"needs {name}: {reason}" for name in names if (reason := missing(name))), "")
+
+
+def require(*names: str) -> None:
+    """Skip the running test, or the fixture's tests, unless the machine has all of these."""
+    if reason := lacking(names):
+        pytest.skip(reason)
+
+
+def cell(*values: Any, needs: str | tuple[str, ...] = ()) -> Any:
+    """Return the parameters of one parametrized test that needs these capabilities."""
+    names = (needs,) if isinstance(needs, str) else needs
+    return pytest.param(*values, marks=[pytest.mark.needs(*names)] if names else [])
+
+
+@functools.cache
+def extension_is_built(name: str) -> bool:
+    return (Path(os.environ["TORCH_EXTENSIONS_DIR"]) / name / f"{name}.so").exists()
+
+
+def require_launches() -> None:
+    """Skip unless DeepSpeed can start here. On a CPU it loads a part in C++, compiled at the first launch."""
+    require("ports", "shm")
+    if not extension_is_built("deepspeed_shm_comm"):
+        require("compiler")
+
+
+@contextlib.contextmanager
+def hidden_commands(names: set[str]) -> Iterator[None]:
+    """Take the commands of these capabilities out of PATH, and with the compiler what it has compiled.
+
+    A folder that holds one of them is replaced by a folder of links to its other files.
+    """
+    patterns = [pattern for name in sorted(names & COMMANDS.keys()) for pattern in COMMANDS[name]]
+    if not patterns:
+        yield
+        return
+    before = {name: os.environ.get(name) for name in ("PATH", "CC", "CXX", "TORCH_EXTENSIONS_DIR")}
+    with TemporaryDirectory(prefix="seqlen-without-") as temporary:
+        folders = [Path(folder) for folder in os.environ["PATH"].split(os.pathsep) if Path(folder).is_dir()]
+        os.environ["PATH"] = os.pathsep.join(
+            str(_without(folder, patterns, Path(temporary) / str(number))) for number, folder in enumerate(folders)
+        )
+        if "compiler" in names:
+            os.environ.pop("CC", None)
+            os.environ.pop("CXX", None)
+            os.environ["TORCH_EXTENSIONS_DIR"] = f"{temporary}/torch_extensions"
+        yield
+    for name, value in before.items():
+        os.environ.pop(name, None)
+        if value is not None:
+            os.environ[name] = value
+
+
+def _without(folder: Path, patterns: list[str], links: Path) -> Path:
+    kept = [path for path in folder.iterdir() if not any(fnmatch(path.name, pattern) for pattern in patterns)]
+    if len(kept) == len(list(folder.iterdir())):
+        return folder
+    links.mkdir()
+    for path in kept:
+        (links / path.name).symlink_to(path)
+    return links
+
+
+def set_up_environment() -> None:
+    """Set what launched processes need: ninja beside Python, DeepSpeed's C++ parts inside the virtual environment."""
+    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
+    os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ["DS_ACCELERATOR"] = "cpu"

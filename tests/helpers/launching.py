@@ -1,0 +1,114 @@
+"""The real DeepSpeed launcher. A command that takes too long is killed with all it started, and waited for."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from helpers.capabilities import require, require_launches
+
+ROOT = Path(__file__).parent.parent.parent
+TESTS = ROOT / "tests"
+SLOWNESS = "SEQLEN_TEST_SLOWNESS"
+"""The environment variable that hands ``slowness`` down to xdist's workers."""
+QUIET_SECONDS = 0.25
+"""What the loop of ``slowness`` takes on a quiet core of 2024."""
+
+
+def slowness() -> float:
+    """Return how many times slower than a quiet core this machine is, at least 1; measured once."""
+    if SLOWNESS not in os.environ:
+        begin = time.perf_counter()
+        total = 0
+        for number in range(4_000_000):
+            total += number
+        os.environ[SLOWNESS] = str(max(1.0, (time.perf_counter() - begin) / QUIET_SECONDS))
+    return float(os.environ[SLOWNESS])
+
+
+def limit(seconds: float) -> float:
+    """Return the seconds after which something hangs that takes less than ``seconds`` on a quiet machine."""
+    return seconds * slowness()
+
+
+def launch_command(script: str | Path, *args: object, ranks: int = 1) -> list[str]:
+    """Return the command line of the real DeepSpeed launcher."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", str(ranks)]
+    return [*launcher, "--master_port", str(port), str(ROOT / script), *map(str, args)]
+
+
+def start(command: list[str], log: Path, **kwargs: Any) -> subprocess.Popen[bytes]:
+    """Start a command in a process group of its own, its output going to the file ``log``; ``stop`` it in the end."""
+    path = [str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "PYTHONPATH": os.pathsep.join(path)}
+    options = {"stderr": subprocess.STDOUT, "env": environment, "start_new_session": True, "cwd": ROOT, **kwargs}
+    with open(log, "w") as out:
+        return subprocess.Popen(command, stdout=out, **options)
+
+
+def stop(process: subprocess.Popen[bytes]) -> None:
+    """Kill what is left of a started command, and wait until all of it has ended."""
+    if _group_is_alive(process.pid):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    wait_until(lambda: not _group_is_alive(process.pid), f"process group {process.pid} is still alive")
+
+
+@contextlib.contextmanager
+def running(command: list[str], log: Path, **kwargs: Any) -> Iterator[subprocess.Popen[bytes]]:
+    """Start a command and stop it at the end of the ``with`` block."""
+    process = start(command, log, **kwargs)
+    try:
+        yield process
+    finally:
+        stop(process)
+
+
+def wait_until(due: Callable[[], bool], problem: str, seconds: float = 120) -> None:
+    """Wait until ``due()``; the test fails with ``problem`` after ``seconds`` of a quiet machine."""
+    deadline = time.monotonic() + limit(seconds)
+    while not due():
+        if time.monotonic() > deadline:
+            pytest.fail(problem)
+        time.sleep(0.02)
+
+
+def wait_for_all(process: subprocess.Popen[bytes], seconds: float = 120) -> None:
+    """Wait for a command and everything it started; after a signal the launcher ends before its ranks do."""
+    process.wait(timeout=limit(seconds))
+    wait_until(lambda: not _group_is_alive(process.pid), f"process group {process.pid} is still alive", seconds)
+
+
+def _group_is_alive(group: int) -> bool:
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, ProcessLookupError):
+            if os.getpgid(process.pid) == group and process.status() != psutil.STATUS_ZOMBIE:
+                return True
+    return False
+
+
+def launch(
+    log: Path, script: str | Path, *args: object, ranks: int = 1, seconds: float = 300, **kwargs: Any
+) -> tuple[int, str]:
+    """Run a script under the launcher to its end; return (exit status, output)."""
+    require_launches()
+    if ranks > 2:
+        require("memory")
+    with running(launch_command(script, *args, ranks=ranks), log, **kwargs) as process:
+        wait_until(lambda: process.poll() is not None, f"{script} hung", seconds)
+    return process.returncode, Path(log).read_text()
