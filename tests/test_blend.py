@@ -39,11 +39,11 @@ def test_every_prefix_has_its_shares_to_one_sample(weights, far):
     blend = Blend(weights)
     numbers = np.arange(2 * blend.period)
     corpus, before = blend.locate(numbers)
-    for one, weight in enumerate(weights):
-        of = corpus == one
-        count = np.cumsum(of)
+    for number, weight in enumerate(weights):
+        drawn = corpus == number
+        count = np.cumsum(drawn)
         assert np.abs(count - (numbers + 1) * weight / sum(weights)).max() < 1
-        assert np.array_equal(blend.count(one, numbers + 1), count)
-        assert np.array_equal(before[of], np.arange(of.sum()))
+        assert np.array_equal(blend.count(number, numbers + 1), count)
+        assert np.array_equal(before[drawn], np.arange(drawn.sum()))
     later, _ = blend.locate(far + numbers[: blend.period])
     assert np.array_equal(np.sort(later), np.sort(corpus[: blend.period]))

@@ -73,15 +73,15 @@ def test_a_vocabulary_larger_than_the_models_is_found_in_validation_too(folder):
         open_run_data(run(folder, valid=[str(folder / "d")]))
 
 
-def test_where_it_lies_does_not_make_a_run_another(folder):
-    ours = run(folder, valid=[str(folder / "c")]).settings()
-    assert ours == run(folder, train=["elsewhere/a", "elsewhere/b"], valid=["elsewhere/c"]).settings()
-    assert ours != run(folder, valid=["c"], leftovers="recycle").settings()
+def test_settings_do_not_depend_on_the_folder(folder):
+    settings = run(folder, valid=[str(folder / "c")]).settings()
+    assert settings == run(folder, train=["elsewhere/a", "elsewhere/b"], valid=["elsewhere/c"]).settings()
+    assert settings != run(folder, valid=["c"], leftovers="recycle").settings()
     with pytest.raises(ConfigError, match="valid"):
         run(folder, valid=[])
 
 
-def test_a_corpus_by_any_of_its_names_is_one(folder):
+def test_a_corpus_given_twice_under_different_names(folder):
     again = [str(folder / "a"), str(folder / "x" / ".." / "a.bin")]
     with pytest.raises(ConfigError, match=r"data: train names .*a.bin' twice; .* keep one"):
         run(folder, train=again)

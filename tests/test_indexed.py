@@ -186,7 +186,7 @@ def test_tokens_of_another_size(prefix: str, size: int) -> None:
         IndexedCorpus(prefix)
 
 
-def test_an_index_that_points_outside_is_told_when_used(prefix: str) -> None:
+def test_an_index_that_points_outside_is_reported_when_used(prefix: str) -> None:
     _edit(prefix + ".idx", 54, struct.pack("<q", 7))  # the second sequence's offset: half a token
     with pytest.raises(DataError, match="document 1 starts outside the tokens"):
         IndexedCorpus(prefix).document_start(1)
@@ -285,13 +285,13 @@ def _documents(vocab_size: int) -> list[np.ndarray]:
 @pytest.mark.parametrize("vocab_size", [50257, 65499, 65500, 200_000])
 def test_the_same_bytes_as_megatron_both_ways(tmp_path: Path, megatron: Any, vocab_size: int, way: str) -> None:
     documents = _documents(vocab_size)
-    ours, theirs = str(tmp_path / "ours"), str(tmp_path / "theirs")
-    write(Path(ours), documents, vocab_size)
-    _write_with_megatron(megatron, theirs, documents, vocab_size, way)
+    written, by_megatron = str(tmp_path / "written"), str(tmp_path / "by_megatron")
+    write(Path(written), documents, vocab_size)
+    _write_with_megatron(megatron, by_megatron, documents, vocab_size, way)
     for suffix in (".bin", ".idx"):
-        assert Path(ours + suffix).read_bytes() == Path(theirs + suffix).read_bytes()
-    assert [document.tolist() for document in megatron.IndexedDataset(ours)] == [d.tolist() for d in documents]
-    corpus = IndexedCorpus(theirs)
+        assert Path(written + suffix).read_bytes() == Path(by_megatron + suffix).read_bytes()
+    assert [document.tolist() for document in megatron.IndexedDataset(written)] == [d.tolist() for d in documents]
+    corpus = IndexedCorpus(by_megatron)
     assert corpus.tokens.tolist() == np.concatenate(documents).tolist()
     assert corpus.document_start(4) == 1006
 
@@ -315,8 +315,8 @@ def test_fingerprint_follows_the_content_not_the_path(tmp_path: Path) -> None:
                 writer.add_document(document)
         return IndexedCorpus(tmp_path / name).fingerprint()
 
-    one = written("a", [[1, 2, 3], [4]])
-    assert written("b", [[1, 2, 3], [4]]) == one
-    assert written("c", [[1, 2], [3, 4]]) == one  # the same stream in as many documents
-    assert written("d", [[1, 2, 3, 4]]) != one
-    assert written("e", [[1, 2, 3], [5]]) != one
+    first = written("a", [[1, 2, 3], [4]])
+    assert written("b", [[1, 2, 3], [4]]) == first
+    assert written("c", [[1, 2], [3, 4]]) == first  # the same stream in as many documents
+    assert written("d", [[1, 2, 3, 4]]) != first
+    assert written("e", [[1, 2, 3], [5]]) != first

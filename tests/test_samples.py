@@ -20,7 +20,7 @@ from seqlen_curriculum.errors import ConfigError, DataError
 
 
 def corpus(prefix: Path, lengths: list[int], vocab_size: int = 50257) -> IndexedCorpus:
-    """Token at position p is p, so that what was read tells where it lay."""
+    """Token at position p is p, so that the tokens read are their positions."""
     position = 0
     with CorpusWriter(prefix, vocab_size) as writer:
         for length in lengths:
@@ -116,13 +116,13 @@ def test_no_sample_at_all(tmp_path: Path) -> None:
 
 
 def test_misuse(tmp_path: Path) -> None:
-    one = corpus(tmp_path / "c", [20])
+    whole = corpus(tmp_path / "c", [20])
     with pytest.raises(ConfigError, match="seq_length: 0 is not valid"):
-        Samples([(one, 0, 20)], 0, seed=1)
+        Samples([(whole, 0, 20)], 0, seed=1)
     with pytest.raises(ConfigError, match="no corpus given"):
         Samples([], 8, seed=1)
     with pytest.raises(IndexError, match=r"tokens 0\.\.21 are outside its 20"):
-        Samples([(one, 0, 21)], 8, seed=1)
+        Samples([(whole, 0, 21)], 8, seed=1)
 
 
 def test_open_split_parts_documents(tmp_path: Path) -> None:
@@ -139,7 +139,7 @@ def test_open_split_parts_documents(tmp_path: Path) -> None:
     assert open_split(prefixes, "80,10,10", "test", 4, seed=1).num_samples == 2 + 24
 
 
-def test_open_split_tells_what_is_wrong(tmp_path: Path) -> None:
+def test_open_split_reports_what_is_wrong(tmp_path: Path) -> None:
     corpus(tmp_path / "a", [100] * 4)
     with pytest.raises(DataError, match=r"a has 0 tokens, .*give this split a larger share"):
         open_split([tmp_path / "a"], "1,0,0", "valid", 8, seed=1)
@@ -153,11 +153,11 @@ def test_open_split_tells_what_is_wrong(tmp_path: Path) -> None:
 
 
 def test_read_finds_an_id_the_model_does_not_have(tmp_path: Path) -> None:
-    one = corpus(tmp_path / "c", [100])
-    assert Samples([(one, 0, 100)], 8, 1, vocab_size=97).read([11], 8).max() == 96
+    whole = corpus(tmp_path / "c", [100])
+    assert Samples([(whole, 0, 100)], 8, 1, vocab_size=97).read([11], 8).max() == 96
     with pytest.raises(DataError, match=r"c: token 96 has id 96, outside the vocabulary of 96; set the model's vocab"):
-        Samples([(one, 0, 100)], 8, 1, vocab_size=96).read([0, 11], 8)
-    assert Samples([(one, 0, 100)], 8, 1, vocab_size=96).read([0, 11], 7).max() == 95
+        Samples([(whole, 0, 100)], 8, 1, vocab_size=96).read([0, 11], 8)
+    assert Samples([(whole, 0, 100)], 8, 1, vocab_size=96).read([0, 11], 7).max() == 95
 
 
 def _raw(path: Path, tokens: np.ndarray) -> IndexedCorpus:

@@ -144,14 +144,14 @@ def test_spans_are_what_is_read(positions, case):
     data = build(case, positions)
     for step in {1, (data.timeline.steps + 1) // 2, data.timeline.steps}:
         inputs, _ = data.read(step)
-        found = np.full((data.timeline.samples(step), inputs.size // data.timeline.samples(step)), -1)
+        covered = np.full((data.timeline.samples(step), inputs.size // data.timeline.samples(step)), -1)
         for source, parts in data.token_spans(step):
             for row, column, length, number, start in zip(*parts, strict=True):
                 _, first, end = data.sources[source].ranges[number]
                 assert first <= start < start + length < end
-                assert (found[row, column : column + length] == -1).all()
-                found[row, column : column + length] = np.arange(start, start + length)
-        assert np.array_equal(found.reshape(inputs.shape), inputs)
+                assert (covered[row, column : column + length] == -1).all()
+                covered[row, column : column + length] = np.arange(start, start + length)
+        assert np.array_equal(covered.reshape(inputs.shape), inputs)
 
 
 def test_blends_are_read_in_proportion(positions):

@@ -46,7 +46,7 @@ class Blend:
         corpus = self._corpus[slot]
         return corpus, turn * np.asarray(self.shares)[corpus] + self._before[slot]
 
-    def count(self, corpus: int, samples: IntArray) -> IntArray:
+    def count(self, corpus: int, samples: int | IntArray) -> IntArray:
         """Return how many of the first ``samples`` samples are of ``corpus``."""
         turns, rest = np.divmod(samples, self.period)
         return turns * self.shares[corpus] + np.searchsorted(self._slots[corpus], rest, side="left")

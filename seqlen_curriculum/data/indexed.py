@@ -1,7 +1,7 @@
 """Megatron's indexed corpus, ``PREFIX.bin`` and ``PREFIX.idx`` (MMIDIDX version 1), read as one stream of tokens.
 
 The .bin holds the tokens and nothing else. The .idx holds a 34-byte header, then lengths in tokens (i32[N]), byte
-offsets (i64[N]) and document indices (i64[M]), all little-endian. With an odd N the 64-bit blocks are unaligned.
+offsets (i64[N]) and document indices (i64[M]), all little-endian. 34 + 4 N bytes leave the 64-bit blocks unaligned.
 
 A document is one or more sequences: with document indices 0, 2, 4 document 0 is sequences 0 and 1, document 1 is
 sequences 2 and 3. This package writes one sequence per document, so that its indices are 0, 1, ... N.

@@ -34,6 +34,24 @@ class TokenSpans(NamedTuple):
     range_index: IntArray
     start: IntArray
 
+    @classmethod
+    def of_runs(cls, runs: Runs, samples: Samples) -> TokenSpans:
+        """Return where the tokens of ``runs`` lie in the corpora of ``samples``; a run of the rest may be several spans."""
+        row, column, length, sample, start = (part[~runs.rest] for part in runs[:5])
+        range_index, first = samples.locate(sample)
+        spans = [cls(row, column, length, range_index, first + start)]
+        row, column, length, _, position = (part[runs.rest] for part in runs[:5])
+        # The rest is what each range has at its end, one after the other: a run that needs 5 tokens where its range has 2
+        # left takes these, and 3 from the range after it in the next turn.
+        while len(row):
+            range_index, first, available = samples.locate_rest(position)
+            taken = np.minimum(length, available)
+            spans.append(cls(row, column, taken, range_index, first))
+            more = length > taken
+            row, column, position = row[more], (column + taken)[more], (position + taken)[more]
+            length = (length - taken)[more]
+        return cls(*(np.concatenate(parts) for parts in zip(*spans, strict=True)))
+
     def copy(self, samples: Samples, inputs: NDArray[Any], targets: NDArray[Any]) -> None:
         """Copy the tokens of all spans into their rows of ``inputs`` and ``targets``, both (n, tokens).
 
@@ -120,21 +138,5 @@ class SampleStream:
         runs = self._leftovers.runs(
             number, epoch_start, tokens, lambda row, fresh_number: self.sample(epoch[row], fresh_number)
         )
-        spans = self._locate_runs(runs)
+        spans = TokenSpans.of_runs(runs, self.samples)
         return spans._replace(row=asked[spans.row])
-
-    def _locate_runs(self, runs: Runs) -> TokenSpans:
-        row, column, length, sample, start = (part[~runs.rest] for part in runs[:5])
-        range_index, first = self.samples.locate(sample)
-        spans = [TokenSpans(row, column, length, range_index, first + start)]
-        row, column, length, _, position = (part[runs.rest] for part in runs[:5])
-        # The rest is what each range has at its end, one after the other: a run that needs 5 tokens where its range has 2
-        # left takes these, and 3 from the range after it in the next turn.
-        while len(row):
-            range_index, first, available = self.samples.locate_rest(position)
-            taken = np.minimum(length, available)
-            spans.append(TokenSpans(row, column, taken, range_index, first))
-            more = length > taken
-            row, column, position = row[more], (column + taken)[more], (position + taken)[more]
-            length = (length - taken)[more]
-        return TokenSpans(*(np.concatenate(parts) for parts in zip(*spans, strict=True)))

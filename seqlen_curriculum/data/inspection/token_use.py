@@ -83,7 +83,9 @@ def _source(train_data: TrainingData, number: int, weights: Sequence[float] | No
     # The step that reads an epoch's first row is the first one by whose end more rows than those before it are drawn.
     steps = range(timeline.steps + 1)
     epoch_steps = [
-        bisect_left(steps, row + 1, key=lambda step: _drawn_samples(train_data, number, timeline, step))
+        bisect_left(
+            steps, row + 1, key=lambda step: int(train_data.blend.count(number, timeline.consumed_samples(step)))
+        )
         for row in use.first_rows.tolist()
     ]
     prefix, further = source.ranges[0][0].prefix, len(source.ranges) - 1
@@ -97,10 +99,6 @@ def _source(train_data: TrainingData, number: int, weights: Sequence[float] | No
         "epochs": use.epochs,
         "epoch_steps": epoch_steps,
     }
-
-
-def _drawn_samples(train_data: TrainingData, number: int, timeline: Timeline, step: int) -> int:
-    return int(train_data.blend.count(number, np.asarray(timeline.consumed_samples(step))))
 
 
 class SourceUse(NamedTuple):
@@ -118,42 +116,44 @@ class SourceUse(NamedTuple):
     recycled_tokens: int
     """Tokens trained on in samples made of leftovers."""
 
+    @classmethod
+    def with_recycling(cls, source: Samples, used: Piecewise, rows: int) -> SourceUse:
+        """Return what the first ``rows`` rows of ``source`` read, each of which uses ``used`` tokens, with recycling."""
+        # No epoch has fewer rows than its fresh ones: every num_samples-th row meets each epoch at least once.
+        probes = np.append(np.arange(0, rows, source.num_samples), rows - 1)
+        epochs = Epochs(source.num_samples, source.num_tokens, source.seq_length, used)
+        begins = np.unique(epochs.of(probes)[1])
+        ends = np.append(begins[1:], rows)
+        fresh_ends = np.minimum(begins + source.num_samples, ends)
+        trained = used.total(ends) - used.total(begins)
+        recycled = used.total(ends) - used.total(fresh_ends)
+        # Rows made of leftovers hold tokens of fresh rows, which are counted there, and of the stream's rest, which comes
+        # first: with samples of 16 and a rest of 5 tokens the first such row adds 5 and those after it none.
+        rest = source.num_tokens - source.num_samples * source.seq_length
+        rest_read = np.minimum(rest, (ends - fresh_ends) * source.seq_length)
+        last_is_done = trained[-1] > source.num_tokens - source.seq_length
+        return cls(
+            rows,
+            begins[:_LISTED_EPOCHS],
+            len(begins) - 1 + (1.0 if last_is_done else float(trained[-1] / source.num_tokens)),
+            int((fresh_ends - begins).sum() * source.seq_length + rest_read.sum()),
+            int(trained.sum()),
+            int(recycled.sum()),
+        )
+
 
 def source_use(train_data: TrainingData, number: int, timeline: Timeline, recycle: bool) -> SourceUse:
     """Return what a run of ``timeline`` reads of source ``number`` with or without recycling.
 
     ``train_data`` gives the sources and their weights; its own timeline and recycling don't matter.
     """
-    source, rows = train_data.sources[number], _drawn_samples(train_data, number, timeline, timeline.steps)
+    source, samples = train_data.sources[number], timeline.consumed_samples(timeline.steps)
+    rows = int(train_data.blend.count(number, samples))
     used = train_data.tokens_by_sample_of(number, timeline.tokens_by_sample())
     if recycle and rows:
-        return _recycled_use(source, used, rows)
+        return SourceUse.with_recycling(source, used, rows)
     first_rows = np.arange(0, min(rows, _LISTED_EPOCHS * source.num_samples), source.num_samples)
     return SourceUse(rows, first_rows, rows / source.num_samples, rows * source.seq_length, used.total(rows), 0)
-
-
-def _recycled_use(source: Samples, used: Piecewise, rows: int) -> SourceUse:
-    # No epoch has fewer rows than its fresh ones: every num_samples-th row meets each epoch at least once.
-    probes = np.append(np.arange(0, rows, source.num_samples), rows - 1)
-    epochs = Epochs(source.num_samples, source.num_tokens, source.seq_length, used)
-    begins = np.unique(epochs.of(probes)[1])
-    ends = np.append(begins[1:], rows)
-    fresh_ends = np.minimum(begins + source.num_samples, ends)
-    trained = used.total(ends) - used.total(begins)
-    recycled = used.total(ends) - used.total(fresh_ends)
-    # Rows made of leftovers hold tokens of fresh rows, which are counted there, and of the stream's rest, which comes
-    # first: with samples of 16 and a rest of 5 tokens the first such row adds 5 and those after it none.
-    rest = source.num_tokens - source.num_samples * source.seq_length
-    rest_read = np.minimum(rest, (ends - fresh_ends) * source.seq_length)
-    last_is_done = trained[-1] > source.num_tokens - source.seq_length
-    return SourceUse(
-        rows,
-        begins[:_LISTED_EPOCHS],
-        len(begins) - 1 + (1.0 if last_is_done else float(trained[-1] / source.num_tokens)),
-        int((fresh_ends - begins).sum() * source.seq_length + rest_read.sum()),
-        int(trained.sum()),
-        int(recycled.sum()),
-    )
 
 
 def _way(train_data: TrainingData, config: RunConfig, method: Method, leftovers: str) -> dict[str, Any]:
