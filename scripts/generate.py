@@ -23,7 +23,7 @@ def main() -> None:
         help="a checkpoint, a run's --save folder (its newest complete checkpoint), or a Hugging Face folder",
     )
     parser.add_argument(
-        "--prompt", action="append", metavar="TEXT", help="text to continue; repeat for several (default: stdin)"
+        "--prompt", action="append", metavar="TEXT", help="text to continue; may be repeated (default: stdin)"
     )
     parser.add_argument(
         "--tokenizer", type=Path, metavar="PATH", help="tokenizer.json or folder (default: CHECKPOINT's)"
@@ -42,10 +42,10 @@ def main() -> None:
         "--top-p",
         type=float,
         default=1.0,
-        help="draw from the most likely tokens with this total probability (default: 1, all)",
+        help="draw from the likeliest tokens with this total probability (default: 1)",
     )
     sampling_flags.add_argument(
-        "--top-k", type=int, default=0, help="draw from this many most likely tokens (default: 0, all)"
+        "--top-k", type=int, default=0, help="draw from this many likeliest tokens (default: 0, all)"
     )
     sampling_flags.add_argument(
         "--samples", type=int, default=1, metavar="N", help="texts for each prompt (default: 1)"
