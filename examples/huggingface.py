@@ -1,4 +1,4 @@
-"""Hugging Face models and a loader of full-length batches, as they are: each batch is cut to the step's length.
+"""Hugging Face models and a loader of full-length batches, unchanged: each batch is shortened to the step's length.
 
 Run:  deepspeed --num_accelerators 2 examples/huggingface.py --architecture llama   (or bloom, or bert)
 """
@@ -15,9 +15,9 @@ from seqlen_curriculum import initialize, set_batch_sequence_length
 SEQ_LENGTH, VOCAB, MASK = 64, 50, 49
 SIZES = {"vocab_size": VOCAB, "hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2}
 MODELS = {
-    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES, intermediate_size=64)),  # RoPE
-    "bloom": lambda: BloomForCausalLM(BloomConfig(**SIZES)),  # ALiBi
-    "bert": lambda: BertForMaskedLM(BertConfig(**SIZES, intermediate_size=64)),  # learned positions, masked tokens
+    "llama": (LlamaForCausalLM, LlamaConfig(**SIZES, intermediate_size=64)),  # RoPE
+    "bloom": (BloomForCausalLM, BloomConfig(**SIZES)),  # ALiBi
+    "bert": (BertForMaskedLM, BertConfig(**SIZES, intermediate_size=64)),  # learned positions, masked tokens
 }
 CONFIG = {
     "train_batch_size": 16,
@@ -36,24 +36,25 @@ CONFIG = {
 
 
 def causal_batch(starts: list[int]) -> dict[str, torch.Tensor]:
-    """Successive numbers, (B, S); the model itself compares each column with the label of the next."""
+    """Return successive numbers, (B, S). The model itself compares each column with the label of the next."""
     tokens = (torch.tensor(starts)[:, None] + torch.arange(SEQ_LENGTH)).remainder(MASK)
     return {"input_ids": tokens, "labels": tokens.clone()}
 
 
 def masked_batch(starts: list[int]) -> dict[str, torch.Tensor]:
-    """Half of the tokens are to be told, every second of them hidden; each row ends in 0 to 7 columns of padding."""
+    """Return rows (B, S) with half of the tokens as targets, every second target masked, and 0 to 7 columns of padding."""
     tokens = causal_batch(starts)["input_ids"]
     attention_mask = (torch.arange(SEQ_LENGTH) < SEQ_LENGTH - torch.tensor(starts)[:, None] % 8).long()
-    hidden = torch.arange(SEQ_LENGTH) % 4 == 2
-    told = (torch.arange(SEQ_LENGTH) % 4 > 1) & attention_mask.bool()
-    labels = tokens.where(told, -100)
-    return {"input_ids": tokens.masked_fill(hidden, MASK), "labels": labels, "attention_mask": attention_mask}
+    is_masked = torch.arange(SEQ_LENGTH) % 4 == 2  # of columns 0 1 2 3, 2 is masked; 2 and 3 are targets
+    is_target = (torch.arange(SEQ_LENGTH) % 4 > 1) & attention_mask.bool()
+    labels = tokens.where(is_target, -100)
+    return {"input_ids": tokens.masked_fill(is_masked, MASK), "labels": labels, "attention_mask": attention_mask}
 
 
 def main(architecture: str) -> list[dict[str, float]]:
     torch.manual_seed(0)
-    model = MODELS[architecture]()
+    model_class, model_config = MODELS[architecture]
+    model = model_class(model_config)
     engine, _, _, lr_scheduler = initialize(model=model, model_parameters=model.parameters(), config=CONFIG)
     plan, causal = lr_scheduler.rate.timeline, architecture != "bert"
     starts = range(engine.global_rank, 10_000, engine.dp_world_size)  # each rank reads samples of its own
@@ -69,11 +70,11 @@ def main(architecture: str) -> list[dict[str, float]]:
         engine.step()
         over_ranks = torch.tensor(targets, device=engine.device)
         dist.all_reduce(over_ranks)
-        all_targets += int(over_ranks)  # without ignored labels; the plan counts every column, rows * seqlen
+        all_targets += int(over_ranks)  # without ignored labels; the plan counts all rows * seqlen columns
         history.append({"seqlen": output.logits.shape[1], "loss": output.loss.item(), "targets": all_targets})
         if step % 10 == 0:
             engine.eval()
-            with torch.no_grad():  # never cut
+            with torch.no_grad():  # at full length
                 output = engine(**{name: tensor.to(engine.device) for name, tensor in full_batch.items()})
             engine.train()
             history[-1] |= {"eval_seqlen": output.logits.shape[1], "eval_loss": output.loss.item()}

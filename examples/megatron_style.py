@@ -1,4 +1,4 @@
-"""A model that truncates inside its own forward, as Megatron-DeepSpeed's do: the engine hands it the step's length.
+"""A model that truncates in its own forward, as Megatron-DeepSpeed's do: the engine passes it the step's length.
 
 Run:  deepspeed --num_accelerators 2 examples/megatron_style.py
 """
@@ -31,7 +31,7 @@ class Model(nn.Module):
         self.layers = nn.Sequential(nn.Embedding(VOCAB, 32), nn.Linear(32, VOCAB))
 
     def forward(self, tokens: Tensor, labels: Tensor, curriculum_seqlen: int | None = None) -> Tensor:
-        """The loss of each token, (B, S); today's S in training, the full one in evaluation."""
+        """Return the loss of each token, (B, S): S is the step's length in training, the full length in evaluation."""
         if curriculum_seqlen is not None:
             tokens, labels = tokens[:, :curriculum_seqlen], labels[:, :curriculum_seqlen]
         return nn.functional.cross_entropy(self.layers(tokens).transpose(1, 2), labels, reduction="none")
@@ -49,7 +49,7 @@ def main() -> list[dict[str, float]]:
 
     history, consumed_tokens = [], 0
     while consumed_tokens < CONFIG["training"]["train_tokens"]:
-        losses = engine(tokens, labels)  # (B, today's length)
+        losses = engine(tokens, labels)  # (B, seqlen of the step)
         engine.backward(losses.mean())
         engine.step()
         consumed_tokens += losses.numel() * engine.dp_world_size

@@ -31,7 +31,7 @@ def main() -> None:
 
     consumed_tokens = 0
     while consumed_tokens < CONFIG["training"]["train_tokens"]:
-        # The length of the coming step; ask before you read the batch, and read no more than that.
+        # The length of the next step: ask before reading the batch, and read no more than that.
         seqlen = engine.curriculum_scheduler.update_difficulty(engine.global_steps + 1)
         rows = engine.train_micro_batch_size_per_gpu()
         tokens = torch.arange(rows)[:, None] + torch.arange(seqlen + 1)  # (B, S + 1): each token follows from the last
@@ -40,7 +40,7 @@ def main() -> None:
         logits = engine(tokens[:, :-1])  # (B, S, 100)
         loss = nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
         engine.backward(loss)
-        engine.step()  # TokenCosineLR moves by itself, also over steps that fp16 skips
+        engine.step()  # TokenCosineLR steps too, even when fp16 skips the weights' update
         consumed_tokens += engine.train_batch_size() * seqlen
 
     if engine.global_rank == 0:

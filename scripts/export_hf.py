@@ -1,4 +1,4 @@
-"""Make a complete Hugging Face folder of a checkpoint: weights without padding, tokenizer, a model card with its curves.
+"""Export a checkpoint as a complete Hugging Face folder: weights without padding, tokenizer, model card with curves.
 
 Example:
   python scripts/export_hf.py runs/tiny --out exported/tiny
@@ -25,7 +25,7 @@ def main() -> None:
         "--out", type=Path, required=True, metavar="FOLDER", help="a new folder; nothing is overwritten"
     )
     parser.add_argument(
-        "--dtype", choices=["float32", "bfloat16", "float16"], help="type of the weights (default: as they were saved)"
+        "--dtype", choices=["float32", "bfloat16", "float16"], help="type of the weights (default: as saved)"
     )
     parser.add_argument(
         "--tokenizer",
@@ -38,7 +38,7 @@ def main() -> None:
     model_folder(args.source)
     writable_folder("--out", args.out.resolve().parent)
 
-    from seqlen_curriculum.export.huggingface import export  # seconds to import
+    from seqlen_curriculum.export.huggingface import export  # takes seconds to import
 
     source = export(args.source, args.out, args.dtype, args.tokenizer)
     print(f"{source} is exported to {args.out}")

@@ -1,4 +1,4 @@
-"""Let a trained model write on: prompts in, text out.
+"""Generate text with a trained model.
 
 Example:
   python scripts/generate.py runs/tiny --prompt "def main(" --prompt "import " --max-new-tokens 60
@@ -22,28 +22,40 @@ def main() -> None:
         metavar="CHECKPOINT",
         help="a checkpoint, a run's --save folder (its newest complete checkpoint), or a Hugging Face folder",
     )
-    parser.add_argument("--prompt", action="append", metavar="TEXT", help="may be given again (default: stdin, as one)")
+    parser.add_argument(
+        "--prompt", action="append", metavar="TEXT", help="text to continue; may be repeated (default: stdin)"
+    )
     parser.add_argument(
         "--tokenizer", type=Path, metavar="PATH", help="tokenizer.json or folder (default: CHECKPOINT's)"
     )
-    drawn = parser.add_argument_group("what is drawn")
-    drawn.add_argument(
-        "--max-new-tokens", type=int, default=100, metavar="N", help="tokens to add at most (default: 100)"
+    sampling_flags = parser.add_argument_group("sampling")
+    sampling_flags.add_argument(
+        "--max-new-tokens", type=int, default=100, metavar="N", help="most tokens to add (default: 100)"
     )
-    drawn.add_argument(
-        "--temperature", type=float, default=0.8, help="0: the most likely token each time (default: 0.8)"
+    sampling_flags.add_argument(
+        "--temperature",
+        type=float,
+        default=0.8,
+        help="divides the logits; 0 takes the most likely token (default: 0.8)",
     )
-    drawn.add_argument(
-        "--top-p", type=float, default=1.0, help="draw from the likeliest with this sum (default: 1, all)"
+    sampling_flags.add_argument(
+        "--top-p",
+        type=float,
+        default=1.0,
+        help="draw from the likeliest tokens with this total probability (default: 1)",
     )
-    drawn.add_argument("--top-k", type=int, default=0, help="draw from this many likeliest tokens (default: 0, all)")
-    drawn.add_argument("--samples", type=int, default=1, metavar="N", help="texts for each prompt (default: 1)")
-    drawn.add_argument("--seed", type=int, default=0, help="the same seed gives the same texts (default: 0)")
+    sampling_flags.add_argument(
+        "--top-k", type=int, default=0, help="draw from this many likeliest tokens (default: 0, all)"
+    )
+    sampling_flags.add_argument(
+        "--samples", type=int, default=1, metavar="N", help="texts for each prompt (default: 1)"
+    )
+    sampling_flags.add_argument("--seed", type=int, default=0, help="the same seed gives the same texts (default: 0)")
     args = parser.parse_args()
     model_folder(args.checkpoint)
     prompts = args.prompt if args.prompt is not None else [_stdin()]
 
-    from seqlen_curriculum.models.generation import Sampling, generate  # seconds to import
+    from seqlen_curriculum.models.generation import Sampling, generate  # takes seconds to import
 
     names = ("max_new_tokens", "temperature", "top_p", "top_k", "samples", "seed")
     sampling = Sampling(**{name: getattr(args, name) for name in names})
@@ -59,7 +71,7 @@ def main() -> None:
 def _stdin() -> str:
     if sys.stdin.isatty():
         raise ConfigError("--prompt: not given; give it, or text on stdin")
-    sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")  # other bytes are told as in --prompt
+    sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")  # other bytes as in --prompt
     return sys.stdin.read().removesuffix("\n")
 
 

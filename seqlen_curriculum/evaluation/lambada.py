@@ -87,6 +87,7 @@ def split_last_word(text: str) -> tuple[str, str]:
     Words are separated by any white space. Of the word's occurrences in the text the last one is taken. Without words
     both parts are empty or nearly so.
     """
+    # In "no, no" the word "no" is found at 0 and at 4: rfind takes the 4.
     word = (text.split() or [""])[-1]
     return text[: text.rfind(word)].strip(), " " + word
 

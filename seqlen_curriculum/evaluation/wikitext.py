@@ -86,7 +86,7 @@ class TokenizedWikiText:
 def read_wikitext103(path: Path) -> Task:
     """Read the task from a ``.tokens`` file of WikiText. Raises DataError for an unreadable file or under two words."""
     text = read_text(f"--task wikitext103={path}", path)
-    words = len(text.strip().split(" "))
+    words = len(text.strip().split(" "))  # "\n = Title = \n" is counted as Megatron does: "=", "Title", "="
     if words < 2:
         raise DataError(f"--task wikitext103={path}: has {words} words; give the file wiki.test.tokens of WikiText-103")
     return partial(tokenize, path, detokenize(text), words)

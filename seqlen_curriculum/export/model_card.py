@@ -56,6 +56,7 @@ class ModelCard:
         if self.picture:
             parts.append(f"![Losses, sequence length and learning rate while training]({self.picture})")
         if self.settings is not None:
+            # Flat keys, so that "optimizer." selects ``optimizer.type`` and ``optimizer.params.lr``.
             shown = {name: value for name, value in self.settings.items() if name.startswith(_SETTINGS)}
             rows = [(f"`{name}`", f"`{setting(value)}`") for name, value in shown.items() if value is not None]
             parts.append(_table("setting", rows))

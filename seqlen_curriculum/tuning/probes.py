@@ -137,7 +137,7 @@ class ProbeRun:
         lock = try_lock(self.launch_lock)
         assert lock is not None
         # A flock lasts until every copy of its open file is closed. The launcher and its ranks inherit one, so the lock
-        # tells that they are alive, even after this process was killed and has closed its own.
+        # shows that they are alive, even after this process was killed and has closed its own.
         with output.open("ab") as out:
             process = subprocess.Popen(
                 [*command, *flags], stdout=out, stderr=subprocess.STDOUT, start_new_session=True, pass_fds=(lock,)
@@ -187,6 +187,7 @@ def inherit(run: ProbeRun, donors: Sequence[ProbeRun], until_step: int) -> int:
     unfinished = run.save.with_name(f".{run.save.name}.tmp")
     shutil.rmtree(unfinished, ignore_errors=True)
     shutil.copytree(checkpoint.folder, unfinished / checkpoint.folder.name, copy_function=_link)
+    # The donor's log continues after the checkpoint: of 15 logged steps, a run that inherits step 6 keeps 6.
     shutil.copy(donor.save / RUN_LOG, unfinished / RUN_LOG)
     RunLog.rewind(unfinished / RUN_LOG, step)
     move(unfinished, run.save)

@@ -95,6 +95,8 @@ def warmup_steps(config: RunConfig) -> int | None:
 
 def space_of(raw: Mapping[str, Any], settings: Settings) -> Space:
     """Return the search space for the run of the configuration ``raw``. Raises ConfigError."""
+    # A longer T makes more short steps of the same token budget, so it also lengthens the run that it is a share of. The
+    # configuration solves that for ``curriculum_fraction``; the T it settles on is the largest one to search.
     config = RunConfig.from_dict(scheduled(raw, settings.min_difficulty, curriculum_fraction=settings.most_of_run))
     warmup = settings.warmup_steps or warmup_steps(config)
     if warmup is None:
@@ -106,6 +108,7 @@ def space_of(raw: Mapping[str, Any], settings: Settings) -> Space:
     probe = math.ceil(settings.probe_warmups * warmup)
     own_interval = config.training.eval_interval if config.training else 0
     interval = settings.eval_interval or min(max(1, warmup // 8), own_interval or warmup)
+    # A ratio to the best before takes two evaluations: with an interval of 3, a probe of 5 steps has only one.
     shortest_probe = min(beginning, probe)
     if 2 * interval > shortest_probe:
         raise ConfigError(

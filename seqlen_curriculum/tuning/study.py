@@ -131,6 +131,7 @@ class Study:
             result = known.get(question)
             if result is None or result.trial is None:
                 return self._probe(question, watch)
+            # Judged in an earlier call: answered at once, so a resumed search asks the same questions up to where it was.
             watch(result, result.trial)
             return result.trial.stable
 
@@ -208,8 +209,9 @@ class Study:
                 self._write()
             watch(ProbeResult(number, question), trial)
             if self.seconds > self.most_seconds:
-                raise BudgetSpent
+                raise BudgetSpent  # through ``ProbeRun.train``, which stops the run and lets it save
 
+        # A short run may end before the few LR warmups that a probe takes.
         until_step = min(question.until_step, run.config.timeline().steps)
         trial = run.train(until_step, self.launcher, self.script, watch_budget)
         self.seconds = before + time.monotonic() - started
