@@ -15,7 +15,7 @@ setup(
     packages=find_packages(include=["seqlen_curriculum", "seqlen_curriculum.*"]),
     package_data={"seqlen_curriculum": ["py.typed", "analysis/templates/*"]},
     install_requires=[
-        "deepspeed>=0.19",
+        "deepspeed>=0.19,<0.20",
         "jinja2>=3.1",
         "matplotlib>=3.8",
         "numpy>=1.26",

@@ -1,4 +1,4 @@
-"""Files and folders: strict JSON in, whole files out, locks, and checks made before any work."""
+"""Files and folders: strict JSON, files replaced whole, locks, and checks before any work starts."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ __all__ = [
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object of a JSON file. ConfigError names the file and, for bad JSON, the line; duplicate keys are errors."""
+    """Return the object in a JSON file. Duplicate keys are errors. Raises ConfigError with the file and the line."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
@@ -65,7 +65,7 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def apply_override(raw: dict[str, Any], override: str) -> None:
-    """Set ``a.b=value`` in place; the value is read as JSON, else taken as a string."""
+    """Set ``a.b=value`` in place; the value is read as JSON, or as a string if it is none. Raises ConfigError."""
     path, equals, text = override.partition("=")
     if not equals or not all(path.split(".")):
         raise ConfigError(f"--set {override!r}: write section.key=value, as in --set training.train_tokens=2e9")
@@ -144,7 +144,7 @@ def try_lock(path: Path) -> int | None:
 
 
 def is_locked(path: Path) -> bool:
-    """Whether a living process, this one included, holds the lock of ``path``."""
+    """Return whether a living process, this one included, holds the lock of ``path``."""
     if not path.exists():
         return False
     file = try_lock(path)
@@ -167,7 +167,7 @@ def lock_folder(folder: Path, flag: str, what: str) -> None:
 
 
 def picture_path(flag: str, path: Path) -> Path:
-    """``path`` if a picture can be written there. Raises ConfigError naming ``flag``."""
+    """Return ``path`` if a picture can be written there. Raises ConfigError naming ``flag``."""
     if path.suffix.lower() not in (".png", ".pdf", ".svg") or path.is_dir():
         raise ConfigError(f"{flag} {path}: not the name of a picture; give one that ends in .png, .pdf or .svg")
     writable_folder(flag, path.resolve().parent)
@@ -175,13 +175,13 @@ def picture_path(flag: str, path: Path) -> Path:
 
 
 def new_folder(flag: str, folder: Path) -> None:
-    """Raise ConfigError naming ``flag`` if there is something at ``folder`` already; an empty folder is nothing."""
+    """Raise ConfigError naming ``flag`` if ``folder`` exists and is anything but an empty folder."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"{flag} {folder}: exists and is not empty; name a new folder, nothing is overwritten")
 
 
 def writable_folder(flag: str, folder: Path) -> None:
-    """Make ``folder`` and prove that files can be written to it. Raises ConfigError naming ``flag``."""
+    """Make ``folder`` and check that files can be written to it. Raises ConfigError naming ``flag``."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):

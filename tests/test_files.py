@@ -1,0 +1,69 @@
+"""A file is replaced whole or not at all, and a lock has one holder."""
+
+import os
+
+import pytest
+
+from seqlen_curriculum import files
+
+
+def test_a_file_is_replaced(tmp_path):
+    path = tmp_path / "run.json"
+    for text in ("one", "two – zwei"):
+        files.replace_text(path, text)
+        assert path.read_text(encoding="utf-8") == text
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_fails_half_way_leaves_the_old_file(tmp_path):
+    path = tmp_path / "run.json"
+    files.replace_text(path, "old")
+
+    def write(unfinished):
+        unfinished.write_text("ne")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left"):
+        files.replace(path, write)
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_content_is_on_disk_before_its_name_and_the_name_before_the_return(tmp_path, monkeypatch):
+    path, order = tmp_path / "run.json", []
+
+    def note(call, describe):
+        real = getattr(os, call)
+
+        def noted(*args):
+            order.append(describe(*args))
+            return real(*args)
+
+        monkeypatch.setattr(files.os, call, noted)
+
+    note("fsync", lambda file: "folder" if os.path.isdir(f"/proc/self/fd/{file}") else "content")
+    note("replace", lambda *_: "rename")
+    files.replace_text(path, "new")
+    assert order == ["content", "rename", "folder"]
+
+
+def test_a_lock_has_one_holder(tmp_path):
+    path = tmp_path / ".lock"
+    held = files.try_lock(path)
+    assert held is not None
+    assert files.is_locked(path)
+    assert files.try_lock(path) is None
+    os.close(held)
+    assert not files.is_locked(path)
+
+
+def test_the_lock_of_a_file_deleted_meanwhile_is_none(tmp_path, monkeypatch):
+    path = tmp_path / "lock"
+    real = files.fcntl.flock
+
+    def flock(file, operation):
+        real(file, operation)
+        path.unlink()  # its holder has let go and cleaned up, between our open and our lock
+
+    monkeypatch.setattr(files.fcntl, "flock", flock)
+    assert files.try_lock(path) is None
