@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from helpers import capabilities
-from helpers.launching import ROOT, slowness
+from helpers.launching import ROOT, slowness, stale_locks
 from hypothesis import settings
 
 from seqlen_curriculum.data.writer import CorpusWriter
@@ -33,13 +33,8 @@ def pytest_configure(config):
         without = capabilities.disbelieved()
     except ValueError as error:
         raise pytest.UsageError(str(error)) from None
-    stale_locks = subprocess.run(
-        ["bash", str(ROOT / "scripts" / "stale_locks.sh"), os.environ["TORCH_EXTENSIONS_DIR"]],
-        capture_output=True,
-        text=True,
-    )
-    if stale_locks.returncode:
-        raise pytest.UsageError(stale_locks.stderr)
+    if locks := stale_locks():
+        raise pytest.UsageError(locks)
     resources.enter_context(capabilities.hidden_commands(without))
     slowness()
     if config.getoption("numprocesses", None):

@@ -16,11 +16,13 @@ import pytest
 from helpers.launching import ROOT, launch, launch_command, running, wait_for_all, wait_until
 from helpers.runs import (
     TRAIN,
+    Runs,
     assert_same_run,
     has_reached,
     hugging_face_loss,
     planned_samples,
     records,
+    run,
     run_and_kill,
     samples_by_step,
 )
@@ -57,11 +59,36 @@ def fixed_file(tmp_path_factory, tiny_run):
 
 
 @pytest.fixture(scope="session")
-def fixed_reference(tmp_path_factory, fixed_file):
-    folder = tmp_path_factory.mktemp("fixed")
-    status, output = launch(folder / "log", TRAIN, "--config", fixed_file, "--save", folder / "run")
-    assert status == 0, output
-    return folder / "run"
+def one_rank(reference, run_file, fixed_file, tmp_path_factory):
+    """Further runs on one rank, in one launch: an uninterrupted one, one from elsewhere, and three that are refused."""
+    folder = tmp_path_factory.mktemp("one")
+    first, last = checkpoints_of(reference)
+    damaged = shutil.copytree(reference, folder / "damaged")
+    states = damaged / last / "mp_rank_00_model_states.pt"
+    states.write_bytes(bytes(states.stat().st_size))
+    other = ["training.seed=7", "optimizer.params.lr=0.1"]
+    runs = Runs(folder)
+    parts = [
+        run(fixed_file, folder / "fixed"),
+        run(run_file, folder / "elsewhere", resume=reference / first),
+        run(run_file, damaged, fails=True),
+        run(run_file, folder / "other", other, begins_as_copy_of=str(reference), fails=True),
+        run(run_file, folder / "again", resume="none", begins_as_copy_of=str(reference), fails=True),
+    ]
+    runs.launch("one", parts, ranks=1)
+    return runs
+
+
+@pytest.fixture
+def fixed_reference(one_rank):
+    return one_rank["fixed"]
+
+
+def checkpoints_of(save):
+    """Names of its checkpoints, by their steps."""
+    return sorted(
+        (path.name for path in save.glob("global_step*")), key=lambda name: int(name.removeprefix("global_step"))
+    )
 
 
 def test_every_step_is_the_planned_one(reference, tiny_run):
@@ -189,27 +216,19 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_newest_complete_one(referen
     assert_same_run(save, reference)
 
 
-def test_a_checkpoint_damaged_inside_is_named(reference, run_file, tmp_path):
-    save = copied(reference, tmp_path)
-    last = max(int(path.name.removeprefix("global_step")) for path in save.glob("global_step*"))
-    states = save / f"global_step{last}" / "mp_rank_00_model_states.pt"
-    states.write_bytes(bytes(states.stat().st_size))
-    status, output = launch(tmp_path / "log", TRAIN, "--config", run_file, "--save", save)
-    assert status != 0
-    assert f"error: {save}/global_step{last}: can't be loaded" in output
-    assert "move it away" in output
+def test_a_checkpoint_damaged_inside_is_named(reference, one_rank):
+    save = one_rank["damaged"]
+    error = (save / "error").read_text()
+    assert f"{save}/{checkpoints_of(reference)[-1]}: can't be loaded" in error
+    assert "move it away" in error
 
 
-def test_a_checkpoint_of_another_run_is_refused_with_what_differs(reference, run_file, tmp_path):
-    save = copied(reference, tmp_path)
-    sets = ("--set", "training.seed=7", "--set", "optimizer.params.lr=0.1")
-    status, output = launch(tmp_path / "log", TRAIN, "--config", run_file, "--save", save, *sets)
-    assert status != 0
-    assert "made by another run" in output
-    assert "training.seed: 1234 in the checkpoint, 7 now" in output
-    assert "optimizer.params.lr: 0.005 in the checkpoint, 0.1 now" in output
-    assert "Traceback" not in output
-    assert_same_run(save, reference)
+def test_a_checkpoint_of_another_run_is_refused_with_what_differs(reference, one_rank):
+    error = (one_rank["other"] / "error").read_text()
+    assert "made by another run" in error
+    assert "training.seed: 1234 in the checkpoint, 7 now" in error
+    assert "optimizer.params.lr: 0.005 in the checkpoint, 0.1 now" in error
+    assert_same_run(one_rank["other"], reference)
 
 
 def test_a_run_that_diverges_stops_in_words_and_saves_nothing_broken(run_file, tmp_path):
@@ -221,14 +240,10 @@ def test_a_run_that_diverges_stops_in_words_and_saves_nothing_broken(run_file, t
     assert not list((tmp_path / "run").glob("*global_step*"))
 
 
-def test_a_checkpoint_from_elsewhere_starts_a_folder_of_the_same_run(reference, run_file, tmp_path):
-    checkpoint = min(reference.glob("global_step*"), key=lambda path: int(path.name.removeprefix("global_step")))
-    arguments = ("--config", run_file, "--save", tmp_path / "run", "--resume", checkpoint)
-    status, output = launch(tmp_path / "log", TRAIN, *arguments)
-    assert status == 0, output
-    ours, theirs = records(tmp_path / "run"), records(reference)
+def test_a_checkpoint_from_elsewhere_starts_a_folder_of_the_same_run(reference, one_rank):
+    ours, theirs = records(one_rank["elsewhere"]), records(reference)
     first = ours[0][0]["step"]
-    assert checkpoint.name == f"global_step{first - 1}"
+    assert checkpoints_of(reference)[0] == f"global_step{first - 1}"
     assert ours[0] == theirs[0][first - 1 :]
     assert ours[1][-1] == theirs[1][-1]
 
@@ -267,11 +282,8 @@ def test_too_large_a_micro_batch_shows_before_step_1(run_file, tmp_path):
     assert (tmp_path / "run" / "runlog.jsonl").read_text() == ""
 
 
-def test_a_second_run_into_the_same_folder_is_refused(reference, run_file, tmp_path):
-    status, output = launch(tmp_path / "log", TRAIN, "--config", run_file, "--save", reference, "--resume", "none")
-    assert status != 0
-    assert "holds the log of a run that began with step 1" in output
-    assert "Traceback" not in output
+def test_a_second_run_into_the_same_folder_is_refused(one_rank):
+    assert "holds the log of a run that began with step 1" in (one_rank["again"] / "error").read_text()
 
 
 MISTAKES = {

@@ -61,12 +61,21 @@ def start(command: list[str], log: Path, **kwargs: Any) -> subprocess.Popen[byte
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:
-    """Kill what is left of a started command, and wait until all of it has ended."""
-    if _group_is_alive(process.pid):
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+    """Kill what is left of a started command, wait until all of it has ended, and remove its locks of compilations."""
+    if not _group_is_alive(process.pid):
+        process.wait()
+        return
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     wait_until(lambda: not _group_is_alive(process.pid), f"process group {process.pid} is still alive")
+    stale_locks("--remove")
+
+
+def stale_locks(*options: str) -> str:
+    """Return what scripts/stale_locks.sh reports of TORCH_EXTENSIONS_DIR, empty if all is well."""
+    command = ["bash", str(ROOT / "scripts" / "stale_locks.sh"), os.environ["TORCH_EXTENSIONS_DIR"], *options]
+    return subprocess.run(command, capture_output=True, text=True).stderr
 
 
 @contextlib.contextmanager

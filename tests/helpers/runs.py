@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from helpers.capabilities import require_launches
 from helpers.launching import running
 from helpers.parts import Part, Results, do_parts, launch_parts
 from seqlen_curriculum import RunConfig
@@ -181,6 +182,7 @@ def has_reached(save, step):
 
 def run_and_kill(command, log, due):
     """Train until ``due()``, then kill -9 all of it. False if the run ended before."""
+    require_launches()
     with running(command, log) as process:
         while process.poll() is None:
             if due():
