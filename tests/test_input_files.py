@@ -15,13 +15,15 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from seqlen_curriculum.data.indexed import IndexedCorpus
-from seqlen_curriculum.data.preparation import pieces as documents
+from seqlen_curriculum.data.preparation import pieces as pieces_module
 from seqlen_curriculum.data.preparation import texts
+from seqlen_curriculum.data.preparation.corpus_record import PreparedCorpus
 from seqlen_curriculum.data.preparation.encode import Encoder
-from seqlen_curriculum.data.preparation.input_files import Source, find_files
+from seqlen_curriculum.data.preparation.input_files import find_files
+from seqlen_curriculum.data.preparation.input_stream import open_input
 from seqlen_curriculum.data.preparation.pieces import Rules, pieces
-from seqlen_curriculum.data.preparation.prepare import Prepared, Request, prepare
-from seqlen_curriculum.data.preparation.texts import Tally, parts
+from seqlen_curriculum.data.preparation.prepare import Request, prepare
+from seqlen_curriculum.data.preparation.texts import Tally, text_parts
 from seqlen_curriculum.data.tokenizer import TokenizerChoice, build_tokenizer
 from seqlen_curriculum.errors import ConfigError, DataError
 
@@ -30,7 +32,7 @@ SKIP = Rules(on_bad_input="skip")
 PACKERS: dict[str, Callable[[bytes], bytes]] = {".gz": gzip.compress, ".zst": zstandard.compress}
 
 
-def run_prepare(folder: Path, *inputs: Path, **options: Any) -> Prepared:
+def run_prepare(folder: Path, *inputs: Path, **options: Any) -> PreparedCorpus:
     return prepare(Request(str(folder / "out" / "corpus"), TRAIN, inputs, **{"workers": 1, **options}))
 
 
@@ -44,15 +46,15 @@ def texts_of(prefix: str) -> list[str]:
 def texts_in(path: Path, rules: Rules) -> tuple[list[str], dict[str, int]]:
     """The documents of a file without those left out, and the counts of these."""
     tally = Tally(rules)
-    found, held = [], ""
+    documents, held = [], ""
     for piece in pieces(path, rules):
-        for part in parts(piece, rules, tally):
+        for part in text_parts(piece, rules, tally):
             held += part.text
             if part.ends:
-                found.append(held)
+                documents.append(held)
                 held = ""
     assert held == ""
-    return found, dict(tally.counts)
+    return documents, dict(tally.counts)
 
 
 @pytest.fixture(scope="module")
@@ -73,9 +75,19 @@ def test_a_file_of_several_packed_ones_is_their_contents(
     members = [PACKERS[suffix](content[start:stop]) for start, stop in pairwise(bounds)]
     path = folder / f"several.txt{suffix}"
     path.write_bytes(b"".join(members))
-    with Source.open(path, []) as source:
-        assert (source.read(10_000), source.read(1), source.damage) == (content, b"", "")
-        assert source.position == path.stat().st_size
+    with open_input(path, []) as stream:
+        assert (stream.read(10_000), stream.read(1), stream.damage) == (content, b"", "")
+        assert stream.position == path.stat().st_size
+
+
+@pytest.mark.parametrize("zeros", [1, 100, 10_000])
+def test_zeros_after_a_packed_file_are_no_content(tmp_path: Path, zeros: int) -> None:
+    for suffix, pack in PACKERS.items():
+        path = tmp_path / f"padded.txt{suffix}"
+        path.write_bytes(pack(b"one ") + b"\0" * zeros + pack(b"two") + b"\0" * zeros)
+        with open_input(path, []) as stream:
+            assert (stream.read(100), stream.damage) == (b"one two", "")
+            assert stream.position == path.stat().st_size
 
 
 @given(share=st.floats(0, 1, exclude_max=True), suffix=st.sampled_from([*PACKERS]))
@@ -84,11 +96,11 @@ def test_what_stands_before_a_break_is_read(folder: Path, share: float, suffix: 
     packed = PACKERS[suffix]("\n".join(lines).encode())
     path = folder / f"broken.txt{suffix}"
     path.write_bytes(packed[: int(share * len(packed))])
-    found, counts = texts_in(path, SKIP)
+    documents, counts = texts_in(path, SKIP)
     assert counts == {"damaged": 1}
-    complete = "".join(found)
+    complete = "".join(documents)
     assert complete == "" or (complete.endswith("\n") and complete.splitlines() == lines[: complete.count("\n")])
-    with pytest.raises(DataError, match=rf"broken\.txt\{suffix}, line \d+: truncated or damaged \{suffix} \(.*copy it"):
+    with pytest.raises(DataError, match=rf"broken\.txt\{suffix}, line \d+: .*damaged \{suffix}"):
         texts_in(path, Rules())
 
 
@@ -98,10 +110,10 @@ def test_most_of_a_truncated_file_is_kept(tmp_path: Path) -> None:
         packed = packer("\n".join(lines).encode())
         path = tmp_path / f"x.jsonl{suffix}"
         path.write_bytes(packed[:-9])
-        found, counts = texts_in(path, SKIP)
+        documents, counts = texts_in(path, SKIP)
         assert counts == {"damaged": 1}
-        assert found == [json.loads(line)["text"] for line in lines[: len(found)]]
-        assert suffix == ".zst" or len(found) > 1980  # zstd unpacks whole blocks only
+        assert documents == [json.loads(line)["text"] for line in lines[: len(documents)]]
+        assert suffix == ".zst" or len(documents) > 1980  # zstd unpacks whole blocks only
 
 
 def test_packed_and_plain_give_the_same_pieces(tmp_path: Path) -> None:
@@ -148,19 +160,17 @@ def test_tables(tmp_path: Path, dataset: Any, kind: str) -> None:
     done = run_prepare(tmp_path, path)
     assert texts_of(done.prefix) == ROWS
     assert done.record["left_out"] == {"empty": 20}
-    with pytest.raises(DataError, match="no column 'body', it has 'id', 'text', 'none'; name the column with --json-k"):
+    with pytest.raises(DataError, match=r"'body'.* 'id', 'text', 'none'; .*--json-keys"):
         run_prepare(tmp_path / "2", path, rules=Rules(json_keys=["body"]))
     for key, kind_of in (("id", "a number"), ("none", "null")):
-        with pytest.raises(DataError, match=rf", row 1: '{key}' is {kind_of}, not a string"):
+        with pytest.raises(DataError, match=rf", row 1: '{key}' is {kind_of}"):
             run_prepare(tmp_path / "2", path, rules=Rules(json_keys=[key]))
 
 
 def test_a_dataset_of_several_splits_is_not_mixed(tmp_path: Path, dataset: Any) -> None:
     datasets = pytest.importorskip("datasets")
     datasets.DatasetDict({"train": dataset, "test": dataset}).save_to_disk(tmp_path / "data")
-    with pytest.raises(
-        DataError, match=r"data: a dataset of several splits; name one of its folders, as in .*data/train"
-    ):
+    with pytest.raises(DataError, match=r"data: .*several splits.* .*data/train"):
         run_prepare(tmp_path, tmp_path / "data")
     assert texts_of(run_prepare(tmp_path, tmp_path / "data" / "train").prefix) == ROWS
 
@@ -170,7 +180,7 @@ def test_a_damaged_table(tmp_path: Path, dataset: Any) -> None:
     (tmp_path / "x.parquet").write_bytes((tmp_path / "x.parquet").read_bytes()[:-20])
     (tmp_path / "y.arrow").write_bytes(b"nothing of the kind")
     for name in ("x.parquet", "y.arrow"):
-        with pytest.raises(DataError, match=rf"{name}, line 1: truncated or damaged \.{name[2:]} \(.*copy it again"):
+        with pytest.raises(DataError, match=rf"{name}, line 1: .*damaged \.{name[2:]}"):
             run_prepare(tmp_path, tmp_path / name)
         assert texts_in(tmp_path / name, SKIP) == ([], {"damaged": 1})
 
@@ -178,7 +188,7 @@ def test_a_damaged_table(tmp_path: Path, dataset: Any) -> None:
 def test_tables_without_their_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "x.parquet").write_bytes(b"PAR1")
     monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
-    with pytest.raises(DataError, match="tables need Hugging Face's datasets; run: pip install datasets"):
+    with pytest.raises(DataError, match=r"x\.parquet: .*pip install datasets"):
         run_prepare(tmp_path, tmp_path / "x.parquet")
 
 
@@ -205,7 +215,7 @@ COUNTS = {"not_utf8": 2, "bad_json": 2, "no_text": 2, "empty": 1, "too_long": 1}
 def test_what_can_not_be_used_is_left_out_and_counted(
     tmp_path: Path, workers: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(documents, "PIECE_BYTES", 64)
+    monkeypatch.setattr(pieces_module, "PIECE_BYTES", 64)
     path = tmp_path / "x.jsonl"
     path.write_bytes(b"\n".join(line for line, _ in BAD * 4))
     rules = Rules(on_bad_input="skip", max_line_bytes=1024)
@@ -213,10 +223,10 @@ def test_what_can_not_be_used_is_left_out_and_counted(
     assert texts_of(done.prefix) == ["one", "two", "three"] * 4
     assert done.record["left_out"] == {kind: 4 * count for kind, count in COUNTS.items()}
     assert json.loads(Path(done.prefix + ".json").read_bytes()) == done.record
-    told = capsys.readouterr().err
+    printed = capsys.readouterr().err
     # five of each kind, and all four where there are four: 3 x 5 + 2 x 4
-    assert told.count("warning: ") == 23
-    assert f"warning: {path}, line 10: over 1,024 bytes long; give a larger --max-line-bytes; left out" in told
+    assert printed.count("warning: ") == 23
+    assert f"warning: {path}, line 10: over 1,024 bytes long; give a larger --max-line-bytes; left out" in printed
     assert "left out: 8 not_utf8, 8 bad_json, 8 no_text, 4 empty, 4 too_long" in str(done)
 
 
@@ -224,7 +234,7 @@ def test_what_can_not_be_used_is_left_out_and_counted(
 def test_by_default_it_is_refused(tmp_path: Path, number: int) -> None:
     path = tmp_path / "x.jsonl"
     path.write_bytes(b"\n".join([b'{"text": "one"}', BAD[number][0], b'{"text": "two"}']))
-    with pytest.raises(DataError, match=r"x\.jsonl, line 2: .*; --on-bad-input skip leaves out what can't be used"):
+    with pytest.raises(DataError, match=r"x\.jsonl, line 2: .*--on-bad-input skip"):
         run_prepare(tmp_path, path, rules=Rules(max_line_bytes=1024))
 
 
@@ -232,7 +242,7 @@ def test_empty_documents_may_be_refused(tmp_path: Path) -> None:
     (tmp_path / "x.jsonl").write_bytes(b'{"text": "one"}\n{"text": "\\n"}')
     (tmp_path / "y.txt").write_bytes(b" \n")
     for name, line in (("x.jsonl", 2), ("y.txt", 1)):
-        with pytest.raises(DataError, match=rf"{name}, line {line}: an empty document; --on-empty skip leaves out"):
+        with pytest.raises(DataError, match=rf"{name}, line {line}: .*empty.*--on-empty skip"):
             run_prepare(tmp_path, tmp_path / name, rules=Rules(on_empty="stop"))
 
 
@@ -250,28 +260,28 @@ def test_long_lines_are_left_out_without_being_held(
     path.write_bytes(b"\n".join(lines) + b"\n" * newline)
     rules = Rules(on_bad_input="skip", max_line_bytes=longest)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(documents, "PIECE_BYTES", step)
-        found, counts = texts_in(path, rules)
+        patch.setattr(pieces_module, "PIECE_BYTES", step)
+        documents, counts = texts_in(path, rules)
         assert max(len(piece.data) for piece in pieces(path, rules)) <= longest + 1
-        problems = [problem.told for piece in pieces(path, rules) for problem in piece.problems]
-    told = [int(problem.split(", line ")[1].split(":")[0]) for problem in problems]
-    assert found == ["x" * length for length in lengths if length + 12 <= longest]
-    assert told == [number for number, length in enumerate(lengths, start=1) if length + 12 > longest]
-    assert counts.get("too_long", 0) == len(told)
+        problems = [problem.message for piece in pieces(path, rules) for problem in piece.problems]
+    numbers = [int(problem.split(", line ")[1].split(":")[0]) for problem in problems]
+    assert documents == ["x" * length for length in lengths if length + 12 <= longest]
+    assert numbers == [number for number, length in enumerate(lengths, start=1) if length + 12 > longest]
+    assert counts.get("too_long", 0) == len(numbers)
 
 
 def test_a_text_without_spaces_is_left_out_up_to_the_next_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(documents, "PIECE_BYTES", 10)
-    monkeypatch.setattr(documents, "MAX_WORD_BYTES", 20)
+    monkeypatch.setattr(pieces_module, "PIECE_BYTES", 10)
+    monkeypatch.setattr(pieces_module, "MAX_WORD_BYTES", 20)
     path = tmp_path / "x.txt"
     path.write_text("one two\nthree " + "x" * 100 + " four " + "y" * 21 + "\nfive")
     assert texts_in(path, SKIP) == (["one two\nthree four\nfive"], {"too_long": 2})
     path.write_text("z" * 100)
     assert texts_in(path, SKIP)[1] == {"too_long": 1}
-    with pytest.raises(DataError, match=r"x\.txt, line 1: over .* bytes without a space or an end of line"):
+    with pytest.raises(DataError, match=r"x\.txt, line 1: over [\d,]+ bytes"):
         texts_in(path, Rules())
     whole = Rules(cut_text=False, max_line_bytes=30)
-    with pytest.raises(DataError, match="this tokenizer takes no text in parts, and this is over 30 bytes"):
+    with pytest.raises(DataError, match=r"over 30 bytes.*--max-line-bytes"):
         texts_in(path, whole)
 
 
@@ -279,8 +289,8 @@ def test_a_text_without_spaces_is_left_out_up_to_the_next_one(tmp_path: Path, mo
 def test_a_text_of_which_nothing_is_left_is_no_document(
     tmp_path: Path, content: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(documents, "PIECE_BYTES", 8)
-    monkeypatch.setattr(documents, "MAX_WORD_BYTES", 16)
+    monkeypatch.setattr(pieces_module, "PIECE_BYTES", 8)
+    monkeypatch.setattr(pieces_module, "MAX_WORD_BYTES", 16)
     path = tmp_path / "x.txt"
     path.write_bytes(content)
     counts = {"not_utf8": 2} if b"\xff" in content else {"too_long": 1}
@@ -302,7 +312,7 @@ def test_without_ends_of_documents(tmp_path: Path) -> None:
     assert corpus.tokens.tolist() == [token for token in ended.tokens.tolist() if token != ended.tokens[-1]]
     assert (corpus.num_documents, corpus.document_start(1)) == (2, ended.document_start(1) - 1)
     assert done.record["settings"]["append_eod"] is False
-    with pytest.raises(DataError, match="was not made from these inputs and settings"):
+    with pytest.raises(DataError, match=r"corpus\.bin: exists"):
         run_prepare(tmp_path, path)
 
 
@@ -317,21 +327,21 @@ def test_a_long_text_in_json_gives_the_tokens_of_the_whole(tmp_path: Path, monke
         monkeypatch.setattr(texts, "PIECE_BYTES", step)
         cut = Encoder(tokenizer_json, Rules())([piece])
         assert (cut.tokens.tolist(), cut.ends.tolist()) == (whole.tokens.tolist(), whole.ends.tolist())
-    assert len(list(parts(piece, Rules(), Tally(Rules())))) == 6  # 532 characters, 100 and up to a space each
+    assert len(list(text_parts(piece, Rules(), Tally(Rules())))) == 6  # 532 characters, 100 and up to a space each
 
 
 def test_the_limit_has_a_floor(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="--max-line-bytes: 1000 is not valid: it must be 1024 or more"):
+    with pytest.raises(ConfigError, match=r"--max-line-bytes: 1000 .*1024"):
         run_prepare(tmp_path, tmp_path, rules=Rules(max_line_bytes=1000))
     assert os.listdir(tmp_path) == []
 
 
 def test_what_is_no_file_and_no_dataset(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.txt")
-    with pytest.raises(DataError, match=r"pipe.txt: neither a file nor a folder; check the path"):
+    with pytest.raises(DataError, match=r"pipe\.txt: neither"):
         find_files([tmp_path / "pipe.txt"])
     (tmp_path / "data.arrow").write_bytes(b"")
     (tmp_path / "dataset_info.json").write_text("{}")
     (tmp_path / "state.json").write_text("{bad")
-    with pytest.raises(DataError, match=r"state.json: not as save_to_disk writes it"):
+    with pytest.raises(DataError, match=r"state\.json: .*save_to_disk"):
         find_files([tmp_path])

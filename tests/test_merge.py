@@ -71,13 +71,13 @@ def test_the_same_bytes_as_megatron(folder: Path) -> None:
         megatron = pytest.importorskip(
             "megatron.core.datasets.indexed_dataset", reason="megatron-core is not installed"
         )
-    builder = megatron.IndexedDatasetBuilder(str(folder / "theirs.bin"), megatron.DType.optimal_dtype(262))
+    builder = megatron.IndexedDatasetBuilder(str(folder / "megatron.bin"), megatron.DType.optimal_dtype(262))
     for name in "abc":
         builder.add_index(str(folder / name))
-    builder.finalize(str(folder / "theirs.idx"))
-    merge([folder / name for name in "abc"], str(folder / "ours"))
+    builder.finalize(str(folder / "megatron.idx"))
+    merge([folder / name for name in "abc"], str(folder / "merged_abc"))
     for suffix in (".bin", ".idx"):
-        assert (folder / f"ours{suffix}").read_bytes() == (folder / f"theirs{suffix}").read_bytes()
+        assert (folder / f"merged_abc{suffix}").read_bytes() == (folder / f"megatron{suffix}").read_bytes()
 
 
 def test_settings_that_may_differ_are_recorded(folder: Path) -> None:
@@ -91,15 +91,15 @@ def test_settings_that_may_differ_are_recorded(folder: Path) -> None:
 def test_what_does_not_belong_together(folder: Path, tmp_path: Path) -> None:
     made(folder, "other", "a.txt", tokenizer="other")
     made(folder, "open", "a.txt", append_eod=False)
-    with pytest.raises(DataError, match=r"a and .*other: differ in vocab_size \(262 and 261\), tokenizer \("):
+    with pytest.raises(DataError, match=r"a and .*other: .*vocab_size \(262 and 261\), tokenizer \("):
         merge([folder / "a", folder / "other"], str(tmp_path / "x"))
-    with pytest.raises(DataError, match=r"a and .*open: differ in append_eod \(True and False\); prepare them alike"):
+    with pytest.raises(DataError, match=r"a and .*open: .*append_eod \(True and False\)"):
         merge([folder / "a", folder / "b", folder / "open"], str(tmp_path / "x"))
-    with pytest.raises(DataError, match="one is given twice"):
+    with pytest.raises(DataError, match="given twice"):
         merge([folder / "a", folder / "a.idx"], str(tmp_path / "x"))
-    with pytest.raises(DataError, match="one is given twice"):
+    with pytest.raises(DataError, match="given twice"):
         merge([folder / "a", folder / "b"], str(folder / "b"), overwrite=True)
-    with pytest.raises(DataError, match="absent: no corpus here"):
+    with pytest.raises(DataError, match="absent: "):
         merge([folder / "a", folder / "absent"], str(tmp_path / "x"))
     assert list(tmp_path.iterdir()) == []
 
@@ -107,13 +107,13 @@ def test_what_does_not_belong_together(folder: Path, tmp_path: Path) -> None:
 def test_a_corpus_without_its_record(folder: Path, tmp_path: Path) -> None:
     for suffix in (".bin", ".idx"):
         (tmp_path / f"a{suffix}").write_bytes((folder / f"a{suffix}").read_bytes())
-    with pytest.raises(DataError, match=r"a: no .*a\.json and \.tokenizer\.json of prepare_data\.py; prepare its text"):
+    with pytest.raises(DataError, match=r"a: no .*a\.json and \.tokenizer\.json"):
         merge([tmp_path / "a", folder / "b"], str(tmp_path / "x"))
 
 
 def test_other_outputs_are_not_overwritten_unasked(folder: Path) -> None:
     merge([folder / "a", folder / "b"], str(folder / "kept"))
-    with pytest.raises(DataError, match=r"kept\.bin: exists and was not made from these inputs"):
+    with pytest.raises(DataError, match=r"kept\.bin: exists"):
         merge([folder / "b", folder / "a"], str(folder / "kept"))
     record = merge([folder / "b", folder / "a"], str(folder / "kept"), overwrite=True).record
     assert json.loads((folder / "kept.json").read_bytes()) == record

@@ -17,12 +17,13 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from seqlen_curriculum.data.indexed import IndexedCorpus
-from seqlen_curriculum.data.preparation import pieces as documents
+from seqlen_curriculum.data.preparation import pieces as pieces_module
+from seqlen_curriculum.data.preparation.corpus_record import PreparedCorpus
 from seqlen_curriculum.data.preparation.encode import Encoder, encode
 from seqlen_curriculum.data.preparation.input_files import find_files, stdlib_files
 from seqlen_curriculum.data.preparation.pieces import Rules, batches, pieces
-from seqlen_curriculum.data.preparation.prepare import Prepared, Request, prepare
-from seqlen_curriculum.data.preparation.texts import Tally, parts
+from seqlen_curriculum.data.preparation.prepare import Request, prepare
+from seqlen_curriculum.data.preparation.texts import Tally, text_parts
 from seqlen_curriculum.data.tokenizer import TokenizerChoice, build_tokenizer, splits_at_spaces
 from seqlen_curriculum.errors import ConfigError, DataError
 
@@ -32,7 +33,7 @@ TRAIN = TokenizerChoice(train_vocab=300)
 SUFFIXES = (".bin", ".idx", ".json", ".tokenizer.json")
 
 
-def run_prepare(folder: Path, *inputs: Path, tokenizer: TokenizerChoice = TRAIN, **options: Any) -> Prepared:
+def run_prepare(folder: Path, *inputs: Path, tokenizer: TokenizerChoice = TRAIN, **options: Any) -> PreparedCorpus:
     return prepare(Request(str(folder / "out" / "corpus"), tokenizer, inputs, **{"workers": 1, **options}))
 
 
@@ -129,7 +130,7 @@ def test_nothing_is_overwritten_unasked(texts: Path, tmp_path: Path, change: str
     else:
         Path(prefix + ".json").write_text("{")
     before = {name: (tmp_path / "out" / name).read_bytes() for name in outputs(tmp_path)}
-    with pytest.raises(DataError, match=r"corpus\.bin: exists .* give --overwrite to replace it, or another"):
+    with pytest.raises(DataError, match=r"corpus\.bin: exists .*--overwrite"):
         run_prepare(tmp_path, texts, tokenizer=choice)
     assert {name: (tmp_path / "out" / name).read_bytes() for name in outputs(tmp_path)} == before
     assert not run_prepare(tmp_path, texts, tokenizer=choice, overwrite=True).already
@@ -152,13 +153,13 @@ def test_a_long_document_gives_the_tokens_of_the_whole(
 ) -> None:
     cut_file.write_bytes(text.encode())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(documents, "PIECE_BYTES", size)
-        found = list(pieces(cut_file, Rules()))
-    assert b"".join(piece.data for piece in found) == text.encode().removeprefix(b"\xef\xbb\xbf")
-    assert sum(piece.input_bytes for piece in found) == len(text.encode())
+        patch.setattr(pieces_module, "PIECE_BYTES", size)
+        cut_pieces = list(pieces(cut_file, Rules()))
+    assert b"".join(piece.data for piece in cut_pieces) == text.encode().removeprefix(b"\xef\xbb\xbf")
+    assert sum(piece.input_bytes for piece in cut_pieces) == len(text.encode())
     encoder = Encoder(tokenizer_json, Rules())
     whole = encoder(list(pieces(cut_file, WHOLE)))
-    cut = encoder(found)
+    cut = encoder(cut_pieces)
     assert cut.tokens.tolist() == whole.tokens.tolist()
     assert cut.ends.tolist() == whole.ends.tolist()
     assert (cut.text_bytes, cut.left_out) == (whole.text_bytes, whole.left_out)
@@ -181,15 +182,15 @@ def test_a_long_document_is_held_in_pieces(cut_file: Path) -> None:
 
 
 def test_json_lines_are_never_cut(cut_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(documents, "PIECE_BYTES", 10)
+    monkeypatch.setattr(pieces_module, "PIECE_BYTES", 10)
     path = cut_file.with_name("lines.jsonl")
     lines = [json.dumps({"text": f"document {number} " * number}) for number in range(1, 20)]
     path.write_text("\n".join(lines))
     tally = Tally(Rules())
-    found = [
-        part.text for batch in batches([path], Rules()) for piece in batch for part in parts(piece, Rules(), tally)
+    documents = [
+        part.text for batch in batches([path], Rules()) for piece in batch for part in text_parts(piece, Rules(), tally)
     ]
-    assert found == [json.loads(line)["text"] for line in lines]
+    assert documents == [json.loads(line)["text"] for line in lines]
 
 
 def test_any_number_of_workers_gives_the_same(cut_file: Path, tokenizer_json: str) -> None:
@@ -198,10 +199,10 @@ def test_any_number_of_workers_gives_the_same(cut_file: Path, tokenizer_json: st
     )  # 0.9 MB: 3 of 262,144 and the rest
     alone, together = (list(encode(batches([cut_file], Rules()), tokenizer_json, Rules(), n)) for n in (1, 2))
     assert len(alone) == len(together) == 4
-    for one, other in zip(alone, together, strict=True):
-        assert one.tokens.tobytes() == other.tokens.tobytes()
-        assert one.ends.tolist() == other.ends.tolist()
-        assert one[2:] == other[2:]
+    for batch, other in zip(alone, together, strict=True):
+        assert batch.tokens.tobytes() == other.tokens.tobytes()
+        assert batch.ends.tolist() == other.ends.tolist()
+        assert batch[2:] == other[2:]
 
 
 # Tokenizers
@@ -218,7 +219,7 @@ def test_training_is_deterministic() -> None:
 def test_training_on_pieces_equals_training_on_documents(cut_file: Path) -> None:
     text = "".join(path.read_text() for path in stdlib_files()[:40])
     cut_file.write_text(text)
-    halves = [part.text for piece in pieces(cut_file, Rules()) for part in parts(piece, Rules(), Tally(Rules()))]
+    halves = [part.text for piece in pieces(cut_file, Rules()) for part in text_parts(piece, Rules(), Tally(Rules()))]
     assert len(halves) > 1
     choice = TokenizerChoice(train_vocab=400)
     assert build_tokenizer(choice, halves).to_str() == build_tokenizer(choice, [cut_file.read_text()]).to_str()
@@ -265,11 +266,11 @@ def test_other_tokenizers_get_whole_documents(tokenizer_json: str) -> None:
 @pytest.mark.parametrize(
     ("choice", "problem"),
     [
-        (TokenizerChoice(), "give exactly one of"),
-        (TokenizerChoice(tokenizer_file=Path("t.json"), train_vocab=300), "give exactly one of"),
-        (TokenizerChoice(vocab_file=Path("v.json")), "belong together; give both"),
-        (TokenizerChoice(merge_file=Path("m.bpe"), train_vocab=300), "belong together; give both"),
-        (TokenizerChoice(train_vocab=256), "--train-vocab: 256 is not valid: .* need 257"),
+        (TokenizerChoice(), "exactly one"),
+        (TokenizerChoice(tokenizer_file=Path("t.json"), train_vocab=300), "exactly one"),
+        (TokenizerChoice(vocab_file=Path("v.json")), "--vocab-file and --merge-file"),
+        (TokenizerChoice(merge_file=Path("m.bpe"), train_vocab=300), "--vocab-file and --merge-file"),
+        (TokenizerChoice(train_vocab=256), "--train-vocab: 256 .*257"),
         (TokenizerChoice(tokenizer_file=Path("absent.json")), r"absent\.json: can't be read \(No such file"),
     ],
 )
@@ -283,12 +284,12 @@ def test_choice_of_tokenizer(texts: Path, tmp_path: Path, choice: TokenizerChoic
     ("vocab", "merges", "problem"),
     [
         ("{", "", r"v\.json, line 1: not valid JSON"),
-        ("[]", "", r"v\.json: not an object of token to id"),
-        ('{"a": "b"}', "", r"v\.json: not an object of token to id"),
-        ('{"a": 0}', "", r"don't belong together: 255 tokens without id"),
-        (None, "#version: 0.2\nt h\nthe\n", r"m\.bpe, line 3: 'the' is not two tokens"),
-        (None, "t h\ne r\n", r"don't belong together: 1 tokens without id, such as 'er'"),
-        (None, "", r"don't belong together: no merge makes 1 tokens, such as 'th'"),
+        ("[]", "", r"v\.json: .*token to id"),
+        ('{"a": "b"}', "", r"v\.json: .*token to id"),
+        ('{"a": 0}', "", r"v\.json and .*m\.bpe: .*255 tokens"),
+        (None, "#version: 0.2\nt h\nthe\n", r"m\.bpe, line 3: 'the'"),
+        (None, "t h\ne r\n", r"v\.json and .*m\.bpe: .*'er'"),
+        (None, "", r"v\.json and .*m\.bpe: .*'th'"),
         (None, "t h\n", None),
     ],
 )
@@ -318,7 +319,7 @@ def test_broken_tokenizer_file(texts: Path, tmp_path: Path, content: bytes) -> N
 def test_a_tokenizer_without_end_of_text(texts: Path, tmp_path: Path, tokenizer_json: str) -> None:
     path = tmp_path / "tokenizer.json"
     path.write_text(tokenizer_json.replace("<|endoftext|>", "</s>"))
-    with pytest.raises(ConfigError, match=r"has no token <\|endoftext\|>, which closes each document"):
+    with pytest.raises(ConfigError, match=r"tokenizer\.json: .*<\|endoftext\|>"):
         run_prepare(tmp_path, texts, tokenizer=TokenizerChoice(tokenizer_file=path))
 
 
@@ -328,16 +329,16 @@ def test_a_tokenizer_without_end_of_text(texts: Path, tmp_path: Path, tokenizer_
 @pytest.mark.parametrize(
     ("name", "content", "problem"),
     [
-        ("x.csv", b"a,b", r"x\.csv: unknown suffix '\.csv'; rename it to one of \.txt"),
+        ("x.csv", b"a,b", r"x\.csv: .*'\.csv'.*\.txt"),
         ("x.csv.gz", b"a,b", r"x\.csv\.gz: unknown suffix"),
         ("x.parquet.zst", b"a,b", r"x\.parquet\.zst: unknown suffix '\.zst'"),
         ("x.txt", b"good\nba\xffd", r"x\.txt, line 2: not UTF-8 \(byte 0xff\)"),
         ("x.jsonl", b'{"text": "a"}\n{"text": "\xc3("}', r"x\.jsonl, line 2: not UTF-8 \(byte 0xc3\)"),
         ("x.jsonl", b'{"text": "a"}\n\n{"text": ', r"x\.jsonl, line 3: not valid JSON \(Expecting value at column 10"),
-        ("x.jsonl", b"[1]", r"x\.jsonl, line 1: a list, not a JSON object"),
-        ("x.jsonl", b'{"body": "a"}', r"x\.jsonl, line 1: no key 'text', it has 'body'; name the key with --json-keys"),
-        ("x.jsonl", b'{"text": 5}', r"x\.jsonl, line 1: 'text' is a number, not a string"),
-        ("x.jsonl", b'{"text": "\\ud800"}', r"x\.jsonl, line 1: 'text' has half of a surrogate pair"),
+        ("x.jsonl", b"[1]", r"x\.jsonl, line 1: a list"),
+        ("x.jsonl", b'{"body": "a"}', r"x\.jsonl, line 1: no key 'text', .*'body'.*--json-keys"),
+        ("x.jsonl", b'{"text": 5}', r"x\.jsonl, line 1: 'text' is a number"),
+        ("x.jsonl", b'{"text": "\\ud800"}', r"x\.jsonl, line 1: 'text' has .*surrogate"),
         (
             "x.jsonl",
             b'{"text":' + b"[" * 200_000,
@@ -346,7 +347,7 @@ def test_a_tokenizer_without_end_of_text(texts: Path, tmp_path: Path, tokenizer_
         ("x.jsonl", b'{"text": "a", "n": ' + b"1" * 5000 + b"}", r"x\.jsonl, line 1: a number or a nesting too large"),
         ("x.txt.gz", gzip.compress(b"%x" % 3**9999)[:-99], r"x\.txt\.gz, line 1: truncated or damaged \.gz"),
         ("x.txt.gz", b"not gzip at all", r"x\.txt\.gz, line 1: truncated or damaged \.gz"),
-        ("x.txt", b"  \n", r"--input: no text in it \(left out: 1 empty\)"),
+        ("x.txt", b"  \n", r"--input: .*left out: 1 empty"),
     ],
 )
 def test_bad_input_names_file_and_line(tmp_path: Path, name: str, content: bytes, problem: str) -> None:
@@ -376,22 +377,22 @@ def test_missing_and_repeated_inputs(texts: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     for inputs, problem in (
         ([tmp_path / "absent.txt"], r"absent\.txt: no such file or folder"),
-        ([tmp_path / "empty"], r"empty: this folder has no file with a suffix of"),
+        ([tmp_path / "empty"], r"empty: .*no file with a suffix"),
         ([texts, texts / "a.txt"], r"a\.txt: given twice"),
     ):
         with pytest.raises(DataError, match=problem):
             run_prepare(tmp_path, *inputs)
-    with pytest.raises(ConfigError, match="--input: nothing to prepare"):
+    with pytest.raises(ConfigError, match="--input: "):
         run_prepare(tmp_path)
-    with pytest.raises(ConfigError, match="--workers: 0 is not valid"):
+    with pytest.raises(ConfigError, match="--workers: 0 "):
         run_prepare(tmp_path, texts, workers=0)
-    with pytest.raises(ConfigError, match="--json-keys: no key given"):
+    with pytest.raises(ConfigError, match="--json-keys: "):
         run_prepare(tmp_path, texts, rules=Rules(json_keys=[]))
 
 
 def test_output_folder_that_can_not_be_made(texts: Path, tmp_path: Path) -> None:
     (tmp_path / "out").write_text("a file")
-    with pytest.raises(ConfigError, match=r"--output-prefix .*out: can't be written to"):
+    with pytest.raises(ConfigError, match=r"--output-prefix .*out: .*can't be written"):
         run_prepare(tmp_path, texts)
 
 
@@ -431,10 +432,10 @@ def test_the_command_gives_the_same_bytes_with_any_workers(tmp_path: Path) -> No
     assert (again.returncode, again.stdout[:18]) == (0, "already prepared: ")
 
 
-def test_the_command_tells_errors_in_one_line(texts: Path, tmp_path: Path) -> None:
+def test_the_command_reports_errors_in_one_line(texts: Path, tmp_path: Path) -> None:
     failed = script("--input", texts, "--output-prefix", tmp_path / "c")
     assert failed.returncode == 1
-    assert failed.stderr.startswith("error: tokenizer: give exactly one of --vocab-file")
+    assert failed.stderr.startswith("error: tokenizer: ")
     assert failed.stderr.count("\n") == 1
 
 

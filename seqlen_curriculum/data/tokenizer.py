@@ -18,9 +18,12 @@ __all__ = [
     "build_tokenizer",
     "end_of_text_id",
     "file_facts",
+    "read_merges",
     "read_tokenizer",
+    "read_vocab",
     "splits_at_spaces",
     "tokenizer_files",
+    "train_tokenizer",
     "vocab_size",
 ]
 
@@ -28,24 +31,24 @@ END_OF_TEXT = "<|endoftext|>"
 _SMALLEST_VOCAB = 257  # 256 bytes and the end of text
 _LARGEST_VOCAB = 2**24
 _FILES = (("tokenizer.json",), ("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt"))
-"""What a folder may have its tokenizer in: whole, or as GPT-2's vocabulary and merges, under two names."""
+"""The files that a folder may hold its tokenizer in: whole, or as GPT-2's vocabulary and merges, under two names."""
 
 
 @dataclass(frozen=True)
 class TokenizerChoice:
-    """Where the tokenizer comes from; exactly one way is given."""
+    """Where the tokenizer comes from; exactly one of three ways is given."""
 
     vocab_file: Path | None = None
     """GPT-2's ``encoder.json`` (token to id); needs ``merge_file``."""
     merge_file: Path | None = None
-    """GPT-2's ``vocab.bpe`` (one merge a line); needs ``vocab_file``."""
+    """GPT-2's ``vocab.bpe`` (one merge per line); needs ``vocab_file``."""
     tokenizer_file: Path | None = None
     """A ``tokenizer.json`` that has the token ``<|endoftext|>``."""
     train_vocab: int | None = None
     """Vocabulary size of a byte-level BPE to train on the corpus, 257 or more."""
 
     def check(self) -> None:
-        """Raise ``ConfigError`` unless exactly one way is given, whole."""
+        """Raise ``ConfigError`` unless exactly one way is given, and given completely."""
         if (self.vocab_file is None) != (self.merge_file is None):
             raise ConfigError("tokenizer: --vocab-file and --merge-file belong together; give both")
         ways = [self.vocab_file, self.tokenizer_file, self.train_vocab]
@@ -60,106 +63,112 @@ class TokenizerChoice:
             )
 
     def facts(self) -> dict[str, object]:
-        """What identifies the choice, for the record beside the corpus; files by path, size and time."""
+        """Return what identifies the choice, for the record beside the corpus: files by path, size and time."""
+        if self.train_vocab is not None:
+            return {"train_vocab": self.train_vocab}
         files = {"vocab_file": self.vocab_file, "merge_file": self.merge_file, "tokenizer_file": self.tokenizer_file}
-        facts: dict[str, object] = {
-            name: file_facts(path, ConfigError) for name, path in files.items() if path is not None
-        }
-        return facts if self.train_vocab is None else {"train_vocab": self.train_vocab}
+        return {name: file_facts(path, ConfigError) for name, path in files.items() if path is not None}
 
 
 def file_facts(path: Path, error: type[Exception]) -> dict[str, object]:
-    """Absolute path, size in bytes and modification time of a file; raises ``error`` without it."""
+    """Return absolute path, size in bytes and modification time of a file. Raises ``error`` if it can't be read."""
     try:
-        found = path.stat()
+        status = path.stat()
     except OSError as failure:
         raise error(f"{path}: can't be read ({failure.strerror}); check the path") from None
-    return {"path": os.path.abspath(path), "bytes": found.st_size, "mtime_ns": found.st_mtime_ns}
+    return {"path": os.path.abspath(path), "bytes": status.st_size, "mtime_ns": status.st_mtime_ns}
 
 
 def build_tokenizer(choice: TokenizerChoice, texts: Iterable[str]) -> Tokenizer:
-    """The chosen tokenizer; ``texts`` are only read to train one. Raises ``ConfigError`` for files that don't work."""
+    """Return the chosen tokenizer; ``texts`` are only read to train one. Raises ``ConfigError`` for unusable files."""
     choice.check()
     if choice.train_vocab is not None:
-        return _train(choice.train_vocab, texts)
+        return train_tokenizer(choice.train_vocab, texts)
     if choice.tokenizer_file is not None:
-        return _load(choice.tokenizer_file)
+        tokenizer = _read_saved(choice.tokenizer_file)
+        if tokenizer.token_to_id(END_OF_TEXT) is None:
+            raise ConfigError(
+                f"{choice.tokenizer_file}: has no token {END_OF_TEXT}, which closes each document; add it as a special token"
+            )
+        return tokenizer
     assert choice.vocab_file is not None
     assert choice.merge_file is not None
-    return _gpt2(choice.vocab_file, choice.merge_file)
+    return _read_gpt2(choice.vocab_file, choice.merge_file)
 
 
-def tokenizer_files(folder: Path) -> list[Path]:
-    """The files of ``folder`` that its tokenizer is in; none if it has no tokenizer."""
-    found = ([folder / name for name in names] for names in _FILES)
-    return next((paths for paths in found if all(path.is_file() for path in paths)), [])
-
-
-def read_tokenizer(path: Path) -> Tokenizer:
-    """The tokenizer in a ``tokenizer.json``, or in a folder that has one or GPT-2's pair of files. Raises ConfigError."""
-    files = tokenizer_files(path) if path.is_dir() else [path]
-    if not files:
-        names = ", ".join(" with ".join(names) for names in _FILES)
-        raise ConfigError(f"{path}: no tokenizer here; give a tokenizer.json, or a folder that has one of {names}")
-    return _gpt2(*files) if len(files) == 2 else _saved(*files)
-
-
-def vocab_size(tokenizer: Tokenizer) -> int:
-    """One more than the largest id: ids may have holes."""
-    return int(max(tokenizer.get_vocab(with_added_tokens=True).values())) + 1
-
-
-def end_of_text_id(tokenizer: Tokenizer) -> int:
-    """The id that closes each document."""
-    number: int | None = tokenizer.token_to_id(END_OF_TEXT)
-    assert number is not None  # build_tokenizer sees to it
-    return number
-
-
-def splits_at_spaces(tokenizer: Tokenizer) -> bool:
-    """Whether text cut before a space that follows a non-space gives the same tokens in two parts as in one.
-
-    True of GPT-2's pre-tokenizer, where no word reaches across such a place; not assumed of any other.
-    """
-    parts = json.loads(tokenizer.to_str())
-    words = parts["pre_tokenizer"] or {}
-    plain = words.get("type") == "ByteLevel" and words.get("use_regex", True) and not words["add_prefix_space"]
-    return plain and not parts["normalizer"] and all(token["special"] for token in parts["added_tokens"])
-
-
-def _train(size: int, texts: Iterable[str]) -> Tokenizer:
+def train_tokenizer(vocab_size: int, texts: Iterable[str]) -> Tokenizer:
+    """Train byte-level BPE of ``vocab_size`` tokens, ``<|endoftext|>`` included; the same texts give the same one."""
     tokenizer = _byte_level(models.BPE())
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=size, special_tokens=[END_OF_TEXT], initial_alphabet=alphabet, show_progress=False
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),  # all 256 bytes, so that every text can be encoded
+        show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
     return tokenizer
 
 
-def _load(path: Path) -> Tokenizer:
-    tokenizer = _saved(path)
-    if tokenizer.token_to_id(END_OF_TEXT) is None:
-        raise ConfigError(f"{path}: has no token {END_OF_TEXT}, which closes each document; add it as a special token")
-    return tokenizer
+def tokenizer_files(folder: Path) -> list[Path]:
+    """Return the files that hold the tokenizer of ``folder``; none if it has no tokenizer."""
+    for names in _FILES:
+        paths = [folder / name for name in names]
+        if all(path.is_file() for path in paths):
+            return paths
+    return []
 
 
-def _saved(path: Path) -> Tokenizer:
+def read_tokenizer(path: Path) -> Tokenizer:
+    """Read a ``tokenizer.json``, or the tokenizer of a folder, see ``tokenizer_files``. Raises ``ConfigError``."""
+    files = tokenizer_files(path) if path.is_dir() else [path]
+    if not files:
+        names = ", ".join(" with ".join(names) for names in _FILES)
+        raise ConfigError(f"{path}: no tokenizer here; give a tokenizer.json, or a folder that has one of {names}")
+    return _read_gpt2(*files) if len(files) == 2 else _read_saved(*files)
+
+
+def vocab_size(tokenizer: Tokenizer) -> int:
+    """Return one more than the largest id, because ids may have gaps."""
+    return int(max(tokenizer.get_vocab(with_added_tokens=True).values())) + 1
+
+
+def end_of_text_id(tokenizer: Tokenizer) -> int:
+    """Return the id that closes each document."""
+    token_id: int | None = tokenizer.token_to_id(END_OF_TEXT)
+    assert token_id is not None  # build_tokenizer refuses a tokenizer without it
+    return token_id
+
+
+def splits_at_spaces(tokenizer: Tokenizer) -> bool:
+    """Return whether text cut before a space that follows a non-space gives the same tokens in two parts as in one.
+
+    True of GPT-2's pre-tokenizer, where no word crosses such a place; not assumed of any other.
+    """
+    parts = json.loads(tokenizer.to_str())
+    if parts["normalizer"] or any(not token["special"] for token in parts["added_tokens"]):
+        return False  # a normalizer may look at both sides of a space, and an added token may hold one
+    # "one two" is split into "one" and " two", so a cut between them changes nothing. With add_prefix_space each part
+    # would get a space of its own in front.
+    words = parts["pre_tokenizer"] or {}
+    return words.get("type") == "ByteLevel" and words.get("use_regex", True) and not words["add_prefix_space"]
+
+
+def _read_saved(path: Path) -> Tokenizer:
     try:
-        tokenizer = Tokenizer.from_str(_text(path))
+        tokenizer = Tokenizer.from_str(_read_text(path))
     except ConfigError:
         raise
     except Exception as error:  # the library raises nothing narrower
         raise ConfigError(f"{path}: not a tokenizer.json ({error}); save it again with tokenizers") from None
-    # A saved tokenizer may cut or pad what it encodes; here every token counts.
+    # A saved tokenizer may truncate or pad what it encodes; here every token counts.
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
 
 
-def _gpt2(vocab_file: Path, merge_file: Path) -> Tokenizer:
-    vocab, merges = _vocab(vocab_file), _merges(merge_file)
-    _check_match(vocab, merges, vocab_file, merge_file)
+def _read_gpt2(vocab_file: Path, merge_file: Path) -> Tokenizer:
+    vocab, merges = read_vocab(vocab_file), read_merges(merge_file)
+    _check_match(vocab, merges, f"{vocab_file} and {merge_file}")
     try:
         model = models.BPE(vocab=vocab, merges=merges)
     except Exception as error:  # the library raises nothing narrower
@@ -176,7 +185,7 @@ def _byte_level(model: models.BPE) -> Tokenizer:
     return tokenizer
 
 
-def _text(path: Path) -> str:
+def _read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -185,9 +194,10 @@ def _text(path: Path) -> str:
         raise ConfigError(f"{path}: can't be read ({error.strerror}); check the path") from None
 
 
-def _vocab(path: Path) -> dict[str, int]:
+def read_vocab(path: Path) -> dict[str, int]:
+    """Read GPT-2's ``encoder.json``, {token: id}. Raises ``ConfigError`` for another content."""
     try:
-        vocab = json.loads(_text(path))
+        vocab = json.loads(_read_text(path))
     except json.JSONDecodeError as error:
         raise ConfigError(f"{path}, line {error.lineno}: not valid JSON ({error.msg}); fetch the file again") from None
     if not isinstance(vocab, dict) or not all(type(number) is int and number >= 0 for number in vocab.values()):
@@ -195,9 +205,10 @@ def _vocab(path: Path) -> dict[str, int]:
     return vocab
 
 
-def _merges(path: Path) -> list[tuple[str, str]]:
+def read_merges(path: Path) -> list[tuple[str, str]]:
+    """Read GPT-2's ``vocab.bpe``: two tokens per line, the most frequent pair first. Raises ``ConfigError``."""
     merges = []
-    for number, line in enumerate(_text(path).split("\n"), start=1):
+    for number, line in enumerate(_read_text(path).split("\n"), start=1):
         pair = line.rstrip("\r").split(" ")
         if not line.strip() or line.startswith("#version"):
             continue
@@ -207,11 +218,10 @@ def _merges(path: Path) -> list[tuple[str, str]]:
     return merges
 
 
-def _check_match(vocab: dict[str, int], merges: list[tuple[str, str]], vocab_file: Path, merge_file: Path) -> None:
-    """Every byte and every merge has an id, and every token can be made: else text would be lost or cut badly."""
-    names = f"{vocab_file} and {merge_file}"
-    bytes_ = set(pre_tokenizers.ByteLevel.alphabet())
-    made = {left + right for left, right in merges} | bytes_
+def _check_match(vocab: dict[str, int], merges: list[tuple[str, str]], names: str) -> None:
+    # GPT-2's 50,257 ids are 256 bytes, 50,000 merges and <|endoftext|>. A byte or merge without an id would lose text; a
+    # token that no merge makes would never be used, so its text would get other tokens than the pair's model knows.
+    made = {left + right for left, right in merges} | set(pre_tokenizers.ByteLevel.alphabet())
     missing = sorted(made - vocab.keys())
     if missing:
         raise ConfigError(f"{names}: don't belong together: {len(missing)} tokens without id, such as {missing[0]!r}")

@@ -1,4 +1,4 @@
-"""``PREFIX.json``, the record of what a corpus was made from, and whether it is complete and still up to date."""
+"""``PREFIX.json``, the record of what a corpus was made from: by it a complete, up-to-date corpus is recognised."""
 
 from __future__ import annotations
 
@@ -11,58 +11,59 @@ from typing import Any
 
 from seqlen_curriculum.data.indexed import IndexedCorpus
 from seqlen_curriculum.errors import ConfigError, DataError
-from seqlen_curriculum.files import writable_folder
 
-__all__ = ["OUTPUTS", "Prepared", "check_folder", "existing", "read_record"]
+__all__ = ["OUTPUTS", "PreparedCorpus", "check_prefix", "find_prepared", "read_record", "require_record"]
 
 OUTPUTS = (".bin", ".idx", ".tokenizer.json", ".json")
 
 
 @dataclass(frozen=True)
-class Prepared:
-    """What ``PREFIX.json`` records, and whether it was there before."""
+class PreparedCorpus:
+    """A complete corpus and its record."""
 
     prefix: str
     already: bool
+    """The corpus was complete before this call."""
     record: dict[str, Any]
+    """The content of ``PREFIX.json``."""
     bytes_per_second: float | None = None
-    """Bytes of text encoded a second, of this process."""
+    """Bytes of text that this process encoded per second."""
 
     def __str__(self) -> str:
         state = "already prepared" if self.already else "prepared"
-        numbers = {key: self.record[key] for key in ("documents", "tokens", "text_bytes", "vocab_size")}
-        told = "{documents:,} documents, {tokens:,} tokens of {text_bytes:,} bytes, vocabulary {vocab_size:,}"
-        left_out = ", ".join(f"{count:,} {kind}" for kind, count in self.record["left_out"].items())
+        size = "{documents:,} documents, {tokens:,} tokens of {text_bytes:,} bytes, vocabulary {vocab_size:,}"
         speed = "" if self.bytes_per_second is None else f", {self.bytes_per_second / 1e6:.2f} MB/s"
-        told = f"{state}: {self.prefix} ({told.format(**numbers)}{speed})"
-        return f"{told}; left out: {left_out}" if left_out else told
+        summary = f"{state}: {self.prefix} ({size.format(**self.record)}{speed})"
+        left_out = ", ".join(f"{count:,} {kind}" for kind, count in self.record["left_out"].items())
+        return f"{summary}; left out: {left_out}" if left_out else summary
 
 
-def existing(
+def find_prepared(
     prefix: str, facts: Mapping[str, Any], overwrite: bool, stops_at: Callable[[str], bool]
 ) -> dict[str, Any] | None:
-    """The record of a complete corpus made from ``facts`` that left out nothing ``stops_at`` refuses, or ``None``.
+    """Return the record of a complete corpus that was made from ``facts``, ``None`` where the corpus is to be made.
 
-    Raises ``DataError`` for outputs of something else without ``overwrite``, and for a damaged pair.
+    A corpus that left out a kind of input that ``stops_at`` refuses was not made from the same settings. Raises
+    ``DataError`` if there are other outputs and ``overwrite`` is false, and for a damaged pair.
     """
-    found = [prefix + suffix for suffix in OUTPUTS if os.path.lexists(prefix + suffix)]
-    if not found:
+    outputs = [prefix + suffix for suffix in OUTPUTS if os.path.lexists(prefix + suffix)]
+    if not outputs:
         return None
     record = read_record(prefix)
-    same = all(record.get(key) == value for key, value in facts.items())
-    if len(found) == len(OUTPUTS) and same and not any(map(stops_at, record["left_out"])):
+    same_facts = all(record.get(key) == value for key, value in facts.items())
+    if len(outputs) == len(OUTPUTS) and same_facts and not any(map(stops_at, record["left_out"])):
         IndexedCorpus(prefix)  # raises if the pair was damaged since
         return record
     if overwrite:
         return None
     raise DataError(
-        f"{found[0]}: exists and was not made from these inputs and settings; give --overwrite to replace it, "
+        f"{outputs[0]}: exists and was not made from these inputs and settings; give --overwrite to replace it, "
         "or another --output-prefix"
     )
 
 
 def read_record(prefix: str) -> dict[str, Any]:
-    """``PREFIX.json``, empty if it can't be read."""
+    """Return the content of ``PREFIX.json``; empty if it can't be read."""
     try:
         record = json.loads(Path(prefix + ".json").read_bytes())
     except (OSError, ValueError):
@@ -70,8 +71,16 @@ def read_record(prefix: str) -> dict[str, Any]:
     return record if isinstance(record, dict) else {}
 
 
-def check_folder(prefix: str) -> None:
-    """Tell of a folder that can't be written before minutes of work; it is made if it isn't there."""
+def require_record(prefix: str) -> dict[str, Any]:
+    """Return the record of a finished corpus. Raises ``DataError`` for a damaged pair and for a missing record."""
+    IndexedCorpus(prefix)  # raises for a damaged pair
+    record = read_record(prefix)
+    if not {"settings", "inputs", "left_out"} <= record.keys() or not os.path.exists(prefix + ".tokenizer.json"):
+        raise DataError(f"{prefix}: no {prefix}.json and .tokenizer.json of prepare_data.py; prepare its text again")
+    return record
+
+
+def check_prefix(prefix: str) -> None:
+    """Raise ``ConfigError`` unless ``prefix`` ends in the name of a file."""
     if not prefix or prefix.endswith(("/", os.sep)):
         raise ConfigError(f"--output-prefix: {prefix!r} names no file; add one, as in corpus/text")
-    writable_folder("--output-prefix", Path(prefix).resolve().parent)

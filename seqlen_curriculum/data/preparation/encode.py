@@ -1,4 +1,4 @@
-"""Turns pieces of documents into tokens on any number of processes, in order."""
+"""Turn pieces of documents into tokens with any number of processes; the order and the result are the same."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from seqlen_curriculum.data.preparation.pieces import PIECE_BYTES, Piece, Problem, Rules
-from seqlen_curriculum.data.preparation.texts import Part, Tally, parts
+from seqlen_curriculum.data.preparation.pieces import PIECE_BYTES, FilePiece, InputProblem, Rules
+from seqlen_curriculum.data.preparation.texts import Tally, text_parts
 from seqlen_curriculum.data.tokenizer import end_of_text_id, vocab_size
 from seqlen_curriculum.data.writer import token_dtype
 from seqlen_curriculum.errors import DataError
 from seqlen_curriculum.schedule.piecewise import IntArray
 
-__all__ = ["Encoded", "Encoder", "encode"]
+__all__ = ["EncodedBatch", "Encoder", "encode"]
 
 
-class Encoded(NamedTuple):
+class EncodedBatch(NamedTuple):
     """The tokens of one batch of pieces."""
 
     tokens: NDArray[Any]  # (n,) in the corpus's dtype
@@ -35,13 +35,13 @@ class Encoded(NamedTuple):
     text_bytes: int
     input_bytes: int
     left_out: Counter[str]
-    """How often each kind of problem was met."""
-    told: list[Problem]
+    """How often each kind of problem occurred."""
+    problems: list[InputProblem]
     """The first few of each kind."""
 
 
 class Encoder:
-    """Encodes batches with one tokenizer; ``<|endoftext|>`` closes each document, empty documents are left out."""
+    """Encode batches with one tokenizer. ``<|endoftext|>`` closes each document; empty documents are left out."""
 
     def __init__(self, tokenizer_json: str, rules: Rules) -> None:
         self._tokenizer = Tokenizer.from_str(tokenizer_json)
@@ -51,50 +51,54 @@ class Encoder:
         self._dtype = token_dtype(vocab_size(self._tokenizer))
         self._rules = rules
 
-    def __call__(self, batch: Sequence[Piece]) -> Encoded:
-        """Raises ``DataError`` that names file and line for what the rules don't let pass."""
+    def __call__(self, batch: Sequence[FilePiece]) -> EncodedBatch:
+        """Return the tokens of ``batch``. Raises ``DataError`` with file and line for input that the rules refuse."""
         tally = Tally(self._rules)
-        rows, ends, text_bytes = [np.empty(0, self._dtype)], [], 0
-        for part in (part for piece in batch for part in parts(piece, self._rules, tally)):
-            rows.append(self._row(part))
-            ends.append(part.ends)
-            text_bytes += len(part.text.encode())
-        stops = np.cumsum([len(row) for row in rows[1:]], dtype=np.int64)[np.array(ends, dtype=bool)]
+        rows = [np.empty(0, self._dtype)]
+        ends: list[int] = []
+        num_tokens = text_bytes = 0
+        for piece in batch:
+            for part in text_parts(piece, self._rules, tally):
+                # One text per call: for a longer list the library starts threads of its own beside our processes.
+                ids = self._tokenizer.encode_batch_fast([part.text], add_special_tokens=False)[0].ids
+                rows.append(np.array(ids + self._closing if part.ends else ids, dtype=self._dtype))
+                num_tokens += len(rows[-1])
+                text_bytes += len(part.text.encode())
+                if part.ends:
+                    ends.append(num_tokens)
         input_bytes = sum(piece.input_bytes for piece in batch)
-        return Encoded(np.concatenate(rows), stops, text_bytes, input_bytes, tally.counts, tally.told)
-
-    def _row(self, part: Part) -> NDArray[Any]:
-        # One text at a time: a longer list would start the library's own threads beside our processes.
-        ids = self._tokenizer.encode_batch_fast([part.text], add_special_tokens=False)[0].ids
-        return np.array(ids + self._closing if part.ends else ids, dtype=self._dtype)
+        end_positions = np.array(ends, dtype=np.int64)
+        return EncodedBatch(np.concatenate(rows), end_positions, text_bytes, input_bytes, tally.counts, tally.problems)
 
 
-def encode(batches: Iterable[Sequence[Piece]], tokenizer_json: str, rules: Rules, workers: int) -> Iterator[Encoded]:
-    """Each batch encoded, in order and the same for any number of ``workers``; few batches are held at a time."""
+def encode(
+    batches: Iterable[Sequence[FilePiece]], tokenizer_json: str, rules: Rules, workers: int
+) -> Iterator[EncodedBatch]:
+    """Encode each batch, in order and with the same result for any number of ``workers``."""
     if workers == 1:
         yield from map(Encoder(tokenizer_json, rules), batches)
         return
     # Not fork: the tokenizer may have started threads, which a forked process doesn't inherit.
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, context, _start_worker, (tokenizer_json, rules))
+    # Three pieces per worker: one that it encodes, one that waits for it, one that waits to be written in its turn. With
+    # 16 workers and pieces of 256 KiB that is 12 MiB, however large the corpus; a single larger batch is let through.
+    max_bytes = 3 * workers * PIECE_BYTES
+    pending: deque[tuple[Future[EncodedBatch], int]] = deque()
     try:
-        yield from _in_order(pool, batches, 3 * workers * PIECE_BYTES)
+        for batch in batches:
+            batch_bytes = sum(len(piece.data) for piece in batch)
+            while pending and sum(size for _, size in pending) + batch_bytes > max_bytes:
+                yield pending.popleft()[0].result()
+            pending.append((pool.submit(_encode_in_worker, batch), batch_bytes))
+        while pending:
+            yield pending.popleft()[0].result()
     except BrokenProcessPool:
-        raise DataError("--workers: a worker process died, likely for want of memory; use fewer --workers") from None
+        raise DataError(
+            f"--workers {workers}: a worker process died, probably for lack of memory; use fewer --workers"
+        ) from None
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def _in_order(pool: ProcessPoolExecutor, batches: Iterable[Sequence[Piece]], most_bytes: int) -> Iterator[Encoded]:
-    """Hands out batches of ``most_bytes`` together, or one that is larger."""
-    waiting: deque[tuple[Future[Encoded], int]] = deque()
-    for batch in batches:
-        size = sum(len(piece.data) for piece in batch)
-        while waiting and sum(other for _, other in waiting) + size > most_bytes:
-            yield waiting.popleft()[0].result()
-        waiting.append((pool.submit(_encode_in_worker, batch), size))
-    while waiting:
-        yield waiting.popleft()[0].result()
 
 
 _encoder: Encoder | None = None  # of a worker process, set once when it starts
@@ -102,20 +106,20 @@ _encoder: Encoder | None = None  # of a worker process, set once when it starts
 
 def _start_worker(tokenizer_json: str, rules: Rules) -> None:
     global _encoder
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+    def exit_with_parent() -> None:
+        # A killed parent can't stop its workers, which would wait for work forever.
+        parent = multiprocessing.parent_process()
+        assert parent is not None
+        wait([parent.sentinel])
+        os._exit(1)
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
+    threading.Thread(target=exit_with_parent, daemon=True).start()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     _encoder = Encoder(tokenizer_json, rules)
 
 
-def _end_with_parent() -> None:
-    """A parent that was killed can't end its workers, and they would wait for work for ever."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    wait([parent.sentinel])
-    os._exit(1)
-
-
-def _encode_in_worker(batch: Sequence[Piece]) -> Encoded:
+def _encode_in_worker(batch: Sequence[FilePiece]) -> EncodedBatch:
     assert _encoder is not None
     return _encoder(batch)

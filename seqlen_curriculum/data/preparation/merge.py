@@ -1,4 +1,4 @@
-"""Puts finished corpora together, as if their texts had been prepared in one."""
+"""Merge finished corpora: the result is the corpus that one preparation of all their texts gives."""
 
 from __future__ import annotations
 
@@ -15,82 +15,86 @@ from tqdm import tqdm
 
 from seqlen_curriculum.config.data import corpus_prefix
 from seqlen_curriculum.data.indexed import IndexedCorpus
-from seqlen_curriculum.data.preparation.corpus_record import Prepared, check_folder, existing, read_record
+from seqlen_curriculum.data.preparation.corpus_record import (
+    PreparedCorpus,
+    check_prefix,
+    find_prepared,
+    require_record,
+)
 from seqlen_curriculum.data.writer import CorpusWriter
 from seqlen_curriculum.errors import DataError
+from seqlen_curriculum.files import writable_folder
 
-__all__ = ["merge"]
+__all__ = ["merge", "merge_records"]
 
 
-def merge(prefixes: Sequence[str | os.PathLike[str]], output_prefix: str, overwrite: bool = False) -> Prepared:
-    """Write the corpora behind each other; .bin, .idx and tokenizer are what one preparation of all texts gives.
+def merge(prefixes: Sequence[str | os.PathLike[str]], output_prefix: str, overwrite: bool = False) -> PreparedCorpus:
+    """Write the corpora one after the other; all files are those that one preparation of all texts gives.
 
-    So is the record, where all were prepared by the same settings. Raises ``DataError`` for corpora of different
+    Settings that differ are listed in the record, one value per corpus. Raises ``DataError`` for corpora of different
     vocabularies, tokenizers or ends of documents, for one given twice, and for one without its record.
     """
     prefix, given = corpus_prefix(output_prefix), [corpus_prefix(path) for path in prefixes]
     paths = [os.path.realpath(path) for path in [*given, prefix]]
     if len(set(paths)) < len(paths):
         raise DataError(f"{', '.join(given)} to {prefix}: one is given twice; name each corpus once")
-    records = [_record(path) for path in given]
-    _check_same(given, records)
-    record = _merged(records)
+    records = [require_record(path) for path in given]
+    _check_alike(given, records)
+    record = merge_records(records)
     facts = {key: record[key] for key in ("settings", "inputs")}
-    if not overwrite and (found := existing(prefix, facts, overwrite, lambda _: False)) is not None:
-        return Prepared(prefix, True, found)
-    check_folder(prefix)
-    _copy(given, prefix, record)
-    return Prepared(prefix, False, record)
-
-
-def _record(prefix: str) -> dict[str, Any]:
-    IndexedCorpus(prefix)  # raises for a damaged pair
-    record = read_record(prefix)
-    if not {"settings", "inputs", "left_out"} <= record.keys() or not os.path.exists(prefix + ".tokenizer.json"):
-        raise DataError(f"{prefix}: no {prefix}.json and .tokenizer.json of prepare_data.py; prepare its text again")
-    return record
-
-
-def _check_same(prefixes: Sequence[str], records: Sequence[dict[str, Any]]) -> None:
-    """Raise ``DataError`` naming the first corpus that differs from the first one, and in what."""
-    first, *others = (_identity(prefix, record) for prefix, record in zip(prefixes, records, strict=True))
-    for prefix, other in zip(prefixes[1:], others, strict=True):
-        differing = [f"{key} ({first[key]} and {other[key]})" for key in first if first[key] != other[key]]
-        if differing:
-            raise DataError(f"{prefixes[0]} and {prefix}: differ in {', '.join(differing)}; prepare them alike")
-
-
-def _identity(prefix: str, record: dict[str, Any]) -> dict[str, Any]:
-    tokenizer = hashlib.blake2b(Path(prefix + ".tokenizer.json").read_bytes(), digest_size=4).hexdigest()
-    known = {key: record[key] for key in ("vocab_size", "end_of_text_id")}
-    append_eod = record["settings"]["append_eod"]
-    return {"dtype": IndexedCorpus(prefix).dtype.name, **known, "append_eod": append_eod, "tokenizer": tokenizer}
-
-
-def _merged(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The record of all together; settings that differ are listed."""
-    left_out: Counter[str] = Counter()
-    for record in records:
-        left_out.update(record["left_out"])
-    totals = {key: sum(record[key] for record in records) for key in ("documents", "tokens", "text_bytes")}
-    settings = {
-        key: value if all(record["settings"][key] == value for record in records) else _listed(records, key)
-        for key, value in records[0]["settings"].items()
-    }
-    inputs = [given for record in records for given in record["inputs"]]
-    return {**records[0], **totals, "left_out": dict(left_out), "settings": settings, "inputs": inputs}
-
-
-def _listed(records: Sequence[dict[str, Any]], key: str) -> list[Any]:
-    return [record["settings"][key] for record in records]
-
-
-def _copy(given: Sequence[str], prefix: str, record: dict[str, Any]) -> None:
-    total = sum(os.path.getsize(path + ".bin") for path in given)
-    bar = tqdm(desc="merging", total=total, unit="B", unit_scale=True, file=sys.stderr)
+    if not overwrite:
+        prepared = find_prepared(prefix, facts, overwrite, lambda _: False)
+        if prepared is not None:
+            return PreparedCorpus(prefix, True, prepared)
+    check_prefix(prefix)
+    writable_folder("--output-prefix", Path(prefix).resolve().parent)
+    total_bytes = sum(os.path.getsize(path + ".bin") for path in given)
+    bar = tqdm(desc="merging", total=total_bytes, unit="B", unit_scale=True, file=sys.stderr)
     with bar, CorpusWriter(prefix, record["vocab_size"]) as writer:
         for path in given:
             writer.add_corpus(path)
             bar.update(os.path.getsize(path + ".bin"))
         writer.add_file(".tokenizer.json", Path(given[0] + ".tokenizer.json").read_bytes())
         writer.add_file(".json", json.dumps(record, indent=2).encode() + b"\n")
+    return PreparedCorpus(prefix, False, record)
+
+
+def _check_alike(prefixes: Sequence[str], records: Sequence[dict[str, Any]]) -> None:
+    """Raise ``DataError`` that names the first corpus that differs from the first one, and each difference."""
+    identities = []
+    for prefix, record in zip(prefixes, records, strict=True):
+        identity = {"dtype": IndexedCorpus(prefix).dtype.name}
+        identity |= {key: record[key] for key in ("vocab_size", "end_of_text_id")}
+        identity["append_eod"] = record["settings"]["append_eod"]
+        # Two tokenizers of one size give other ids to the same text; the files are compared, and the message shows 8 digits.
+        tokenizer = Path(prefix + ".tokenizer.json").read_bytes()
+        identity["tokenizer"] = hashlib.blake2b(tokenizer, digest_size=4).hexdigest()
+        identities.append(identity)
+    first = identities[0]
+    for prefix, identity in zip(prefixes[1:], identities[1:], strict=True):
+        differing = [f"{key} ({first[key]} and {identity[key]})" for key in first if first[key] != identity[key]]
+        if differing:
+            raise DataError(
+                f"{prefixes[0]} and {prefix}: differ in {', '.join(differing)}; prepare them with the same settings"
+            )
+
+
+def merge_records(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return the record of the merged corpus.
+
+    Counts are added. A setting with the same value everywhere stays as it is, another becomes a list with one value per
+    corpus: json_keys ``["text"]`` and ``["body"]`` give ``[["text"], ["body"]]``.
+    """
+    merged = dict(records[0])
+    for key in ("documents", "tokens", "text_bytes"):
+        merged[key] = sum(record[key] for record in records)
+    left_out: Counter[str] = Counter()
+    for record in records:
+        left_out.update(record["left_out"])
+    merged["left_out"] = dict(left_out)
+    merged["settings"] = {}
+    for key, value in records[0]["settings"].items():
+        values = [record["settings"][key] for record in records]
+        merged["settings"][key] = value if all(other == value for other in values) else values
+    merged["inputs"] = [path for record in records for path in record["inputs"]]
+    return merged

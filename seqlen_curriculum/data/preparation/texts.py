@@ -1,178 +1,180 @@
-"""The texts in a piece of an input, and what of it can't be used."""
+"""Take the texts out of a piece of an input, and report what can't be used."""
 
 from __future__ import annotations
 
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 from seqlen_curriculum.data.preparation.input_files import TABLE_SUFFIXES, plain_suffix
 from seqlen_curriculum.data.preparation.pieces import (
     MAX_WORD_BYTES,
     NO_TEXT,
     PIECE_BYTES,
-    Kind,
-    Piece,
-    Problem,
+    FilePiece,
+    InputProblem,
+    ProblemKind,
     Rules,
     is_text,
 )
 from seqlen_curriculum.errors import DataError
 
-__all__ = ["TOLD", "Part", "Tally", "parts"]
+__all__ = ["REPORTED_PROBLEMS", "Tally", "TextPart", "UnusableLineError", "document_text", "split_text", "text_parts"]
 
-TOLD = 5  # problems of a kind that are told, the others are counted only
-_BEFORE_SPACE = re.compile(r"\S(?=[ \n])")
-
-
-class Tally:
-    """Counts what is left out; raises ``DataError`` where the rules say stop."""
-
-    def __init__(self, rules: Rules) -> None:
-        self._rules = rules
-        self.counts: Counter[str] = Counter()
-        self.told: list[Problem] = []
-        """The first ``TOLD`` of each kind."""
-
-    def report(self, problem: Problem) -> None:
-        """Take note of ``problem``, or refuse it."""
-        if self._rules.stops_at(problem.kind):
-            flag = "--on-empty" if problem.kind == "empty" else "--on-bad-input"
-            raise DataError(f"{problem.told}; {flag} skip leaves out what can't be used and goes on")
-        self.counts[problem.kind] += 1
-        if self.counts[problem.kind] <= TOLD:
-            self.told.append(problem)
+REPORTED_PROBLEMS = 5  # of each kind; others are only counted
+_WORD_END = re.compile(r"\S(?=[ \n])")
 
 
-class Part(NamedTuple):
-    """The text of a document or of a part of one."""
+class UnusableLineError(Exception):
+    """A line can't be used: the kind of problem, and what to do."""
 
-    text: str
-    ends: bool
-
-
-def parts(piece: Piece, rules: Rules, tally: Tally) -> Iterator[Part]:
-    """The texts in a piece, without empty documents; what is empty or can't be used is reported to ``tally``."""
-    for problem in piece.problems:
-        tally.report(problem)
-    yield from (_text_parts if is_text(piece.path) else _json_parts)(piece, rules, tally)
-
-
-def _text_parts(piece: Piece, rules: Rules, tally: Tally) -> Iterator[Part]:  # noqa: ARG001 - one of two
-    text = _decoded(piece, tally)
-    if not (piece.starts and piece.ends and _is_blank(text)):
-        yield Part(text, piece.ends)
-    elif _is_blank(piece.data) and not piece.problems:
-        tally.report(Problem("empty", f"{piece.path}, line 1: an empty document"))
-
-
-def _is_blank(text: str | bytes) -> bool:
-    return not text or text.isspace()
-
-
-def _decoded(piece: Piece, tally: Tally) -> str:
-    """The text of a piece, without the lines that aren't UTF-8."""
-    try:
-        return piece.data.decode()
-    except UnicodeDecodeError:
-        lines = enumerate(piece.data.split(b"\n"), start=piece.first_line)
-        texts = [_usable(_utf8, line, piece.path, number, tally) for number, line in lines]
-        return "\n".join(text for text in texts if text is not None)
-
-
-def _json_parts(piece: Piece, rules: Rules, tally: Tally) -> Iterator[Part]:
-    for number, line in enumerate(piece.data.split(b"\n"), start=piece.first_line):
-        if line.strip():
-            stretches = _usable(lambda line: _stretches_of(line, rules), line, piece.path, number, tally)
-            last = len(stretches or ()) - 1
-            yield from (Part(text, place == last) for place, text in enumerate(stretches or ()))
-
-
-class _UnusableError(Exception):
-    """Why a line can't be used: a kind and what to tell."""
-
-    def __init__(self, kind: Kind, problem: str) -> None:
+    def __init__(self, kind: ProblemKind, problem: str) -> None:
         super().__init__(problem)
         self.kind = kind
 
 
-_T = TypeVar("_T")
+class Tally:
+    """Count what is left out. Raise ``DataError`` where the rules say stop."""
 
+    def __init__(self, rules: Rules) -> None:
+        self._rules = rules
+        self.counts: Counter[str] = Counter()
+        self.problems: list[InputProblem] = []
+        """The first ``REPORTED_PROBLEMS`` of each kind."""
 
-def _usable(read: Callable[[bytes], _T], line: bytes, path: Path, number: int, tally: Tally) -> _T | None:
-    """What ``read`` makes of the line; ``None`` where it is left out."""
-    try:
-        return read(line)
-    except _UnusableError as error:
+    def report(self, problem: InputProblem) -> None:
+        """Count ``problem``, or refuse it."""
+        if self._rules.stops_at(problem.kind):
+            flag = "--on-empty" if problem.kind == "empty" else "--on-bad-input"
+            raise DataError(f"{problem.message}; {flag} skip leaves out what can't be used and continues")
+        self.counts[problem.kind] += 1
+        if self.counts[problem.kind] <= REPORTED_PROBLEMS:
+            self.problems.append(problem)
+
+    def report_line(self, path: Path, number: int, error: UnusableLineError) -> None:
+        """Report line ``number`` of ``path``, from 1."""
         place = "row" if plain_suffix(path) in TABLE_SUFFIXES else "line"
-        tally.report(Problem(error.kind, f"{path}, {place} {number}: {error}"))
-        return None
+        self.report(InputProblem(error.kind, f"{path}, {place} {number}: {error}"))
 
 
-def _utf8(line: bytes) -> str:
+class TextPart(NamedTuple):
+    """The text of a document or of a part of one."""
+
+    text: str
+    ends: bool
+    """Whether the document ends here."""
+
+
+def text_parts(piece: FilePiece, rules: Rules, tally: Tally) -> Iterator[TextPart]:
+    """Yield the texts in a piece without empty documents; report to ``tally`` what is empty or can't be used."""
+    for problem in piece.problems:
+        tally.report(problem)
+    if is_text(piece.path):
+        yield from _plain_parts(piece, tally)
+    else:
+        yield from _json_parts(piece, rules, tally)
+
+
+def _plain_parts(piece: FilePiece, tally: Tally) -> Iterator[TextPart]:
+    try:
+        text = piece.data.decode()
+    except UnicodeDecodeError:
+        lines = []
+        for number, line in enumerate(piece.data.split(b"\n"), start=piece.first_line):
+            try:
+                lines.append(_decode_line(line))
+            except UnusableLineError as error:
+                tally.report_line(piece.path, number, error)
+        text = "\n".join(lines)
+    # A blank piece of a longer document is yielded: its spaces are text, and the last piece must end the document.
+    is_whole_file = piece.starts and piece.ends
+    if text.strip() or not is_whole_file:
+        yield TextPart(text, piece.ends)
+    elif not piece.data.strip() and not piece.problems:  # nothing was left out of it, it was empty
+        tally.report(InputProblem("empty", f"{piece.path}, line 1: an empty document"))
+
+
+def _json_parts(piece: FilePiece, rules: Rules, tally: Tally) -> Iterator[TextPart]:
+    for number, line in enumerate(piece.data.split(b"\n"), start=piece.first_line):
+        if not line.strip():
+            continue
+        try:
+            text = document_text(line, rules.json_keys)
+            texts = list(split_text(text)) if rules.cut_text else [text]
+            if rules.cut_text and max(map(len, texts)) > MAX_WORD_BYTES:
+                raise UnusableLineError("too_long", NO_TEXT)
+        except UnusableLineError as error:
+            tally.report_line(piece.path, number, error)
+            continue
+        for text in texts[:-1]:
+            yield TextPart(text, False)
+        yield TextPart(texts[-1], True)
+
+
+def split_text(text: str) -> Iterator[str]:
+    """Split a text before spaces that follow a non-space, into parts of a ``PIECE_BYTES`` or a little more.
+
+    The parts give the tokens of the whole, because no word of GPT-2's pre-tokenizer crosses such a place.
+    """
+    start = 0
+    # The offset counts characters, of up to 4 bytes: 65,536 of them are 64 KiB of English, 192 KiB of Chinese.
+    while match := _WORD_END.search(text, start + PIECE_BYTES // 4):
+        yield text[start : match.end()]
+        start = match.end()
+    yield text[start:]
+
+
+def document_text(line: bytes, keys: Sequence[str]) -> str:
+    """Return the texts under ``keys`` of a line of JSON, joined by newlines. Raises ``UnusableLineError``."""
+    record = _parse_object(_decode_line(line))
+    texts = []
+    for key in keys:
+        if key not in record:
+            problem = f"no key {key!r}, it has {', '.join(map(repr, record)) or 'none'}; name the key with --json-keys"
+            raise UnusableLineError("no_text", problem)
+        text = record[key]
+        if not isinstance(text, str):
+            problem = f"{key!r} is {_json_type(text)}, not a string; name another key with --json-keys"
+            raise UnusableLineError("no_text", problem)
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            problem = f"{key!r} has half of a surrogate pair, which is no character; repair the text"
+            raise UnusableLineError("not_utf8", problem) from None
+        texts.append(text)
+    document = "\n".join(texts)
+    if not document.strip():
+        raise UnusableLineError("empty", "an empty document")
+    return document
+
+
+def _decode_line(line: bytes) -> str:
     try:
         return line.decode()
     except UnicodeDecodeError as error:
         problem = f"not UTF-8 (byte 0x{line[error.start]:02x}); convert the file to UTF-8"
-        raise _UnusableError("not_utf8", problem) from None
+        raise UnusableLineError("not_utf8", problem) from None
 
 
-def _stretches_of(line: bytes, rules: Rules) -> list[str]:
-    """The text of a line of JSON, in stretches that give the tokens of the whole."""
-    text = _text_of(_utf8(line), rules.json_keys)
-    if _is_blank(text):
-        raise _UnusableError("empty", "an empty document")
-    stretches = list(_stretches(text)) if rules.cut_text else [text]
-    if rules.cut_text and max(map(len, stretches)) > MAX_WORD_BYTES:
-        raise _UnusableError("too_long", NO_TEXT)
-    return stretches
-
-
-def _stretches(text: str) -> Iterator[str]:
-    start = 0
-    while found := _BEFORE_SPACE.search(text, start + PIECE_BYTES // 4):  # a character has up to 4 bytes
-        yield text[start : found.end()]
-        start = found.end()
-    yield text[start:]
-
-
-def _text_of(line: str, keys: Sequence[str]) -> str:
-    """The texts under ``keys``, a newline between them."""
+def _parse_object(line: str) -> dict[str, Any]:
     try:
         record = json.loads(line)
     except json.JSONDecodeError as error:
         problem = f"not valid JSON ({error.msg} at column {error.colno}); each line is one JSON object"
-        raise _UnusableError("bad_json", problem) from None
-    except (ValueError, RecursionError):  # a number of thousands of digits, a tower of brackets
+        raise UnusableLineError("bad_json", problem) from None
+    except (ValueError, RecursionError):  # a number of thousands of digits, thousands of nested brackets
         problem = "a number or a nesting too large for JSON; remove the line"
-        raise _UnusableError("bad_json", problem) from None
+        raise UnusableLineError("bad_json", problem) from None
     if not isinstance(record, dict):
         hint = "; write each of its objects on a line of its own (jq -c .[])" if isinstance(record, list) else ""
-        problem = f"{_kind_of(record)}, not a JSON object; each line is one JSON object{hint}"
-        raise _UnusableError("bad_json", problem)
-    return "\n".join(_value(record, key) for key in keys)
+        problem = f"{_json_type(record)}, not a JSON object; each line is one JSON object{hint}"
+        raise UnusableLineError("bad_json", problem)
+    return record
 
 
-def _kind_of(value: object) -> str:
-    """In JSON's words."""
-    kinds = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
-    return kinds.get(type(value), "a number")
-
-
-def _value(record: dict[str, object], key: str) -> str:
-    if key not in record:
-        problem = f"no key {key!r}, it has {', '.join(map(repr, record)) or 'none'}; name the key with --json-keys"
-        raise _UnusableError("no_text", problem)
-    text = record[key]
-    if not isinstance(text, str):
-        problem = f"{key!r} is {_kind_of(text)}, not a string; name another key with --json-keys"
-        raise _UnusableError("no_text", problem)
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        problem = f"{key!r} has half of a surrogate pair, which is no character; repair the text"
-        raise _UnusableError("not_utf8", problem) from None
-    return text
+def _json_type(value: object) -> str:
+    names = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
+    return names.get(type(value), "a number")
