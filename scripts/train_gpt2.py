@@ -5,7 +5,7 @@ Example:
   deepspeed scripts/train_gpt2.py --config configs/tiny_cpu.json --hf-checkpoint runs/tiny/global_step610 \\
       --save runs/more
 
-The same command again continues from the newest complete checkpoint in --save.
+Rerun the same command to resume from the newest complete checkpoint in --save.
 """
 
 import argparse
@@ -34,7 +34,7 @@ def main() -> None:
         "--until-step",
         type=int,
         metavar="STEP",
-        help="stop after this step, saved; the same command without it, or with a later one, goes on",
+        help="stop after this step, saved; the same command without it, or with a later one, resumes",
     )
     parser.add_argument(
         "--hf-checkpoint",

@@ -238,19 +238,19 @@ def preflight_traces(preflights, **changes):
 
 
 def out_of_memory():
-    """The second rank alone may hold no more than 150 MB beyond what it has; both are told."""
+    """The second rank alone may hold no more than 150 MB beyond what it has; both report it."""
     engine, _ = engine_for(model(positions=512), run())
     if dist.get_rank() == 1:
         held = psutil.Process().memory_info().data
         resource.setrlimit(resource.RLIMIT_DATA, (held + 150_000_000, resource.RLIM_INFINITY))
     try:
         preflight(DataParallel(engine), rows=300, seqlen=512)
-        told = ""
+        problem = ""
     except ConfigError as error:
-        told = str(error)
+        problem = str(error)
     resource.setrlimit(resource.RLIMIT_DATA, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     both = [None, None]
-    dist.all_gather_object(both, told)
+    dist.all_gather_object(both, problem)
     return both
 
 
@@ -487,7 +487,7 @@ def test_a_pipeline_of_the_users_own_follows_the_lengths(seen):
     assert own["losses"][-1] < own["losses"][0]
 
 
-def test_misuse_is_told_before_deepspeed_starts():
+def test_misuse_is_problem_before_deepspeed_starts():
     config = {"train_batch_size": 4, "optimizer": {"type": "Adam", "params": {"lr": 1e-3}}}
     with pytest.raises(ConfigError, match="neither a path, a dict nor a RunConfig"):
         initialize(config=3)
@@ -508,7 +508,7 @@ class Truncating(torch.nn.Linear):
 
 
 @pytest.mark.parametrize("keyword", ["curriculum_seqlen", "seqlen", "input"])
-def test_a_model_that_takes_no_length_is_told_before_deepspeed_starts(keyword):
+def test_a_model_that_takes_no_length_is_problem_before_deepspeed_starts(keyword):
     config = {"train_batch_size": 4, "optimizer": {"type": "Adam", "params": {"lr": 1e-3}}}
     block = {"enabled": False, "max_difficulty": 8}
     model = torch.nn.Embedding(4, 4) if keyword == "curriculum_seqlen" else Truncating(4, 4)
@@ -519,7 +519,7 @@ def test_a_model_that_takes_no_length_is_told_before_deepspeed_starts(keyword):
         initialize(model=model, config={**config, "curriculum_learning": block}, curriculum_kwarg=keyword)
 
 
-def test_a_length_that_no_section_gives_is_told_before_deepspeed_starts():
+def test_a_length_that_no_section_gives_is_problem_before_deepspeed_starts():
     config = {"train_batch_size": 4, "optimizer": {"type": "Adam", "params": {"lr": 1e-3}}}
     with pytest.raises(
         ConfigError, match="'curriculum_seqlen' asks for the step's length, but no section gives it; add"

@@ -200,8 +200,8 @@ def test_what_was_measured_is_told_before_a_later_task_fails(evaluated_place, ev
     tasks = ["--task", "lambada=lambada_test.jsonl", "--task", "wikitext103=wiki.test.tokens", "--limit", 3]
     log = tmp_path / "log"
     with log.open("w") as file, contextlib.redirect_stdout(file):
-        told = evaluate_error(tmp_path / "hf", "--tokenizer", evaluated_place.checkpoint, *tasks)
-    assert "error: wikitext103: the loss of" in told
+        message = evaluate_error(tmp_path / "hf", "--tokenizer", evaluated_place.checkpoint, *tasks)
+    assert "error: wikitext103: the loss of" in message
     assert re.search(r"^lambada\n  accuracy +\d", log.read_text(), re.MULTILINE)
 
 
@@ -216,7 +216,7 @@ def test_a_bare_hugging_face_folder_with_a_tokenizer_of_choice(evaluated_place, 
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (["runs/gpt3"], "--task, --harness: neither is given"),
         (["runs/gpt3", "--task", "lambda=x"], "there is no task 'lambda'; did you mean 'lambada'?"),
@@ -258,14 +258,14 @@ def test_a_bare_hugging_face_folder_with_a_tokenizer_of_choice(evaluated_place, 
         ),
     ],
 )
-def test_mistakes_are_told_before_the_weights_are_read(evaluate_error, monkeypatch, arguments, told):
+def test_mistakes_are_reported_before_the_weights_are_read(evaluate_error, monkeypatch, arguments, message):
     def never(*_, **__):
         raise AssertionError("the weights were read")
 
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", never)
     if "cuda" in arguments and torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
-    assert told in evaluate_error(*arguments)
+    assert message in evaluate_error(*arguments)
 
 
 def test_positions_by_the_names_of_families():

@@ -305,10 +305,10 @@ def test_prompts_are_utf8(run, monkeypatch, capfd):
     run_script(monkeypatch, "generate.py", [run, "--max-new-tokens", "1"], "Größe\r\n")
     assert capfd.readouterr().out.startswith("Größe")
     run_script(monkeypatch, "generate.py", [run], b"Fellow \xff\xfe")
-    told = "error: --prompt 'Fellow \\udcff\\udcfe': is not UTF-8 at character 8; give it, or stdin, in UTF-8\n"
-    assert capfd.readouterr() == ("", told)
+    message = "error: --prompt 'Fellow \\udcff\\udcfe': is not UTF-8 at character 8; give it, or stdin, in UTF-8\n"
+    assert capfd.readouterr() == ("", message)
     run_script(monkeypatch, "generate.py", [run, "--prompt", "a", "--prompt", "Fellow \udcff\udcfe"])
-    assert capfd.readouterr() == ("", told)
+    assert capfd.readouterr() == ("", message)
 
 
 def test_mistakes_are_told_in_a_line(run, tmp_path, monkeypatch, capfd):

@@ -96,7 +96,7 @@ def test_a_word_longer_than_the_model_reads_is_refused(lines, tokenizer):
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "problem"),
     [
         ('{"text": "a b"}\n{"text": "a', "line 2: no object with a text"),
         ('{"text": "a b"}\n\n{"txt": "a b"}', "line 3: no object with a text"),
@@ -106,10 +106,10 @@ def test_a_word_longer_than_the_model_reads_is_refused(lines, tokenizer):
         ("\n", "is empty"),
     ],
 )
-def test_lines_that_are_no_items(tmp_path, text, told):
+def test_lines_that_are_no_items(tmp_path, text, problem):
     path = tmp_path / "lambada.jsonl"
     path.write_text(text)
-    with pytest.raises(DataError, match=told) as error:
+    with pytest.raises(DataError, match=problem) as error:
         read_lambada(path)
     assert f"--task lambada={path}" in str(error.value)
 

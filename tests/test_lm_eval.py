@@ -168,16 +168,16 @@ def test_mistakes_in_tasks_are_told(evaluate_error, evaluated_place, tmp_path):
     task = (evaluated_place.folder / "tasks" / "piqa.yaml").read_text()
     (tmp_path / "piqa.yaml").write_text(task.replace("piqa.jsonl", "nothing.jsonl"))
     flags = ["runs/gpt3", "--include-path", tmp_path, "--harness"]
-    told = evaluate_error(*flags, "piqa")
-    assert "--harness piqa: its data can't be read (FileNotFoundError" in told
-    assert "a task file 'piqa' that names local files" in told
+    message = evaluate_error(*flags, "piqa")
+    assert "--harness piqa: its data can't be read (FileNotFoundError" in message
+    assert "a task file 'piqa' that names local files" in message
     assert "--harness piqua: there is no such task; did you mean 'piqa'? gpt3 is" in evaluate_error(*flags, "piqua")
     assert "--harness xyzzy: there is no such task; gpt3 is the paper's eleven" in evaluate_error(*flags, "xyzzy")
     (tmp_path / "group.yaml").write_text("group: quizzes\ntask: [piqa]\n")
     (tmp_path / "arc_easy.yaml").write_text(task.replace("task: piqa", "task: arc_easy\ntag: [exams]"))
     for group in ("quizzes", "exams"):
-        told = evaluate_error(*flags, group)
-        assert f"--harness {group}: is a group of lm-eval" in told
+        message = evaluate_error(*flags, group)
+        assert f"--harness {group}: is a group of lm-eval" in message
 
 
 def test_what_a_task_cannot_do_is_told_before_the_weights_are_read(
@@ -188,8 +188,8 @@ def test_what_a_task_cannot_do_is_told_before_the_weights_are_read(
     piqa = ["runs/gpt3", "--harness", "piqa", *OWN, "--limit", "1", "--shots"]
     evaluate_command(*piqa, ITEMS)  # without examples of its own, lm-eval draws from the questions
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", None)
-    told = evaluate_error("runs/gpt3", "--harness", "generate", "--include-path", tmp_path)
-    assert "--harness generate: its generation_kwargs ask for random samples" in told
+    message = evaluate_error("runs/gpt3", "--harness", "generate", "--include-path", tmp_path)
+    assert "--harness generate: its generation_kwargs ask for random samples" in message
     assert f"--shots {ITEMS + 1}: piqa hasn't that many examples" in evaluate_error(*piqa, ITEMS + 1)
 
 

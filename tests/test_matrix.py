@@ -1,4 +1,4 @@
-"""Every engine in every precision: trains along the plan, evaluates, resumes amid the warmup, changes the number of ranks.
+"""Every engine in every precision: trains along the plan, evaluates, resumes mid-warmup, changes the number of ranks.
 
 Three launches: on two ranks each cell trains and continues from its own checkpoint; on one rank (on four, where two have
 a model between them) each continues from there once more.
@@ -65,7 +65,7 @@ def run_file(tmp_path_factory, tiny_run):
 
 @pytest.fixture(scope="module")
 def matrix(run_file):
-    """The runs: ``CELL`` trained, ``CELL-resumed`` and ``CELL-ranks`` continued amid the warmup."""
+    """The runs: ``CELL`` trained, ``CELL-resumed`` and ``CELL-ranks`` continued mid-warmup."""
     runs = Runs(run_file.parent)
     folder = runs.folder
 
@@ -154,14 +154,14 @@ def test_changes_the_number_of_ranks(matrix, engine, precision):
 
 def test_goes_on_under_other_keys_of_zero(matrix):
     assert_continues(matrix["reordered"], matrix["zero2-fp32"], 1e-4)
-    told = "saved by 2 data-parallel ranks under ZeRO stage 2, continuing on 2 under stage 2"
-    assert f"zero2-fp32/global_step{MID_WARMUP}: {told}" in matrix.outputs["two"]
+    line = "saved by 2 data-parallel ranks under ZeRO stage 2, continuing on 2 under stage 2"
+    assert f"zero2-fp32/global_step{MID_WARMUP}: {line}" in matrix.outputs["two"]
 
 
 def test_goes_on_under_another_zero_stage_on_another_number_of_ranks(matrix):
     assert_continues(matrix["zero2-to-zero3"], matrix["zero2-fp32"], 1e-4)
-    told = "saved by 2 data-parallel ranks under ZeRO stage 2, continuing on 1 under stage 3"
-    assert f"zero2-fp32/global_step{MID_WARMUP}: {told}" in matrix.outputs["one"]
+    line = "saved by 2 data-parallel ranks under ZeRO stage 2, continuing on 1 under stage 3"
+    assert f"zero2-fp32/global_step{MID_WARMUP}: {line}" in matrix.outputs["one"]
 
 
 @pytest.mark.parametrize("engine", ["zero3", "pipeline", "pipeline_zero1", "tensor", "tensor_zero3", "ulysses"])
@@ -182,7 +182,7 @@ def test_a_model_in_parts_stays_in_as_many(matrix, run_file, engine, key):
     checkpoint = read_checkpoint(matrix[f"{engine}-fp32"] / f"global_step{MID_WARMUP}")
     checkpoints = Checkpoints(matrix.folder, 9, RunConfig.load(run_file).settings())
     with pytest.raises(CheckpointError, match=f"saved with {key} 2; set it to 2, not 1"):
-        checkpoints.load(None, checkpoint)  # told before the engine is touched
+        checkpoints.load(None, checkpoint)  # refused before the engine is touched
 
 
 @pytest.mark.parametrize("engine", WITH_DROPOUT)

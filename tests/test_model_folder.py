@@ -77,14 +77,14 @@ def test_flops_leave_out_what_is_looked_up(folders):
 
 
 def test_sizes_that_contradict_name_both(folders):
-    told = refusal(section(folders / "llama", num_layers=3))
-    assert f"num_layers: 3 is not that of hf_checkpoint {folders / 'llama'}, 2" in told
-    told = refusal(section(folders / "llama", preset="tiny-200k"))
-    assert "hidden_size: 64 is not that of hf_checkpoint" in told
+    message = refusal(section(folders / "llama", num_layers=3))
+    assert f"num_layers: 3 is not that of hf_checkpoint {folders / 'llama'}, 2" in message
+    message = refusal(section(folders / "llama", preset="tiny-200k"))
+    assert "hidden_size: 64 is not that of hf_checkpoint" in message
     assert ModelConfig.model_validate(section(folders / "llama", num_layers=2)).num_layers == 2
-    told = refusal({"hf_checkpoint": str(folders / "bloom")})
-    assert "config.json has no max_position_embeddings (as max_position_embeddings or n_positions" in told
-    assert "set model.max_position_embeddings" in told
+    message = refusal({"hf_checkpoint": str(folders / "bloom")})
+    assert "config.json has no max_position_embeddings (as max_position_embeddings or n_positions" in message
+    assert "set model.max_position_embeddings" in message
 
 
 def test_what_is_no_causal_language_model_is_refused(folders, tmp_path):
@@ -92,8 +92,8 @@ def test_what_is_no_causal_language_model_is_refused(folders, tmp_path):
     masked = save(BertForMaskedLM(BertConfig(vocab_size=257, **sizes)), tmp_path / "masked")
     assert "names the architecture BertForMaskedLM; give a causal" in refusal({"hf_checkpoint": str(masked)})
     t5 = T5ForConditionalGeneration(T5Config(vocab_size=257, d_model=32, d_ff=32, num_layers=1, num_heads=2, d_kv=16))
-    told = refusal({"hf_checkpoint": str(save(t5, tmp_path / "t5"))})
-    assert "T5ForConditionalGeneration is an encoder with a decoder" in told
+    message = refusal({"hf_checkpoint": str(save(t5, tmp_path / "t5"))})
+    assert "T5ForConditionalGeneration is an encoder with a decoder" in message
     both_ways = save(BertLMHeadModel(BertConfig(vocab_size=257, **sizes)), tmp_path / "both_ways")
     with pytest.raises(ConfigError, match="its logits change with later tokens"):
         build_model(ModelConfig.model_validate({"hf_checkpoint": str(both_ways)}))
@@ -106,9 +106,9 @@ def test_what_is_no_causal_language_model_is_refused(folders, tmp_path):
 
 def test_folders_that_are_not_whole_are_refused(folders, tmp_path):
     (tmp_path / "empty").mkdir()
-    told = refusal({"hf_checkpoint": str(tmp_path / "nothing")})
-    assert "nothing: there is no such folder" in told
-    assert "needs its files each time it is resumed" in told
+    message = refusal({"hf_checkpoint": str(tmp_path / "nothing")})
+    assert "nothing: there is no such folder" in message
+    assert "needs its files each time it is resumed" in message
     assert "hf_checkpoint: '' names no folder" in refusal({"hf_checkpoint": ""})  # not the current one
     assert "neither a config.json" in refusal({"hf_checkpoint": str(tmp_path / "empty")})
     cut = shutil.copytree(folders / "llama", tmp_path / "cut")
@@ -200,8 +200,10 @@ def test_the_corpus_has_the_tokenizer_of_the_model(folders, corpus, tiny_run, tm
     build_tokenizer(TokenizerChoice(train_vocab=258), ["abab"]).save(str(model / "tokenizer.json"))
     with pytest.raises(DataError) as caught:
         open_run_data(RunConfig.from_dict(run))
-    told = f"{beside}: is not the tokenizer in model.hf_checkpoint {model}: id 257 there is 'ab', here another; prepare"
-    assert str(caught.value).startswith(told)
+    message = (
+        f"{beside}: is not the tokenizer in model.hf_checkpoint {model}: id 257 there is 'ab', here another; prepare"
+    )
+    assert str(caught.value).startswith(message)
     beside.unlink()
     (model / "tokenizer.json").write_text("{")
     with pytest.raises(ConfigError, match=r"llama/tokenizer\.json: not a tokenizer\.json"):

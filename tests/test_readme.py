@@ -54,7 +54,7 @@ def test_the_benchmark_of_data_finds_and_reads(tmp_path):
 
 
 def test_the_benchmark_measures_every_length_and_draws_it(tmp_path):
-    # In a pipeline, where rows that stay while their length changes would go wrong unless the stages are told.
+    # In a pipeline, where rows that stay while their length changes would go wrong unless the stages are message.
     sizes = [
         "model.num_layers=2",
         "model.hidden_size=32",

@@ -114,9 +114,9 @@ def test_there_is_always_a_checkpoint_to_go_back_to(gaps, keep_last, skip_steps,
 def test_a_spike_is_told_of_once(tmp_path):
     one = guard("log", [4.0, 3.0])
     assert one.judge(4.5) is None  # 1.5 times the least, not above
-    told = one.judge(4.8)
+    message = one.judge(4.8)
     ratio = "1.600 times the least before it, 3.0000 (training.spike_ratio 1.5)"
-    assert told == f"step 7: the loss 4.8000 is {ratio}, at seqlen 32 and lr 0.001"
+    assert message == f"step 7: the loss 4.8000 is {ratio}, at seqlen 32 and lr 0.001"
     assert one.judge(9.0) is None  # the same episode
     assert one.judge(3.0) is None
     assert one.judge(9.0) is not None

@@ -232,8 +232,8 @@ def test_only_told_of_by_default(runs):
     assert spikes[0] == SPIKE
     episodes = [step for step in spikes if step - 1 not in spikes]
     line = r"step (\d+): the loss [^;\n]*spike_ratio 1\.3\), at seqlen \d+ and lr \S+\s*\n"
-    told = re.findall(line, (runs / "spikes.log").read_text())
-    assert list(map(int, told)) == episodes
+    message = re.findall(line, (runs / "spikes.log").read_text())
+    assert list(map(int, message)) == episodes
     assert not (runs / "log" / ROLLBACKS).exists()
     assert not (runs / "log" / "global_step0").exists()
 
@@ -241,8 +241,8 @@ def test_only_told_of_by_default(runs):
 def test_stops_before_anything_of_the_spike_is_saved(runs):
     steps, _ = records(runs / "stop")
     assert steps == records(runs / "log")[0][: SPIKE - 1]
-    told = (runs / "stop" / "error").read_text()
-    assert told.startswith("step 25: the loss ")
+    message = (runs / "stop" / "error").read_text()
+    assert message.startswith("step 25: the loss ")
     for part in (
         "times the least before it",
         "training.spike_ratio 1.3",
@@ -251,7 +251,7 @@ def test_stops_before_anything_of_the_spike_is_saved(runs):
         "intact",
         "rollback",
     ):
-        assert part in told
+        assert part in message
     assert sorted(path.name for path in (runs / "stop").glob("global_step*")) == [
         "global_step12",
         "global_step18",
@@ -260,9 +260,9 @@ def test_stops_before_anything_of_the_spike_is_saved(runs):
 
 
 def test_without_a_checkpoint_from_before_it_says_what_goes_on(runs):
-    told = (runs / "too-new" / "error").read_text()
-    assert "a rollback skips steps 18 to 25, and no checkpoint from before them is kept" in told
-    assert 'Set training.spike_skip_steps to 7 or less, or training.on_spike to "log"' in told
+    message = (runs / "too-new" / "error").read_text()
+    assert "a rollback skips steps 18 to 25, and no checkpoint from before them is kept" in message
+    assert 'Set training.spike_skip_steps to 7 or less, or training.on_spike to "log"' in message
     assert not (runs / "too-new" / ROLLBACKS).exists()
     (rollback,) = json.loads((runs / "newer" / ROLLBACKS).read_text())  # it was set to 7, in the same command
     assert (rollback["returned_to"], rollback["skipped"]) == (18, [19, 25])
@@ -277,16 +277,16 @@ def test_a_checkpoint_from_elsewhere_brings_its_skipped_steps(runs):
 
 
 def test_skipped_steps_ahead_are_told_of_when_a_run_starts(runs):
-    told = re.findall(r"steps to skip, .*: (.*\d)\s*\n", (runs / "spikes.log").read_text())
-    assert told.count("22 to 25") >= len(ROLLED_BACK)  # planned
-    assert "25 to 25" in told  # from-elsewhere begins with it
+    message = re.findall(r"steps to skip, .*: (.*\d)\s*\n", (runs / "spikes.log").read_text())
+    assert message.count("22 to 25") >= len(ROLLED_BACK)  # planned
+    assert "25 to 25" in message  # from-elsewhere begins with it
 
 
 def test_gives_up_on_what_spikes_again_and_again(runs):
-    told = (runs / "too-fast" / "error").read_text()
-    assert re.match(r"step \d+: the loss is (nan|inf), at seqlen", told)
-    assert "after 10 rollbacks" in told
-    assert "Lower optimizer.params.lr" in told
+    message = (runs / "too-fast" / "error").read_text()
+    assert re.match(r"step \d+: the loss is (nan|inf), at seqlen", message)
+    assert "after 10 rollbacks" in message
+    assert "Lower optimizer.params.lr" in message
     ledger = json.loads((runs / "too-fast" / ROLLBACKS).read_text())
     assert len(ledger) == 10
     assert {rollback["loss"] for rollback in ledger} == {None}
@@ -303,9 +303,9 @@ def test_gives_up_on_what_spikes_again_and_again(runs):
 
 
 def test_what_spikes_again_and_again_goes_on_when_only_told_of(runs):
-    told = (runs / "restless" / "error").read_text()
-    assert "after 10 rollbacks" in told
-    assert 'or set training.on_spike to "log"' in told
+    message = (runs / "restless" / "error").read_text()
+    assert "after 10 rollbacks" in message
+    assert 'or set training.on_spike to "log"' in message
     assert '"log"' not in (runs / "too-fast" / "error").read_text()  # NaN can't be gone on from
     log = [record for record in raw(runs / "rested") if "valid_loss" not in record]
     assert [record["step"] for record in log] == list(range(1, 42))
@@ -326,6 +326,6 @@ def test_what_ails_the_folder_is_told_by_all_ranks(runs):
     assert re.match(
         r".*Is a directory: .*/no-lock/\.lock'; free space or fix", (runs / "no-lock" / "error").read_text()
     )
-    told = (runs / "no-pointer" / "error").read_text()
-    assert re.match(r".*/no-pointer/global_step0: is complete, but what comes after it failed .*latest", told)
+    message = (runs / "no-pointer" / "error").read_text()
+    assert re.match(r".*/no-pointer/global_step0: is complete, but what comes after it failed .*latest", message)
     assert (runs / "no-pointer" / "global_step0" / "complete.json").exists()

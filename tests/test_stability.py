@@ -52,9 +52,9 @@ def test_a_run_by_hand():
     assert summary["fluctuations"][-1]["step"] == 30
     assert summary["max_perplexity_ratio"] == pytest.approx(1.4)
     assert json.loads(json.dumps(summary)) == summary
-    told = describe_stability(summary)
-    assert "over 1.2 at 2 of 5 steps (40.00%), at most 1.500 at step 5" in told
-    assert "at most 1.400" in told
+    message = describe_stability(summary)
+    assert "over 1.2 at 2 of 5 steps (40.00%), at most 1.500 at step 5" in message
+    assert "at most 1.400" in message
 
 
 def test_perplexities_above_the_logs_limit_are_told_apart():

@@ -96,13 +96,13 @@ def searches(config_file):
     return folder
 
 
-def told(save):
+def message(save):
     state = read_json(save / "tuning.json")
     return {name: value for name, value in state.items() if name != "seconds"}
 
 
 def test_a_search_killed_twice_ends_with_the_same_answer(searches):
-    assert told(searches / "killed") == told(searches / "whole")
+    assert message(searches / "killed") == message(searches / "whole")
     assert read_json(searches / "killed" / "tuned.json") == read_json(searches / "whole" / "tuned.json")
     for probe in (searches / "whole" / "probes").glob("min*/"):
         assert records(searches / "killed" / "probes" / probe.name) == records(probe)
@@ -297,8 +297,8 @@ def checkout(tmp_path):
 
 
 def examples():
-    told = subprocess.run([*TUNE, "--help"], capture_output=True, text=True, check=True).stdout
-    return [line.strip() for line in told.split("Example:")[1].splitlines() if "scripts/tune.py" in line]
+    message = subprocess.run([*TUNE, "--help"], capture_output=True, text=True, check=True).stdout
+    return [line.strip() for line in message.split("Example:")[1].splitlines() if "scripts/tune.py" in line]
 
 
 def run_example(line, folder):

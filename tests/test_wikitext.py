@@ -110,13 +110,13 @@ def test_perplexity_ends_at_e_to_the_20(tmp_path, tokenizer):
 
 
 @pytest.mark.parametrize(
-    ("data", "told"), [(b"word", "has 1 words"), (b"one two\n\xff", "line 2: not UTF-8"), (None, "No such file")]
+    ("data", "message"), [(b"word", "has 1 words"), (b"one two\n\xff", "line 2: not UTF-8"), (None, "No such file")]
 )
-def test_files_that_are_no_such_text(tmp_path, data, told):
+def test_files_that_are_no_such_text(tmp_path, data, message):
     path = tmp_path / "wiki.tokens"
     if data is not None:
         path.write_bytes(data)
-    with pytest.raises(DataError, match=told) as error:
+    with pytest.raises(DataError, match=message) as error:
         read_wikitext103(path)
     assert f"--task wikitext103={path}" in str(error.value)
 

@@ -1,7 +1,7 @@
 """Whether two runs are identical up to a step: then a checkpoint of one serves the other as its own.
 
-Training is a function of the step, so runs of different schedules share what they have in common: the beginning of two
-ramps from the same length, say, up to the step at which the steeper one leaves it.
+Training is a function of the step, so runs of different schedules share what they have in common, such as the beginning
+of two ramps from the same length, up to the step at which the steeper one leaves it.
 """
 
 from __future__ import annotations

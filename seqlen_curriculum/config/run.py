@@ -194,7 +194,7 @@ def _parse_curriculum(raw: Mapping[str, Any], problems: list[str]) -> Curriculum
     if isinstance(block, Mapping) and "enabled" not in block:
         problems.append("curriculum_learning.enabled: required, but not given; write true or false")
     if isinstance(block, Mapping) and block.get("enabled") is False:
-        full = block.get("max_difficulty")  # in a file without a data section it is all that tells the full length
+        full = block.get("max_difficulty")  # without a data section this is the only source of the full length
         if isinstance(full, int) and not isinstance(full, bool) and full > 0 and raw.get("data") is None:
             return constant_curriculum(full)
         return None

@@ -1,4 +1,4 @@
-"""The data of a run's configuration, checked before any work."""
+"""The data of a run's configuration, opened and checked before any work."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["corpora_of", "open_run_data", "open_samples", "open_training_data"]
 
 
 def open_run_data(config: RunConfig) -> tuple[TrainingData, Samples | None]:
-    """(training data, validation samples) of a file with model, data and training sections; None if it never evaluates.
+    """Open (training data, validation samples) of a file with model, data and training sections; None if it never evaluates.
 
     Raises ConfigError, DataError.
     """
@@ -34,16 +34,16 @@ def open_run_data(config: RunConfig) -> tuple[TrainingData, Samples | None]:
 
 
 def open_training_data(config: RunConfig) -> TrainingData:
-    """The training data of a file with data and training sections; no token is looked at before it is read."""
+    """Open the training data of a file with data and training sections; no token is read yet."""
     assert config.data is not None
-    data, timeline = config.data, config.timeline()
+    data, timeline = config.data, config.plan.timeline
     sources = [data.prefixes] if data.weights is None else [[prefix] for prefix in data.prefixes]
     samples = [open_samples(config, "train", source) for source in sources]
     return TrainingData(samples, timeline, data.leftovers == "recycle", data.weights)
 
 
 def open_samples(config: RunConfig, which: str, prefixes: Sequence[str] | None = None) -> Samples:
-    """The samples of ``which`` (train, valid or test) split, or of the corpora named for it; ``prefixes``: of these."""
+    """Open the samples of the ``which`` (train, valid or test) split, or of its own corpora; of ``prefixes`` alone if given."""
     assert config.data is not None
     seed = config.training.seed if config.training else 0
     corpora, split = corpora_of(config.data, which)
@@ -52,7 +52,7 @@ def open_samples(config: RunConfig, which: str, prefixes: Sequence[str] | None =
 
 
 def corpora_of(data: DataConfig, which: str) -> tuple[list[str], str]:
-    """The corpora that ``which`` (train, valid or test) is taken from, and how each of them is split."""
+    """Return the corpora that ``which`` (train, valid or test) is taken from, and how each of them is split."""
     own = {"train": None, "valid": data.valid, "test": data.test}[which]
     if which == "test" and own is None and data.valid is not None:
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""One optimizer step's gradients from any number of micro-batches, however many the last step had."""
+"""The gradients of an optimizer step from any number of micro-batches, whatever the last step had."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ def set_accumulation(engine: Any, rows: int, micro_batches: int) -> None:
     DeepSpeed scales each loss by the number of micro-batches and averages over ranks, so the gradient is that of the
     whole step's mean loss.
     """
+    # 4 micro-batches of 2 rows on 8 ranks: DeepSpeed wants 2 and 4 x 2 x 8 = 64, and divides each loss by 64 / 2 / 8 = 4.
     engine.set_train_micro_batch_size(rows)
     engine.set_train_batch_size(rows * micro_batches * engine.dp_world_size)
 
@@ -23,7 +24,9 @@ def set_accumulation(engine: Any, rows: int, micro_batches: int) -> None:
 def accumulate(
     engine: Any, micro_batches: Sequence[tuple[torch.Tensor, ...]], seeds: Sequence[int] = ()
 ) -> torch.Tensor:
-    """Forward and backward of equal ``micro_batches``; this rank's mean loss, an fp64 scalar. ``engine.step()`` is next.
+    """Run forward and backward of equal ``micro_batches``; return this rank's mean loss, an fp64 scalar.
+
+    Call ``engine.step()`` next.
 
     ``engine(*micro_batch)`` gives a loss. With ``seeds``, one a micro-batch, dropout draws from them.
     """
@@ -31,10 +34,11 @@ def accumulate(
     total = torch.zeros((), device=engine.device, dtype=torch.float64)
     for number, micro_batch in enumerate(micro_batches):
         if number:
-            engine.step()  # before the boundary this only tells DeepSpeed that a micro-batch is done
+            engine.step()  # before the boundary this only counts a micro-batch
         if seeds:
             torch.manual_seed(seeds[number])
-        # Said outright: DeepSpeed's own count of micro-batches goes astray when their number changes between steps.
+        # Set explicitly: DeepSpeed finds the boundary by (micro_steps + 1) % accumulation, which is wrong once accumulation
+        # has changed: after 6 micro-steps a step of 4 would end at the 8th micro-step, its second micro-batch.
         engine.set_gradient_accumulation_boundary(number == len(micro_batches) - 1)
         loss = engine(*micro_batch)
         engine.backward(loss)

@@ -13,7 +13,7 @@ __all__ = ["compile_blocks"]
 
 
 def compile_blocks(blocks: nn.ModuleList, device: torch.device) -> None:
-    """Compile each block for rows and lengths that vary; says so and leaves them as they are where no compiler works.
+    """Compile each block for rows and lengths that vary; without a working compiler log that and leave them uncompiled.
 
     All blocks share their graphs, and neither rows nor seqlen is fixed in one: a run has a graph for training, one for
     evaluation, and one for micro-batches of a single row, which torch always takes for a special case.
@@ -26,14 +26,15 @@ def compile_blocks(blocks: nn.ModuleList, device: torch.device) -> None:
             f"training.compile: {problem or 'another rank has no working compiler'}; training without compilation"
         )
         return
-    # Else a length that happens to equal another size of the model is taken for that size, and gets a graph of its own.
+    # Otherwise torch takes sizes that happen to be equal for one size: a step of length 64 in a model of hidden size 64
+    # would get a graph of its own.
     torch.fx.experimental._config.use_duck_shape = False
     for block in blocks:
         block.compile(dynamic=True)
 
 
 def _compiler_problem(device: torch.device) -> str:
-    """Why a function of one operation can't be compiled here; empty if it can."""
+    """Return why a function of one operation can't be compiled here; empty if it can."""
     try:
         torch.compile(lambda x: x + 1, fullgraph=True)(torch.zeros(8, device=device))
     except Exception as error:  # each compiler has its own

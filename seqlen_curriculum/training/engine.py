@@ -7,7 +7,7 @@ import inspect
 import math
 import os
 import traceback
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -61,7 +61,9 @@ def initialize(*args: Any, curriculum_kwarg: str | None = None, **kwargs: Any) -
         raise ConfigError("scheduler: the file asks for TokenCosineLR and lr_scheduler= is given too; keep one")
     scheduler = run.curriculum_scheduler() if run.curriculum or run.data else None
     rate = run.plan.learning_rate if run.scheduler is not None else None
-    return build_engine(run.deepspeed, scheduler, rate, curriculum_kwarg, args=_without_config(named), **given)
+    if named is not None:  # DeepSpeed refuses a config given twice, and would read our sections from the file
+        named = argparse.Namespace(**{**vars(named), "deepspeed_config": None})
+    return build_engine(run.deepspeed, scheduler, rate, curriculum_kwarg, args=named, **given)
 
 
 def build_engine(
@@ -118,27 +120,24 @@ def _deepspeed_initialize(**arguments: Any) -> tuple[Any, ...]:
     try:
         return tuple(deepspeed.initialize(**arguments))
     except (AssertionError, AttributeError, KeyError, TypeError, ValueError) as error:
-        if isinstance(error, SeqlenCurriculumError) or not _is_raised_by(error, _REFUSING_PACKAGES):
+        *_, (frame, _) = traceback.walk_tb(error.__traceback__)  # where it was raised
+        package = str(frame.f_globals.get("__name__")).partition(".")[0]
+        if isinstance(error, SeqlenCurriculumError) or package not in _REFUSING_PACKAGES:
             raise
         raise ConfigError(
             f"DeepSpeed refuses its part of the configuration: {type(error).__name__}: {error}"
         ) from error
 
 
-def _is_raised_by(error: BaseException, packages: Collection[str]) -> bool:
-    """Return whether the code that raised ``error`` belongs to one of ``packages``."""
-    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-    return str(frame.f_globals.get("__name__")).partition(".")[0] in packages
-
-
 def _free_shared_memory(engine: Any) -> None:
-    """Unlink the 66 MiB that each CPU rank of DeepSpeed leaves in /dev/shm; by now all ranks have mapped them."""
+    """Unlink the 66 MiB that each CPU rank of DeepSpeed leaves in /dev/shm: all ranks have mapped them by now."""
     name = f"deepspeed_allreduce_buffer_*_{os.environ.get('MASTER_PORT')}_{engine.global_rank}"
     for buffer in Path("/dev/shm").glob(name):
         buffer.unlink(missing_ok=True)
 
 
 def _run_config(args: argparse.Namespace | None, *configs: object) -> RunConfig:
+    """Return the run of the one configuration that is given. Raises ConfigError."""
     given = [config for config in (*configs, getattr(args, "deepspeed_config", None)) if config is not None]
     if len(given) > 1:
         raise ConfigError(
@@ -156,11 +155,6 @@ def _run_config(args: argparse.Namespace | None, *configs: object) -> RunConfig:
             "timeline().rows(step) rows in each step, and hand them to training.accumulate.accumulate"
         )
     return run
-
-
-def _without_config(args: argparse.Namespace | None) -> argparse.Namespace | None:
-    """Drop the path: DeepSpeed refuses a config given twice, and would read our sections from the file."""
-    return argparse.Namespace(**{**vars(args), "deepspeed_config": None}) if args is not None else None
 
 
 def _check_takes_length(model: Any, keyword: str, has_lengths: bool) -> None:

@@ -1,4 +1,4 @@
-"""GPT-2 on DeepSpeed's pipeline engine: stages, one step, and the stages' weights as one Hugging Face folder."""
+"""GPT-2 on DeepSpeed's pipeline engine: its stages, changing shapes, and the weights as one Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["GPT2Stages", "follow_shapes"]
 
 
 class GPT2Stages(PipelineModule):  # type: ignore[misc]
-    """``model`` cut into ``stages`` with equally many blocks, as far as they divide; each rank keeps its own stage.
+    """``model`` partitioned into ``stages`` with equally many blocks, as far as they divide; each rank keeps its own stage.
 
     Every rank builds the whole model in host memory first, so the weights are those of a run without a pipeline.
     """
@@ -35,7 +35,7 @@ class GPT2Stages(PipelineModule):  # type: ignore[misc]
             [first, *middle, last], num_stages=stages, loss_fn=hidden_loss, partition_method="type:GPT2Block"
         )
         for parameter in self.parameters():
-            # DeepSpeed's clipping without ZeRO leaves out later stages' gradients from the norm unless told so.
+            # Without ZeRO, DeepSpeed's clipping leaves later stages' gradients out of the norm unless they are marked.
             parameter.model_parallel = not parameter.ds_pipe_replicated
         mine = {id(parameter) for parameter in self.parameters()}
         for parameter in model.lm.parameters():
@@ -57,7 +57,7 @@ class GPT2Stages(PipelineModule):  # type: ignore[misc]
             save_config(model, folder, next(iter(mine.values())).dtype)
 
     def _stage_names(self, stage: int) -> list[str]:
-        """Names of the weights of a stage's layers in the Hugging Face model."""
+        """Return the names of the weights of a stage's layers in the Hugging Face model."""
         return [name for names in self._names[self.parts[stage] : self.parts[stage + 1]] for name in names]
 
 

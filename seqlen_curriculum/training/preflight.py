@@ -1,7 +1,7 @@
-"""The largest shape of a run, tried before step 1: what doesn't fit the device's memory shows at once.
+"""The largest shape of a run, run before step 1: what doesn't fit the device's memory shows at once.
 
-Composer's trick of running the largest batch first, to have the memory allocated in one piece, without its traces: the
-loss of the try weighs nothing, so what it leaves in any engine's gradient buffers is exactly zero, and no step is taken.
+Composer also runs the largest batch first, so that memory is allocated in one piece. Here it leaves no trace: the loss is
+multiplied by zero, so every gradient buffer holds exactly zero afterwards, and no step is taken.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ __all__ = ["preflight"]
 
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "cannot allocate memory")
 _PATIENCE = datetime.timedelta(seconds=60)
-_AS_LONG_AS_IT_TAKES = datetime.timedelta(
-    days=1
-)  # a rank may compile, or wait for its files; a dead one ends the launch
+"""What a rank with a problem waits for the reports of the others."""
+_AS_LONG_AS_IT_TAKES = datetime.timedelta(days=1)
+"""A rank may compile, or wait for its files; the launcher ends a launch with a dead rank."""
 _calls = itertools.count()
 
 
 def preflight(executor: Executor, rows: int, seqlen: int) -> None:
-    """Forward and backward of a micro-batch of ``rows`` x ``seqlen`` tokens; call it on all ranks before the first step.
+    """Run forward and backward of a micro-batch of ``rows`` x ``seqlen`` tokens; call it on all ranks before the first step.
 
     Weights, gradients, optimizer, loss scale and random state are afterwards what they were, to the last bit. Raises
     ConfigError on all ranks if any of them ran out of memory: what to lower, and the device's own words.
@@ -41,7 +41,7 @@ def preflight(executor: Executor, rows: int, seqlen: int) -> None:
             executor.dry_run((tokens, tokens))
             problem = ""
         except (RuntimeError, MemoryError) as error:
-            problem = _if_out_of_memory(error)
+            problem = out_of_memory_line(error)
     ranks = _ranks_with(problem)
     if ranks:
         raise ConfigError(
@@ -51,19 +51,20 @@ def preflight(executor: Executor, rows: int, seqlen: int) -> None:
         )
 
 
-def _if_out_of_memory(error: BaseException) -> str:
-    """The first line of ``error``, which is raised again if it is about something else."""
+def out_of_memory_line(error: BaseException) -> str:
+    """Return the first line of ``error``; raise it again if it is not about memory."""
     first_line = (str(error).splitlines() or [""])[0]
-    told = isinstance(error, (torch.OutOfMemoryError, MemoryError))
-    if not told and not any(words in first_line.lower() for words in _OUT_OF_MEMORY):
+    is_memory = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+    if not is_memory and not any(words in first_line.lower() for words in _OUT_OF_MEMORY):
         raise error
     return first_line or type(error).__name__
 
 
 def _ranks_with(problem: str) -> list[int]:
-    """The ranks that have one, as far as they tell: a rank may be waiting in vain for one that failed.
+    """Return the ranks that have a problem; this rank alone where the others don't answer.
 
-    Told by way of the store, not by a collective, which would meet the other ranks in the middle of another one.
+    They report through the store: a rank that failed left its collective unfinished, and the others still wait in it, so
+    that another collective would never match theirs.
     """
     store: Any = _get_default_store()
     call = next(_calls)

@@ -20,7 +20,8 @@ __all__ = ["split_attention"]
 def split_attention(model: CausalLM, degree: int) -> Any:
     """Make ``model`` attend over the ranks of a sequence, ``degree`` neighbours; returns this rank's process group.
 
-    DeepSpeed's engine is not told: it averages gradients over all ranks, and the mean of equal parts' means is the mean.
+    DeepSpeed's engine doesn't know: it averages gradients over all ranks, and the mean of equal parts' means is the mean of
+    the row: 2 parts of 4 tokens with means 3 and 5 have the mean 4, as the 8 tokens have.
     """
     groups = [dist.new_group(range(first, first + degree)) for first in range(0, dist.get_world_size(), degree)]
     group = groups[dist.get_rank() // degree]
@@ -36,7 +37,9 @@ def split_attention(model: CausalLM, degree: int) -> Any:
         scaling: float | None = None,
         **_: Any,
     ) -> tuple[Tensor, None]:
-        """Query, key and value (B, nh, S / P, hs), result (B, S / P, nh, hs)."""
+        """Query, key and value are (B, nh, S / P, hs), the result is (B, S / P, nh, hs)."""
+        # DistributedAttention exchanges parts of the sequence (axis 1) for heads (axis 2) before attention, and back after:
+        # of 8 heads and 64 tokens on 2 ranks each has 8 heads of 32 tokens outside, 4 heads of 64 tokens inside.
         part = (tensor.transpose(1, 2) for tensor in (query, key, value))
         return attend(*part, 0, None, module, dropout, scaling), None  # rows are axis 0; no rotary embedding
 
@@ -48,6 +51,6 @@ def split_attention(model: CausalLM, degree: int) -> Any:
 def _whole_rows(
     query: Tensor, key: Tensor, value: Tensor, module: nn.Module, dropout: float, scaling: float | None
 ) -> Tensor:
-    """Causal attention of some of the heads, all (B, S, nh / P, hs)."""
+    """Return causal attention of this rank's heads; all tensors are (B, S, nh / P, hs)."""
     q, k, v = (tensor.transpose(1, 2) for tensor in (query, key, value))
     return causal_attention(module, q, k, v, None, dropout, scaling)[0]

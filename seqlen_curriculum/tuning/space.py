@@ -51,7 +51,7 @@ class Settings(Flags):
     most_of_run: float = Field(default=0.8, gt=0, le=1)
     """The largest T as a share of the steps of the run it makes; of the paper's the largest is 0.77 (1.5B, batch 4K)."""
     ratio: float = Field(default=SIGNIFICANT, gt=1)
-    """A perplexity of over so many times the best before it is a significant fluctuation."""
+    """A perplexity above this multiple of the best before it is a significant fluctuation."""
     warmup_steps: int | None = Field(default=None, ge=1)
     """Steps of the LR warmup, where the configuration has none."""
     eval_interval: int | None = Field(default=None, ge=1)

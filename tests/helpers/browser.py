@@ -75,12 +75,12 @@ def measured(page, folder, dark):
     copy.write_text(page.read_text() + MEASURE)
     boxes = "".join(f'<iframe width="{width}" height="900" style="border: 0"></iframe>' for width in WIDTHS)
     load = "<script>document.querySelectorAll('iframe').forEach(one => { one.src = 'measured.html' })</script>"
-    frames.write_text(FRAMES.format(frames=boxes, loads=load))  # the frames load once there is somebody to tell
+    frames.write_text(FRAMES.format(frames=boxes, loads=load))  # the frames load once there is a listener
     scheme = f"--blink-settings=preferredColorScheme={0 if dark else 1}"
     profile = folder / f"profile-{dark}"
     command = [find_browser(), *FLAGS.split(), scheme, f"--user-data-dir={profile}", "--dump-dom", frames.as_uri()]
     result = subprocess.run(command, capture_output=True, text=True, timeout=limit(120))
     found = re.search(r"<pre>(.*?)</pre>", result.stdout, re.DOTALL)
     assert found is not None, result.stderr
-    assert found[1], "the page told nothing"
+    assert found[1], "the page reported nothing"
     return {one["width"]: one for one in json.loads(html.unescape(found[1]))}
