@@ -43,7 +43,7 @@ def open_training_data(config: RunConfig) -> TrainingData:
 
 
 def open_samples(config: RunConfig, which: str, prefixes: Sequence[str] | None = None) -> Samples:
-    """Open the samples of the ``which`` (train, valid or test) split, or of its own corpora; of ``prefixes`` alone if given."""
+    """Open the samples of the ``which`` (train, valid or test) split, or of its own corpora; or of ``prefixes``."""
     assert config.data is not None
     seed = config.training.seed if config.training else 0
     corpora, split = corpora_of(config.data, which)
