@@ -68,6 +68,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         manifest = Manifest.model_validate_json((folder / MANIFEST).read_bytes())
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{folder}: no readable {MANIFEST}, so it is no complete checkpoint") from error
+    # Sizes tell a cut file from a whole one without reading gigabytes; damaged bytes show when the file is loaded.
     for name, size in manifest.files.items():
         path = folder / name
         if not path.exists():
@@ -91,6 +92,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 def checkpoint_folders(save: Path) -> list[Path]:
     """Return the folders in ``save`` that are named like checkpoints, oldest first, whole or not."""
 
+    # By number: as text, global_step9 would come after global_step10.
     def step(folder: Path) -> int:
         digits = folder.name.removeprefix(CHECKPOINT_PREFIX)
         return int(digits) if digits.isdigit() else -1

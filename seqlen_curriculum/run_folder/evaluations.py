@@ -22,6 +22,7 @@ class Evaluations(Section):
 
     def ratio(self, loss: float) -> float:
         """Return the perplexity of an evaluation of this ``loss`` over the best before it; 0 for the first evaluation."""
+        # Losses of 3.0, then 3.2: exp(0.2), so the perplexity is 1.22 times the best before.
         return perplexity_ratio(loss, self.least_loss) if self.least_loss is not None else 0.0
 
     def then(self, loss: float, held: int | None = None) -> Evaluations:

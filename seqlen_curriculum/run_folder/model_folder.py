@@ -114,6 +114,7 @@ def read_pretrained(folder: Path) -> PretrainedModel:
 
 def sizes_in(config: Mapping[str, Any]) -> dict[str, int]:
     """Return the sizes that a model's configuration gives, by the names in ``SIZES``."""
+    # The first of the names wins where a configuration has several, because a later item of a dict replaces an earlier.
     sizes = {size: config[name] for size, names in SIZES.items() for name in reversed(names) if name in config}
     return {size: value for size, value in sizes.items() if type(value) is int}
 
@@ -144,6 +145,7 @@ def _check_causal(folder: Path, config: dict[str, Any]) -> None:
 
 
 def _weight_files(folder: Path) -> list[Path]:
+    # Large models are split over files, and the index says which weight is in which.
     index = folder / "model.safetensors.index.json"
     if not index.exists():
         return [folder / "model.safetensors"]

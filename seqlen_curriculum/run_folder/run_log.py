@@ -27,6 +27,7 @@ class RunLog:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        # Unbuffered: what Python holds back is lost with the process, what the system has been given is not.
         self._file = self.path.open("ab", buffering=0)
 
     def write(self, record: dict[str, Any]) -> None:

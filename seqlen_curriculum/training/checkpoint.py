@@ -68,6 +68,7 @@ class Checkpoints:
         final = self.save_folder / f"{CHECKPOINT_PREFIX}{step}"
         if on_rank_0(lambda: self._read_or_none(final)) is not None:
             return  # resumed at this very step
+        # The dot keeps it out of checkpoint_folders: nobody takes a half-written folder for a checkpoint.
         unfinished = self.save_folder / f".{final.name}.tmp"
         if dist.get_rank() == 0:
             for left_by_a_kill in self.save_folder.glob(f".{CHECKPOINT_PREFIX}*.tmp"):
@@ -76,7 +77,7 @@ class Checkpoints:
         try:
             engine.save_checkpoint(str(self.save_folder), tag=unfinished.name, save_latest=False)
             write_model(unfinished)
-            dist.barrier()
+            dist.barrier()  # the manifest lists the files of all ranks, so all must have written theirs
             on_rank_0(lambda: self._publish(unfinished, final, step, engine, evaluations or Evaluations()))
         except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
             shutil.rmtree(unfinished, ignore_errors=True)
@@ -99,6 +100,7 @@ class Checkpoints:
             if resume == "auto":
                 return self.newest()
             path = Path(resume).resolve()
+            # The same command again, after a kill: by now the folder has checkpoints of its own, which are further on.
             own = self.newest() if path.parent != self.save_folder else None
             return own or self._read(path)
 
@@ -168,12 +170,14 @@ class Checkpoints:
         load_resharded(engine, checkpoint.folder, checkpoint.zero_stage, checkpoint.data_ranks)
 
     def _check_same_run(self, checkpoint: Checkpoint) -> None:
+        # These two change the shapes of the shards, which no resharding undoes: the message names the one way out.
         for key in ("pipeline.stages", "tensor_parallel.autotp_size"):
             saved, current = checkpoint.run.get(key, 1), self.run.get(key, 1)
             if saved != current:
                 raise CheckpointError(
                     f"{checkpoint.folder}: saved with {key} {saved}; set it to {saved}, not {current}"
                 )
+        # Schedules may differ as long as they agree up to this step: tuning continues one probe with another's ramp.
         changed = differences(checkpoint.run, self.run)
         if changed and not trains_identically(checkpoint.run, self.run, checkpoint.step):
             listed = "".join(f"\n  - {name}: {change}{_FIXES.get(name, '')}" for name, change in changed.items())

@@ -102,6 +102,7 @@ class _Shard:
     def pieces(self) -> Iterator[tuple[str, Piece]]:
         for span in self.spans:
             tensors = {FP32_WEIGHT_KEY: self.weights[span.flat], **_elementwise(self.state.get(span.flat, {}))}
+            # Views into the mapped file: nothing is read from the disk before take() copies the elements it needs.
             cut = {key: flat.view(-1)[span.start : span.start + span.numel] for key, flat in tensors.items()}
             yield span.name, (span.first, cut)
 
@@ -141,6 +142,7 @@ class _Saved:
             for key, flat in {FP32_WEIGHT_KEY: flats[span.flat], **state[span.flat]}.items():
                 target = flat.view(-1)[span.start : span.start + span.numel]
                 take([(first, cut[key]) for first, cut in self.pieces[span.name]], span.first, target)
+        # Learning rate, betas and weight decay are the saved ones; "params" numbers tensors, and there are others now.
         groups = []
         for group, saved in zip(base[PARAM_GROUPS], self.param_groups, strict=True):
             shared = group.keys() & saved.keys() - {"params"}
@@ -223,6 +225,8 @@ def _load_by_parameter(engine: Any, saved: _Saved) -> None:
     own = optimizer.state_dict()
     filled = saved.fill(own[OPTIMIZER_STATE_DICT], spans, optimizer.fp32_partitioned_groups_flat)
     own |= saved.scaler | {OPTIMIZER_STATE_DICT: filled}
+    # The prologue splits up every parameter that is whole at the moment; the epilogue gathers those that DeepSpeed keeps
+    # whole, with their new values.
     optimizer.checkpoint_event_prologue()
     optimizer.load_state_dict([own] * engine.dp_world_size)
     optimizer.checkpoint_event_epilogue()
@@ -233,6 +237,7 @@ def take(pieces: Iterable[tuple[int, Tensor]], first: int, target: Tensor) -> No
 
     Raises ValueError if the pieces don't hold them all.
     """
+    # Elements 4 to 9 out of pieces of 6 from 0 and of 6 from 6 on: 4 and 5 of the first, 6 to 9 of the second.
     taken = 0
     for begins, piece in pieces:
         begin, end = max(first, begins), min(first + target.numel(), begins + piece.numel())

@@ -41,6 +41,7 @@ class LossesSoFar(NamedTuple):
 
     def then(self, loss: float, spike_ratio: float) -> LossesSoFar:
         """Return the summary with one more loss."""
+        # Losses 4, 5, 2, 2.4 with a spike_ratio of 1.2: 5 > 1.2 x 4 is a spike, 2.4 = 1.2 x 2 is none.
         return LossesSoFar(min(self.least, loss), loss > spike_ratio * self.least)
 
     def ratio(self, loss: float) -> float | None:
@@ -105,6 +106,7 @@ class SpikeGuard:
 
         Raises DivergenceError or RollbackRequested, by ``training.on_spike``.
         """
+        # A loss of NaN compares as false with everything, so it has to be asked for before any ratio.
         broken = broken if math.isfinite(loss) else f"the loss is {loss}"
         if broken is not None:
             self.stop_or_roll_back(broken, loss)
