@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Lint, format, types and the direction of imports. Nothing is changed; `ruff check --fix . && ruff format .` mends most.
+# Check lint, format, types and the direction of imports. Nothing is changed; `ruff check --fix . && ruff format .` fixes most.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 bash scripts/install.sh dev

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Make .venv in the repository root and install the package in it; nothing is done twice.
+# Make .venv in the repository root and install the package in it. Does nothing if setup.py and constraints.txt are unchanged.
 # usage: bash scripts/install.sh [EXTRA]     EXTRA: dev, for the tests
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Install, make a corpus from Python's own source, train a small GPT-2 under sequence length warmup, show the curves.
-# Safe to run again: what is done is not done twice, and training continues where it stopped.
+# Safe to rerun: finished parts are skipped, and training resumes where it stopped.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 bash scripts/install.sh
@@ -10,7 +10,7 @@ ranks=$((accelerators > 0 ? accelerators : 2))
 echo "1/4  corpus: the source of Python's standard library, as corpus/stdlib.bin and .idx"
 python scripts/prepare_data.py --stdlib --train-vocab 512 --output-prefix corpus/stdlib
 
-echo "2/4  plan: what this run will do, before it does it"
+echo "2/4  plan: the lengths, tokens and learning rates of this run"
 python scripts/plan.py configs/tiny_cpu.json
 
 echo "3/4  training on $ranks ranks with DeepSpeed (the first run compiles DeepSpeed's C++ parts for a minute)"

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# A killed compilation of DeepSpeed's C++ parts leaves a lock, for which the next one would wait for ever in silence.
+# Find the locks that killed compilations of DeepSpeed's C++ parts left. The next compilation would wait for one silently and for ever.
 # usage: bash scripts/stale_locks.sh FOLDER [--remove]     FOLDER: TORCH_EXTENSIONS_DIR
-# Names the locks that nobody holds, with status 1; or removes them.
+# Prints the locks that no process holds and exits with status 1; with --remove, deletes them instead.
 shopt -s nullglob
 status=0
 for lock in "$1"/*/lock; do
@@ -11,7 +11,7 @@ for lock in "$1"/*/lock; do
     elif [ "${2:-}" = --remove ]; then
         rm -f "$lock"
     else
-        echo "error: $lock: left by a compilation that was killed, and DeepSpeed would wait for it for ever; type: rm '$lock'" >&2
+        echo "error: $lock: left by a killed compilation, and DeepSpeed would wait for it for ever; delete it: rm '$lock'" >&2
         status=1
     fi
 done
