@@ -1,4 +1,4 @@
-"""Put finished corpora together: what preparing all their texts at once gives, at the speed of the disk.
+"""Merge finished corpora into the one that preparing all their texts at once gives, at the speed of the disk.
 
 example:
   python scripts/merge_corpora.py corpus/books corpus/wiki --output-prefix corpus/all
@@ -14,7 +14,7 @@ from seqlen_curriculum.data.preparation.merge import merge
 
 def parser() -> argparse.ArgumentParser:
     flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    flags.add_argument("prefix", nargs="+", metavar="PREFIX", help="corpora of prepare_data.py, in this order")
+    flags.add_argument("prefix", nargs="+", metavar="PREFIX", help="corpora that prepare_data.py made, in this order")
     flags.add_argument("--output-prefix", required=True, metavar="P", help="writes P.bin .idx .tokenizer.json .json")
     flags.add_argument("--overwrite", action="store_true", help="replace outputs of other corpora")
     return flags

@@ -1,6 +1,6 @@
 """Prepare a training corpus from text: tokenize it into Megatron's .bin/.idx pair.
 
-An interrupted command continues where it was when it is given again. scripts/merge_corpora.py puts several together.
+Rerun an interrupted command to resume it. scripts/merge_corpora.py merges several corpora.
 
 example:
   python scripts/prepare_data.py --stdlib --train-vocab 4096 --output-prefix corpus/stdlib
@@ -29,16 +29,18 @@ def parser() -> argparse.ArgumentParser:
         type=Path,
         default=[],
         metavar="PATH",
-        help="text files (.txt .text .md .py: a document each), JSON lines (.jsonl .json .ndjson: a document a line), "
-        "either as .gz or .zst, tables (.parquet .arrow: a document a row), and folders of them, "
-        "Hugging Face's save_to_disk included",
+        help="text files (.txt .text .md .py: one document each), JSON lines (.jsonl .json .ndjson: one document per line), "
+        "both also as .gz or .zst, tables (.parquet .arrow: one document per row), and folders of them, also "
+        "those of Hugging Face's save_to_disk",
     )
-    text.add_argument("--stdlib", action="store_true", help="this Python's own .py files, a document each")
+    text.add_argument("--stdlib", action="store_true", help="the .py files of this Python, one document each")
     tokens = flags.add_argument_group("tokenizer, exactly one")
     tokens.add_argument("--vocab-file", type=Path, metavar="encoder.json", help="GPT-2's vocabulary, with --merge-file")
     tokens.add_argument("--merge-file", type=Path, metavar="vocab.bpe", help="GPT-2's merges, with --vocab-file")
-    tokens.add_argument("--tokenizer-file", type=Path, metavar="tokenizer.json", help="one that has <|endoftext|>")
-    tokens.add_argument("--train-vocab", type=int, metavar="N", help="train byte-level BPE of N tokens on this text")
+    tokens.add_argument(
+        "--tokenizer-file", type=Path, metavar="tokenizer.json", help="a tokenizer that has the token <|endoftext|>"
+    )
+    tokens.add_argument("--train-vocab", type=int, metavar="N", help="train byte-level BPE of N tokens on the input")
     _add_rules(flags.add_argument_group("documents"))
     flags.add_argument("--output-prefix", required=True, metavar="P", help="writes P.bin .idx .tokenizer.json .json")
     flags.add_argument("--workers", type=int, metavar="N", help="processes that encode (default: all cores)")
@@ -66,26 +68,26 @@ def _add_rules(flags: argparse._ArgumentGroup) -> None:
         "--on-bad-input",
         choices=["stop", "skip"],
         default=default.on_bad_input,
-        help="what isn't UTF-8 or JSON, lacks its key, is no string, too long, or behind a break of a packed file: "
-        "stop there, or leave out the line and count it (default: stop)",
+        help="a line that isn't UTF-8 or JSON, has no such key or no string there, or is too long, and what follows a "
+        "damaged place of a packed file: stop there, or leave it out and count it (default: stop)",
     )
     flags.add_argument(
         "--on-empty",
         choices=["stop", "skip"],
         default=default.on_empty,
-        help="documents of white space only: stop there, or leave out and count (default: skip)",
+        help="documents of white space only: stop there, or leave them out and count them (default: skip)",
     )
     flags.add_argument(
         "--max-line-bytes",
         type=int,
         default=default.max_line_bytes,
         metavar="N",
-        help="longest line of JSON or row, which bounds memory (default: 16777216)",
+        help="longest line of JSON or row of a table; it bounds memory (default: 16777216)",
     )
 
 
 def main() -> None:
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what is done is kept, as with Ctrl-C
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: keep what is done
     args = parser().parse_args()
     choice = TokenizerChoice(args.vocab_file, args.merge_file, args.tokenizer_file, args.train_vocab)
     rules = Rules(

@@ -1,1 +1,1 @@
-"""From text to a corpus: read, tokenize, write, merge."""
+"""From text to a corpus: find and read input files, tokenize, write, resume, merge."""

@@ -117,7 +117,7 @@ class _PartialFolder:
         publish({suffix: str(self.part(suffix)) for suffix in _MOVED}, self.prefix)
 
     def clear(self) -> None:
-        """Delete all files but the lock. Raises ``DataError`` if the folder holds something that isn't ours."""
+        """Delete all files but the lock. Raises ``DataError`` if the folder holds any other file."""
         foreign = [path.name for path in self.path.iterdir() if not _OWN_FILES.fullmatch(path.name)]
         if foreign:
             raise DataError(

@@ -115,7 +115,7 @@ def _json_parts(piece: FilePiece, rules: Rules, tally: Tally) -> Iterator[TextPa
 
 
 def split_text(text: str) -> Iterator[str]:
-    """Split a text before spaces that follow a non-space, into parts of a ``PIECE_BYTES`` or a little more.
+    """Split a text before spaces that follow a non-space, into parts of ``PIECE_BYTES / 4`` characters or a little more.
 
     The parts give the tokens of the whole, because no word of GPT-2's pre-tokenizer crosses such a place.
     """
