@@ -1,10 +1,12 @@
 """lm-evaluation-harness on our scoring: its numbers are plain loops' over transformers, and LAMBADA's are our own."""
 
+import functools
 import json
 import math
 import sys
 from types import SimpleNamespace
 
+import lm_eval.tasks
 import pytest
 from helpers.evaluated import ITEMS, POSITIONS, WORDS, ids, logits_of, tail
 from helpers.launching import ROOT
@@ -164,17 +166,19 @@ def test_the_example_of_the_eleven(evaluate_command):
     assert float(table[-1].split()[3].rstrip("%")) == pytest.approx(sum(shares) / 11, abs=0.01)
 
 
-def test_mistakes_in_tasks_are_told(evaluate_error, evaluated_place, tmp_path):
+def test_mistakes_in_tasks_are_told(evaluate_error, evaluated_place, tmp_path, monkeypatch):
     task = (evaluated_place.folder / "tasks" / "piqa.yaml").read_text()
     (tmp_path / "piqa.yaml").write_text(task.replace("piqa.jsonl", "nothing.jsonl"))
+    (tmp_path / "group.yaml").write_text("group: quizzes\ntask: [piqa]\n")
+    (tmp_path / "arc_easy.yaml").write_text(task.replace("task: piqa", "task: arc_easy\ntag: [exams]"))
+    # Listing lm-eval's 10,000 tasks takes seconds: once is enough.
+    monkeypatch.setattr(lm_eval.tasks, "TaskManager", functools.cache(lm_eval.tasks.TaskManager))
     flags = ["runs/gpt3", "--include-path", tmp_path, "--harness"]
     message = evaluate_error(*flags, "piqa")
     assert "--harness piqa: its data can't be read (FileNotFoundError" in message
     assert "a task file 'piqa' that names local files" in message
     assert "--harness piqua: there is no such task; did you mean 'piqa'? gpt3 is" in evaluate_error(*flags, "piqua")
     assert "--harness xyzzy: there is no such task; gpt3 is the paper's eleven" in evaluate_error(*flags, "xyzzy")
-    (tmp_path / "group.yaml").write_text("group: quizzes\ntask: [piqa]\n")
-    (tmp_path / "arc_easy.yaml").write_text(task.replace("task: piqa", "task: arc_easy\ntag: [exams]"))
     for group in ("quizzes", "exams"):
         message = evaluate_error(*flags, group)
         assert f"--harness {group}: is a group of lm-eval" in message

@@ -112,9 +112,20 @@ def read_by_epoch(data, world_size):
     return {key: np.concatenate(tokens) for key, tokens in read.items()}
 
 
-@settings(max_examples=2000, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=400, suppress_health_check=[HealthCheck.too_slow])
 @given(case=cases())
 def test_every_token_is_read_once_an_epoch(positions, case):
+    assert_every_token_is_read_once_an_epoch(positions, case)
+
+
+@pytest.mark.slow
+@settings(max_examples=4000, suppress_health_check=[HealthCheck.too_slow])
+@given(case=cases())
+def test_every_token_is_read_once_an_epoch_in_many_cases(positions, case):
+    assert_every_token_is_read_once_an_epoch(positions, case)
+
+
+def assert_every_token_is_read_once_an_epoch(positions, case):
     data = build(case, positions)
     timeline = data.timeline
     read = read_by_epoch(data, case.world_size)
