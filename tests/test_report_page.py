@@ -238,7 +238,7 @@ def test_a_run_records_what_it_was_trained_with(real, tiny_run):
     assert set(one["device"]) >= {"accelerator", "cpu"}
     assert load_run(real["resumed"]).info["launches"][0]["first_step"] == 43
     assert load_run(real["constant"]).info["config"]["curriculum_learning"] == {"enabled": False}
-    assert not list(real.glob("*/*.tmp"))
+    assert not list(real.folder.glob("*/*.tmp"))
 
 
 def test_a_launch_more_is_added_and_damage_does_not_stop_it(tmp_path):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -52,7 +51,7 @@ def launch_command(script: str | Path, *args: object, ranks: int = 1) -> list[st
 
 
 def start(command: list[str], log: Path, **kwargs: Any) -> subprocess.Popen[bytes]:
-    """Start a command in a process group of its own, its output going to the file ``log``; ``stop`` it in the end."""
+    """Start a command in a session of its own, its output going to the file ``log``; ``stop`` it in the end."""
     path = [str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "PYTHONPATH": os.pathsep.join(path)}
     options = {"stderr": subprocess.STDOUT, "env": environment, "start_new_session": True, "cwd": ROOT, **kwargs}
@@ -62,14 +61,14 @@ def start(command: list[str], log: Path, **kwargs: Any) -> subprocess.Popen[byte
 
 def stop(process: subprocess.Popen[bytes]) -> None:
     """Kill what is left of a started command, wait until all of it has ended, and remove its locks of compilations."""
-    if not _group_is_alive(process.pid):
-        process.wait()
-        return
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
+    left = _left_of(process.pid)
+    for one in left:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            one.kill()
     process.wait()
-    wait_until(lambda: not _group_is_alive(process.pid), f"process group {process.pid} is still alive")
-    stale_locks("--remove")
+    wait_until(lambda: not _left_of(process.pid), f"processes of {process.pid} are still alive")
+    if left:
+        stale_locks("--remove")
 
 
 def stale_locks(*options: str) -> str:
@@ -100,15 +99,17 @@ def wait_until(due: Callable[[], bool], problem: str, seconds: float = 120) -> N
 def wait_for_all(process: subprocess.Popen[bytes], seconds: float = 120) -> None:
     """Wait for a command and everything it started; after a signal the launcher ends before its ranks do."""
     process.wait(timeout=limit(seconds))
-    wait_until(lambda: not _group_is_alive(process.pid), f"process group {process.pid} is still alive", seconds)
+    wait_until(lambda: not _left_of(process.pid), f"processes of {process.pid} are still alive", seconds)
 
 
-def _group_is_alive(group: int) -> bool:
+def _left_of(session: int) -> list[psutil.Process]:
+    """Return the running processes that a command and those it started have, also in groups of their own, as ninja's."""
+    left = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error, ProcessLookupError):
-            if os.getpgid(process.pid) == group and process.status() != psutil.STATUS_ZOMBIE:
-                return True
-    return False
+            if os.getsid(process.pid) == session and process.status() != psutil.STATUS_ZOMBIE:
+                left.append(process)
+    return left
 
 
 def launch(

@@ -1,0 +1,65 @@
+"""What the other tests rest on: believed lacks, locks of killed compilations, commands killed with all they started."""
+
+import os
+import shutil
+import subprocess
+import sys
+
+import psutil
+import pytest
+from helpers import capabilities
+from helpers.launching import running, stale_locks, wait_until
+
+
+def test_an_unknown_capability_is_named_with_the_valid_ones(monkeypatch):
+    monkeypatch.setenv(capabilities.WITHOUT, "fp16, browsr")
+    with pytest.raises(ValueError, match="browsr; valid are fp16, bf16, compiler, browser, npm"):
+        capabilities.disbelieved()
+
+
+def test_what_is_believed_missing_is_skipped_with_the_reason(monkeypatch):
+    monkeypatch.setenv(capabilities.WITHOUT, "bf16")
+    monkeypatch.setenv(capabilities.ANSWERS, '{"fp16": "", "npm": "no npm"}')
+    assert capabilities.lacking(("fp16",)) == ""
+    assert capabilities.lacking(("fp16", "npm")) == "needs npm: no npm"
+    assert capabilities.lacking(("bf16",)) == "needs bf16: believed missing (SEQLEN_TEST_WITHOUT)"
+
+
+def test_hidden_commands_are_found_by_no_process(tmp_path, monkeypatch):
+    for name in ("c++", "x86_64-linux-gnu-g++-12", "npm", "other"):
+        (tmp_path / name).write_text("#!/bin/sh\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}/bin")
+    before = dict(os.environ)
+    with capabilities.hidden_commands({"compiler", "fp16"}):
+        assert [shutil.which(name) for name in ("c++", "g++", "x86_64-linux-gnu-g++-12")] == [None] * 3
+        assert shutil.which("npm")
+        assert subprocess.run(["other"]).returncode == 0
+        assert os.environ["TORCH_EXTENSIONS_DIR"] != before["TORCH_EXTENSIONS_DIR"]
+    assert dict(os.environ) == before
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/fd"), reason="open files are listed in /proc")
+def test_a_lock_that_nobody_holds_is_named_and_removed(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    lock = tmp_path / "fused_adam" / "lock"
+    lock.parent.mkdir()
+    assert stale_locks() == ""
+    with open(lock, "w"):
+        assert stale_locks() == ""
+        stale_locks("--remove")
+        assert lock.exists()
+    assert f"{lock}: left by a compilation that was killed" in stale_locks()
+    stale_locks("--remove")
+    assert not lock.exists()
+
+
+def test_a_command_is_killed_with_all_that_it_started(tmp_path):
+    child = "subprocess.Popen(['sleep', '99'], process_group=0)"
+    code = f"import subprocess, time; print({child}.pid, flush=True); time.sleep(99)"
+    log = tmp_path / "log"
+    with running([sys.executable, "-c", code], log) as process:
+        wait_until(lambda: log.read_text().endswith("\n"), "it does not start")
+    assert process.returncode is not None
+    pid = int(log.read_text())
+    assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
