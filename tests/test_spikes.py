@@ -29,7 +29,7 @@ from seqlen_curriculum import RunConfig
 from seqlen_curriculum.analysis.stability import stability
 from seqlen_curriculum.data.from_config import open_run_data
 from seqlen_curriculum.data.indexed import IndexedCorpus
-from seqlen_curriculum.run_folder.rollbacks import ROLLBACKS
+from seqlen_curriculum.run_folder import ROLLBACKS
 from seqlen_curriculum.run_folder.run_log import read_run_log
 
 SPIKE, SKIPPED = 25, [22, 23, 24, 25]

@@ -20,7 +20,6 @@ from seqlen_curriculum.run_folder import ROLLBACKS
 from seqlen_curriculum.run_folder.json_file import read_checked
 
 __all__ = [
-    "ROLLBACKS",
     "Rollback",
     "begun_by",
     "is_skipped",

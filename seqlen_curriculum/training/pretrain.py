@@ -20,9 +20,9 @@ from seqlen_curriculum.files import lock_folder
 from seqlen_curriculum.models.causal_lm import build_model
 from seqlen_curriculum.models.gpt2 import CausalLM, set_window
 from seqlen_curriculum.models.pretrained import copy_tokenizer
+from seqlen_curriculum.run_folder import ROLLBACKS, RUN_LOG
 from seqlen_curriculum.run_folder.checkpoint_manifest import Checkpoint
 from seqlen_curriculum.run_folder.evaluations import Evaluations
-from seqlen_curriculum.run_folder.rollbacks import ROLLBACKS
 from seqlen_curriculum.run_folder.run_log import RunLog, read_run_log
 from seqlen_curriculum.training.build import build_executor
 from seqlen_curriculum.training.checkpoint import Checkpoints, on_rank_0
@@ -34,8 +34,6 @@ from seqlen_curriculum.training.telemetry import Telemetry, log_rank0
 from seqlen_curriculum.training.trainer import StopSignals, Trainer
 
 __all__ = ["pretrain", "refuse_other_run"]
-
-_RUNLOG = "runlog.jsonl"
 
 
 def pretrain(
@@ -78,7 +76,7 @@ class _Pretraining:
         self.plan, self.settings = config.plan, config.training
         self.train_data, self.valid_samples, self.until_step = train, valid, until_step
         self.save, self.signals = save.resolve(), StopSignals()
-        self.log = self.save / _RUNLOG
+        self.log = self.save / RUN_LOG
         self.checkpoints = Checkpoints(
             self.save,
             self.settings.keep_last,
@@ -174,7 +172,7 @@ class _Pretraining:
             dropped = RunLog.rewind(self.log, done_steps)
             if dropped:
                 log_rank0(
-                    f"continuing after step {done_steps}: {dropped} later records of {_RUNLOG} will be written again"
+                    f"continuing after step {done_steps}: {dropped} later records of {RUN_LOG} will be written again"
                 )
             for path in self.save.glob("samples.rank*.jsonl"):
                 RunLog.rewind(path, done_steps)
@@ -209,7 +207,7 @@ def refuse_other_run(save: Path, resume: str, checkpoint: Checkpoint | None) -> 
             f"{save / ROLLBACKS}: lists the skipped steps of a run, and --resume none starts another; choose another "
             "--save, delete this file, or give --resume auto to train the run that skips them"
         )
-    first = next(read_run_log(save / _RUNLOG), None) if (save / _RUNLOG).exists() else None
+    first = next(read_run_log(save / RUN_LOG), None) if (save / RUN_LOG).exists() else None
     if first is None or (checkpoint is not None and checkpoint.folder.parent == save):
         return
     start = checkpoint.step + 1 if checkpoint else 1
