@@ -344,8 +344,13 @@ OFFLOAD = {
     "zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}},
     "zero_force_ds_cpu_optimizer": False,
 }
-PREFLIGHTS = {"zero 0": {}, "zero 1": SHARDINGS["zero 1"], "zero 2 fp16": {**SHARDINGS["zero 2"], **FP16}}
-PREFLIGHTS["zero 3"] = SHARDINGS["zero 3"]
+PREFLIGHTS = {
+    "zero 0": {},
+    "zero 1": SHARDINGS["zero 1"],
+    "zero 2 bf16": {**SHARDINGS["zero 2"], "bf16": {"enabled": True}},
+    "zero 2 fp16": {**SHARDINGS["zero 2"], **FP16},
+    "zero 3": SHARDINGS["zero 3"],
+}
 
 
 def part(name, scenario, needs=(), **arguments):
@@ -388,7 +393,7 @@ def parts_in(folder):
 
 
 def needs_of(changes):
-    return ("fp16",) if "fp16" in changes else ()
+    return tuple({"bf16", "fp16"} & changes.keys())
 
 
 @pytest.fixture(scope="session")

@@ -136,7 +136,7 @@ def raw(run, name="runlog.jsonl"):
 
 @pytest.mark.parametrize("engine", ROLLED_BACK)
 def test_a_rollback_is_the_run_that_skips_these_steps_from_the_start(runs, engine):
-    run, planned = runs[engine], runs / f"{engine}-planned"
+    run, planned = runs[engine], runs[f"{engine}-planned"]
     assert raw(run) == raw(planned)
     assert samples_by_step(run) == samples_by_step(planned)
     weights = [sorted((folder / "global_step41").glob("*.safetensors")) for folder in (run, planned)]
@@ -149,7 +149,7 @@ def test_the_log_is_whole_and_names_the_skipped_steps(runs, run_file):
     config = RunConfig.load(run_file)
     timeline = config.timeline()
     rate = config.plan.learning_rate()
-    log = [record for record in raw(runs / "zero2") if "valid_loss" not in record]
+    log = [record for record in raw(runs["zero2"]) if "valid_loss" not in record]
     assert [record["step"] for record in log] == list(range(1, 42))
     for record in log:
         step = record["step"]
@@ -160,23 +160,23 @@ def test_the_log_is_whole_and_names_the_skipped_steps(runs, run_file):
             assert record == {**planned, "skipped": True}
         else:
             assert record["lr"] == rate(step)
-    steps, evaluations = records(runs / "zero2")
+    steps, evaluations = records(runs["zero2"])
     assert stability(steps)["max_loss_ratio"] < 1.3
     assert [record["step"] for record in evaluations] == [8, 16, 24, 32, 40, 41]
     feed, _ = open_run_data(config)
-    assert samples_by_step(runs / "zero2") == {
+    assert samples_by_step(runs["zero2"]) == {
         step: samples for step, samples in planned_samples(feed).items() if step not in SKIPPED
     }
 
 
 def test_the_rollback_is_on_record(runs, run_file):
-    (rollback,) = json.loads((runs / "zero2" / ROLLBACKS).read_text())
-    (spike,) = [record for record in records(runs / "log")[0] if record["step"] == SPIKE]  # the same run up to there
+    (rollback,) = json.loads((runs["zero2"] / ROLLBACKS).read_text())
+    (spike,) = [record for record in records(runs["log"])[0] if record["step"] == SPIKE]  # the same run up to there
     assert {name: rollback[name] for name in ("step", "loss", "seqlen", "lr")} == {
         name: spike[name] for name in ("step", "loss", "seqlen", "lr")
     }
     assert rollback["loss"] > 5
-    least = min(record["loss"] for record in records(runs / "log")[0] if record["step"] < SPIKE)
+    least = min(record["loss"] for record in records(runs["log"])[0] if record["step"] < SPIKE)
     assert rollback["ratio"] == rollback["loss"] / least
     assert (rollback["returned_to"], rollback["skipped"]) == (18, [22, 25])
     assert rollback["seconds"] > 0
@@ -185,7 +185,7 @@ def test_the_rollback_is_on_record(runs, run_file):
 def test_the_engine_counts_the_skipped_steps(runs):
     import torch
 
-    states = torch.load(runs / "zero2" / "global_step41" / "mp_rank_00_model_states.pt", weights_only=False)
+    states = torch.load(runs["zero2"] / "global_step41" / "mp_rank_00_model_states.pt", weights_only=False)
     assert (states["global_steps"], states["global_samples"]) == (41, 41 * 16)
     assert states["skipped_steps"] == 0  # those of fp16
 
@@ -209,7 +209,7 @@ def assert_same_rollback(run, reference):
 
 def test_killed_amid_the_rollback_it_comes_out_the_same(runs):
     assert raw(runs.folder, "killed.jsonl")[-1]["step"] < 41
-    assert_same_rollback(runs / "killed", runs / "zero2")
+    assert_same_rollback(runs["killed"], runs["zero2"])
 
 
 @pytest.mark.slow
@@ -222,26 +222,26 @@ def test_killed_again_and_again(runs, run_file, tmp_path):
         log = tmp_path / f"{number}.log"
         assert run_and_kill(killed_command(tmp_path), log, due), log.read_text()
     assert not run_and_kill(killed_command(tmp_path), tmp_path / "log", lambda: False)  # to its end
-    assert_same_rollback(save, runs / "zero2")
+    assert_same_rollback(save, runs["zero2"])
 
 
-def test_only_told_of_by_default(runs):
-    steps, _ = records(runs / "log")
+def test_only_logged_by_default(runs):
+    steps, _ = records(runs["log"])
     assert [record["step"] for record in steps] == list(range(1, 42))
     spikes = [one["step"] for one in stability(steps)["spikes"] if one["ratio"] > 1.3]
     assert spikes[0] == SPIKE
     episodes = [step for step in spikes if step - 1 not in spikes]
     line = r"step (\d+): the loss [^;\n]*spike_ratio 1\.3\), at seqlen \d+ and lr \S+\s*\n"
-    message = re.findall(line, (runs / "spikes.log").read_text())
+    message = re.findall(line, runs.outputs["spikes"])
     assert list(map(int, message)) == episodes
-    assert not (runs / "log" / ROLLBACKS).exists()
-    assert not (runs / "log" / "global_step0").exists()
+    assert not (runs["log"] / ROLLBACKS).exists()
+    assert not (runs["log"] / "global_step0").exists()
 
 
 def test_stops_before_anything_of_the_spike_is_saved(runs):
-    steps, _ = records(runs / "stop")
-    assert steps == records(runs / "log")[0][: SPIKE - 1]
-    message = (runs / "stop" / "error").read_text()
+    steps, _ = records(runs["stop"])
+    assert steps == records(runs["log"])[0][: SPIKE - 1]
+    message = (runs["stop"] / "error").read_text()
     assert message.startswith("step 25: the loss ")
     for part in (
         "times the least before it",
@@ -252,7 +252,7 @@ def test_stops_before_anything_of_the_spike_is_saved(runs):
         "rollback",
     ):
         assert part in message
-    assert sorted(path.name for path in (runs / "stop").glob("global_step*")) == [
+    assert sorted(path.name for path in (runs["stop"]).glob("global_step*")) == [
         "global_step12",
         "global_step18",
         "global_step24",
@@ -260,72 +260,70 @@ def test_stops_before_anything_of_the_spike_is_saved(runs):
 
 
 def test_without_a_checkpoint_from_before_it_says_what_goes_on(runs):
-    message = (runs / "too-new" / "error").read_text()
+    message = (runs["too-new"] / "error").read_text()
     assert "a rollback skips steps 18 to 25, and no checkpoint from before them is kept" in message
     assert 'Set training.spike_skip_steps to 7 or less, or training.on_spike to "log"' in message
-    assert not (runs / "too-new" / ROLLBACKS).exists()
-    (rollback,) = json.loads((runs / "newer" / ROLLBACKS).read_text())  # it was set to 7, in the same command
+    assert not (runs["too-new"] / ROLLBACKS).exists()
+    (rollback,) = json.loads((runs["newer"] / ROLLBACKS).read_text())  # it was set to 7, in the same command
     assert (rollback["returned_to"], rollback["skipped"]) == (18, [19, 25])
-    assert raw(runs / "newer")[-1]["step"] == 41
+    assert raw(runs["newer"])[-1]["step"] == 41
 
 
 def test_a_checkpoint_from_elsewhere_brings_its_skipped_steps(runs):
-    assert raw(runs / "from-elsewhere") == [record for record in raw(runs / "zero2") if record["step"] > 24]
+    assert raw(runs["from-elsewhere"]) == [record for record in raw(runs["zero2"]) if record["step"] > 24]
     manifests = [runs[run] / "global_step41" / "complete.json" for run in ("from-elsewhere", "zero2")]
     ours, theirs = (json.loads(path.read_text())["rollbacks"] for path in manifests)
     assert ours == theirs != []
 
 
-def test_skipped_steps_ahead_are_told_of_when_a_run_starts(runs):
-    message = re.findall(r"steps to skip, .*: (.*\d)\s*\n", (runs / "spikes.log").read_text())
+def test_skipped_steps_ahead_are_logged_when_a_run_starts(runs):
+    message = re.findall(r"steps to skip, .*: (.*\d)\s*\n", runs.outputs["spikes"])
     assert message.count("22 to 25") >= len(ROLLED_BACK)  # planned
     assert "25 to 25" in message  # from-elsewhere begins with it
 
 
 def test_gives_up_on_what_spikes_again_and_again(runs):
-    message = (runs / "too-fast" / "error").read_text()
+    message = (runs["too-fast"] / "error").read_text()
     assert re.match(r"step \d+: the loss is (nan|inf), at seqlen", message)
     assert "after 10 rollbacks" in message
     assert "Lower optimizer.params.lr" in message
-    ledger = json.loads((runs / "too-fast" / ROLLBACKS).read_text())
+    ledger = json.loads((runs["too-fast"] / ROLLBACKS).read_text())
     assert len(ledger) == 10
     assert {rollback["loss"] for rollback in ledger} == {None}
-    steps, _ = records(runs / "too-fast")
+    steps, _ = records(runs["too-fast"])
     assert len(steps) >= 1  # what follows the last rollback; by then the engine was ten times full of NaN
     assert all(math.isfinite(record["loss"] + record["grad_norm"]) for record in steps)
-    assert sorted(path.name for path in (runs / "too-fast").glob("global_step*")) == [
+    assert sorted(path.name for path in (runs["too-fast"]).glob("global_step*")) == [
         "global_step12",
         "global_step18",
         "global_step6",
     ]
     last = ledger[-1]["skipped"][1]
-    assert [record["step"] for record in raw(runs / "too-fast") if "skipped" in record] == list(range(1, last + 1))
+    assert [record["step"] for record in raw(runs["too-fast"]) if "skipped" in record] == list(range(1, last + 1))
 
 
-def test_what_spikes_again_and_again_goes_on_when_only_told_of(runs):
-    message = (runs / "restless" / "error").read_text()
+def test_what_spikes_again_and_again_resumes_when_only_logged(runs):
+    message = (runs["restless"] / "error").read_text()
     assert "after 10 rollbacks" in message
     assert 'or set training.on_spike to "log"' in message
-    assert '"log"' not in (runs / "too-fast" / "error").read_text()  # NaN can't be gone on from
-    log = [record for record in raw(runs / "rested") if "valid_loss" not in record]
+    assert '"log"' not in (runs["too-fast"] / "error").read_text()  # NaN can't be gone on from
+    log = [record for record in raw(runs["rested"]) if "valid_loss" not in record]
     assert [record["step"] for record in log] == list(range(1, 42))
-    skipped = [one["skipped"][0] for one in json.loads((runs / "rested" / ROLLBACKS).read_text())]
+    skipped = [one["skipped"][0] for one in json.loads((runs["rested"] / ROLLBACKS).read_text())]
     assert [record["step"] for record in log if "skipped" in record] == sorted(skipped)
 
 
 def test_sigterm_while_it_goes_back_saves_and_leaves_a_checkpoint_to_go_back_to(runs):
-    (rollback,) = json.loads((runs / "terminated" / ROLLBACKS).read_text())
+    (rollback,) = json.loads((runs["terminated"] / ROLLBACKS).read_text())
     assert rollback["returned_to"] == 0
-    log = raw(runs / "terminated")
+    log = raw(runs["terminated"])
     assert [record["step"] for record in log] == [1]
-    assert sorted(path.name for path in (runs / "terminated").glob("global_step*")) == ["global_step0", "global_step1"]
+    assert sorted(path.name for path in (runs["terminated"]).glob("global_step*")) == ["global_step0", "global_step1"]
 
 
-def test_what_ails_the_folder_is_told_by_all_ranks(runs):
+def test_what_ails_the_folder_is_reported_by_all_ranks(runs):
     """By one of them only, the launch of all these runs would have hung."""
-    assert re.match(
-        r".*Is a directory: .*/no-lock/\.lock'; free space or fix", (runs / "no-lock" / "error").read_text()
-    )
-    message = (runs / "no-pointer" / "error").read_text()
-    assert re.match(r".*/no-pointer/global_step0: is complete, but what comes after it failed .*latest", message)
-    assert (runs / "no-pointer" / "global_step0" / "complete.json").exists()
+    assert re.match(r".*Is a directory: .*/no-lock/\.lock'; free space or fix", (runs["no-lock"] / "error").read_text())
+    message = (runs["no-pointer"] / "error").read_text()
+    assert re.match(r".*/no-pointer/global_step0: is complete, but .*latest.*fix", message)
+    assert (runs["no-pointer"] / "global_step0" / "complete.json").exists()

@@ -18,7 +18,6 @@ from collections.abc import Iterator
 from fnmatch import fnmatch
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import psutil
 import pytest
@@ -140,12 +139,6 @@ def require(*names: str) -> None:
     """Skip the running test, or the fixture's tests, unless the machine has all of these."""
     if reason := lacking(names):
         pytest.skip(reason)
-
-
-def cell(*values: Any, needs: str | tuple[str, ...] = ()) -> Any:
-    """Return the parameters of one parametrized test that needs these capabilities."""
-    names = (needs,) if isinstance(needs, str) else needs
-    return pytest.param(*values, marks=[pytest.mark.needs(*names)] if names else [])
 
 
 @functools.cache
