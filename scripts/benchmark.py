@@ -119,4 +119,4 @@ def measure_data(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, ranked=True)

@@ -174,4 +174,4 @@ def write(path: Path, results: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, ranked=True)

@@ -5,6 +5,7 @@
 shopt -s nullglob
 status=0
 for lock in "$1"/*/lock; do
+    [ -O "$lock" ] || continue  # another user's, whose processes can't be looked into
     # The process that compiles holds its lock open.
     if [ -n "$(find /proc/[0-9]*/fd -lname "$(realpath "$lock")" -print -quit 2>/dev/null)" ]; then
         continue

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import importlib.util
 import os
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from seqlen_curriculum.errors import DIVERGED, ConfigError, DivergenceError, Seq
 
 __all__ = ["global_rank", "need_launcher", "run", "short_names", "warn"]
 
+_STARTED = time.time()
 _RANK_VARIABLES = {
     "RANK": "LOCAL_RANK",  # deepspeed, torchrun
     "OMPI_COMM_WORLD_RANK": "OMPI_COMM_WORLD_LOCAL_RANK",  # Open MPI
@@ -27,10 +30,11 @@ _PATIENCE = 10.0
 _PRINTED = "seqlen_curriculum/error_printed"
 
 
-def run(main: Callable[[], None]) -> None:
-    """Call ``main``; a user's error is printed as ``error: ...`` once, by rank 0, and ends every rank with its status.
+def run(main: Callable[[], None], ranked: bool = False) -> None:
+    """Call ``main``; a user's error is printed as ``error: ...`` and ends the process with its status.
 
-    The status is DIVERGED for a training that diverged, 130 for an interrupt, else 1.
+    ``ranked`` is for commands that a launcher starts once per rank: there rank 0 prints, and the other ranks end silently
+    with the same status. The status is DIVERGED for a training that diverged, 130 for an interrupt, else 1.
     """
     try:
         main()
@@ -38,58 +42,66 @@ def run(main: Callable[[], None]) -> None:
         if distributed is not None and distributed.is_initialized():
             distributed.destroy_process_group()  # else its threads may abort the process as it exits
     except SeqlenCurriculumError as error:
-        _print_once(error)
+        if ranked:
+            _print_once(error)
+        else:
+            print(f"error: {error}", file=sys.stderr)
         sys.exit(DIVERGED if isinstance(error, DivergenceError) else 1)
     except KeyboardInterrupt:
-        if global_rank() == 0:
+        if not ranked or global_rank() == 0:
             print("interrupted", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:  # `command | head` closed the pipe: not an error
         sys.stderr.close()
 
 
-def global_rank(environment: Mapping[str, str] = os.environ) -> int:
+def global_rank() -> int:
     """Return this process's rank as its launcher set it, 0 without a launcher."""
-    name = _rank_variable(environment)
-    return int(environment[name]) if name else 0
+    return _ranks()[0]
 
 
-def _rank_variable(environment: Mapping[str, str]) -> str | None:
-    return next((name for name in _RANK_VARIABLES if environment.get(name, "").isdigit()), None)
+def _ranks() -> tuple[int, int]:
+    """Return the rank among all processes and among those of this node."""
+    for name, local_name in _RANK_VARIABLES.items():
+        rank, local_rank = os.environ.get(name, ""), os.environ.get(local_name, "0")
+        if rank.isdigit() and local_rank.isdigit():
+            return int(rank), int(local_rank)
+    return 0, 0
 
 
 def _print_once(error: SeqlenCurriculumError) -> None:
-    """Print ``error`` on rank 0; on another rank only where rank 0 has not printed it within ``_PATIENCE``.
+    """Print ``error`` on rank 0; on another rank only where nothing shows within ``_PATIENCE`` that rank 0 printed it.
 
     Most errors are those of every rank: the file is wrong, or the checkpoint that rank 0 has read. A corpus that one node
-    lacks is that node's alone. A rank that exits ends the whole launch, so it waits until rank 0 has come as far.
+    lacks is that node's alone: its first rank prints it. A rank that exits ends the launch, so the others wait for rank 0.
     """
-    rank, store = global_rank(), _store()
-    if rank == 0:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        if store is not None:
-            store.set(_PRINTED, "1")
-        return
-    deadline = time.monotonic() + _PATIENCE
-    while time.monotonic() < deadline:
-        if _rank_0_ended() or (store is not None and _is_set(store)):
+    rank, local_rank = _ranks()
+    store, marker = _store(), _marker(str(error))
+    # The ranks of a node without rank 0 wait for its first rank, which itself waits for rank 0.
+    deadline = time.monotonic() + (_PATIENCE if rank == local_rank or local_rank == 0 else 2 * _PATIENCE)
+    while rank > 0 and time.monotonic() < deadline:
+        if _is_recent(marker) or (store is not None and _is_set(store)):
             return
         time.sleep(0.1)
-    print(f"rank {rank}: error: {error}", file=sys.stderr, flush=True)
+    print(f"error: {error}" if rank == 0 else f"rank {rank}: error: {error}", file=sys.stderr, flush=True)
+    if local_rank == 0:
+        with contextlib.suppress(OSError):
+            marker.touch()
+    if rank == 0 and store is not None:
+        store.set(_PRINTED, "1")
 
 
-def _rank_0_ended() -> bool:
-    """Return whether rank 0, started by the same launcher on this node, has ended; False on other nodes."""
-    name = _rank_variable(os.environ)
-    if name is None or os.environ.get(_RANK_VARIABLES[name]) != os.environ[name]:
-        return False  # on the node of rank 0 both numbers are equal: ranks are placed node by node
-    import psutil  # DeepSpeed requires it; commands without ranks do not
+def _marker(message: str) -> Path:
+    """Return the empty file that says that ``message`` was printed by a process of the same launcher on this node."""
+    key = hashlib.blake2b(f"{os.getuid()}/{os.getppid()}/{message}".encode(), digest_size=8).hexdigest()
+    return Path(tempfile.gettempdir()) / f"seqlen-curriculum-error-{key}"
 
-    for process in psutil.Process(os.getppid()).children():
-        with contextlib.suppress(psutil.Error):
-            if process.status() != psutil.STATUS_ZOMBIE and process.environ().get(name) == "0":
-                return False
-    return True
+
+def _is_recent(marker: Path) -> bool:
+    """Return whether ``marker`` is of this launch: ranks start within seconds of each other."""
+    with contextlib.suppress(OSError):
+        return marker.stat().st_mtime > _STARTED - 5
+    return False
 
 
 def _store() -> Any:
@@ -101,11 +113,10 @@ def _store() -> Any:
 
 
 def _is_set(store: Any) -> bool:
-    """Return whether rank 0 has printed the error; also where it has ended, and the store with it."""
-    try:
+    """Return whether rank 0 has printed the error; False where the store ended with rank 0's process."""
+    with contextlib.suppress(RuntimeError):
         return bool(store.check([_PRINTED]))
-    except RuntimeError:
-        return True
+    return False
 
 
 def need_launcher(script: str) -> None:
@@ -115,8 +126,8 @@ def need_launcher(script: str) -> None:
 
 
 def warn(messages: Iterable[str]) -> None:
-    """Print each as ``warning: ...`` on stderr, on rank 0 only."""
-    if global_rank() == 0:
+    """Print each as ``warning: ...`` on stderr; not on the ranks above 0 of a launch."""
+    if os.environ.get("RANK", "0") == "0":  # set by deepspeed and torchrun
         for message in messages:
             print(f"warning: {message}", file=sys.stderr)
 

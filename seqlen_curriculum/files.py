@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import fcntl
+import glob
 import json
 import os
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,9 @@ __all__ = [
     "try_lock",
     "writable_folder",
 ]
+
+_LEFTOVER_SECONDS = 3600
+"""The age at which a temporary file belongs to no process: none takes an hour to write one."""
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -91,6 +96,9 @@ def replace(path: Path, write: Callable[[Path], object]) -> None:
     """
     # The process id keeps two processes that replace one file from writing into each other's.
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):  # of a process that was killed
+        if leftover.stat().st_mtime < time.time() - _LEFTOVER_SECONDS:
+            leftover.unlink(missing_ok=True)
     try:
         write(unfinished)
         # Content before name: a power cut between a rename and its data would leave an empty file under the final name.

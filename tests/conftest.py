@@ -30,7 +30,7 @@ def pytest_configure(config):
     if hasattr(config, "workerinput"):
         return
     try:
-        without = capabilities.disbelieved()
+        without = capabilities.disabled()
     except ValueError as error:
         raise pytest.UsageError(str(error)) from None
     if locks := stale_locks():

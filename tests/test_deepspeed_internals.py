@@ -79,7 +79,7 @@ FUNCTIONS = [  # (owner, name, the parameters that we give), and who relies on i
         "sequence_parallel.py",
     ),
     (DistributedAttention, "forward", "query key value batch_dim_idx rotary_pos_emb args", "sequence_parallel.py"),
-    (distributed_c10d, "_get_default_store", "", "preflight.py"),
+    (distributed_c10d, "_get_default_store", "", "preflight.py, cli.py"),
     (torch._dynamo, "reset", "", "compile.py"),
     (torch.nn.utils, "get_total_norm", "", "executor.py"),
     (transformers.AttentionInterface, "register", "", "sequence_parallel.py, models"),

@@ -15,6 +15,16 @@ def test_a_file_is_replaced(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_what_a_kill_left_is_removed_once_it_is_old(tmp_path):
+    old, young, other = (tmp_path / name for name in (".run.json.7.tmp", ".run.json.8.tmp", ".other.json.7.tmp"))
+    for leftover in (old, young, other):
+        leftover.touch()
+    for leftover in (old, other):
+        os.utime(leftover, (0, 0))
+    files.replace_text(tmp_path / "run.json", "one")
+    assert sorted(tmp_path.iterdir()) == sorted([young, other, tmp_path / "run.json"])
+
+
 def test_what_fails_half_way_leaves_the_old_file(tmp_path):
     path = tmp_path / "run.json"
     files.replace_text(path, "old")

@@ -1,4 +1,4 @@
-"""What the other tests rest on: believed lacks, locks of killed compilations, commands killed with all they started."""
+"""What the other tests rest on: capabilities, locks of killed compilations, commands killed with all they started."""
 
 import os
 import shutil
@@ -14,15 +14,15 @@ from helpers.launching import running, stale_locks, wait_until
 def test_an_unknown_capability_is_named_with_the_valid_ones(monkeypatch):
     monkeypatch.setenv(capabilities.WITHOUT, "fp16, browsr")
     with pytest.raises(ValueError, match="browsr; valid are fp16, bf16, compiler, browser, npm"):
-        capabilities.disbelieved()
+        capabilities.disabled()
 
 
-def test_what_is_believed_missing_is_skipped_with_the_reason(monkeypatch):
+def test_what_is_disabled_is_skipped_with_the_reason(monkeypatch):
     monkeypatch.setenv(capabilities.WITHOUT, "bf16")
     monkeypatch.setenv(capabilities.ANSWERS, '{"fp16": "", "npm": "no npm"}')
     assert capabilities.lacking(("fp16",)) == ""
     assert capabilities.lacking(("fp16", "npm")) == "needs npm: no npm"
-    assert capabilities.lacking(("bf16",)) == "needs bf16: believed missing (SEQLEN_TEST_WITHOUT)"
+    assert capabilities.lacking(("bf16",)) == "needs bf16: disabled by SEQLEN_TEST_WITHOUT"
 
 
 def test_hidden_commands_are_found_by_no_process(tmp_path, monkeypatch):
@@ -49,7 +49,7 @@ def test_a_lock_that_nobody_holds_is_named_and_removed(tmp_path, monkeypatch):
         assert stale_locks() == ""
         stale_locks("--remove")
         assert lock.exists()
-    assert f"{lock}: left by a compilation that was killed" in stale_locks()
+    assert f"{lock}: left by a killed compilation" in stale_locks()
     stale_locks("--remove")
     assert not lock.exists()
 

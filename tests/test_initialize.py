@@ -19,6 +19,20 @@ def test_what_deepspeed_and_its_optimizers_refuse_is_the_configurations_error(mo
             build_engine({}, None)
 
 
+def test_what_the_standard_library_refuses_for_deepspeed_is_the_configurations_error(monkeypatch):
+    from deepspeed.runtime.config import DtypeEnum  # an enum: the frame that raises is the standard library's
+
+    def look_up(**_):
+        return DtypeEnum("foo")
+
+    in_deepspeed = type(look_up)(
+        look_up.__code__, {"__name__": "deepspeed.runtime.engine", "DtypeEnum": DtypeEnum}, closure=look_up.__closure__
+    )
+    monkeypatch.setattr(deepspeed, "initialize", in_deepspeed)
+    with pytest.raises(ConfigError, match=r"DeepSpeed refuses .*foo"):
+        build_engine({}, None)
+
+
 @pytest.mark.parametrize("error", [TypeError("ours"), ValueError("ours"), ConfigError("scheduler.params.min_lr: 2")])
 def test_an_error_of_code_that_deepspeed_calls_back_passes_unchanged(monkeypatch, error):
     def rate(max_lr):

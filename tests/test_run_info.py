@@ -25,9 +25,19 @@ def test_keys_of_other_versions_are_kept(tmp_path):
     assert read_run_info(tmp_path).launches[0].ranks == 2
     record_launch(tmp_path, {"lr": 2}, ranks=1, first_step=5)
     written = json.loads((tmp_path / "run.json").read_text())
-    assert written["config"] == {"lr": 2}
+    assert (written["config"], written["made_by"]) == ({"lr": 2}, "a later version")
     assert written["launches"][0] == {**LAUNCH, "job": "7"}
     assert list(written["launches"][1]) == list(LAUNCH)
+
+
+def test_a_damaged_file_is_kept_beside_the_new_one(tmp_path, capsys):
+    from seqlen_curriculum.training.run_info import record_launch
+
+    (tmp_path / "run.json").write_text('{"config": {}, "launches": [{"ranks": 4}]}')
+    record_launch(tmp_path, {"lr": 2}, ranks=1, first_step=5)
+    assert json.loads((tmp_path / "run.damaged.json").read_text())["launches"] == [{"ranks": 4}]
+    assert [launch.first_step for launch in read_run_info(tmp_path).launches] == [5]
+    assert "launches.0.started" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

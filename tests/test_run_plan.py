@@ -89,6 +89,20 @@ def test_the_rate_needs_a_peak():
     assert plan(scheduler=None).learning_rate() is None
 
 
+@pytest.mark.parametrize("accumulation", [1, 7, 24, 100])
+def test_accumulation_is_judged_once_the_ranks_are_known(accumulation):
+    run = {name: value for name, value in RUN.items() if name != "train_micro_batch_size_per_gpu"}
+    config = RunConfig.from_dict({**run, "gradient_accumulation_steps": accumulation})
+    assert config.plan.steps == RunConfig.from_dict(RUN).plan.steps
+    if 24 % accumulation:
+        with pytest.raises(
+            ConfigError, match=rf"gradient_accumulation_steps: {accumulation} doesn't divide the 24 rows"
+        ):
+            config.for_ranks(1)
+    else:
+        assert config.for_ranks(1).plan.micro_batch == 24 // accumulation
+
+
 def test_a_plan_is_derived_once():
     config = RunConfig.from_dict(RUN)
     assert config.plan is config.plan

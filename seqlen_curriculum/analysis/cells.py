@@ -28,7 +28,7 @@ class Cell:
     separator: str = ""
     """What stands between the numbers."""
     ratio: Number | None = None
-    """How many times fewer than the first run's; it follows in brackets, as in the paper's Table 2."""
+    """Reduction factor over the first run; it follows in brackets, as in the paper's Table 2."""
 
     def __str__(self) -> str:
         text = self.separator.join(number.text for number in self.numbers)

@@ -92,7 +92,7 @@ class ReportTables:
             for n, run in enumerate(self.runs)
         ]
         best = f"{reference['run']}'s best validation perplexity of {formats.significant(reference['valid_ppl'])}"
-        caption = f"Cost to reach {best} (in brackets: how many times fewer)"
+        caption = f"Cost to reach {best} (in brackets: reduction factor)"
         return Table(caption, ["Run", "Steps", "Tokens", "Time"], rows)
 
     def comparison(self) -> Table:
@@ -116,7 +116,7 @@ class ReportTables:
             reached = self.point(place, "end") if len(self.runs) > 1 else self.row("", f"{place}/end", _POINT)[1:]
             rows.append([run["name"], *reached, *self.row("", place, dict(columns.values()))[1:]])
         if len(self.runs) > 1:
-            caption += f" (in brackets: how many times fewer than {self.names[0]})"
+            caption += f" (in brackets: reduction factor over {self.names[0]})"
         return Table(caption, ["Run", "Steps", "Tokens", "Time", *columns], rows)
 
     def stability(self) -> Table:

@@ -61,17 +61,15 @@ class RunPlan:
         if training is None:
             raise ConfigError("training: section required, but not given")
         scheduler = config.curriculum_scheduler()
-        accumulation = keys.gradient_accumulation_steps or 1
-        micro_batch = keys.train_micro_batch_size_per_gpu or config.global_batch // accumulation
         return cls(
             scheduler=scheduler,
             timeline=Timeline(scheduler.pacing, config.rows, training.train_tokens, config.shortening),
             global_batch=config.rows,
             lr_params=config.scheduler.params if config.scheduler else None,
             max_lr=keys.lr,
-            # 512 rows = 8 ranks x 16 micro-batches of 4 rows
-            data_ranks=config.global_batch // (micro_batch * accumulation) if keys.gradient_accumulation_steps else 1,
-            micro_batch=micro_batch,
+            data_ranks=config.data_ranks,
+            # Known once the ranks are: 512 rows = 8 ranks x 16 micro-batches of 4 rows.
+            micro_batch=keys.train_micro_batch_size_per_gpu or config.global_batch,
             balanced=training.micro_batch == "balanced",
             least_micro_batches=keys.pipeline_stages,
             eval_interval=training.eval_interval,

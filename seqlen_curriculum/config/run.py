@@ -56,6 +56,8 @@ class RunConfig:
     data: DataConfig | None = None
     training: TrainingConfig | None = None
     batch_size_warmup: BatchSizeWarmup | None = None
+    data_ranks: int = 1
+    """Ranks that read rows of their own, set by ``for_ranks``; no file has it."""
 
     @classmethod
     def load(cls, path: str | Path, overrides: Sequence[str] = (), require: Sequence[str] = ()) -> RunConfig:
@@ -101,7 +103,8 @@ class RunConfig:
             fixed = self.training is not None and self.training.micro_batch == "fixed"
             self.batch_size_warmup.check_ranks(self.keys.data_ranks(world_size), micro if fixed else 1)
             self.batch_size_warmup.rows(batch["train_batch_size"])
-        return replace(self, deepspeed={**self.deepspeed, **batch}, keys=self.keys.model_copy(update=batch))
+        keys, data_ranks = self.keys.model_copy(update=batch), self.keys.data_ranks(world_size)
+        return replace(self, deepspeed={**self.deepspeed, **batch}, keys=keys, data_ranks=data_ranks)
 
     @property
     def global_batch(self) -> int:

@@ -30,7 +30,7 @@ def ratios_to_best(values: ArrayLike) -> NDArray[np.float64]:
 def perplexity_ratio(loss: float, best: float) -> float:
     """Return the ratio of the perplexities of two losses in nats per token."""
     # exp(loss) / exp(best) = exp(loss - best), where neither can overflow: a diverged loss of 800 nats has a ratio too.
-    # exp(700) is 1e304, the last power of ten but four that a float holds.
+    # exp(700) is 1e304; a float overflows above exp(709).
     return math.exp(min(loss - best, 700))
 
 

@@ -6,6 +6,7 @@ import argparse
 import inspect
 import math
 import os
+import sys
 import traceback
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -120,9 +121,11 @@ def _deepspeed_initialize(**arguments: Any) -> tuple[Any, ...]:
     try:
         return tuple(deepspeed.initialize(**arguments))
     except (AssertionError, AttributeError, KeyError, TypeError, ValueError) as error:
-        *_, (frame, _) = traceback.walk_tb(error.__traceback__)  # where it was raised
-        package = str(frame.f_globals.get("__name__")).partition(".")[0]
-        if isinstance(error, SeqlenCurriculumError) or package not in _REFUSING_PACKAGES:
+        frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))  # the last one raised it
+        packages = [str(frame.f_globals.get("__name__")).partition(".")[0] for frame in frames]
+        # The standard library raises for its caller: an unknown dtype fails in enum, called by DeepSpeed.
+        raised_by = next(package for package in reversed(packages) if package not in sys.stdlib_module_names)
+        if isinstance(error, SeqlenCurriculumError) or raised_by not in _REFUSING_PACKAGES:
             raise
         raise ConfigError(
             f"DeepSpeed refuses its part of the configuration: {type(error).__name__}: {error}"

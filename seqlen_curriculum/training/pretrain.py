@@ -168,7 +168,8 @@ class _Pretraining:
 
     def _rewind_logs(self, done_steps: int) -> None:
         """Drop the records after the checkpoint: training writes them again, with the same values."""
-        if dist.get_rank() == 0:
+
+        def rewind() -> None:
             dropped = RunLog.rewind(self.log, done_steps)
             if dropped:
                 log_rank0(
@@ -176,7 +177,8 @@ class _Pretraining:
                 )
             for path in self.save.glob("samples.rank*.jsonl"):
                 RunLog.rewind(path, done_steps)
-        dist.barrier()
+
+        on_rank_0(rewind)
 
 
 def _data_settings(train: TrainingData) -> dict[str, Any]:

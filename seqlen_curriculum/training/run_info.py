@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import sys
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -13,6 +14,8 @@ import torch
 from deepspeed.accelerator import get_accelerator
 
 from seqlen_curriculum.errors import CheckpointError
+from seqlen_curriculum.files import move
+from seqlen_curriculum.run_folder import RUN_INFO
 from seqlen_curriculum.run_folder.run_info import Launch, RunInfo, read_run_info, write_run_info
 from seqlen_curriculum.training.versions import package_versions
 
@@ -32,11 +35,14 @@ def record_launch(save: Path, config: Mapping[str, Any], ranks: int, first_step:
         device=_device(),
     )
     try:
-        earlier = read_run_info(save)
-    except CheckpointError:  # damaged; the file is for people and reports, so training must not depend on it
-        earlier = None
-    launches = earlier.launches if earlier else []
-    write_run_info(save, RunInfo(config=dict(config), launches=[*launches, launch]))
+        earlier = read_run_info(save) or RunInfo(config={}, launches=[])
+    except CheckpointError as error:  # the file is for people and reports: training must not depend on it
+        if (save / RUN_INFO).is_file():
+            damaged = (save / RUN_INFO).with_suffix(".damaged.json")
+            print(f"warning: {error}; it is kept as {damaged.name}", file=sys.stderr)
+            move(save / RUN_INFO, damaged)
+        earlier = RunInfo(config={}, launches=[])
+    write_run_info(save, earlier.model_copy(update={"config": dict(config), "launches": [*earlier.launches, launch]}))
 
 
 def _device() -> dict[str, Any]:

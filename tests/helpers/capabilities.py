@@ -108,7 +108,7 @@ def find_browser() -> str | None:
     return next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
-def disbelieved() -> set[str]:
+def disabled() -> set[str]:
     """Return the names in SEQLEN_TEST_WITHOUT. Raises ValueError for an unknown one."""
     names = {name.strip() for name in os.environ.get(WITHOUT, "").split(",")} - {""}
     if unknown := sorted(names - PROBES.keys()):
@@ -120,7 +120,7 @@ def missing(name: str) -> str:
     """Return what this machine lacks of the capability, empty if nothing."""
     answers = json.loads(os.environ.get(ANSWERS, "{}"))
     if name not in answers:
-        answers[name] = f"believed missing ({WITHOUT})" if name in disbelieved() else PROBES[name]()
+        answers[name] = f"disabled by {WITHOUT}" if name in disabled() else PROBES[name]()
         os.environ[ANSWERS] = json.dumps(answers)
     return str(answers[name])
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -54,7 +55,9 @@ def start(command: list[str], log: Path, **kwargs: Any) -> subprocess.Popen[byte
     """Start a command in a session of its own, its output going to the file ``log``; ``stop`` it in the end."""
     path = [str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "PYTHONPATH": os.pathsep.join(path)}
-    options = {"stderr": subprocess.STDOUT, "env": environment, "start_new_session": True, "cwd": ROOT, **kwargs}
+    options = {"stderr": subprocess.STDOUT, "env": environment, "start_new_session": True, "cwd": ROOT}
+    # Where the tests run in the background of a shell, SIGINT is ignored, and would be by all that they start.
+    options |= {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL), **kwargs}
     with open(log, "w") as out:
         return subprocess.Popen(command, stdout=out, **options)
 
