@@ -112,7 +112,7 @@ class TestEndOfSequence:
         assert cut(batch, 1, preserve_end_of_sequence=True)["input_ids"].tolist() == [[15]]
         assert cut(batch, 6, preserve_end_of_sequence=True)["input_ids"].tolist() == [[10, 11, 12, 13, 14, 15]]
 
-    def test_the_mask_tells_where_a_row_ends(self):
+    def test_the_mask_marks_where_a_row_ends(self):
         mask = torch.tensor([[1] * 6 + [0, 0], [1] * 4 + [0] * 4, [1] * 3 + [0] * 5])
         batch = {"input_ids": ids(3), "labels": ids(3) + 1, "attention_mask": mask, "position_ids": ids(1)}
         new = cut(batch, 4, preserve_end_of_sequence=True)

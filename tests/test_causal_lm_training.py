@@ -118,7 +118,7 @@ def test_a_run_resumes_to_the_last_bit(trained):
     assert losses(resumed, "variance_norm") == losses(whole, "variance_norm")[1:]
 
 
-def test_a_checkpoint_goes_on_with_the_loss_it_had(trained):
+def test_a_checkpoint_continues_with_the_loss_it_had(trained):
     # At a rate of 1e-12 the evaluation at step 9 is that of the weights it began with.
     (ended,) = losses(trained["gpt2"], "valid_loss")[1:]
     assert losses(trained["gpt2-goes-on"], "valid_loss") == pytest.approx([ended, ended], rel=1e-5)

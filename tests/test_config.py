@@ -268,7 +268,7 @@ def test_commented_sections_and_whole_floats_are_fine():
     assert isinstance(config.deepspeed["train_batch_size"], int)
 
 
-def test_a_disabled_block_tells_the_full_length_of_a_file_without_data():
+def test_a_disabled_block_gives_the_full_length_of_a_file_without_data():
     config = RunConfig.from_dict(changed(data=None, curriculum_learning__enabled=False))
     assert config.timeline().seqlen(1) == 64
 

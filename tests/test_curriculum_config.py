@@ -1,30 +1,14 @@
 """DeepSpeed's ``curriculum_learning`` block: what is accepted, and the message for what is refused."""
 
-import copy
-
 import pytest
+from helpers.settings import LINEAR, block
 
 from seqlen_curriculum import ConfigError
 from seqlen_curriculum.schedule.curriculum_config import parse_curriculum
 from seqlen_curriculum.schedule.shortening import Shortening
 
-LINEAR = {
-    "enabled": True,
-    "curriculum_type": "seqlen",
-    "min_difficulty": 8,
-    "max_difficulty": 1024,
-    "schedule_type": "fixed_linear",
-    "schedule_config": {"total_curriculum_step": 100, "difficulty_step": 8},
-}
 
-
-def block(schedule=None, **changes):
-    changed = {**copy.deepcopy(LINEAR), **changes}
-    changed["schedule_config"] = changed["schedule_config"] if schedule is None else schedule
-    return changed
-
-
-def test_the_method_in_theblock():
+def test_the_method_in_the_block():
     assert parse_curriculum(block()).shortening() == Shortening("truncate", 1024)
     assert parse_curriculum(block(method="segment")).shortening(2048) == Shortening("segment", 2048)
     assert parse_curriculum(block(method="window", restart_positions=True)).restart_positions

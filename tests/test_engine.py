@@ -475,7 +475,7 @@ def test_a_preflight_leaves_no_trace(seen, kind):
     assert seen[f"preflight {kind} True"] == seen[f"preflight {kind} False"]
 
 
-def test_a_preflight_tells_all_ranks_who_is_out_of_memory(seen):
+def test_a_preflight_reports_to_all_ranks_who_is_out_of_memory(seen):
     first, second = seen["out of memory"]
     wanted = (
         "a micro-batch of 300 rows of 512 tokens, the largest of this run, does not fit the memory of rank 1; lower it"

@@ -134,7 +134,7 @@ def test_models_that_give_all_logits_do_too(evaluated_place, evaluated_model):
     assert np.allclose(score(AllLogits(), rows, Ranks()).nll, score(evaluated_model, rows, Ranks()).nll, rtol=1e-5)
 
 
-def test_weights_that_diverged_are_told(evaluated_place):
+def test_weights_that_diverged_are_reported(evaluated_place):
     broken = load_model(evaluated_place.checkpoint)
     with torch.no_grad():
         broken.transformer.wte.weight[3, 3] = float("nan")
@@ -192,7 +192,7 @@ def test_a_part_says_so(evaluate_command):
     )  # below the default overlap
 
 
-def test_what_was_measured_is_told_before_a_later_task_fails(evaluated_place, evaluate_error, tmp_path):
+def test_what_was_measured_is_reported_before_a_later_task_fails(evaluated_place, evaluate_error, tmp_path):
     model = load_model(evaluated_place.checkpoint)
     with torch.no_grad():
         model.transformer.wpe.weight[POSITIONS - 1] = float("nan")  # which the first items don't come to

@@ -136,7 +136,7 @@ def test_weights_that_float16_does_not_hold_are_refused(run, tmp_path):
     export(tmp_path / "hf", tmp_path / "out", dtype="bfloat16")
 
 
-def test_the_card_tells_what_the_checkpoint_and_its_run_tell(run, tmp_path):
+def test_the_card_describes_the_checkpoint_and_its_run(run, tmp_path):
     export(run, tmp_path / "mine")
     card = (tmp_path / "mine" / "README.md").read_text()
     assert card.startswith(
@@ -311,7 +311,7 @@ def test_prompts_are_utf8(run, monkeypatch, capfd):
     assert capfd.readouterr() == ("", message)
 
 
-def test_mistakes_are_told_in_a_line(run, tmp_path, monkeypatch, capfd):
+def test_mistakes_are_reported_in_a_line(run, tmp_path, monkeypatch, capfd):
     for name, arguments, words in (
         ("generate.py", [tmp_path / "nothing", "--prompt", "a"], "nothing: there is no such folder"),
         ("generate.py", [run, "--prompt", "a", "--top-p", "2"], "--top-p: 2.0 is not valid"),

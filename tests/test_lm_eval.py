@@ -166,7 +166,7 @@ def test_the_example_of_the_eleven(evaluate_command):
     assert float(table[-1].split()[3].rstrip("%")) == pytest.approx(sum(shares) / 11, abs=0.01)
 
 
-def test_mistakes_in_tasks_are_told(evaluate_error, evaluated_place, tmp_path, monkeypatch):
+def test_mistakes_in_tasks_are_reported(evaluate_error, evaluated_place, tmp_path, monkeypatch):
     task = (evaluated_place.folder / "tasks" / "piqa.yaml").read_text()
     (tmp_path / "piqa.yaml").write_text(task.replace("piqa.jsonl", "nothing.jsonl"))
     (tmp_path / "group.yaml").write_text("group: quizzes\ntask: [piqa]\n")
@@ -184,7 +184,7 @@ def test_mistakes_in_tasks_are_told(evaluate_error, evaluated_place, tmp_path, m
         assert f"--harness {group}: is a group of lm-eval" in message
 
 
-def test_what_a_task_cannot_do_is_told_before_the_weights_are_read(
+def test_what_a_task_cannot_do_is_reported_before_the_weights_are_read(
     evaluate_error, evaluate_command, evaluated_place, tmp_path, monkeypatch
 ):
     task = (evaluated_place.folder / "tasks" / "generate.yaml").read_text()
@@ -197,7 +197,7 @@ def test_what_a_task_cannot_do_is_told_before_the_weights_are_read(
     assert f"--shots {ITEMS + 1}: piqa hasn't that many examples" in evaluate_error(*piqa, ITEMS + 1)
 
 
-def test_without_lm_eval_the_way_to_install_it_is_told(monkeypatch):
+def test_without_lm_eval_the_way_to_install_it_is_reported(monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(ConfigError, match=r"pip install 'seqlen-curriculum\[eval\]'"):
         read_harness_tasks(["piqa"])

@@ -132,7 +132,7 @@ def test_trains_along_the_plan_and_evaluates(matrix, run_file, engine, precision
 
 
 @pytest.mark.parametrize(("engine", "precision"), CELLS)
-def test_resumes_amid_the_warmup(matrix, engine, precision):
+def test_resumes_during_the_warmup(matrix, engine, precision):
     resumed = records(matrix[f"{engine}-{precision}-resumed"])
     expected = after_resume(matrix[f"{engine}-{precision}"])
     for ours, theirs in zip(resumed, expected, strict=True):

@@ -127,7 +127,7 @@ def assert_same(ours, theirs, tolerance):
                 assert value == pytest.approx(theirs_[name], rel=rounded, abs=0.0), (name, ours_, theirs_)
 
 
-def test_a_resume_amid_the_warmup_equals_the_uninterrupted_run(trained, continued, blended_run):
+def test_a_resume_during_the_warmup_equals_the_uninterrupted_run(trained, continued, blended_run):
     save, _, _ = trained
     timeline = RunConfig.from_dict(blended_run).timeline()
     assert 2 < timeline.rows(30) < timeline.rows(timeline.steps)
@@ -161,6 +161,6 @@ def test_positions_may_restart_in_each_window(continued):
     assert 0 < abs(restarts[0]["loss"] - runs_on[0]["loss"]) < 0.1 * runs_on[0]["loss"]
 
 
-def test_the_blend_goes_on_on_another_number_of_ranks(continued, trained):
+def test_the_blend_continues_on_another_number_of_ranks(continued, trained):
     samples = {step: read for step, read in samples_by_step(trained[0]).items() if step > 30}
     assert samples_by_step(continued["one-rank"]) == samples

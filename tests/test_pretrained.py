@@ -66,7 +66,7 @@ def test_a_checkpoint_of_an_abandoned_course_is_passed_over(checkpoint):
     assert model_folder(run) == newer
 
 
-def test_wrong_paths_are_told(checkpoint, tmp_path):
+def test_wrong_paths_are_reported(checkpoint, tmp_path):
     (tmp_path / "empty").mkdir()
     for path, words in (
         (tmp_path / "nothing", "there is no such folder"),

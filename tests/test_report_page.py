@@ -185,7 +185,7 @@ def test_following_rewrites_when_a_log_has_changed_and_ends_at_the_budget(tmp_pa
         (["{run}", "--png", "curves.html"], "not the name of a picture"),
     ],
 )
-def test_mistakes_are_told_in_one_line(tmp_path, arguments, message):
+def test_mistakes_are_reported_in_one_line(tmp_path, arguments, message):
     command = [*REPORT, *(argument.format(run=tmp_path) for argument in arguments)]
     result = subprocess.run(command, capture_output=True, text=True)
     assert (result.returncode, result.stderr.count("\n")) == (1, 1), result.stderr

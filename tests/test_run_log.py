@@ -84,7 +84,7 @@ def test_a_damaged_line_is_an_error_with_its_number(tmp_path):
         list(read_run_log(path))
 
 
-def test_a_full_disk_is_told_in_words():
+def test_a_full_disk_is_reported_in_words():
     log = RunLog("/dev/full")
     with pytest.raises(DataError, match="/dev/full: can't be written"):
         log.write(step_record(1))
@@ -101,7 +101,7 @@ def test_summary_by_hand(tmp_path):
     assert "4.000 at step 2 to 4.000 at step 4" in text
 
 
-def test_skipped_steps_are_told_apart(tmp_path):
+def test_skipped_steps_are_distinguished(tmp_path):
     log = RunLog(tmp_path / "runlog.jsonl")
     for step in range(1, 9):
         if step in (4, 5, 8):

@@ -1,29 +1,13 @@
 """The methods of DeepSpeed's scheduler class, and the lengths of every schedule type that a block may name."""
 
-import copy
-
 import numpy as np
 import pytest
+from helpers.settings import LINEAR, block
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from seqlen_curriculum import ConfigError, CurriculumScheduler, Timeline
 from seqlen_curriculum.schedule.batch_size_warmup import BatchSizeRamp
-
-LINEAR = {
-    "enabled": True,
-    "curriculum_type": "seqlen",
-    "min_difficulty": 8,
-    "max_difficulty": 1024,
-    "schedule_type": "fixed_linear",
-    "schedule_config": {"total_curriculum_step": 100, "difficulty_step": 8},
-}
-
-
-def block(schedule=None, **changes):
-    changed = {**copy.deepcopy(LINEAR), **changes}
-    changed["schedule_config"] = changed["schedule_config"] if schedule is None else schedule
-    return changed
 
 
 def rows_of_figure_2(step):

@@ -111,7 +111,7 @@ def test_there_is_always_a_checkpoint_to_go_back_to(gaps, keep_last, skip_steps,
             steps = [step for step in steps if step < first]
 
 
-def test_a_spike_is_told_of_once(tmp_path):
+def test_a_spike_is_reported_once(tmp_path):
     one = guard("log", [4.0, 3.0])
     assert one.judge(4.5) is None  # 1.5 times the least, not above
     message = one.judge(4.8)
@@ -122,7 +122,7 @@ def test_a_spike_is_told_of_once(tmp_path):
     assert one.judge(9.0) is not None
 
 
-def test_an_episode_goes_on_after_a_resume():
+def test_an_episode_continues_after_a_resume():
     assert guard("log", [3.0, 9.0]).judge(9.0) is None
     assert guard("log", [3.0, 9.0, 3.0]).judge(9.0) is not None
 
@@ -139,15 +139,16 @@ def test_stop_names_what_happened_and_what_to_do():
 
 @pytest.mark.parametrize("on_spike", ["log", "stop"])
 @pytest.mark.parametrize(
-    ("loss", "broken", "told"), [(math.nan, None, "the loss is nan"), (3.0, "the gradient norm is inf", "norm is inf")]
+    ("loss", "broken", "message"),
+    [(math.nan, None, "the loss is nan"), (3.0, "the gradient norm is inf", "norm is inf")],
 )
-def test_what_is_not_finite_stops_the_run(on_spike, loss, broken, told):
-    with pytest.raises(DivergenceError, match=f"step 7: .*{told}, at seqlen 32") as stopped:
+def test_what_is_not_finite_stops_the_run(on_spike, loss, broken, message):
+    with pytest.raises(DivergenceError, match=f"step 7: .*{message}, at seqlen 32") as stopped:
         guard(on_spike, [3.0]).judge(loss, broken)
     assert '"log"' not in str(stopped.value)  # would stop as well
 
 
-def test_a_rollback_is_asked_for_with_what_goes_on_record():
+def test_a_rollback_is_requested_with_its_record():
     with pytest.raises(RollbackRequested) as raised:
         guard("rollback", [3.0]).judge(6.0)
     assert raised.value.spike[:5] == (7, 32, 0.001, 6.0, 2.0)
@@ -225,7 +226,7 @@ def test_skipped_steps_stand_in_their_order():
         rollback(9, 8)
 
 
-def test_an_unwritable_ledger_is_told_of(tmp_path):
+def test_an_unwritable_ledger_is_reported(tmp_path):
     with pytest.raises(CheckpointError, match=r"rollbacks\.json: can't be written"):
         write_rollbacks(tmp_path / "nowhere", [])
 

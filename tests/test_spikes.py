@@ -207,7 +207,7 @@ def assert_same_rollback(run, reference):
     assert [{**one, "seconds": None} for one in ours] == [{**one, "seconds": None} for one in theirs]
 
 
-def test_killed_amid_the_rollback_it_comes_out_the_same(runs):
+def test_killed_during_the_rollback_it_comes_out_the_same(runs):
     assert raw(runs.folder, "killed.jsonl")[-1]["step"] < 41
     assert_same_rollback(runs["killed"], runs["zero2"])
 
@@ -259,7 +259,7 @@ def test_stops_before_anything_of_the_spike_is_saved(runs):
     ]
 
 
-def test_without_a_checkpoint_from_before_it_says_what_goes_on(runs):
+def test_without_a_checkpoint_from_before_it_names_the_fixes(runs):
     message = (runs["too-new"] / "error").read_text()
     assert "a rollback skips steps 18 to 25, and no checkpoint from before them is kept" in message
     assert 'Set training.spike_skip_steps to 7 or less, or training.on_spike to "log"' in message

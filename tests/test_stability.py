@@ -57,7 +57,7 @@ def test_a_run_by_hand():
     assert "at most 1.400" in message
 
 
-def test_perplexities_above_the_logs_limit_are_told_apart():
+def test_perplexities_above_the_logs_limit_are_distinguished():
     assert stability(training([1, 1]), validation(21.0, 22.0))["max_perplexity_ratio"] == pytest.approx(math.e)
 
 

@@ -302,7 +302,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize(("arguments", "message"), MISTAKES.values(), ids=MISTAKES)
-def test_mistakes_are_told_before_torch_is_loaded(run_file, tmp_path, arguments, message):
+def test_mistakes_are_reported_before_torch_is_loaded(run_file, tmp_path, arguments, message):
     command = [sys.executable, "-X", "importtime", str(ROOT / TRAIN), "--config", str(run_file)]
     result = subprocess.run([*command, "--save", str(tmp_path), *arguments], capture_output=True, text=True)
     assert result.returncode == 1

@@ -139,7 +139,7 @@ def test_a_probe_takes_over_what_it_shares_with_an_earlier_one(searches):
     assert both[0] == both[1]
 
 
-def test_it_tells_what_it_found_and_what_it_cost(searches, config_file):
+def test_it_reports_what_it_found_and_what_it_cost(searches, config_file):
     text = (searches / "killed.out").read_text()
     state = read_json(searches / "killed" / "tuning.json")
     first, second = state["probes"]
@@ -181,7 +181,7 @@ def test_a_probe_that_fails_otherwise_is_no_verdict(tmp_path, tiny_run, launcher
 @pytest.mark.parametrize(
     "damage", ['{"seconds": 1}', '{"config": {}, "settings": {}, "seconds": 0, "probes": [{}]}', "{"]
 )
-def test_a_damaged_state_is_told(config_file, tmp_path, damage):
+def test_a_damaged_state_is_reported(config_file, tmp_path, damage):
     (tmp_path / "tuning.json").write_text(damage)
     result = subprocess.run(tune_command(config_file, tmp_path, *SEARCH), capture_output=True, text=True, cwd=ROOT)
     assert result.returncode == 1
@@ -262,7 +262,7 @@ def test_a_training_that_diverges_is_no_answer(config_file, tmp_path):
         (("--set", "training.train_tokenz=1"), "did you mean 'train_tokens'"),
     ],
 )
-def test_mistakes_are_told_before_any_probe(config_file, tmp_path, flags, message):
+def test_mistakes_are_reported_before_any_probe(config_file, tmp_path, flags, message):
     command = [*TUNE, str(config_file), "--save", str(tmp_path / "x"), "--launcher", sys.executable, *flags]
     result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert result.returncode == 1
@@ -271,7 +271,7 @@ def test_mistakes_are_told_before_any_probe(config_file, tmp_path, flags, messag
     assert not (tmp_path / "x" / "tuning.json").exists()
 
 
-def test_a_dry_run_tells_costs_and_writes_nothing(config_file, tmp_path):
+def test_a_dry_run_reports_costs_and_writes_nothing(config_file, tmp_path):
     command = [*TUNE, str(config_file), "--save", str(tmp_path / "x"), "--launcher", sys.executable, "--dry-run"]
     result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert result.returncode == 0, result.stderr

@@ -101,7 +101,7 @@ def test_on_any_noise_it_ends_and_answers_what_was_stable(data):
     assert len(asked_for) == len(set(asked_for)) <= 3 * (1 + len(TOTALS))
     if outcome.best is not None:
         assert seen[Probe(outcome.best, SPACE.probe_steps)]
-    # told its own verdicts again it answers the same: so is it resumed
+    # given its own verdicts again it answers the same: so is it resumed
     assert upcoming(SPACE, [stable for _, stable in outcome.verdicts]) == outcome.best
 
 

@@ -1,5 +1,6 @@
-"""Changes of nested settings."""
+"""Settings of runs and of schedules, and changes of them."""
 
+import copy
 import json
 
 
@@ -13,3 +14,20 @@ def changed(run, **changes):
             section = section[parent]
         section[key] = value
     return run
+
+
+LINEAR = {
+    "enabled": True,
+    "curriculum_type": "seqlen",
+    "min_difficulty": 8,
+    "max_difficulty": 1024,
+    "schedule_type": "fixed_linear",
+    "schedule_config": {"total_curriculum_step": 100, "difficulty_step": 8},
+}
+
+
+def block(schedule=None, **changes):
+    """A ``curriculum_learning`` block with another ``schedule_config`` and other keys."""
+    changed = {**copy.deepcopy(LINEAR), **changes}
+    changed["schedule_config"] = changed["schedule_config"] if schedule is None else schedule
+    return changed
