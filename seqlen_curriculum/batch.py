@@ -9,7 +9,7 @@ with ``B == S`` is not ambiguous:
   of bools or one with mask or bias in its name; axis 1 of ``...embeds``; any other ``(B, S, S)`` is an error.
 - 4-D: masks ``(B, heads or 1, S or 1, S)``, named so or with one head: the last two axes, where they have that size.
 - ``(3, B, S)`` named ``position_ids``: axis 2.
-- No such axis: the tensor stays as it is; an error where the name promises one value per token.
+- No such axis: the tensor is kept unchanged; a name that promises one value per token is an error.
 
 Shapes: B rows, S full length, s the step's, K segments per row (1 where rows are truncated), H anything else.
 """

@@ -23,7 +23,7 @@ _NUMBERS = {
     "valid_loss": ("step", "consumed_tokens", "valid_loss", "valid_ppl", "seconds"),
     "skipped": _OF_A_STEP,
 }
-"""What a record must hold, by the key that tells its kind."""
+"""The keys that a record must have, by the key that identifies its kind."""
 
 
 def load_run(save: Path, name: str = "") -> Run:

@@ -1,7 +1,7 @@
 """The one JSON file of a run: a DeepSpeed config plus our sections, read strictly.
 
 Ours are ``curriculum_learning``, ``batch_size_warmup``, ``model``, ``data``, ``training`` and a ``scheduler`` whose type is
-``TokenCosineLR``; the rest is DeepSpeed's, handed on as it is. All problems of a file are reported in one ConfigError.
+``TokenCosineLR``; the rest is passed to DeepSpeed unchanged. All problems of a file are reported in one ConfigError.
 """
 
 from __future__ import annotations

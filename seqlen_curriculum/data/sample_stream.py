@@ -1,6 +1,6 @@
 """The endless order in which a run reads the samples of a split: fresh ones, their leftovers, then again in a new order.
 
-A row is one sample as it is read. Shapes: n rows, of which the first ``tokens`` are trained on.
+A row is one sample in reading order. Shapes: n rows, of which the first ``tokens`` are trained on.
 """
 
 from __future__ import annotations

@@ -145,7 +145,7 @@ class PartialCorpus:
     def __init__(self, prefix: str, facts: Mapping[str, Any], stops_at: Callable[[str], bool]) -> None:
         self.progress = Progress()
         self._folder = _PartialFolder(prefix)
-        self._header = json.loads(json.dumps(facts))  # as it is read back: tuples are lists
+        self._header = json.loads(json.dumps(facts))  # as JSON gives it back: tuples become lists
         self._stops_at = stops_at
         self._files: TokenFiles | None = None
         self._saved_bytes = 0
