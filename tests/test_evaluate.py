@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.evaluated import ITEMS, POSITIONS, ids, logits_of, tail
-from helpers.launching import ROOT, launch
+from helpers.launching import ROOT, forked, launch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional as F
@@ -161,7 +161,8 @@ def test_two_ranks_come_to_the_numbers_of_one(evaluated_place, evaluate_command,
     assert [program, script] == ["deepspeed", "scripts/evaluate.py"]
     arguments += ["--task", "wikitext103=wiki.test.tokens", "--json"]
     out = tmp_path / "new" / "two.json"
-    status, output = launch(tmp_path / "log", SCRIPT, *arguments, "--out", out, ranks=2, cwd=evaluated_place.folder)
+    folder = evaluated_place.folder
+    status, output = launch(tmp_path / "log", SCRIPT, *arguments, "--out", out, ranks=2, launcher=forked, cwd=folder)
     assert status == 0, output
     (printed,) = re.findall(r"^\{\n.*?^\}$", output, re.DOTALL | re.MULTILINE)
     two, one = json.loads(printed), json.loads(evaluate_command(*arguments))

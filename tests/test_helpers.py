@@ -8,7 +8,7 @@ import sys
 import psutil
 import pytest
 from helpers import capabilities
-from helpers.launching import running, stale_locks, wait_until
+from helpers.launching import forked, launch, running, stale_locks, wait_until
 
 
 def test_an_unknown_capability_is_named_with_the_valid_ones(monkeypatch):
@@ -63,3 +63,27 @@ def test_a_command_is_killed_with_all_that_it_started(tmp_path):
     assert process.returncode is not None
     pid = int(log.read_text())
     assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+
+
+RANK_ENDS = """
+import os, sys, time
+print("rank", os.environ["RANK"], "of", os.environ["WORLD_SIZE"], *sys.argv[1:], __name__, flush=True)
+if os.environ["RANK"] == "1":
+    sys.exit(7)
+time.sleep(99)
+"""
+
+
+def test_a_forked_launch_is_that_of_a_launcher(tmp_path):
+    """The ranks have torch already and what a launcher gives them; when one of them fails the others are killed."""
+    (tmp_path / "script.py").write_text(f"import sys; assert 'torch' in sys.modules{RANK_ENDS}")
+    status, output = launch(tmp_path / "log", tmp_path / "script.py", "--flag", ranks=2, launcher=forked, seconds=60)
+    assert status == 7
+    assert sorted(output.splitlines()) == ["rank 0 of 2 --flag __main__", "rank 1 of 2 --flag __main__"]
+
+
+def test_an_error_of_a_forked_rank_is_printed(tmp_path):
+    (tmp_path / "script.py").write_text("raise ValueError('of the script')")
+    status, output = launch(tmp_path / "log", tmp_path / "script.py", launcher=forked)
+    assert status == 1
+    assert "ValueError: of the script" in output

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from helpers.launching import launch
+from helpers.launching import forked, launch
 from helpers.runs import TRAIN, Runs, planned_samples, records, samples_by_step
 from helpers.runs import run as run_of
 
@@ -54,7 +54,7 @@ def trained(tmp_path_factory, blended_run):
     folder = tmp_path_factory.mktemp("warmup")
     (folder / "run.json").write_text(json.dumps(blended_run))
     arguments = ("--config", folder / "run.json", "--save", folder / "run")
-    status, output = launch(folder / "log", TRAIN, *arguments, ranks=2)
+    status, output = launch(folder / "log", TRAIN, *arguments, ranks=2, launcher=forked)
     assert status == 0, output
     return folder / "run", output, folder / "run.json"
 

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers.launching import launch
+from helpers.launching import forked, launch
 
 from seqlen_curriculum import RunConfig
 from seqlen_curriculum.files import read_json
@@ -66,7 +66,9 @@ def test_the_benchmark_measures_every_length_and_draws_it(tmp_path):
     outputs = ["--json", tmp_path / "records.json", "--png", tmp_path / "picture.png"]
     kinds = ["--kinds", "fixed", "balanced", "segment", "window"]
     arguments = ["--config", "configs/throughput_cpu.json", "--lengths", 8, 200, "--rounds", 1, *kinds, *sets, *outputs]
-    status, output = launch(tmp_path / "log", "scripts/benchmark.py", "throughput", *arguments, ranks=2)
+    status, output = launch(
+        tmp_path / "log", "scripts/benchmark.py", "throughput", *arguments, ranks=2, launcher=forked
+    )
     assert status == 0, output
     records = json.loads((tmp_path / "records.json").read_text())
     rows = [(record["seqlen"], record["kind"], record["micro_batch_rows"]) for record in records]

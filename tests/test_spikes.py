@@ -11,7 +11,7 @@ from functools import partial
 
 import numpy as np
 import pytest
-from helpers.launching import launch_command
+from helpers.launching import forked
 from helpers.runs import (
     ENGINES,
     TRAIN,
@@ -77,7 +77,7 @@ def overwrite(run, step):
 
 def killed_command(folder):
     sets = [word for setting in ZERO2 for word in ("--set", setting)]
-    return launch_command(TRAIN, "--config", folder / "run.json", "--save", folder / "killed", *sets, ranks=2)
+    return forked(TRAIN, "--config", folder / "run.json", "--save", folder / "killed", *sets, ranks=2)
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ import sys
 from functools import partial
 
 import pytest
-from helpers.launching import ROOT, launch, launch_command, running, wait_for_all, wait_until
+from helpers.launching import ROOT, forked, launch, launch_command, running, wait_for_all, wait_until
 from helpers.runs import (
     TRAIN,
     Runs,
@@ -154,9 +154,9 @@ def test_the_monitor_has_values_against_steps_and_against_tokens(reference):
 def kill_and_resume(reference, run_file, folder, kill_after):
     save = folder / "run"
     for number, step in enumerate(kill_after):
-        command, log = launch_command(TRAIN, "--config", run_file, "--save", save), folder / f"log{number}"
+        command, log = forked(TRAIN, "--config", run_file, "--save", save), folder / f"log{number}"
         assert run_and_kill(command, log, partial(has_reached, save, step)), log.read_text()
-    status, output = launch(folder / "log", TRAIN, "--config", run_file, "--save", save)
+    status, output = launch(folder / "log", TRAIN, "--config", run_file, "--save", save, launcher=forked)
     assert status == 0, output
     assert_same_run(save, reference)
 
@@ -181,7 +181,7 @@ def test_two_ranks_stopped_by_sigterm_and_resumed_on_one(fixed_reference, fixed_
     assert 6 <= stopped < len(records(fixed_reference)[0]), (tmp_path / "log").read_text()
     assert (save / f"global_step{stopped}" / "complete.json").exists()
     assert f"stopped after step {stopped}" in (tmp_path / "log").read_text()
-    status, output = launch(tmp_path / "log2", TRAIN, "--config", fixed_file, "--save", save)
+    status, output = launch(tmp_path / "log2", TRAIN, "--config", fixed_file, "--save", save, launcher=forked)
     assert status == 0, output
     assert_same_run(save, fixed_reference, loss_tolerance=1e-4)
 
@@ -189,7 +189,8 @@ def test_two_ranks_stopped_by_sigterm_and_resumed_on_one(fixed_reference, fixed_
 @pytest.fixture(scope="session")
 def two_ranks(tmp_path_factory, fixed_file):
     folder = tmp_path_factory.mktemp("two")
-    status, output = launch(folder / "log", TRAIN, "--config", fixed_file, "--save", folder / "run", ranks=2)
+    arguments = ("--config", fixed_file, "--save", folder / "run")
+    status, output = launch(folder / "log", TRAIN, *arguments, ranks=2, launcher=forked)
     assert status == 0, output
     return folder / "run"
 
@@ -209,7 +210,8 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_newest_complete_one(referen
     states = save / f"global_step{last}" / "mp_rank_00_model_states.pt"
     states.write_bytes(states.read_bytes()[:-1000])
     # with a relative --save, as the README has it
-    status, output = launch(tmp_path / "log", TRAIN, "--config", run_file, "--save", "run", cwd=tmp_path)
+    arguments = ("--config", run_file, "--save", "run")
+    status, output = launch(tmp_path / "log", TRAIN, *arguments, launcher=forked, cwd=tmp_path)
     assert status == 0, output
     assert f"passing over an unusable checkpoint: {save}/global_step{last}: mp_rank_00_model_states.pt has" in output
     assert f"continuing after step {last // 6 * 6}" in output
@@ -233,7 +235,8 @@ def test_a_checkpoint_of_another_run_is_refused_with_what_differs(reference, one
 
 def test_a_run_that_diverges_stops_in_words_and_saves_nothing_broken(run_file, tmp_path):
     sets = ("--set", "optimizer.params.lr=1e20", "--set", "gradient_clipping=0", "--set", "training.save_interval=0")
-    status, output = launch(tmp_path / "log", TRAIN, "--config", run_file, "--save", tmp_path / "run", *sets)
+    arguments = ("--config", run_file, "--save", tmp_path / "run", *sets)
+    status, output = launch(tmp_path / "log", TRAIN, *arguments, launcher=forked)
     assert status == DIVERGED
     assert re.search(r"error: step \d+: the (loss|gradient norm|validation loss) is (nan|inf)", output)
     assert "Traceback" not in output
@@ -253,11 +256,8 @@ def test_a_full_disk_leaves_the_previous_checkpoint(reference, run_file, tmp_pat
     before = sorted(path.name for path in save.glob("global_step*"))
     last = max(int(name.removeprefix("global_step")) for name in before)
     shutil.rmtree(save / f"global_step{last}")  # one more step to train and to save
-
-    def small_files_only():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
-
-    status, output = launch(tmp_path / "log", TRAIN, "--config", run_file, "--save", save, preexec_fn=small_files_only)
+    arguments, limits = ("--config", run_file, "--save", save), {resource.RLIMIT_FSIZE: 50_000}
+    status, output = launch(tmp_path / "log", TRAIN, *arguments, launcher=forked, limits=limits)
     assert status != 0
     assert "can't be written" in output
     assert f"the checkpoint {save}/global_step{last // 6 * 6} is intact" in output
@@ -266,15 +266,13 @@ def test_a_full_disk_leaves_the_previous_checkpoint(reference, run_file, tmp_pat
 
 
 def test_too_large_a_micro_batch_shows_before_step_1(run_file, tmp_path):
-    def little_memory():
-        resource.setrlimit(resource.RLIMIT_DATA, (3_000_000_000, 3_000_000_000))
-
     long = ("data.seq_length=2048", "model.max_position_embeddings=2048", "curriculum_learning.max_difficulty=2048")
     many = ("train_batch_size=512", "train_micro_batch_size_per_gpu=512", "training.eval_interval=0")
     longer = ("training.train_tokens=50000000",)
     sets = [word for setting in (*long, *many, *longer) for word in ("--set", setting)]
     arguments = ("--config", run_file, "--save", tmp_path / "run", *sets)
-    status, output = launch(tmp_path / "log", TRAIN, *arguments, preexec_fn=little_memory)
+    limits = {resource.RLIMIT_DATA: 3_000_000_000}
+    status, output = launch(tmp_path / "log", TRAIN, *arguments, launcher=forked, limits=limits)
     assert status != 0
     assert "train_micro_batch_size_per_gpu: a micro-batch of 512 rows of 2048 tokens" in output
     assert "model.activation_checkpointing" in output

@@ -1,4 +1,4 @@
-"""Whole searches under the real launcher, one of them killed twice; what a probe's log says, and what is refused."""
+"""Whole searches, one of them killed twice; what a probe's log says, and what is refused."""
 
 import contextlib
 import json
@@ -12,7 +12,7 @@ import numpy as np
 import psutil
 import pytest
 from helpers.capabilities import require_launches
-from helpers.launching import ROOT, launch_command, limit, running, wait_until
+from helpers.launching import ROOT, free_port, limit, running, wait_until
 from helpers.runs import records
 from helpers.settings import changed
 
@@ -32,7 +32,9 @@ TUNE = [sys.executable, str(ROOT / "scripts" / "tune.py")]
 
 
 def tune_command(config, save, *flags):
-    launcher = launch_command("scripts/train_gpt2.py")[:-1]
+    # What the launcher sets for one rank. The launcher itself would start as long as a probe runs.
+    ranks = [f"{name}=0" for name in ("RANK", "LOCAL_RANK")] + ["WORLD_SIZE=1", "MASTER_ADDR=127.0.0.1"]
+    launcher = ["env", *ranks, f"MASTER_PORT={free_port()}", sys.executable]
     return [*TUNE, str(config), "--save", str(save), "--launcher", shlex.join(launcher), *flags]
 
 

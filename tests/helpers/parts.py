@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 
 from helpers.capabilities import lacking, require, require_launches
-from helpers.launching import launch_command, limit, running
+from helpers.launching import forked, limit, running
 
 COMPILE_SECONDS = 600
 """On a quiet machine, until DeepSpeed has one of its C++ parts compiled and loaded."""
@@ -104,7 +104,7 @@ def _launch_once(folder: Path, script: str | Path, parts: list[Part], ranks: int
     (folder / "todo.json").write_text(json.dumps([asdict(part) for part in parts]))
     log = folder / "log"
     hung = ""
-    with running(launch_command(script, folder, ranks=ranks), log) as process:
+    with running(forked(script, folder, ranks=ranks), log) as process:
         finished, since = -1, time.monotonic()  # -1: DeepSpeed starts, and may compile
         while process.poll() is None:
             if finished < len(parts) and _is_done(folder, finished, ranks):
