@@ -14,7 +14,7 @@ from seqlen_curriculum.data.samples import Samples
 from seqlen_curriculum.data.training_data import TrainingData
 from seqlen_curriculum.data.writer import CorpusWriter
 from seqlen_curriculum.errors import ConfigError
-from seqlen_curriculum.planning import data_use
+from seqlen_curriculum.planning.summary import data_use
 from seqlen_curriculum.schedule.batch_size_warmup import BatchSizeRamp
 from seqlen_curriculum.schedule.global_batch import BatchGrowth
 from seqlen_curriculum.schedule.pacing import Discrete, Mixed, Root
