@@ -134,6 +134,18 @@ def test_with_many_ranks_short_lengths_idle_and_a_batch_growth_as_advised_ends_i
             sets = ["curriculum_learning.batch_growth=true", f"curriculum_learning.min_tokens_per_step={floor}"]
 
 
+def test_only_what_the_run_can_change_is_advised():
+    # 2 rows a step, then 4 from 8: a rank has one row at first
+    warmup = {**RUN, "batch_size_warmup": {"start": 2, "increment": 2, "tokens": 90_000}}
+    (warning,) = planned(2, {**warmup, "curriculum_learning": {"enabled": False}})[1]
+    assert "at length 1024 have" in warning
+    assert warning.endswith("Consider fewer ranks")
+    short = changed(RUN, curriculum_learning__max_difficulty=256)
+    short = changed(short, curriculum_learning__schedule_config__difficulty=[64, 256])
+    (warning,) = planned(2, short)[1]
+    assert warning.endswith("min_tokens_per_step 2048")  # 8 rows of 256, where 2 x 2,816 would be above every step
+
+
 def test_the_readme_has_these_numbers():
     readme = (ROOT / "README.md").read_text()
     path = PAPER / "gpt2_1.5b_bsz512_seqlen1k_slw270k.json"
@@ -208,7 +220,7 @@ def test_on_the_command_line_as_text_json_and_side_by_side():
     files = [PAPER / f"gpt2_117m_bsz512_seqlen1k{name}.json" for name in ("", "_slw60k")]
     text = run_plan(files[1], "--ranks", 128, "--tflops", 300)
     assert text.returncode == 0, text.stderr
-    assert "ranks             128 on 16 nodes of up to 8, 128 data-parallel" in text.stdout
+    assert "ranks             128 on 16 nodes of 8, 128 data-parallel" in text.stdout
     assert "assumed speed     300 TFLOP/s a rank (--tflops)" in text.stdout
     assert text.stderr.startswith("warning: --ranks 128: some micro-batches at lengths 8 to 1016")
     summary = json.loads(run_plan(files[1], "--ranks", 128, "--tflops", 300, "--json").stdout)["on_ranks"]

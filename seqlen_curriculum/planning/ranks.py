@@ -6,7 +6,7 @@ long as one that just fills it. Communication, the optimizer, evaluations and ch
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -209,29 +209,35 @@ def _idle(config: RunConfig, summary: dict[str, Any]) -> list[str]:
         return []
     fill = summary["fill_tokens"]
     idle = [group for group in summary["lengths"] if group["micro_batch_tokens"][0] < fill]
-    shortest, longest = min(group["seqlen"][0] for group in idle), max(group["seqlen"][1] for group in idle)
+    lengths = sorted({seqlen for group in idle for seqlen in group["seqlen"]})
+    span = f"lengths {lengths[0]} to {lengths[-1]}" if len(lengths) > 1 else f"length {lengths[0]}"
     fewest = min(group["micro_batch_tokens"][0] for group in idle)
     ratio = summary["hours"] / summary["hours_at_full_speed"]
-    floor = fill * config.keys.sequence_ranks * config.data_ranks
-    fixes = [
-        *([] if config.plan.balanced else ['training.micro_batch "balanced"']),
-        "fewer ranks",
-        *([] if config.shortening.method == "segment" else ['curriculum_learning.method "segment"']),
-        f"curriculum_learning.batch_growth true with min_tokens_per_step {floor}",
-    ]
     return [
-        f"--ranks {summary['ranks']}: some micro-batches at lengths {shortest} to {longest} have too few tokens to fill a "
-        f"device (down to {fewest:,}, where about {fill:,} do), so the run takes {ratio:.2f} times as long as at full speed "
-        f"(an estimate, not measured on a GPU). Consider {', '.join(fixes[:-1])} or {fixes[-1]}"
+        f"--ranks {summary['ranks']}: some micro-batches at {span} have too few tokens to fill a device (down to "
+        f"{fewest:,}, where about {fill:,} do), so the run takes {ratio:.2f} times as long as at full speed (an estimate, "
+        f"not measured on a GPU). Consider {' or '.join(_remedies(config, fill))}"
     ]
+
+
+def _remedies(config: RunConfig, fill: int) -> Iterator[str]:
+    """Yield what a run can change so that its micro-batches have ``fill`` tokens."""
+    if not config.plan.balanced:
+        yield 'training.micro_batch "balanced"'
+    yield "fewer ranks"
+    if config.curriculum is None or config.batch_size_warmup is not None:
+        return
+    if config.shortening.method == "truncate":
+        yield 'curriculum_learning.method "segment"'
+    longest = config.shortening.used_tokens_per_sample(config.curriculum.max_difficulty)
+    floor = min(fill * config.keys.sequence_ranks * config.data_ranks, config.global_batch * longest)
+    yield f"curriculum_learning.batch_growth true with min_tokens_per_step {floor}"
 
 
 def describe_ranks(summary: dict[str, Any]) -> str:
     """Return what ``on_ranks`` gave as text for a terminal: facts, then a table of lengths."""
-    lines = [
-        f"ranks             {summary['ranks']:,} on {summary['nodes']:,} nodes of up to {summary['gpus_per_node']}, "
-        f"{summary['data_ranks']:,} data-parallel"
-    ]
+    nodes = "one node" if summary["nodes"] == 1 else f"{summary['nodes']:,} nodes of {summary['gpus_per_node']:,}"
+    lines = [f"ranks             {summary['ranks']:,} on {nodes}, {summary['data_ranks']:,} data-parallel"]
     if summary["hours"] is not None:
         lines += [
             f"assumed speed     {summary['tflops']:,.0f} TFLOP/s a rank ({summary['tflops_source']})",
