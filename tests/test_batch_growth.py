@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from seqlen_curriculum import ConfigError, RunConfig
 from seqlen_curriculum.config.equivalence import trains_identically
+from seqlen_curriculum.planning.summary import describe, plan
 from seqlen_curriculum.schedule.global_batch import BatchGrowth
 from seqlen_curriculum.schedule.pacing import Discrete
 from seqlen_curriculum.schedule.timeline import Timeline
@@ -53,6 +54,12 @@ def test_rows_by_hand():
     assert timeline.consumed_samples(np.arange(7)).tolist() == [0, 32, 48, 64, 76, 88, 96]
     assert timeline.consumed_tokens(np.arange(7)).tolist() == [0, 256, 512, 768, 1056, 1344, 1600]
     assert (timeline.global_batch, timeline.first_step_of_samples(4)) == (4, timeline.first_step_at(56))
+
+
+def test_a_plan_shows_the_rows():
+    summary = plan(config())
+    assert (summary["milestones"][0]["rows"], summary["milestones"][-1]["rows"]) == (32, 4)
+    assert f"rows of a step    32 to 4 (from step {summary['full_batch_step']}), 8 shapes" in describe(summary)
 
 
 @given(st.integers(1, 600), st.integers(1, 10**6), st.integers(1, 2048))
