@@ -3,6 +3,7 @@
 Example:
   python scripts/plan.py configs/paper/gpt2_117m_bsz512_seqlen1k_slw60k.json --at 200000 --png plan.png
   python scripts/plan.py --compare configs/paper/gpt2_1.5b_bsz4k_seqlen1k*.json --png plans.png
+  python scripts/plan.py configs/paper/gpt2_1.5b_bsz512_seqlen1k_slw270k.json --ranks 128
 
 Needs neither torch nor a GPU nor the corpus.
 """
@@ -28,6 +29,22 @@ def main() -> None:
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="override a value, as in training.seed=7"
     )
+    parser.add_argument(
+        "--ranks",
+        type=int,
+        metavar="N",
+        help="also show what each of N ranks does at every length, and estimate the hours",
+    )
+    parser.add_argument(
+        "--gpus-per-node", type=int, default=8, metavar="N", help="ranks of a node, with --ranks (default: 8)"
+    )
+    parser.add_argument(
+        "--tflops",
+        type=float,
+        metavar="X",
+        help="model TFLOP/s that one GPU reaches at full length, for the hours (default: 40 %% of the peak of the GPU in "
+        "this machine, or else of an H100)",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     parser.add_argument(
         "--png",
@@ -39,22 +56,37 @@ def main() -> None:
     if bool(args.config) == bool(args.compare):
         raise ConfigError("FILE, --compare: give either the file of one run, or --compare with those of several")
     names = short_names("--compare", args.compare or [args.config])
+    if args.tflops is not None and args.ranks is None:
+        raise ConfigError("--tflops: is for the hours on a number of ranks; give --ranks too")
     png = picture_path("--png", args.png) if args.png else None
 
-    from seqlen_curriculum import planning  # after --help: numpy and pydantic take a moment
+    # After --help: numpy and pydantic take a moment.
     from seqlen_curriculum.config.run import RunConfig
+    from seqlen_curriculum.planning import ranks, summary
 
+    flags = None
+    if args.ranks is not None:
+        flags = ranks.RankFlags(ranks=args.ranks, gpus_per_node=args.gpus_per_node, tflops=args.tflops)
+    plans = {}
     configs = {name: RunConfig.load(path, args.set, require=("training",)) for name, path in names.items()}
-    for config in configs.values():
+    for name, config in configs.items():
         warn(config.warnings())
-    plans = {name: planning.plan(config, args.at) for name, config in configs.items()}
+        plans[name] = summary.plan(config, args.at)
+        if flags:
+            config = config.for_ranks(flags.ranks)
+            plans[name]["on_ranks"] = ranks.on_ranks(config, flags)
+            warn(ranks.rank_warnings(config, plans[name]["on_ranks"]))
     (first, *_) = plans.values()
     if args.json:
         print(json.dumps(plans if args.compare else first, indent=2))
+    elif args.compare:
+        print(summary.compare(plans))
     else:
-        print(planning.compare(plans) if args.compare else planning.describe(first))
+        print(summary.describe(first))
+        if flags:
+            print("\n" + ranks.describe_ranks(first["on_ranks"]))
     if png:
-        planning.draw(configs, png)
+        summary.draw(configs, png)
 
 
 if __name__ == "__main__":

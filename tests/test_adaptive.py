@@ -3,8 +3,9 @@
 import json
 
 import pytest
-from helpers.runs import Runs, planned_samples, records, samples_by_step
+from helpers.runs import Runs, assert_same_run, planned_samples, records, samples_by_step
 from helpers.runs import run as run_of
+from helpers.settings import changed
 
 import seqlen_curriculum
 from seqlen_curriculum import ConfigError, RunConfig
@@ -38,7 +39,11 @@ def runs(tmp_path_factory, adaptive_run, tiny_run):
         return run_of(folder / f"{config}.json", folder / name, sets, **more)
 
     twice, steep = "curriculum_learning.schedule_config.total_curriculum_step=40", "training.save_interval=0"
+    grown = ("curriculum_learning.batch_growth=true", "curriculum_learning.min_tokens_per_step=200")
     all_runs = [
+        run("adaptive", "grown", *grown),
+        run("adaptive", "grown-begun", *grown, until_step=5),
+        run("adaptive", "grown-parts", *grown, begins_as_copy_of=f"{folder}/grown-begun", after="grown-begun"),
         run("adaptive", "whole"),
         run("adaptive", "begun", until_step=16),
         run("adaptive", "parts", begins_as_copy_of=f"{folder}/begun", after="begun"),
@@ -102,6 +107,22 @@ def test_stopped_and_continued_it_decides_the_same(runs):
     assert records(runs["parts"]) == records(runs["whole"])
     assert samples_by_step(runs["parts"]) == samples_by_step(runs["whole"])
     assert held_of(runs["parts"]) == held_of(runs["whole"])
+
+
+def test_a_batch_growth_reads_and_trains_what_is_planned_and_resumes_exactly(runs, adaptive_run):
+    grown = changed(adaptive_run, curriculum_learning__batch_growth=True, curriculum_learning__min_tokens_per_step=200)
+    config = RunConfig.from_dict(grown)
+    plan = config.plan.holding(*held_of(runs["grown"]))
+    timeline, rate = plan.timeline, plan.learning_rate()
+    steps, _ = records(runs["grown"])
+    assert [(one["step"], one["rows"], one["consumed_tokens"], one["lr"]) for one in steps] == [
+        (step, timeline.rows(step), timeline.consumed_tokens(step), rate(step)) for step in range(1, timeline.steps + 1)
+    ]
+    assert {one["rows"] for one in steps} >= {32, 24, 16}  # batches of 8 rows: 200 tokens take 4 of length 8, 3 of 10
+    assert len({one["rows"] for one in steps if one["step"] > 5}) > 1  # resumed while it still shrinks
+    data, _ = open_run_data(config)
+    assert samples_by_step(runs["grown"]) == planned_samples(data.along(timeline))
+    assert_same_run(runs["grown-parts"], runs["grown"])
 
 
 def test_a_checkpoint_brings_its_decisions_along(runs):

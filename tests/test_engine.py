@@ -16,6 +16,7 @@ from deepspeed import comm as dist
 from deepspeed.pipe import PipelineModule
 from deepspeed.runtime.data_pipeline.curriculum_scheduler import CurriculumScheduler as DeepSpeedScheduler
 from helpers.parts import Part, do_parts, launch_parts
+from helpers.settings import LINEAR
 
 from seqlen_curriculum import ConfigError, CurriculumScheduler, RunConfig, initialize
 from seqlen_curriculum.config.model import ModelConfig
@@ -504,6 +505,9 @@ def test_misuse_is_problem_before_deepspeed_starts():
         initialize(config=config, config_params=config)
     with pytest.raises(ConfigError, match=r"batch_size_warmup: DeepSpeed's engine doesn't follow it"):
         initialize(config={**config, "batch_size_warmup": {"start": 2, "increment": 2, "tokens": 100}})
+    growth = {"batch_growth": True, "min_tokens_per_step": 64}
+    with pytest.raises(ConfigError, match=r"curriculum_learning\.batch_growth: DeepSpeed's engine doesn't follow it"):
+        initialize(config={**config, "curriculum_learning": {**LINEAR, **growth}})
     ours = {"scheduler": {"type": "TokenCosineLR"}, "curriculum_learning": {"enabled": False, "max_difficulty": 8}}
     with pytest.raises(ConfigError, match="lr_scheduler= is given too"):
         initialize(None, None, lr_scheduler=object(), config={**config, **ours, "training": {"train_tokens": 1e4}})

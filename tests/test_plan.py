@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from seqlen_curriculum import ConfigError, RunConfig
-from seqlen_curriculum.planning import describe, plan
+from seqlen_curriculum.planning.summary import describe, plan
 
 ROOT = Path(__file__).parent.parent
 

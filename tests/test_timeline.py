@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from seqlen_curriculum.schedule.adjusted_pacing import bucketed
 from seqlen_curriculum.schedule.batch_size_warmup import BatchSizeRamp
+from seqlen_curriculum.schedule.global_batch import BatchGrowth
 from seqlen_curriculum.schedule.pacing import Custom, Discrete, Mixed, Root
 from seqlen_curriculum.schedule.timeline import Timeline, ramp_steps_for_fraction, ramp_steps_for_tokens
 
@@ -83,18 +84,25 @@ schedules = st.one_of(
     st.just(Custom(4, 64, 4, function=lambda step: 7 * step % 80)),
 ).flatmap(lambda pacing: st.sampled_from([pacing, bucketed(pacing, pacing.lowest)]))
 
-batches = st.integers(1, 16) | st.builds(
-    lambda start, increment, increments, tokens: BatchSizeRamp(
-        start, increment, tokens, start + increments * increment
+batches = st.one_of(
+    st.integers(1, 16),
+    st.builds(
+        lambda start, increment, increments, tokens: BatchSizeRamp(
+            start, increment, tokens, start + increments * increment
+        ),
+        st.integers(1, 8),
+        st.integers(1, 4),
+        st.integers(1, 12),
+        st.integers(1, 60_000),
     ),
-    st.integers(1, 8),
-    st.integers(1, 4),
-    st.integers(1, 12),
-    st.integers(1, 60_000),
+    st.builds(BatchGrowth, st.integers(1, 16), st.integers(1, 2000)),
 )
 
 
-def rows_before(rows, consumed):
+def rows_of_step(rows, consumed, seqlen):
+    if isinstance(rows, BatchGrowth):
+        multiples = sorted([2**power for power in range(12)] + [3 * 2**power for power in range(12)])
+        return rows.final * next(m for m in multiples if m * rows.final * seqlen >= rows.min_tokens)
     return rows if isinstance(rows, int) else rows(consumed)
 
 
@@ -103,7 +111,8 @@ def test_arithmetic_equals_counting(pacing, rows, budget):
     timeline = Timeline(pacing, rows, budget)
     consumed, read, shapes = [0], [0], []
     while consumed[-1] < budget:
-        shapes.append((rows_before(rows, consumed[-1]), pacing(len(shapes) + 1)))
+        seqlen = pacing(len(shapes) + 1)
+        shapes.append((rows_of_step(rows, consumed[-1], seqlen), seqlen))
         read.append(read[-1] + shapes[-1][0])
         consumed.append(consumed[-1] + shapes[-1][0] * shapes[-1][1])
     steps = np.arange(1, len(shapes) + 1)
@@ -121,6 +130,8 @@ def test_arithmetic_equals_counting(pacing, rows, budget):
         assert timeline.first_step_at(seqlen) == 1 + [s for _, s in shapes].index(seqlen)
     lengths, tokens = timeline.tokens_by_length()
     assert tokens.sum() == consumed[-1]
+    firsts, counts = (part.tolist() for part in timeline.stretches())
+    assert [shapes[step - 1] for step, count in zip(firsts, counts, strict=True) for _ in range(count)] == shapes
     for seqlen in set(lengths.tolist()):
         assert tokens[lengths == seqlen].sum() == sum(r * s for r, s in shapes if s == seqlen)
 
@@ -152,14 +163,14 @@ def test_a_long_run_of_many_shapes_costs_little():
 
 
 @given(batches, st.integers(1, 40_000), st.floats(0.5, 4), st.sampled_from([None, 24]))
-def test_a_ramp_in_tokens_is_the_shortest_that_consumes_them(rows, tokens, degree, bucket):
+def test_a_ramp_in_tokens_consumes_them_and_one_step_less_does_not(rows, tokens, degree, bucket):
     def ramp(total):
         return bucketed(Root(8, 128, 8, total, degree), bucket)
 
     def ramp_tokens(total):
         consumed = 0
         for seqlen in ramp(total)(np.arange(1, total + 1)).tolist():
-            consumed += rows_before(rows, consumed) * seqlen
+            consumed += rows_of_step(rows, consumed, seqlen) * seqlen
         return consumed
 
     total = ramp_steps_for_tokens(ramp, rows, tokens)
@@ -168,7 +179,7 @@ def test_a_ramp_in_tokens_is_the_shortest_that_consumes_them(rows, tokens, degre
 
 
 @given(batches, st.integers(2_000, 400_000), st.integers(1, 100), st.sampled_from([None, 24]))
-def test_a_ramp_as_a_fraction_is_the_longest_that_fits_it(rows, budget, percent, bucket):
+def test_a_ramp_as_a_fraction_fits_it_and_one_step_more_does_not(rows, budget, percent, bucket):
     def ramp(total):
         return bucketed(Root(8, 128, 8, total), bucket)
 

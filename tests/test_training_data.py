@@ -14,8 +14,9 @@ from seqlen_curriculum.data.samples import Samples
 from seqlen_curriculum.data.training_data import TrainingData
 from seqlen_curriculum.data.writer import CorpusWriter
 from seqlen_curriculum.errors import ConfigError
-from seqlen_curriculum.planning import data_use
+from seqlen_curriculum.planning.summary import data_use
 from seqlen_curriculum.schedule.batch_size_warmup import BatchSizeRamp
+from seqlen_curriculum.schedule.global_batch import BatchGrowth
 from seqlen_curriculum.schedule.pacing import Discrete, Mixed, Root
 from seqlen_curriculum.schedule.shortening import Shortening
 from seqlen_curriculum.schedule.timeline import Timeline
@@ -74,7 +75,7 @@ def cases(draw):
         ranges,
         weights,
         pacing,
-        draw(st.just(batch) | rising),
+        draw(st.just(batch) | rising | st.builds(BatchGrowth, st.just(batch), st.integers(1, 3 * batch * full))),
         world,
         draw(st.sampled_from(["truncate", "segment", "window"])),
         draw(st.booleans()),

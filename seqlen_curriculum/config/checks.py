@@ -11,7 +11,7 @@ from seqlen_curriculum.errors import ConfigError
 if TYPE_CHECKING:
     from seqlen_curriculum.config.run import RunConfig
 
-__all__ = ["conflicts", "warnings"]
+__all__ = ["conflicts", "growth_problems", "warnings"]
 
 _JUMPING = ("fixed_discrete", "fixed_mixed", "custom")
 """Schedule types whose lengths may jump."""
@@ -20,6 +20,7 @@ _JUMPING = ("fixed_discrete", "fixed_mixed", "custom")
 def conflicts(config: RunConfig, complete: bool) -> list[str]:
     """Return one line per problem between sections; with ``complete`` (every section is valid) the schedule is built too."""
     problems = [*_length_problems(config), *_budget_problems(config), *_evaluation_problems(config)]
+    problems += growth_problems(config)
     compiled = bool(config.training and config.training.compile)
     problems += engine_problems(config.keys, config.model, compiled, config.shortening.method)
     can_plan = complete and config.training and config.keys.train_batch_size and (config.data or config.curriculum)
@@ -61,6 +62,26 @@ def _budget_problems(config: RunConfig) -> Iterator[str]:
             config.batch_size_warmup.rows(rows)
     except ConfigError as error:
         yield str(error)
+
+
+def growth_problems(config: RunConfig) -> Iterator[str]:
+    """Yield a problem of a batch growth with the rest of the run; its floor is judged once ``train_batch_size`` is known."""
+    curriculum, rows = config.curriculum, config.keys.train_batch_size
+    if curriculum is None or curriculum.min_tokens_per_step is None:
+        return
+    if config.batch_size_warmup:
+        yield (
+            "curriculum_learning.batch_growth: true doesn't work together with batch_size_warmup, which makes the first "
+            "steps smaller; remove one of them"
+        )
+    # Above it even the longest steps would grow, and no step would have train_batch_size rows.
+    longest = config.shortening.used_tokens_per_sample(curriculum.max_difficulty)
+    if rows and curriculum.min_tokens_per_step > rows * longest:
+        yield (
+            f"curriculum_learning.min_tokens_per_step: {curriculum.min_tokens_per_step} is above the {rows * longest} "
+            f"tokens of a step at the longest length (train_batch_size {rows} x {longest}); lower it, or raise "
+            "train_batch_size"
+        )
 
 
 def _evaluation_problems(config: RunConfig) -> Iterator[str]:

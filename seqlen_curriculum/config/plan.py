@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from seqlen_curriculum.errors import ConfigError
-from seqlen_curriculum.schedule.batch_size_warmup import BatchSizeRamp
 from seqlen_curriculum.schedule.curriculum_config import AdaptiveCurriculum
+from seqlen_curriculum.schedule.global_batch import GlobalBatch
 from seqlen_curriculum.schedule.micro_batch import balanced_rows
 from seqlen_curriculum.schedule.scheduler import CurriculumScheduler
 from seqlen_curriculum.schedule.shortening import Shortening
@@ -34,8 +34,8 @@ class RunPlan:
 
     scheduler: CurriculumScheduler
     timeline: Timeline
-    global_batch: int | BatchSizeRamp
-    """Samples of every step over all ranks, or their warmup."""
+    global_batch: GlobalBatch
+    """Samples of every step over all ranks, their warmup or their growth."""
     lr_params: TokenCosineParams | None
     """``scheduler.params`` of a ``TokenCosineLR``; None where the rate is DeepSpeed's own."""
     max_lr: float | None

@@ -21,13 +21,14 @@ from seqlen_curriculum.config.training import TrainingConfig
 from seqlen_curriculum.errors import ConfigError
 from seqlen_curriculum.fields import Section, flat, misspelt_sections, parse_section
 from seqlen_curriculum.files import apply_override, read_json
-from seqlen_curriculum.schedule.batch_size_warmup import BatchSizeRamp, BatchSizeWarmup
+from seqlen_curriculum.schedule.batch_size_warmup import BatchSizeWarmup
 from seqlen_curriculum.schedule.curriculum_config import (
     AdaptiveCurriculum,
     CurriculumConfig,
     constant_curriculum,
     curriculum_problems,
 )
+from seqlen_curriculum.schedule.global_batch import BatchGrowthKeys, GlobalBatch
 from seqlen_curriculum.schedule.scheduler import CurriculumScheduler
 from seqlen_curriculum.schedule.shortening import Shortening
 from seqlen_curriculum.schedule.timeline import Timeline
@@ -104,7 +105,10 @@ class RunConfig:
             self.batch_size_warmup.check_ranks(self.keys.data_ranks(world_size), micro if fixed else 1)
             self.batch_size_warmup.rows(batch["train_batch_size"])
         keys, data_ranks = self.keys.model_copy(update=batch), self.keys.data_ranks(world_size)
-        return replace(self, deepspeed={**self.deepspeed, **batch}, keys=keys, data_ranks=data_ranks)
+        config = replace(self, deepspeed={**self.deepspeed, **batch}, keys=keys, data_ranks=data_ranks)
+        if problems := list(checks.growth_problems(config)):  # train_batch_size may be known only now
+            raise ConfigError(problems)
+        return config
 
     @property
     def global_batch(self) -> int:
@@ -117,9 +121,11 @@ class RunConfig:
         return self.keys.train_batch_size
 
     @property
-    def rows(self) -> int | BatchSizeRamp:
-        """Return the global batch, or its warmup. Raises ConfigError without ``train_batch_size``."""
-        return self.batch_size_warmup.rows(self.global_batch) if self.batch_size_warmup else self.global_batch
+    def rows(self) -> GlobalBatch:
+        """Return the global batch, its warmup or its growth. Raises ConfigError without ``train_batch_size``."""
+        if self.batch_size_warmup:
+            return self.batch_size_warmup.rows(self.global_batch)
+        return self.curriculum.global_batch(self.global_batch) if self.curriculum else self.global_batch
 
     @property
     def adapts(self) -> bool:
@@ -163,7 +169,9 @@ class RunConfig:
             if self.model.initial:
                 chosen["model"]["initial_weights"] = self.model.initial.fingerprint
         if self.curriculum:
-            chosen["curriculum_learning"] = self.curriculum.model_dump()
+            # Left out where it is off, so that checkpoints from before there was a growth are of the same run.
+            off = set() if self.curriculum.batch_growth else set(BatchGrowthKeys.model_fields)
+            chosen["curriculum_learning"] = self.curriculum.model_dump(exclude=off)
         if self.data and self.training:
             chosen["data"] = self.data.model_dump(exclude={"train", "valid", "test"}) | {"weights": self.data.weights}
             decides = {"eval_interval", "eval_rows"} if self.adapts else set()

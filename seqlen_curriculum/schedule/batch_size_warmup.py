@@ -14,7 +14,7 @@ from seqlen_curriculum.errors import ConfigError
 from seqlen_curriculum.fields import Count, Section
 from seqlen_curriculum.schedule.piecewise import Piecewise, ceil_div
 
-__all__ = ["BatchSizeRamp", "BatchSizeWarmup", "lowest_rows", "rows_by_step"]
+__all__ = ["BatchSizeRamp", "BatchSizeWarmup"]
 
 BLOCK = "batch_size_warmup"
 
@@ -101,13 +101,3 @@ class BatchSizeRamp:
             first_steps.append(last_step + 1)
             rows.append(self(consumed))  # a long step may skip levels
         return Piecewise(np.asarray(first_steps, np.int64), np.asarray(rows, np.int64))
-
-
-def rows_by_step(rows: int | BatchSizeRamp, lengths: Piecewise) -> Piecewise:
-    """Return the rows of each step of a run with these ``lengths``, constant or rising."""
-    return Piecewise.constant(rows) if isinstance(rows, int) else rows.by_step(lengths)
-
-
-def lowest_rows(rows: int | BatchSizeRamp) -> int:
-    """Return the rows of the smallest step."""
-    return rows if isinstance(rows, int) else rows.start

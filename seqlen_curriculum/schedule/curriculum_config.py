@@ -9,9 +9,9 @@ from typing import Any, Literal, TypeAlias
 from pydantic import TypeAdapter, ValidationError, model_validator
 
 from seqlen_curriculum.errors import ConfigError
-from seqlen_curriculum.fields import Section, Seqlen, describe_errors, load_function, nearest
+from seqlen_curriculum.fields import Seqlen, describe_errors, load_function, nearest
 from seqlen_curriculum.schedule.adjusted_pacing import bucketed
-from seqlen_curriculum.schedule.batch_size_warmup import BatchSizeRamp
+from seqlen_curriculum.schedule.global_batch import BatchGrowthKeys, GlobalBatch
 from seqlen_curriculum.schedule.pacing import Custom, Discrete, Mixed, Pacing, Root
 from seqlen_curriculum.schedule.piecewise import ceil_div
 from seqlen_curriculum.schedule.schedule_config import (
@@ -37,7 +37,7 @@ __all__ = [
 BLOCK = "curriculum_learning"
 
 
-class _Curriculum(Section):
+class _Curriculum(BatchGrowthKeys):
     """The keys that every schedule type has."""
 
     enabled: bool = True
@@ -106,7 +106,7 @@ class RampCurriculum(_Curriculum):
 
     def pacing(
         self,
-        rows: int | BatchSizeRamp | None = None,
+        rows: GlobalBatch | None = None,
         train_tokens: int | None = None,
         bucket: int | None = None,
         seq_length: int | None = None,
@@ -172,7 +172,7 @@ class _PlainCurriculum(_Curriculum):
 
     def pacing(
         self,
-        rows: int | BatchSizeRamp | None = None,  # noqa: ARG002
+        rows: GlobalBatch | None = None,  # noqa: ARG002
         train_tokens: int | None = None,  # noqa: ARG002
         bucket: int | None = None,
         seq_length: int | None = None,  # noqa: ARG002

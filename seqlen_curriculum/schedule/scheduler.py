@@ -8,8 +8,8 @@ from typing import Any
 from seqlen_curriculum.errors import ConfigError
 from seqlen_curriculum.fields import Section
 from seqlen_curriculum.schedule.adjusted_pacing import Paused, bucketed
-from seqlen_curriculum.schedule.batch_size_warmup import BatchSizeRamp
 from seqlen_curriculum.schedule.curriculum_config import BLOCK, CurriculumConfig, CustomCurriculum, parse_curriculum
+from seqlen_curriculum.schedule.global_batch import BatchGrowthKeys, GlobalBatch
 from seqlen_curriculum.schedule.pacing import Pacing
 
 __all__ = ["CurriculumScheduler"]
@@ -19,15 +19,15 @@ class CurriculumScheduler:
     """DeepSpeed's class of this name, except that the length of a step depends on the step alone.
 
     ``config`` is the ``curriculum_learning`` block (a mapping, as in DeepSpeed) or a parsed one. ``rows`` (the global
-    batch, or its warmup) and ``train_tokens`` are needed only if the ramp is given in tokens or as a fraction. With
-    ``bucket`` every length is rounded down to a multiple of it. ``seq_length`` is that of the data (default: the longest
-    length). Raises ConfigError.
+    batch, its warmup or its growth) and ``train_tokens`` are needed only if the ramp is given in tokens or as a fraction.
+    With ``bucket`` every length is rounded down to a multiple of it. ``seq_length`` is that of the data (default: the
+    longest length). Raises ConfigError.
     """
 
     def __init__(
         self,
         config: Mapping[str, Any] | CurriculumConfig,
-        rows: int | BatchSizeRamp | None = None,
+        rows: GlobalBatch | None = None,
         train_tokens: int | None = None,
         bucket: int | None = None,
         seq_length: int | None = None,
@@ -82,7 +82,7 @@ class CurriculumScheduler:
 
     def get_state(self) -> dict[str, Any]:
         """Return DeepSpeed's state: the block's settings and ``current_difficulty``."""
-        not_deepspeeds = {"enabled", "curriculum_type", "method", "restart_positions"}
+        not_deepspeeds = {"enabled", "curriculum_type", "method", "restart_positions", *BatchGrowthKeys.model_fields}
         settings = self.config.model_dump(exclude_none=True, exclude=not_deepspeeds)
         return {**settings, "current_difficulty": self.current_difficulty}
 

@@ -13,7 +13,7 @@ from typing import overload
 import numpy as np
 
 from seqlen_curriculum.errors import ConfigError
-from seqlen_curriculum.schedule.batch_size_warmup import BatchSizeRamp, lowest_rows, rows_by_step
+from seqlen_curriculum.schedule.global_batch import GlobalBatch, least_tokens, most_tokens, samples_by_step
 from seqlen_curriculum.schedule.pacing import Pacing
 from seqlen_curriculum.schedule.piecewise import IntArray, Piecewise, ceil_div
 from seqlen_curriculum.schedule.shortening import TRUNCATE, Shortening
@@ -24,14 +24,12 @@ __all__ = ["Timeline", "ramp_steps_for_fraction", "ramp_steps_for_tokens"]
 class Timeline:
     """A run that reads ``rows`` samples per step and stops at ``train_tokens`` consumed target tokens.
 
-    ``rows`` is the global batch or its warmup, ``shortening`` how a sample is shortened. ``steps`` is the number of steps:
-    the first at whose end ``consumed_tokens >= train_tokens``. Methods take one step or an array of steps, from 1 to the
-    end of the run. Raises ConfigError for a budget too large to count in 64 bits.
+    ``rows`` is the global batch, its warmup or its growth, ``shortening`` how a sample is shortened. ``steps`` is the number
+    of steps: the first at whose end ``consumed_tokens >= train_tokens``. Methods take one step or an array of steps, from 1
+    to the end of the run. Raises ConfigError for a budget too large to count in 64 bits.
     """
 
-    def __init__(
-        self, pacing: Pacing, rows: int | BatchSizeRamp, train_tokens: int, shortening: Shortening = TRUNCATE
-    ) -> None:
+    def __init__(self, pacing: Pacing, rows: GlobalBatch, train_tokens: int, shortening: Shortening = TRUNCATE) -> None:
         self.pacing, self.shortening = pacing, shortening
         self.global_batch = rows if isinstance(rows, int) else rows.final
         self.train_tokens = train_tokens
@@ -39,10 +37,10 @@ class Timeline:
         # settles lists all its changes at once; for others twice as many steps are tried until the run ends inside.
         last_step = 1 << 16
         while True:
-            self._lengths = self._within_budget(*pacing.changes(last_step), lowest_rows(rows))
+            self._lengths = self._within_budget(*pacing.changes(last_step), rows)
             # By step: tokens used of a sample, samples read, rows they are cut into, and tokens of all of them.
             used = self._lengths.map(shortening.used_tokens_per_sample)
-            self._samples = rows_by_step(rows, used)
+            self._samples = samples_by_step(rows, used)
             self._rows = self._samples.times(self._lengths.map(shortening.rows_per_sample))
             self._tokens = self._samples.times(used)
             self.steps = self.steps_to(train_tokens)
@@ -50,15 +48,15 @@ class Timeline:
                 return
             last_step *= 2
 
-    def _within_budget(self, first_steps: IntArray, lengths: IntArray, fewest_samples: int) -> Piecewise:
+    def _within_budget(self, first_steps: IntArray, lengths: IntArray, rows: GlobalBatch) -> Piecewise:
         """Return the lengths without those that begin after any run of this budget has ended: their sums could overflow.
 
         Raises ConfigError if the sums of the others could.
         """
         used = self.shortening.used_tokens_per_sample(lengths)
-        most_steps = ceil_div(self.train_tokens, fewest_samples * int(used.min()))
+        most_steps = ceil_div(self.train_tokens, least_tokens(rows, int(used.min())))
         # The last step may overshoot the budget, hence one step more.
-        if (most_steps + 1) * self.global_batch * int(used.max()) >= 2**63:
+        if (most_steps + 1) * most_tokens(rows, int(used.max())) >= 2**63:
             raise ConfigError(
                 f"training.train_tokens: {self.train_tokens} in steps of {self.global_batch} samples of {used.min()} to "
                 f"{used.max()} tokens can't be counted in 64 bits; lower it"
@@ -133,6 +131,11 @@ class Timeline:
         last_steps = np.append(first_steps[1:] - 1, self.steps)
         return self._lengths.values[reached], np.diff(self.consumed_tokens(last_steps), prepend=0)
 
+    def stretches(self) -> tuple[IntArray, IntArray]:
+        """Return the first step of each stretch of steps with equal lengths and rows, and how many steps it has."""
+        first_steps = self._tokens.first_steps[self._tokens.first_steps <= self.steps]
+        return first_steps, np.diff(first_steps, append=self.steps + 1)
+
     def lengths(self) -> list[int]:
         """Return every sequence length of the run, shortest first."""
         lengths, _ = self.tokens_by_length()
@@ -140,7 +143,7 @@ class Timeline:
 
     def shapes(self) -> list[tuple[int, int]]:
         """Return every (rows, tokens per row) that the run will use, shortest rows first."""
-        steps = self._tokens.first_steps[self._tokens.first_steps <= self.steps]
+        steps, _ = self.stretches()
         row_tokens = self.shortening.tokens_per_row(self._lengths.at(steps)).tolist()
         shapes = set(zip(self._rows.at(steps).tolist(), row_tokens, strict=True))
         return sorted(shapes, key=lambda shape: (shape[1], shape[0]))
@@ -153,14 +156,14 @@ class Timeline:
 
 
 def ramp_steps_for_tokens(
-    pacing: Callable[[int], Pacing], rows: int | BatchSizeRamp, tokens: int, shortening: Shortening = TRUNCATE
+    pacing: Callable[[int], Pacing], rows: GlobalBatch, tokens: int, shortening: Shortening = TRUNCATE
 ) -> int:
     """Return the smallest T whose ramp consumes at least ``tokens`` target tokens by its own end, step T.
 
     ``pacing(T)`` builds the ramp. Exact, also under a batch size warmup: each length of the longer ramp is at least that
     of the shorter one a step earlier, so by induction are its consumed tokens and the rows that follow from them. The
-    tokens of a ramp thus grow with T, and bisection finds the one answer. Under ``segment`` the tokens of a sample jump up
-    and down with the length; there it finds a T that consumes enough where T - 1 doesn't.
+    tokens of a ramp thus grow with T, and bisection finds the one answer. Under ``segment`` and a batch growth the tokens of
+    a step jump up and down with the length; there it finds a T that consumes enough where T - 1 doesn't.
     """
 
     def enough(total_steps: int) -> bool:
@@ -171,7 +174,7 @@ def ramp_steps_for_tokens(
 
 def ramp_steps_for_fraction(
     pacing: Callable[[int], Pacing],
-    rows: int | BatchSizeRamp,
+    rows: GlobalBatch,
     train_tokens: int,
     fraction: float,
     shortening: Shortening = TRUNCATE,
@@ -179,8 +182,8 @@ def ramp_steps_for_fraction(
     """Return the largest T with ``T <= fraction * steps``, where ``steps`` is the length of the run that this T gives.
 
     Composer's ``duration``. A longer ramp makes the run at most one step longer for each step of ramp (the induction of
-    ``ramp_steps_for_tokens``), so for ``fraction <= 1`` bisection finds the one answer, at least 1. Under ``segment`` it
-    finds a T that is within the fraction where T + 1 isn't.
+    ``ramp_steps_for_tokens``), so for ``fraction <= 1`` bisection finds the one answer, at least 1. Under ``segment`` and a
+    batch growth it finds a T that is within the fraction where T + 1 isn't.
     """
 
     share = Fraction(str(fraction))  # the decimal as written: 0.29 of 100 steps is 29, in floats 28.999...
@@ -193,9 +196,9 @@ def ramp_steps_for_fraction(
     return max(_smallest(too_long, 1, longest_run + 1) - 1, 1)
 
 
-def _most_steps(pacing: Callable[[int], Pacing], rows: int | BatchSizeRamp, tokens: int, shortening: Shortening) -> int:
+def _most_steps(pacing: Callable[[int], Pacing], rows: GlobalBatch, tokens: int, shortening: Shortening) -> int:
     """Return how many steps consume ``tokens`` even if all of them are as small as the smallest."""
-    smallest_step = lowest_rows(rows) * shortening.least_used_tokens(pacing(1).lowest)
+    smallest_step = least_tokens(rows, shortening.least_used_tokens(pacing(1).lowest))
     return max(ceil_div(tokens, smallest_step), 1)
 
 

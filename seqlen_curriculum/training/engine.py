@@ -43,11 +43,11 @@ def initialize(*args: Any, curriculum_kwarg: str | None = None, **kwargs: Any) -
     taken out before DeepSpeed sees the rest. The engine gains ``curriculum_scheduler``, whose
     ``update_difficulty(engine.global_steps + 1)`` gives the length of the step to come (None in a file with neither a
     curriculum nor a data section); a ``TokenCosineLR`` follows the engine's steps by itself, counting the tokens of steps
-    that fp16 skipped. Under a ``batch_size_warmup`` the loop reads ``RunConfig.timeline().rows(step)`` rows a step and
-    hands them to ``accumulate``, so ``config`` must be a ``RunConfig``. With ``curriculum_kwarg`` each training forward
-    hands the model the step's length under that keyword, for models that truncate inside; DeepSpeed up to 0.19.7 did so as
-    ``curriculum_seqlen``. A pipeline's ``train_batch`` and ``eval_batch`` follow shapes that change. Raises ConfigError,
-    also for what DeepSpeed refuses.
+    that fp16 skipped. Under a ``batch_size_warmup`` or a ``batch_growth`` the loop reads ``RunConfig.timeline().rows(step)``
+    rows a step and hands them to ``accumulate``, so ``config`` must be a ``RunConfig``. With ``curriculum_kwarg`` each
+    training forward hands the model the step's length under that keyword, for models that truncate inside; DeepSpeed up to
+    0.19.7 did so as ``curriculum_seqlen``. A pipeline's ``train_batch`` and ``eval_batch`` follow shapes that change. Raises
+    ConfigError, also for what DeepSpeed refuses.
     """
     given = inspect.signature(deepspeed.initialize).bind(*args, **kwargs).arguments
     named = given.pop("args", None)
@@ -152,9 +152,11 @@ def _run_config(args: argparse.Namespace | None, *configs: object) -> RunConfig:
     if not isinstance(config, (Mapping, str, Path)):
         raise ConfigError(f"config: {config!r} is neither a path, a dict nor a RunConfig; give one of them")
     run = RunConfig.from_dict(config) if isinstance(config, Mapping) else RunConfig.load(config)
-    if run.batch_size_warmup is not None:  # in silence DeepSpeed's engine would keep to train_batch_size
+    grows = run.curriculum is not None and run.curriculum.batch_growth
+    if run.batch_size_warmup is not None or grows:  # in silence DeepSpeed's engine would keep to train_batch_size
+        key = "curriculum_learning.batch_growth" if grows else "batch_size_warmup"
         raise ConfigError(
-            "batch_size_warmup: DeepSpeed's engine doesn't follow it; give config=RunConfig.load(path), read its "
+            f"{key}: DeepSpeed's engine doesn't follow it; give config=RunConfig.load(path), read its "
             "timeline().rows(step) rows in each step, and hand them to training.accumulate.accumulate"
         )
     return run

@@ -1,4 +1,4 @@
-"""Plan a run before it starts: its milestones as numbers, as text and as a picture. Needs no torch."""
+"""A run's milestones as numbers, as text and as a picture. Needs no torch."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ def _facts(summary: dict[str, Any]) -> list[str]:
         f"full length       {'never reached' if full is None else f'from step {full:,}'}",
         f"lengths used      {summary['lengths']}",
     ]
-    if summary["milestones"][0]["rows"] != summary["milestones"][-1]["rows"]:
+    if len({milestone["rows"] for milestone in summary["milestones"]}) > 1:
         lines.append(_rows_line(summary))
     for key, what in _LEFT_OVER.items():
         if key in summary:
@@ -160,19 +160,21 @@ def _rows_line(summary: dict[str, Any]) -> str:
 
 
 def compare(plans: Mapping[str, dict[str, Any]]) -> str:
-    """Return plans by name as text for a terminal, one line per plan."""
+    """Return plans by name as text for a terminal, one line per plan; with ``on_ranks`` also the estimated hours."""
     width = max(map(len, plans))
     head = (
         f"{'':{width}} {'steps':>9} {'tokens':>17} {'full length at':>14} {'lengths':>7} {'left over':>9} {'FLOPs':>9}"
     )
-    lines = [head]
+    hours = {name: summary.get("on_ranks", {}).get("hours") for name, summary in plans.items()}
+    lines = [head + (f" {'hours':>9}" if any(hours.values()) else "")]
     for name, summary in plans.items():
         full = summary["full_length_step"]
         full_at = "never" if full is None else f"{full:,}"
         counts = f"{summary['steps']:>9,} {summary['consumed_tokens']:>17,} {full_at:>14} {summary['lengths']:>7}"
         shares = [f"{summary[key] / summary['sample_tokens']:.1%}" for key in _LEFT_OVER if key in summary]
         flops = f"{summary['flops']:.3g}" if "flops" in summary else ""
-        lines.append(f"{name:{width}} {counts} {''.join(shares):>9} {flops:>9}")
+        estimate = f" {hours[name]:>9,.2f}" if hours[name] else ""
+        lines.append(f"{name:{width}} {counts} {''.join(shares):>9} {flops:>9}{estimate}")
     return "\n".join(lines)
 
 
@@ -185,7 +187,7 @@ def draw(configs: Mapping[str, RunConfig], path: Path) -> None:
 
     runs = {name: _curves(config) for name, config in configs.items()}
     labels = [label for label in _DRAWSTYLES if any(label in run for run in runs.values())]
-    if all(run[_ROWS][0] == run[_ROWS][-1] for run in runs.values()):
+    if all(run[_ROWS].min() == run[_ROWS].max() for run in runs.values()):
         labels.remove(_ROWS)
     figure = Figure(figsize=(10, 3 * len(labels)), layout="constrained")
     axes = figure.subplots(len(labels), 2, sharex="col", squeeze=False)  # (labels, x axes)

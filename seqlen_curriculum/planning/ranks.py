@@ -1,0 +1,259 @@
+"""Plan a run on a number of ranks: what each of them does at every length, and an estimate of the hours. Needs no torch.
+
+The hours are model FLOPs over an assumed speed. A micro-batch with too few tokens to fill a device is assumed to take as
+long as one that just fills it. Communication, the optimizer, evaluations and checkpoints are left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
+
+from seqlen_curriculum.config.cards import peak_flops
+from seqlen_curriculum.config.deepspeed import DeepSpeedKeys
+from seqlen_curriculum.config.model import ModelConfig
+from seqlen_curriculum.config.run import RunConfig
+from seqlen_curriculum.fields import Count, Flags
+from seqlen_curriculum.schedule.curriculum_config import constant_curriculum
+from seqlen_curriculum.schedule.piecewise import IntArray, ceil_div
+
+__all__ = ["RankFlags", "describe_ranks", "fill_tokens", "on_ranks", "rank_warnings"]
+
+MFU = 0.4
+"""The share of a card's peak assumed to be reached at full length."""
+DEFAULT_CARD = "NVIDIA H100"
+_MULTIPROCESSORS, _TILE = 132, 128  # of an H100; rows and columns of the output that one of them computes at a time
+_DRIVER = Path("/proc/driver/nvidia/gpus")
+_COLUMNS = {
+    "seqlen": "seqlen",
+    "rows": "rows/rank",
+    "tokens": "tokens/rank",
+    "micro_batches": "micro-batches",
+    "micro_batch_tokens": "tokens of each",
+}
+"""Keys of a group whose values are [least, most], and the heads of their columns."""
+
+
+class RankFlags(Flags):
+    """Where a run is planned to train."""
+
+    ranks: Count
+    """Ranks in all, one card each."""
+    gpus_per_node: Count = 8
+    """Cards of a node."""
+    tflops: Annotated[float, Field(gt=0)] | None = None
+    """Model TFLOP/s that a card reaches at full length; None: ``MFU`` of the peak of the card that is present."""
+
+
+class _Shapes(NamedTuple):
+    """What a rank does in the steps of a run, (n,) each: one entry per pair of rows and seqlen that the run has."""
+
+    seqlen: IntArray
+    steps: IntArray
+    rows: IntArray
+    tokens: IntArray
+    """Target tokens of a rank's step; where ranks share sequences, those of its parts."""
+    micro_batches: IntArray
+    micro_batch_tokens: IntArray
+
+    @classmethod
+    def of(cls, config: RunConfig) -> _Shapes:
+        """Return the shapes of a run whose ranks are known."""
+        plan, timeline, parts = config.plan, config.plan.timeline, config.keys.sequence_ranks
+        first_steps, counts = timeline.stretches()
+        # A schedule that alternates has each shape in many stretches.
+        both = np.stack([timeline.seqlen(first_steps), timeline.rows(first_steps)])
+        (seqlen, rows), number = np.unique(both, axis=1, return_inverse=True)
+        rows = rows // plan.data_ranks
+        row_tokens = plan.shortening.tokens_per_row(seqlen)
+        pairs = zip(rows.tolist(), row_tokens.tolist(), strict=True)
+        micro_rows = np.array([plan.micro_batch_rows(*pair) for pair in pairs], np.int64)
+        steps = np.zeros_like(seqlen)
+        np.add.at(steps, number.ravel(), counts)
+        tokens = rows * row_tokens // parts
+        return cls(seqlen, steps, rows, tokens, rows // micro_rows, micro_rows * row_tokens // parts)
+
+    def seconds(self, model: ModelConfig, speed: float, least_tokens: int = 0) -> NDArray[np.float64]:
+        """Return the seconds of all steps of each shape, where a rank does ``speed`` model FLOP/s.
+
+        A micro-batch of fewer than ``least_tokens`` tokens takes as long as one of so many.
+        """
+        # 4 rows of 64 tokens are 256; a card that 2,816 tokens fill takes eleven times as long as for 256 at full speed.
+        timed = self.steps * self.micro_batches * np.maximum(self.micro_batch_tokens, least_tokens)
+        return np.asarray(timed * model.flops_per_token(self.seqlen) / speed, np.float64)
+
+
+def fill_tokens(model: ModelConfig) -> int:
+    """Return how many tokens of a micro-batch give all parts of an H100 work: an estimate, not measured on a GPU.
+
+    The narrowest products of a block have ``hidden_size`` columns and a row per token. A multiprocessor computes 128 x 128
+    of them at a time, and an H100 has 132. (Below 295 rows, its 989 TFLOP/s over 3.35 TB/s, reading the weights would
+    set the pace; only at a ``hidden_size`` above 7,331 is that the larger of the two.)
+    """
+    # GPT-2 117M, 768 columns: 6 tiles wide, so 22 tiles high, 2,816 tokens. GPT-2 1.5B, 1600 columns: 1,352 tokens.
+    return max(ceil_div(_MULTIPROCESSORS * _TILE * _TILE, model.hidden_size), 295)
+
+
+def on_ranks(config: RunConfig, flags: RankFlags) -> dict[str, Any]:
+    """Return the run on ``flags.ranks`` ranks as one object that JSON can hold. Raises ConfigError where they don't fit.
+
+    ``config`` is the result of ``for_ranks``. Always there: ``ranks, data_ranks, nodes, gpus_per_node``; ``lengths``
+    [{seqlen, rows, tokens, micro_batches, micro_batch_tokens, steps, token_share, speed, hours}], a group for each power of
+    two up to the next, the first five as [least, most] of a data-parallel rank. With a model section, else None:
+    ``fill_tokens``, ``tflops`` of a rank and where they are from (``tflops_source``), ``hours``,
+    ``hours_at_full_speed`` (if every micro-batch filled its device), ``hours_of_full_length`` (as many tokens without a
+    curriculum), and of each group ``hours`` and ``speed``, full speed being 1.
+    """
+    shapes, model, least_tokens = _Shapes.of(config), config.model, None
+    tflops, source = _speed(config.keys, flags.tflops)
+    summary = {
+        "ranks": flags.ranks,
+        "data_ranks": config.data_ranks,
+        "nodes": ceil_div(flags.ranks, flags.gpus_per_node),
+        "gpus_per_node": flags.gpus_per_node,
+        "tflops": tflops if model else None,
+        "tflops_source": source if model else None,
+    }
+    timed = ideal = np.full(len(shapes.seqlen), np.nan)
+    hours: dict[str, float | None] = dict.fromkeys(("hours", "hours_at_full_speed", "hours_of_full_length"))
+    if model:
+        # Full length sets the speed, so what its own micro-batches lack of filling a device is in it.
+        seq_length = config.shortening.seq_length
+        full_tokens = config.plan.micro_batch * seq_length // config.keys.sequence_ranks
+        least_tokens = min(fill_tokens(model), full_tokens)
+        # A rank that shares a model with others does its part of the work on the tokens of all of them.
+        speed = tflops * 1e12 * flags.ranks / (config.data_ranks * config.keys.sequence_ranks)
+        timed, ideal = shapes.seconds(model, speed, least_tokens), shapes.seconds(model, speed)
+        constant = _Shapes.of(replace(config, curriculum=constant_curriculum(seq_length)))
+        full_length = constant.seconds(model, speed, least_tokens)
+        totals = (float(seconds.sum()) / 3600 for seconds in (timed, ideal, full_length))
+        hours = dict(zip(hours, totals, strict=True))
+    groups = _groups(shapes, timed, ideal)
+    return {**summary, "fill_tokens": least_tokens, **hours, "lengths": groups}
+
+
+def _groups(shapes: _Shapes, timed: NDArray[np.float64], ideal: NDArray[np.float64]) -> list[dict[str, Any]]:
+    """Return the shapes in groups from one power of two to the next, shortest first."""
+    exponents = np.frexp(shapes.seqlen)[1]
+    total = int(np.sum(shapes.steps * shapes.tokens))
+    groups = []
+    for exponent in np.unique(exponents):
+        of_group = exponents == exponent
+        values = {name: getattr(shapes, name)[of_group] for name in _COLUMNS}
+        steps, seconds = shapes.steps[of_group], float(timed[of_group].sum())
+        groups.append(
+            {
+                **{name: [int(value.min()), int(value.max())] for name, value in values.items()},
+                "steps": int(steps.sum()),
+                "token_share": int(np.sum(steps * values["tokens"])) / total,
+                "speed": None if np.isnan(seconds) else float(ideal[of_group].sum()) / seconds,
+                "hours": None if np.isnan(seconds) else seconds / 3600,
+            }
+        )
+    return groups
+
+
+def _speed(keys: DeepSpeedKeys, tflops: float | None) -> tuple[float, str]:
+    """Return the TFLOP/s assumed of a card, and where they are from."""
+    if tflops is not None:
+        return tflops, "--tflops"
+    enabled = keys.enabled_precisions
+    precision = enabled[0] if enabled and enabled[0] in ("bf16", "fp16") else "bf16" if enabled else "fp32"
+    card = _card_present()
+    peak = peak_flops(card, precision) if card else None
+    if peak is None:
+        card, peak = DEFAULT_CARD, peak_flops(DEFAULT_CARD, precision)
+        assert peak is not None
+        reason = "the default; --tflops changes it"
+    else:
+        reason = "the card of this machine; --tflops changes it"
+    return MFU * peak / 1e12, f"{MFU:.0%} of the {peak / 1e12:,.0f} of one {card} in {precision}, {reason}"
+
+
+def _card_present() -> str | None:
+    """Return the model of an NVIDIA card of this machine, as its driver names it; None without one."""
+    for path in sorted(_DRIVER.glob("*/information")):
+        for line in path.read_text(errors="replace").splitlines():
+            name, _, value = line.partition(":")
+            if name == "Model":
+                return value.strip()
+    return None
+
+
+def rank_warnings(config: RunConfig, summary: dict[str, Any]) -> list[str]:
+    """Return one line for what makes these ranks slow; ``summary`` is from ``on_ranks``."""
+    return [*_spanning(config.keys, summary), *_idle(config, summary)]
+
+
+def _spanning(keys: DeepSpeedKeys, summary: dict[str, Any]) -> list[str]:
+    """Warn of ranks that exchange every layer's activations over the network of the nodes."""
+    per_node = summary["gpus_per_node"]
+    # Such ranks are neighbours: 3 of them begin at 0, 3, 6, and on nodes of 8 the group of 6, 7 and 8 spans two.
+    return [
+        f"{name}: {degree} neighbouring ranks work on each layer together, and with --gpus-per-node {per_node} some of "
+        f"these groups span nodes, whose network is slower; give a divisor of {per_node}"
+        for name, degree in keys.degrees.items()
+        if name != "pipeline.stages" and per_node % degree and summary["nodes"] > 1
+    ]
+
+
+def _idle(config: RunConfig, summary: dict[str, Any]) -> list[str]:
+    """Warn of micro-batches that don't fill a device, where they cost more than a hundredth of the hours."""
+    if config.model is None or summary["hours"] <= 1.01 * summary["hours_at_full_speed"]:
+        return []
+    fill = summary["fill_tokens"]
+    idle = [group for group in summary["lengths"] if group["micro_batch_tokens"][0] < fill]
+    lengths = sorted({seqlen for group in idle for seqlen in group["seqlen"]})
+    span = f"lengths {lengths[0]} to {lengths[-1]}" if len(lengths) > 1 else f"length {lengths[0]}"
+    fewest = min(group["micro_batch_tokens"][0] for group in idle)
+    ratio = summary["hours"] / summary["hours_at_full_speed"]
+    return [
+        f"--ranks {summary['ranks']}: some micro-batches at {span} have too few tokens to fill a device (down to "
+        f"{fewest:,}, where about {fill:,} do), so the run takes {ratio:.2f} times as long as at full speed (an estimate, "
+        f"not measured on a GPU). Consider {' or '.join(_remedies(config, fill))}"
+    ]
+
+
+def _remedies(config: RunConfig, fill: int) -> Iterator[str]:
+    """Yield what a run can change so that its micro-batches have ``fill`` tokens."""
+    if not config.plan.balanced:
+        yield 'training.micro_batch "balanced"'
+    yield "fewer ranks"
+    if config.curriculum is None or config.batch_size_warmup is not None:
+        return
+    if config.shortening.method == "truncate":
+        yield 'curriculum_learning.method "segment"'
+    longest = config.shortening.used_tokens_per_sample(config.curriculum.max_difficulty)
+    floor = min(fill * config.keys.sequence_ranks * config.data_ranks, config.global_batch * longest)
+    yield f"curriculum_learning.batch_growth true with min_tokens_per_step {floor}"
+
+
+def describe_ranks(summary: dict[str, Any]) -> str:
+    """Return what ``on_ranks`` gave as text for a terminal: facts, then a table of lengths."""
+    nodes = "one node" if summary["nodes"] == 1 else f"{summary['nodes']:,} nodes of {summary['gpus_per_node']:,}"
+    lines = [f"ranks             {summary['ranks']:,} on {nodes}, {summary['data_ranks']:,} data-parallel"]
+    if summary["hours"] is not None:
+        lines += [
+            f"assumed speed     {summary['tflops']:,.0f} TFLOP/s a rank ({summary['tflops_source']})",
+            f"estimated hours   {summary['hours']:,.2f}; {summary['hours_of_full_length']:,.2f} for as many tokens at full "
+            "length",
+        ]
+    return "\n".join([*lines, "", *_table(summary["lengths"])])
+
+
+def _table(groups: Sequence[dict[str, Any]]) -> list[str]:
+    has_hours = groups[0]["hours"] is not None
+    cells = [[*_COLUMNS.values(), "steps", "of tokens", *(["speed", "hours"] if has_hours else [])]]
+    for group in groups:
+        spans = [group[name] for name in _COLUMNS]
+        row = [f"{low:,}" if low == high else f"{low:,}-{high:,}" for low, high in spans]
+        row += [f"{group['steps']:,}", f"{group['token_share']:.1%}"]
+        cells.append(row + ([f"{group['speed']:.0%}", f"{group['hours']:,.2f}"] if has_hours else []))
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return ["  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True)) for row in cells]
