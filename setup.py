@@ -39,6 +39,7 @@ setup(
             "pytest-xdist>=3.6",
             "ruff>=0.6",
             "tensorboard>=2.16",
+            "wandb>=0.19",
         ],
         "eval": ["lm-eval>=0.4.13"],
     },

@@ -14,10 +14,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-__all__ = ["DIVERGED", "CheckpointError", "ConfigError", "DataError", "DivergenceError", "SeqlenCurriculumError"]
+__all__ = [
+    "DIVERGED",
+    "HUNG",
+    "CheckpointError",
+    "ConfigError",
+    "DataError",
+    "DivergenceError",
+    "SeqlenCurriculumError",
+]
 
 DIVERGED = 3
 """Exit status of a run that diverged. A launcher that restarts failed runs can distinguish it from a mistake, status 1."""
+HUNG = 5
+"""Exit status of a rank whose step did not end within ``training.hang_seconds``."""
 
 
 class SeqlenCurriculumError(Exception):

@@ -6,6 +6,7 @@ shards that are saved as whole weights.
 
 import ast
 import inspect
+import os
 import re
 from pathlib import Path
 
@@ -17,7 +18,9 @@ import transformers
 from deepspeed.checkpoint import constants
 from deepspeed.module_inject import autotp_config
 from deepspeed.module_inject import layers as autotp_layers
+from deepspeed.monitor.csv_monitor import csvMonitor
 from deepspeed.monitor.monitor import MonitorMaster
+from deepspeed.monitor.wandb import WandbMonitor
 from deepspeed.pipe import PipelineModule, TiedLayerSpec
 from deepspeed.runtime import utils as runtime_utils
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
@@ -30,6 +33,7 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.sequence.layer import DistributedAttention
 from deepspeed.utils import groups, mixed_precision_linkage, safe_get_local_optimizer_state
+from torch._dynamo import callback as compile_callbacks
 from torch.distributed import distributed_c10d
 from transformers.pytorch_utils import Conv1D
 
@@ -45,8 +49,10 @@ FUNCTIONS = [  # (owner, name, the parameters that we give), and who relies on i
     (DeepSpeedEngine, "get_global_grad_norm", "", "executor.py"),
     (DeepSpeedEngine, "zero_optimization", "", "executor.py, adam_moments.py"),
     (DeepSpeedEngine, "zero_optimization_stage", "", "checkpoint.py, reshard.py, adam_moments.py"),
-    (DeepSpeedEngine, "fp16_enabled", "", "executor.py, trainer.py, reshard.py"),
-    (DeepSpeedEngine, "bfloat16_enabled", "", "executor.py, reshard.py"),
+    (DeepSpeedEngine, "fp16_enabled", "", "executor.py, trainer.py, reshard.py, utilization.py"),
+    (DeepSpeedEngine, "bfloat16_enabled", "", "executor.py, reshard.py, utilization.py"),
+    (DeepSpeedEngine, "torch_autocast_enabled", "", "utilization.py"),
+    (DeepSpeedEngine, "torch_autocast_dtype", "", "utilization.py"),
     (DeepSpeedEngine, "save_checkpoint", "save_dir tag save_latest", "checkpoint.py"),
     (DeepSpeedEngine, "load_checkpoint", "load_dir tag", "checkpoint.py"),
     (PipelineEngine, "_exec_schedule", "pipe_schedule", "executor.py: dry_run"),
@@ -79,6 +85,12 @@ FUNCTIONS = [  # (owner, name, the parameters that we give), and who relies on i
         "sequence_parallel.py",
     ),
     (DistributedAttention, "forward", "query key value batch_dim_idx rotary_pos_emb args", "sequence_parallel.py"),
+    (WandbMonitor, "log", "data step commit", "monitors.py"),
+    (compile_callbacks.callback_handler, "register_start_callback", "callback", "watchdog.py"),
+    (compile_callbacks.callback_handler, "register_end_callback", "callback", "watchdog.py"),
+    (compile_callbacks.callback_handler, "remove_start_callback", "callback", "watchdog.py"),
+    (compile_callbacks.callback_handler, "remove_end_callback", "callback", "watchdog.py"),
+    (os, "_exit", "status", "watchdog.py"),
     (distributed_c10d, "_get_default_store", "", "preflight.py, cli.py"),
     (torch._dynamo, "reset", "", "compile.py"),
     (torch.nn.utils, "get_total_norm", "", "executor.py"),
@@ -112,6 +124,11 @@ SOURCES = [  # (owner, what must occur in its source), and who relies on it
     (DeepSpeedEngine, "skipped_steps=self.skipped_steps", "reshard.py"),
     (DeepSpeedEngine, "optimizer_state_dict=self.optimizer.state_dict()", "reshard.py"),
     (MonitorMaster, "self.enabled = ", "telemetry.py"),
+    (MonitorMaster, "self.tb_monitor = ", "monitors.py"),
+    (MonitorMaster, "self.wandb_monitor = ", "monitors.py"),
+    (MonitorMaster, "self.csv_monitor = ", "monitors.py"),
+    (MonitorMaster, "self.comet_monitor = ", "monitors.py"),
+    (csvMonitor, "self.log_dir = ", "monitors.py"),
     (DeepSpeedZeroOptimizer, "self.optimizer = ", "reshard.py"),
     (DeepSpeedZeroOptimizer, "state_dict['dynamic_loss_scale']", "reshard.py"),
     (DeepSpeedZeroOptimizer, "state_dict['overflow']", "reshard.py"),

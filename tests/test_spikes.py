@@ -22,6 +22,7 @@ from helpers.runs import (
     records,
     run_and_kill,
     samples_by_step,
+    without_machine,
 )
 from helpers.runs import run as run_of
 
@@ -131,7 +132,7 @@ def runs(run_file):
 
 
 def raw(run, name="runlog.jsonl"):
-    return [{key: value for key, value in one.items() if key != "seconds"} for one in read_run_log(run / name)]
+    return [without_machine(one) for one in read_run_log(run / name)]
 
 
 @pytest.mark.parametrize("engine", ROLLED_BACK)

@@ -12,8 +12,10 @@ import subprocess
 import sys
 from functools import partial
 
+import numpy as np
 import pytest
 from helpers.launching import ROOT, forked, launch, launch_command, running, wait_for_all, wait_until
+from helpers.monitors import tensorboard_scalars, wandb_axes, wandb_history
 from helpers.runs import (
     TRAIN,
     Runs,
@@ -30,6 +32,7 @@ from helpers.runs import (
 from seqlen_curriculum import RunConfig, Timeline
 from seqlen_curriculum.data.from_config import open_run_data
 from seqlen_curriculum.errors import DIVERGED
+from seqlen_curriculum.run_folder.run_log import MACHINE_KEYS, read_run_log
 
 
 @pytest.fixture(scope="session")
@@ -60,13 +63,15 @@ def fixed_file(tmp_path_factory, tiny_run):
 
 @pytest.fixture(scope="session")
 def one_rank(reference, run_file, fixed_file, tmp_path_factory):
-    """Further runs on one rank, in one launch: an uninterrupted one, one from elsewhere, and three that are refused."""
+    """Further runs on one rank, in one launch: uninterrupted, from elsewhere, refused, and with TensorBoard and W&B."""
     folder = tmp_path_factory.mktemp("one")
     first, last = checkpoints_of(reference)
     damaged = shutil.copytree(reference, folder / "damaged")
     states = damaged / last / "mp_rank_00_model_states.pt"
     states.write_bytes(bytes(states.stat().st_size))
     other = ["training.seed=7", "optimizer.params.lr=0.1"]
+    events = json.dumps({"enabled": True, "output_path": str(folder / "tensorboard"), "job_name": "tiny"})
+    monitored = [f"tensorboard={events}", 'wandb={"enabled": true, "project": "tiny"}']
     runs = Runs(folder)
     parts = [
         run(fixed_file, folder / "fixed"),
@@ -74,8 +79,12 @@ def one_rank(reference, run_file, fixed_file, tmp_path_factory):
         run(run_file, damaged, fails=True),
         run(run_file, folder / "other", other, begins_as_copy_of=str(reference), fails=True),
         run(run_file, folder / "again", resume="none", begins_as_copy_of=str(reference), fails=True),
+        run(run_file, folder / "monitored", monitored, needs=("tensorboard", "wandb")),
     ]
-    runs.launch("one", parts, ranks=1)
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("WANDB_MODE", "offline")
+        environment.setenv("WANDB_DIR", str(folder))
+        runs.launch("one", parts, ranks=1)
     return runs
 
 
@@ -149,6 +158,58 @@ def test_the_monitor_has_values_against_steps_and_against_tokens(reference):
     assert [first, second] == [record["consumed_tokens"] for record in steps[:2]]
     assert int(by_steps[2].split(",")[0]) == 2
     assert len(by_steps) == len(by_tokens) == len(steps) + 1
+
+
+def test_records_have_what_the_machine_did(reference):
+    steps = [record for record in read_run_log(reference / "runlog.jsonl") if "loss" in record]
+    for record in steps:
+        assert record["mfu"] is None  # the peak speed of a CPU is not known
+        assert record["peak_memory_bytes"] > 2**27
+        # After steps 6, 12, ... a checkpoint was written.
+        assert ("checkpoint_seconds" in record) == (record["step"] % 6 == 1 and record["step"] > 1)
+        assert all(record.get(key, 0) >= 0 for key in set(MACHINE_KEYS) - {"mfu"})
+
+
+MONITORED = {"Train": "loss", "Valid": "valid_loss"}
+"""A value that every record of the group has, and no other."""
+
+
+def monitored_values(save, group):
+    """(step, consumed tokens, the values that monitors get) of the records in the run log."""
+    places = ("step", "consumed_tokens", "rows")
+    for record in read_run_log(save / "runlog.jsonl"):
+        if MONITORED[group] in record:
+            values = {name: value for name, value in record.items() if name not in places and value is not None}
+            if group == "Valid":
+                del values["seconds"]
+            yield record["step"], record["consumed_tokens"], values
+
+
+@pytest.mark.parametrize("group", MONITORED)
+def test_wandb_has_the_values_of_every_step_on_both_axes(one_rank, group):
+    rows = [row for row in wandb_history(one_rank.folder) if f"{group}/{MONITORED[group]}" in row]
+    logged = list(monitored_values(one_rank["monitored"], group))
+    assert len(rows) == len(logged)
+    for row, (step, tokens, values) in zip(rows, logged, strict=True):
+        ours = {name: value for name, value in row.items() if not name.startswith(("_", "Train/Samples/"))}
+        named = {f"{kind}/{name}": value for kind in (group, f"{group}-by-tokens") for name, value in values.items()}
+        assert ours == {**named, "step": step, "consumed_tokens": tokens}
+    axes = wandb_axes(one_rank.folder)
+    assert (axes[f"{group}/*"], axes[f"{group}-by-tokens/*"]) == ("step", "consumed_tokens")
+
+
+@pytest.mark.parametrize("group", MONITORED)
+def test_tensorboard_has_the_values_of_every_step_on_both_axes(one_rank, group):
+    logged = list(monitored_values(one_rank["monitored"], group))
+    scalars = tensorboard_scalars(one_rank.folder / "tensorboard" / "tiny")
+    wanted = {}
+    for step, tokens, values in logged:
+        for name, value in values.items():
+            single = float(np.float32(value))  # what an event holds
+            wanted.setdefault(f"{group}/{name}", []).append((step, single))
+            wanted.setdefault(f"{group}-by-tokens/{name}", []).append((tokens, single))
+    assert {tag: scalars[tag] for tag in wanted} == wanted
+    assert {tag for tag in scalars if tag.startswith(group)} - wanted.keys() <= {"Train/Samples/lr"}
 
 
 def kill_and_resume(reference, run_file, folder, kill_after):

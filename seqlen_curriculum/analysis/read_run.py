@@ -11,7 +11,7 @@ from seqlen_curriculum.errors import CheckpointError, DataError
 from seqlen_curriculum.run_folder import ROLLBACKS, RUN_INFO, RUN_LOG
 from seqlen_curriculum.run_folder.rollbacks import Rollback, read_rollbacks
 from seqlen_curriculum.run_folder.run_info import read_run_info
-from seqlen_curriculum.run_folder.run_log import read_run_log
+from seqlen_curriculum.run_folder.run_log import MACHINE_KEYS, read_run_log
 
 __all__ = ["LOGS", "load_run", "read_run"]
 
@@ -63,7 +63,8 @@ def _as_reported(rollback: Rollback) -> dict[str, Any]:
 
 def _check(record: dict[str, Any], path: Path) -> None:
     kind = next((key for key in _NUMBERS if key in record), "skipped")
-    bad = [key for key in _NUMBERS[kind] if not _is_number(record.get(key))]
+    needed = [*_NUMBERS[kind], *(key for key in MACHINE_KEYS if record.get(key) is not None)]
+    bad = [key for key in needed if not _is_number(record.get(key))]
     if bad:
         raise DataError(
             f"{path}: the record of step {record['step']!r} has {bad[0]} {record.get(bad[0])!r}, which is no finite number; "

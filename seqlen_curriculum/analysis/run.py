@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from seqlen_curriculum import fields
+from seqlen_curriculum.analysis.machine import describe_machine, machine_use
 from seqlen_curriculum.analysis.stability import stability
 from seqlen_curriculum.run_folder.ratios import ratios_to_best
 
@@ -212,6 +213,8 @@ def summarise(run: Run) -> str:
         f"training loss    {steps[0]['loss']:.3f} to {steps[-1]['loss']:.3f}",
         f"training time    {seconds:,.0f} s{speed}",
     ]
+    if machine := describe_machine(machine_use(run.records)):
+        lines.append(f"machine          {machine}")
     if evaluations:
         first, last = evaluations[0], evaluations[-1]
         lines.append(

@@ -8,6 +8,7 @@ from typing import Any
 
 from seqlen_curriculum.analysis import formats
 from seqlen_curriculum.analysis.cells import NO_TABLE, Cell, Number, Table
+from seqlen_curriculum.analysis.machine import COLUMNS as MACHINE
 from seqlen_curriculum.analysis.stability import SPIKE
 from seqlen_curriculum.schedule.schedule_config import SIGNIFICANT
 
@@ -146,6 +147,14 @@ class ReportTables:
                 rows.append([title, measure.replace("_", " "), *cells])
         head = ["Run", "Loss ratio and Adam's", "Pearson's r", "p-value", "Steps"]
         return Table("Correlation of the loss ratio with Adam's variance", head, rows)
+
+    def machine(self) -> Table:
+        """Return how fully the machine was used, one row per run whose log says it."""
+        keys = {key: text for key, (_, text) in MACHINE.items()}
+        known = [n for n, run in enumerate(self.runs) if any(run["machine"][key] is not None for key in keys)]
+        rows = [self.row(self.names[n], f"runs/{n}/machine", keys) for n in known]
+        caption = "Use of the machine: mean MFU, memory of rank 0, and shares of the time"
+        return Table(caption, ["Run", *(title for title, _ in MACHINE.values())], rows)
 
     def spike_count(self) -> str:
         """Return how many spikes all runs have together."""

@@ -51,6 +51,10 @@ class TrainingConfig(Section):
     seqlen_bucket: Seqlen | None = None
     """Round every length of any schedule down to a multiple of this, as ``difficulty_step`` does for a ramp: fewer shapes,
     and multiples that suit the hardware. The longest length isn't rounded."""
+    hang_seconds: Annotated[float, Field(ge=0, le=1e6)] | None = None
+    """End every rank, with the stacks of its threads, when a step doesn't end within this many seconds. Evaluations,
+    checkpoints and ``torch.compile`` don't count. None: 50 x the median step so far (more for a step of more tokens), at
+    least 600, and 3600 for the first step. 0: never."""
     variance_interval: CountOrZero = 20
     """Steps between measurements of Adam's variance and momentum (l1 norm and largest element). 0: never."""
     log_sample_ids: bool = False

@@ -1,10 +1,11 @@
 """A run's ``runlog.jsonl``: one JSON object per line, written as training goes, so that analysis needs no engine.
 
-======================  =================================================================================
-training step           ``step, seqlen, rows, consumed_tokens, loss, lr, grad_norm, seconds``
+======================  ===================================================================================
+training step           ``step, seqlen, rows, consumed_tokens, loss, lr, grad_norm``, and of ``MACHINE_KEYS``
+                        ``seconds, mfu, peak_memory_bytes``; others where there is something to measure
 step that was skipped   ``step, seqlen, rows, consumed_tokens, skipped`` (true)
 evaluation              ``step, consumed_tokens, valid_loss, valid_ppl, seconds``
-======================  =================================================================================
+======================  ===================================================================================
 """
 
 from __future__ import annotations
@@ -19,7 +20,15 @@ from typing import Any
 from seqlen_curriculum.errors import DataError
 from seqlen_curriculum.files import replace_text
 
-__all__ = ["RunLog", "read_run_log"]
+__all__ = ["MACHINE_KEYS", "RunLog", "read_run_log"]
+
+MACHINE_KEYS = ("seconds", "data_seconds", "checkpoint_seconds", "mfu", "peak_memory_bytes")
+"""Keys whose values depend on the machine and its load: two runs that train alike differ in them.
+
+``seconds`` of the step or evaluation; ``data_seconds`` that it waited for its batch; ``checkpoint_seconds`` that training
+stood still for a checkpoint before the step; ``mfu``, the model FLOPs utilization (None where the peak speed of the card is
+unknown); ``peak_memory_bytes`` on rank 0's device since the last step (on a CPU: of the process since it started).
+"""
 
 
 class RunLog:

@@ -32,6 +32,8 @@ from seqlen_curriculum.training.run_info import record_launch
 from seqlen_curriculum.training.spike_guard import RollbackRequested, SpikeGuard
 from seqlen_curriculum.training.telemetry import Telemetry, log_rank0
 from seqlen_curriculum.training.trainer import StopSignals, Trainer
+from seqlen_curriculum.training.utilization import utilization_of
+from seqlen_curriculum.training.watchdog import Watchdog
 
 __all__ = ["pretrain", "refuse_other_run"]
 
@@ -106,6 +108,7 @@ class _Pretraining:
         self.executor, self._write_weights = build_executor(
             config.keys, config.deepspeed, self.model, self.plan.scheduler, rate
         )
+        self.utilization = utilization_of(self.executor.engine, model_config)
         if self.settings.compile:
             compile_blocks(self.model.lm.transformer.h, self.executor.engine.device)
 
@@ -142,7 +145,10 @@ class _Pretraining:
             train_data=self.train_data,
             valid_samples=self.valid_samples,
             settings=self.settings,
-            telemetry=Telemetry(self.log if rank == 0 else None, engine.monitor, done_steps, plan.timeline),
+            telemetry=Telemetry(
+                self.log if rank == 0 else None, engine.monitor, done_steps, plan.timeline, self.utilization
+            ),
+            watchdog=Watchdog(self.settings.hang_seconds, plan.timeline.consumed_tokens, self.settings.compile),
             guard=SpikeGuard(self.settings, self.checkpoints.rollbacks or (), losses),
             signals=self.signals,
             save=self.save_checkpoint,

@@ -10,13 +10,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import torch
 from deepspeed.accelerator import get_accelerator
 
 from seqlen_curriculum.errors import CheckpointError
 from seqlen_curriculum.files import move
 from seqlen_curriculum.run_folder import RUN_INFO
 from seqlen_curriculum.run_folder.run_info import Launch, RunInfo, read_run_info, write_run_info
+from seqlen_curriculum.training.utilization import card_name
 from seqlen_curriculum.training.versions import package_versions
 
 __all__ = ["record_launch"]
@@ -48,12 +48,9 @@ def record_launch(save: Path, config: Mapping[str, Any], ranks: int, first_step:
 def _device() -> dict[str, Any]:
     """Of the node of rank 0; memory is in bytes."""
     accelerator = get_accelerator()
-    kind = str(accelerator.device_name())
     device: dict[str, Any] = {"accelerator": None}
-    if kind != "cpu":
-        # torch.cuda and torch.xpu name the model, such as "NVIDIA H100 80GB HBM3"; other kinds may not.
-        model = getattr(getattr(torch, kind, None), "get_device_name", lambda: kind)
-        device = {"accelerator": model(), "accelerator_memory_bytes": int(accelerator.total_memory())}
+    if accelerator.device_name() != "cpu":
+        device = {"accelerator": card_name(), "accelerator_memory_bytes": int(accelerator.total_memory())}
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return {**device, "cpu": _cpu(), "cores": len(os.sched_getaffinity(0)), "memory_bytes": memory}
 

@@ -31,6 +31,7 @@ from seqlen_curriculum.training.executor import Executor
 from seqlen_curriculum.training.preflight import preflight
 from seqlen_curriculum.training.spike_guard import SpikeGuard
 from seqlen_curriculum.training.telemetry import Telemetry, log_rank0
+from seqlen_curriculum.training.watchdog import Watchdog
 
 __all__ = ["StopSignals", "Trainer", "row_seed"]
 
@@ -55,6 +56,7 @@ class Trainer:
     valid_samples: Samples | None
     settings: TrainingConfig
     telemetry: Telemetry
+    watchdog: Watchdog
     guard: SpikeGuard
     signals: StopSignals
     save: Callable[[int, Evaluations], None]
@@ -92,13 +94,15 @@ class Trainer:
         step, stop = first_step - 1, False
         while step < self._last_step and not stop:
             step += 1
-            stop = self._step(step, self.signals.received)
+            with self.watchdog.step(step):
+                stop = self._step(step, self.signals.received)
             if self._is_due(step, self.settings.eval_interval):
                 self._evaluate(step)
             # An evaluation may hold the lengths, which makes the run longer: the last step is asked anew.
             asked_for = stop or step in (self._last_step, *self.settings.save_steps)
             if asked_for or self._is_due(step, self.settings.save_interval):
-                self.save(step, self.evaluations)
+                with self.telemetry.saving():
+                    self.save(step, self.evaluations)
         return self._report_end(step, first_step, stop)
 
     def _report_end(self, step: int, first_step: int, stop: bool) -> bool:
@@ -240,6 +244,7 @@ class Trainer:
 
     def close(self) -> None:
         """Close the logs and the progress bar."""
+        self.watchdog.close()
         self.telemetry.close()
         if self.sample_log is not None:
             self.sample_log.close()

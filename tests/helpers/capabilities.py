@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib.util
 import json
 import os
 import shutil
@@ -86,6 +87,10 @@ def _shm() -> str:
     return "" if free >= GIB / 2 else f"{free / 2**20:.0f} MiB are free in /dev/shm; launches need 512"
 
 
+def _package(name: str) -> str:
+    return "" if importlib.util.find_spec(name) else f"no {name} (pip install {name})"
+
+
 PROBES = {
     "fp16": _fp16,
     "bf16": _bf16,
@@ -95,6 +100,8 @@ PROBES = {
     "ports": _ports,
     "memory": _memory,
     "shm": _shm,
+    "wandb": functools.partial(_package, "wandb"),
+    "tensorboard": functools.partial(_package, "tensorboard"),
 }
 COMMANDS = {
     "compiler": ("c++*", "g++*", "gcc*", "cc", "c89*", "c99*", "clang*", "*-g++*", "*-gcc*"),

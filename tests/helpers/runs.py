@@ -19,7 +19,7 @@ from helpers.parts import Part, Results, do_parts, launch_parts
 from seqlen_curriculum import RunConfig
 from seqlen_curriculum.data.from_config import open_run_data
 from seqlen_curriculum.errors import SeqlenCurriculumError
-from seqlen_curriculum.run_folder.run_log import read_run_log
+from seqlen_curriculum.run_folder.run_log import MACHINE_KEYS, read_run_log
 
 TRAIN = "scripts/train_gpt2.py"
 ENGINES = {
@@ -127,12 +127,13 @@ def _sigterm_once(path):
     threading.Thread(target=wait, daemon=True).start()
 
 
+def without_machine(record):
+    return {name: value for name, value in record.items() if name not in MACHINE_KEYS}
+
+
 def records(save):
-    """(training records, evaluation records) of a run, each without its time."""
-    both = [
-        {name: value for name, value in record.items() if name != "seconds"}
-        for record in read_run_log(save / "runlog.jsonl")
-    ]
+    """(training records, evaluation records) of a run, each without what depends on the machine."""
+    both = [without_machine(record) for record in read_run_log(save / "runlog.jsonl")]
     return [r for r in both if "loss" in r], [r for r in both if "valid_loss" in r]
 
 
