@@ -7,17 +7,29 @@ SeqlenCurriculumError
 └── DivergenceError   the loss stopped being finite, or spiked in a run that stops at spikes
 
 Each message names the field or file, its value and the fix. Programs catch the base class. Scripts print the message
-without a traceback and exit with status 1, or 3 for a DivergenceError.
+without a traceback and exit with status 1, or 3 for a DivergenceError. A run that a signal stopped is no error, but exits
+with status 75.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-__all__ = ["DIVERGED", "CheckpointError", "ConfigError", "DataError", "DivergenceError", "SeqlenCurriculumError"]
+__all__ = [
+    "DIVERGED",
+    "STOPPED",
+    "CheckpointError",
+    "ConfigError",
+    "DataError",
+    "DivergenceError",
+    "SeqlenCurriculumError",
+]
 
 DIVERGED = 3
 """Exit status of a run that diverged. A launcher that restarts failed runs can distinguish it from a mistake, status 1."""
+
+STOPPED = 75
+"""Exit status of a run that SIGTERM or SIGINT stopped and that is saved, to be resumed: EX_TEMPFAIL of sysexits.h."""
 
 
 class SeqlenCurriculumError(Exception):

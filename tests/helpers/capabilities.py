@@ -22,6 +22,8 @@ from tempfile import TemporaryDirectory
 import psutil
 import pytest
 
+from seqlen_curriculum.training.extensions import extensions_folder
+
 ANSWERS = "SEQLEN_TEST_CAPABILITIES"
 """The environment variable that hands the answers down: JSON, name to what is missing, empty if nothing is."""
 WITHOUT = "SEQLEN_TEST_WITHOUT"
@@ -86,6 +88,22 @@ def _shm() -> str:
     return "" if free >= GIB / 2 else f"{free / 2**20:.0f} MiB are free in /dev/shm; launches need 512"
 
 
+def _mpirun() -> str:
+    return "" if shutil.which("mpirun") else "no mpirun (Debian: apt-get install openmpi-bin)"
+
+
+def _slurm() -> str:
+    """srun has nodes to start processes on."""
+    if not shutil.which("srun"):
+        return "no srun (Debian: apt-get install slurm-wlm)"
+    done = subprocess.run(["sinfo", "--noheader", "--states=idle,mixed,allocated"], capture_output=True, text=True)
+    return (
+        ""
+        if done.returncode == 0 and done.stdout
+        else f"no Slurm controller with a node that is up: {done.stderr.strip()}"
+    )
+
+
 PROBES = {
     "fp16": _fp16,
     "bf16": _bf16,
@@ -95,11 +113,15 @@ PROBES = {
     "ports": _ports,
     "memory": _memory,
     "shm": _shm,
+    "mpirun": _mpirun,
+    "slurm": _slurm,
 }
 COMMANDS = {
     "compiler": ("c++*", "g++*", "gcc*", "cc", "c89*", "c99*", "clang*", "*-g++*", "*-gcc*"),
     "browser": ("chromium*", "google-chrome*"),
     "npm": ("npm",),
+    "mpirun": ("mpirun", "mpirun.*"),
+    "slurm": ("srun", "sinfo"),
 }
 """What SEQLEN_TEST_WITHOUT hides of PATH."""
 
@@ -193,6 +215,6 @@ def _without(folder: Path, patterns: list[str], links: Path) -> Path:
 def set_up_environment() -> None:
     """Set what launched processes need: ninja beside Python, DeepSpeed's C++ parts inside the virtual environment."""
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
-    os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
+    os.environ["TORCH_EXTENSIONS_DIR"] = str(extensions_folder() or Path(sys.prefix) / "torch_extensions")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ["DS_ACCELERATOR"] = "cpu"
