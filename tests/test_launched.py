@@ -3,10 +3,10 @@
 import contextlib
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from helpers import launchers
@@ -43,19 +43,15 @@ def test_every_launcher_starts_it(launcher, run_file, tmp_path):
     flags = ["--deepspeed", "--deepspeed_config", run_file, "--save", tmp_path / "run", "--until-step", 2]
     command = [*COMMANDS[launcher], str(ROOT / TRAIN), *map(str, flags)]
     log = tmp_path / "log"
-    # Neither a folder for C++ parts nor ninja on the PATH: what scripts/environment.sh would set.
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "PATH": path_without_ninja()}
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
+    # As in a shell where nothing is activated: it finds its folder of C++ parts and ninja, beside Python, by itself.
+    environment["PATH"] = os.environ["PATH"].replace(f"{Path(sys.executable).parent}{os.pathsep}", "")
     del environment["TORCH_EXTENSIONS_DIR"]
     with running(command, log, env=environment) as process:
         wait_until(lambda: process.poll() is not None, "the run hung", seconds=300)
     assert process.returncode == 0, log.read_text()
     assert [record["step"] for record in records(tmp_path / "run")[0]] == [1, 2]
     assert json.loads((tmp_path / "run" / "run.json").read_text())["launches"][0]["ranks"] == 2
-
-
-def path_without_ninja():
-    folders = os.environ["PATH"].split(os.pathsep)
-    return os.pathsep.join(folder for folder in folders if not shutil.which("ninja", path=folder))
 
 
 def test_ranks_that_slurm_stops_are_saved_and_exit_with_a_status_of_their_own(run_file, tmp_path):
@@ -89,9 +85,8 @@ def test_the_status_reaches_the_batch_script_under_slurm(run_file, tmp_path):
     require_launches()
     save = tmp_path / "run"
     arguments = [str(ROOT / TRAIN), "--config", str(run_file), "--save", str(save)]
-    with running(
-        [*COMMANDS["srun"][:-1], "--job-name=stopped", *COMMANDS["srun"][-1:], *arguments], tmp_path / "log"
-    ) as process:
+    command = ["srun", "--job-name=stopped", *COMMANDS["srun"][1:], *arguments]
+    with running(command, tmp_path / "log") as process:
         wait_until(lambda: process.poll() is not None or has_reached(save, 3), "the run hung", seconds=300)
         subprocess.run(["scancel", "--signal=TERM", "--name=stopped"], check=True)
         wait_until(lambda: process.poll() is not None, "the run hung")

@@ -97,11 +97,7 @@ def _slurm() -> str:
     if not shutil.which("srun"):
         return "no srun (Debian: apt-get install slurm-wlm)"
     done = subprocess.run(["sinfo", "--noheader", "--states=idle,mixed,allocated"], capture_output=True, text=True)
-    return (
-        ""
-        if done.returncode == 0 and done.stdout
-        else f"no Slurm controller with a node that is up: {done.stderr.strip()}"
-    )
+    return "" if done.returncode == 0 and done.stdout else f"no node of Slurm is up: {done.stderr.strip()}"
 
 
 PROBES = {
