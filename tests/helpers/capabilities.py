@@ -100,6 +100,17 @@ def _slurm() -> str:
     return "" if done.returncode == 0 and done.stdout else f"no node of Slurm is up: {done.stderr.strip()}"
 
 
+def _namespaces() -> str:
+    """A node of scripts/two_nodes.sh can be made."""
+    if not shutil.which("ip") or not shutil.which("unshare"):
+        return "no ip or no unshare (Debian: apt-get install iproute2 util-linux)"
+    user = [] if os.geteuid() == 0 else ["unshare", "--user", "--map-root-user", "--net"]
+    node = ["unshare", "--mount", "--uts", "--ipc", "--net", "--pid", "--fork", "--mount-proc"]
+    cable = ["ip", "link", "add", "cable", "type", "veth", "peer", "name", "other"]
+    done = subprocess.run([*user, *node, *cable], capture_output=True, text=True)
+    return "" if done.returncode == 0 else f"no namespaces can be made: {done.stderr.strip()}"
+
+
 PROBES = {
     "fp16": _fp16,
     "bf16": _bf16,
@@ -111,6 +122,7 @@ PROBES = {
     "shm": _shm,
     "mpirun": _mpirun,
     "slurm": _slurm,
+    "namespaces": _namespaces,
 }
 COMMANDS = {
     "compiler": ("c++*", "g++*", "gcc*", "cc", "c89*", "c99*", "clang*", "*-g++*", "*-gcc*"),
