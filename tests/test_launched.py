@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -44,9 +45,8 @@ def test_every_launcher_starts_it(launcher, run_file, tmp_path):
     command = [*COMMANDS[launcher], str(ROOT / TRAIN), *map(str, flags)]
     log = tmp_path / "log"
     environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
-    # As in a shell where nothing is activated: it finds its folder of C++ parts and ninja, beside Python, by itself.
+    # As in a shell where nothing is activated: ninja is beside Python, and found there.
     environment["PATH"] = os.environ["PATH"].replace(f"{Path(sys.executable).parent}{os.pathsep}", "")
-    del environment["TORCH_EXTENSIONS_DIR"]
     with running(command, log, env=environment) as process:
         wait_until(lambda: process.poll() is not None, "the run hung", seconds=300)
     assert process.returncode == 0, log.read_text()
@@ -57,7 +57,14 @@ def test_every_launcher_starts_it(launcher, run_file, tmp_path):
 def test_ranks_that_slurm_stops_are_saved_and_exit_with_a_status_of_their_own(run_file, tmp_path):
     require_launches()
     save, command = tmp_path / "run", [sys.executable, str(ROOT / TRAIN), "--config", str(run_file), "--save"]
-    plain = {**launchers.without_launcher(), "DS_ACCELERATOR": "cpu"}
+    extensions = tmp_path / "torch_extensions"
+    shutil.copytree(
+        os.environ["TORCH_EXTENSIONS_DIR"], extensions, ignore=shutil.ignore_patterns("fused_adam", "cpu_adam")
+    )
+    lock = extensions / "deepspeed_shm_comm" / "lock"
+    lock.parent.mkdir(exist_ok=True)
+    lock.touch()  # as of a killed compilation
+    plain = {**launchers.without_launcher(), "DS_ACCELERATOR": "cpu", "TORCH_EXTENSIONS_DIR": str(extensions)}
     with contextlib.ExitStack() as stack:
         ranks = []
         for rank in (0, 1):
@@ -78,6 +85,7 @@ def test_ranks_that_slurm_stops_are_saved_and_exit_with_a_status_of_their_own(ru
     stopped = len(records(save)[0])
     assert f"stopped after step {stopped} by a signal, and saved" in logs[0]
     assert (save / f"global_step{stopped}" / "complete.json").exists()
+    assert f"removed {lock}: left by a killed compilation" in logs[0]
 
 
 @pytest.mark.needs("slurm")

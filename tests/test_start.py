@@ -43,7 +43,8 @@ def test_a_precision_that_the_device_lacks_is_named_with_the_alternatives(monkey
     assert problem.startswith(f"{name}.enabled: true, but no GPU is seen, and this CPU has no {name}; set it to false")
     assert f'use "{other}": {{"enabled": true}} instead' in problem
     assert problems({name: {"enabled": False}, other: ON}) == []
-    # A GPU without it, and without the other.
+    # A GPU without it, and without the other. torch emulates bf16 on GPUs from before Ampere.
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation: including_emulation)
     monkeypatch.setattr(accelerator, f"is_{other}_supported", lambda: None)
     monkeypatch.setattr(accelerator, "device_name", lambda *_: "cuda")
     (problem,) = problems({name: ON})

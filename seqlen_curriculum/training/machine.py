@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.git_version_info import installed_ops
 
@@ -46,6 +47,8 @@ def _enabled(config: Mapping[str, Any], section: str) -> bool:
 def _precision(config: Mapping[str, Any]) -> Iterator[str]:
     accelerator = get_accelerator()
     supported = {"fp16": accelerator.is_fp16_supported(), "bf16": accelerator.is_bf16_supported()}
+    if accelerator.device_name() == "cuda":  # DeepSpeed counts what torch emulates, many times slower than fp16
+        supported["bf16"] = torch.cuda.is_bf16_supported(including_emulation=False)
     for name, is_supported in supported.items():
         if _enabled(config, name) and not is_supported:
             device = "no GPU is seen, and this CPU" if _on_cpu() else f"this {accelerator.device_name()} device"
