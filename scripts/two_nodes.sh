@@ -6,7 +6,7 @@
 # To see one node die: kill -9 the process `unshare` of node-b; the other ends with an error, and the same command resumes.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-[ "$(id -u)" = 0 ] || exec unshare --user --map-root-user --net bash "$0" "$@"
+[ "$(id -u)" = 0 ] || exec unshare --user --map-root-user --net bash scripts/two_nodes.sh "$@"
 python=${PYTHON:-.venv/bin/python}
 export DS_ACCELERATOR=cpu OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" GLOO_SOCKET_IFNAME=cable
 
