@@ -39,14 +39,15 @@ def run(main: Callable[[], int | None], ranked: bool = False) -> None:
     try:
         status = main()
         if status:
-            # As the first rank exits, launchers send SIGTERM to the others, whose status would be that of a killed process.
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            _keep_status()
         distributed: Any = sys.modules.get("torch.distributed")
         if distributed is not None and distributed.is_initialized():
             distributed.destroy_process_group()  # else its threads may abort the process as it exits
         if status:
             sys.exit(status)
     except SeqlenCurriculumError as error:
+        if isinstance(error, DivergenceError):
+            _keep_status()
         if ranked:
             _print_once(error)
         else:
@@ -58,6 +59,11 @@ def run(main: Callable[[], int | None], ranked: bool = False) -> None:
         sys.exit(130)
     except BrokenPipeError:  # `command | head` closed the pipe: not an error
         sys.stderr.close()
+
+
+def _keep_status() -> None:
+    """Let all ranks exit with the same status: as the first one exits, launchers send SIGTERM to the others."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _print_once(error: SeqlenCurriculumError) -> None:
