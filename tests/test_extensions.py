@@ -34,11 +34,16 @@ def test_the_folder_is_inside_the_virtual_environment(monkeypatch, tmp_path):
     assert extensions.extensions_folder() is None
 
 
-def test_ninja_is_found_beside_python(monkeypatch, tmp_path):
+def test_ninja_beside_python_comes_first(monkeypatch, tmp_path):
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
-    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("PATH", "/usr/bin")
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
     extensions.set_up_extensions(is_first_of_node=True)
-    assert os.environ["PATH"].split(os.pathsep) == [str(Path(sys.executable).parent), str(tmp_path)]
+    assert os.environ["PATH"] == "/usr/bin"  # there is none
+    (tmp_path / "ninja").touch()
+    for _ in range(2):
+        extensions.set_up_extensions(is_first_of_node=True)
+        assert os.environ["PATH"] == f"{tmp_path}{os.pathsep}/usr/bin"
 
 
 def test_a_stale_lock_is_named_and_removed(lock, capsys):

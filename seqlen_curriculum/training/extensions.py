@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import sys
 import time
 from pathlib import Path
@@ -37,8 +36,10 @@ def set_up_extensions(is_first_of_node: bool) -> None:
     if folder is not None:
         os.environ["TORCH_EXTENSIONS_DIR"] = str(folder)
         clear_stale_locks(folder, is_first_of_node)
-    if shutil.which("ninja") is None:  # it is beside Python, but the environment isn't activated
-        os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+    # Also where the environment isn't activated: another version of ninja would compile everything once more.
+    beside_python, path = Path(sys.executable).parent, os.environ.get("PATH", os.defpath)
+    if (beside_python / "ninja").exists() and path.split(os.pathsep)[0] != str(beside_python):
+        os.environ["PATH"] = os.pathsep.join([str(beside_python), path])
 
 
 def clear_stale_locks(folder: Path, remove: bool) -> None:
