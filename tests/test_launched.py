@@ -18,7 +18,7 @@ from helpers.runs import TRAIN, has_reached, records
 from seqlen_curriculum.errors import STOPPED
 
 COMMANDS = {
-    "torchrun": [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0"],
+    "torchrun": [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"],
     "mpirun": ["mpirun", "--allow-run-as-root", "--oversubscribe", "-np", "2", sys.executable],
     "srun": ["srun", "--ntasks=2", "--overcommit", "--kill-on-bad-exit=1", sys.executable],
 }

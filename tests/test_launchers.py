@@ -108,6 +108,9 @@ def test_a_port_in_use_is_named_by_rank_0(started_by):
         assert list(port_problem()) == []
     started_by(**launchers.mpirun(0), MASTER_PORT=port)
     assert list(port_problem()) == []
+    started_by(**launchers.torchrun(1), MASTER_PORT="0", TORCHELASTIC_USE_AGENT_STORE="True")
+    (problem,) = port_problem()
+    assert problem.startswith("MASTER_PORT: 0 is no port to meet at")
 
 
 def test_each_rank_has_a_device_of_its_own():

@@ -11,7 +11,7 @@ from helpers.capabilities import require_launches
 from helpers.launching import ROOT, running, wait_until
 from helpers.runs import TRAIN, assert_same_run, has_reached, records
 
-ONE_NODE = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", str(ROOT / TRAIN)]
+ONE_NODE = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / TRAIN)]
 TWO_NODES = ["bash", str(ROOT / "scripts" / "two_nodes.sh")]
 
 
