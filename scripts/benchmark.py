@@ -11,7 +11,7 @@ import os
 import tempfile
 from pathlib import Path
 
-from seqlen_curriculum.cli import Parser, add_launcher_flags, run
+from seqlen_curriculum.cli import Parser, add_launcher_flags, need_launcher, run
 from seqlen_curriculum.config.run import RunConfig
 from seqlen_curriculum.errors import ConfigError
 from seqlen_curriculum.files import picture_path, writable_folder
@@ -80,6 +80,7 @@ def measure_throughput(args: argparse.Namespace) -> None:
     if not all(1 <= seqlen <= seq_length for seqlen in lengths):
         raise ConfigError(f"--lengths {lengths}: not all from 1 to data.seq_length, {seq_length}; give others")
     png = picture_path("--png", args.png) if args.png else None
+    need_launcher("benchmark.py throughput")
     if args.device != "auto":
         os.environ["DS_ACCELERATOR"] = args.device
 
