@@ -11,15 +11,16 @@ import os
 import tempfile
 from pathlib import Path
 
-from seqlen_curriculum.cli import run
+from seqlen_curriculum.cli import Parser, add_launcher_flags, need_launcher, run
 from seqlen_curriculum.config.run import RunConfig
 from seqlen_curriculum.errors import ConfigError
 from seqlen_curriculum.files import picture_path, writable_folder
+from seqlen_curriculum.launchers import global_rank
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # given by the launcher
+    parser = Parser(description=__doc__)
+    add_launcher_flags(parser)
     kinds = parser.add_subparsers(title="what to measure", required=True, metavar="throughput|data")
     throughput = kinds.add_parser("throughput", help="tokens/s at every length")
     throughput.set_defaults(measure=measure_throughput)
@@ -79,13 +80,14 @@ def measure_throughput(args: argparse.Namespace) -> None:
     if not all(1 <= seqlen <= seq_length for seqlen in lengths):
         raise ConfigError(f"--lengths {lengths}: not all from 1 to data.seq_length, {seq_length}; give others")
     png = picture_path("--png", args.png) if args.png else None
+    need_launcher("benchmark.py throughput")
     if args.device != "auto":
         os.environ["DS_ACCELERATOR"] = args.device
 
     from seqlen_curriculum.training.benchmark import measure_throughput
 
     records = measure_throughput(config, lengths, args.rounds, args.kinds)
-    if os.environ.get("RANK", "0") != "0":
+    if global_rank() != 0:
         return
     from seqlen_curriculum.analysis.benchmark import draw_throughput, throughput_table
 

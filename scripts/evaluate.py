@@ -11,18 +11,18 @@ Face loads as a causal language model. On several ranks every window and item is
 
 import argparse
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from seqlen_curriculum.cli import run
+from seqlen_curriculum.cli import Parser, add_launcher_flags, run
 from seqlen_curriculum.errors import ConfigError
 from seqlen_curriculum.files import writable_folder
+from seqlen_curriculum.launchers import global_rank
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="what to evaluate")
     tasks = parser.add_argument_group("tasks")
     tasks.add_argument(
@@ -80,14 +80,14 @@ def parse() -> argparse.Namespace:
         metavar="FILE",
         help="write that object to a file (a launcher adds lines of its own to the printed one)",
     )
-    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # given by the launcher
+    add_launcher_flags(parser)
     return parser.parse_args()
 
 
 def main() -> None:
     args = parse()
     check(args)
-    is_first_rank = os.environ.get("RANK", "0") == "0"  # set by the launcher
+    is_first_rank = global_rank() == 0
     results = measure(args, print_lines if is_first_rank and not args.json else lambda *_: None)
     if is_first_rank and args.json:
         print(json.dumps(results, indent=2))

@@ -5,16 +5,15 @@ Example:
   python scripts/export_hf.py runs/tiny/global_step610 --out exported/tiny-bf16 --dtype bfloat16
 """
 
-import argparse
 from pathlib import Path
 
-from seqlen_curriculum.cli import run
+from seqlen_curriculum.cli import Parser, run
 from seqlen_curriculum.files import new_folder, writable_folder
 from seqlen_curriculum.run_folder.model_folder import model_folder
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument(
         "source",
         type=Path,

@@ -5,17 +5,16 @@ Example:
   echo "def main(" | python scripts/generate.py runs/tiny/global_step610 --temperature 0
 """
 
-import argparse
 import sys
 from pathlib import Path
 
-from seqlen_curriculum.cli import run, warn
+from seqlen_curriculum.cli import Parser, run, warn
 from seqlen_curriculum.errors import ConfigError
 from seqlen_curriculum.run_folder.model_folder import model_folder
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument(
         "checkpoint",
         type=Path,

@@ -13,7 +13,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from seqlen_curriculum.cli import run, warn
+from seqlen_curriculum.cli import Parser, run, warn
 from seqlen_curriculum.errors import ConfigError
 from seqlen_curriculum.files import picture_path
 
@@ -29,7 +29,7 @@ _ALLOWED_MODES = {  # of each flag; the modes are named after what selects them
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("prefix", nargs="*", metavar="PREFIX", help="a corpus: its path without .bin or .idx")
     parser.add_argument("--seq-length", type=int, metavar="N", help="also count samples of N tokens")
     parser.add_argument("--config", metavar="FILE", help="a run's JSON file, instead of PREFIX")

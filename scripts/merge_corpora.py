@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import argparse
 
-from seqlen_curriculum.cli import run
+from seqlen_curriculum.cli import Parser, run
 from seqlen_curriculum.data.preparation.merge import merge
 
 
 def parser() -> argparse.ArgumentParser:
-    flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    flags = Parser(description=__doc__)
     flags.add_argument("prefix", nargs="+", metavar="PREFIX", help="corpora that prepare_data.py made, in this order")
     flags.add_argument("--output-prefix", required=True, metavar="P", help="writes P.bin .idx .tokenizer.json .json")
     flags.add_argument("--overwrite", action="store_true", help="replace outputs of other corpora")

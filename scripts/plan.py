@@ -8,17 +8,16 @@ Example:
 Needs neither torch nor a GPU nor the corpus.
 """
 
-import argparse
 import json
 from pathlib import Path
 
-from seqlen_curriculum.cli import run, short_names, warn
+from seqlen_curriculum.cli import Parser, run, short_names, warn
 from seqlen_curriculum.errors import ConfigError
 from seqlen_curriculum.files import picture_path
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("config", nargs="?", metavar="FILE", help="the run's JSON file")
     parser.add_argument(
         "--compare", nargs="+", default=[], metavar="FILE", help="compare several files instead, one line each"

@@ -14,14 +14,14 @@ import argparse
 import signal
 from pathlib import Path
 
-from seqlen_curriculum.cli import run
+from seqlen_curriculum.cli import Parser, run
 from seqlen_curriculum.data.preparation.pieces import Rules
 from seqlen_curriculum.data.preparation.prepare import Request, prepare
 from seqlen_curriculum.data.tokenizer import TokenizerChoice
 
 
 def parser() -> argparse.ArgumentParser:
-    flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    flags = Parser(description=__doc__)
     text = flags.add_argument_group("text, one or both")
     text.add_argument(
         "--input",

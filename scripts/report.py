@@ -13,13 +13,13 @@ import json
 import time
 from pathlib import Path
 
-from seqlen_curriculum.cli import run, short_names
+from seqlen_curriculum.cli import Parser, run, short_names
 from seqlen_curriculum.errors import ConfigError
 from seqlen_curriculum.files import picture_path, writable_folder
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument(
         "runs", nargs="+", metavar="RUN", help="--save folders of runs; all are compared with the first"
     )

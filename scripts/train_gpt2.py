@@ -5,22 +5,22 @@ Example:
   deepspeed scripts/train_gpt2.py --config configs/tiny_cpu.json --hf-checkpoint runs/tiny/global_step610 \\
       --save runs/more
 
-Rerun the same command to resume from the newest complete checkpoint in --save.
+Rerun the same command to resume from the newest complete checkpoint in --save. The exit status is 0 after the last step or
+--until-step, 75 after SIGTERM or SIGINT (saved), 3 if training diverged, else 1.
 """
 
-import argparse
 import json
 from pathlib import Path
 
-from seqlen_curriculum.cli import need_launcher, run, warn
+from seqlen_curriculum.cli import Parser, add_launcher_flags, need_launcher, run, warn
 from seqlen_curriculum.config.run import RunConfig
 from seqlen_curriculum.data.from_config import open_run_data
-from seqlen_curriculum.errors import ConfigError
+from seqlen_curriculum.errors import STOPPED, ConfigError
 from seqlen_curriculum.files import writable_folder
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main() -> int:
+    parser = Parser(description=__doc__)
     parser.add_argument("--config", "--deepspeed_config", required=True, metavar="FILE", help="the run's JSON file")
     parser.add_argument("--save", required=True, type=Path, metavar="FOLDER", help="checkpoints and run log go here")
     parser.add_argument(
@@ -42,7 +42,7 @@ def main() -> None:
         help="start from the weights and the architecture in this Hugging Face folder: model.hf_checkpoint of the file",
     )
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override, as training.seed=7")
-    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # given by the launcher
+    add_launcher_flags(parser)
     args = parser.parse_args()
 
     if args.until_step is not None and args.until_step < 1:
@@ -56,7 +56,8 @@ def main() -> None:
 
     from seqlen_curriculum.training.pretrain import pretrain  # seconds to import: a mistake shows before them
 
-    pretrain(config, train, valid, args.save, args.resume, args.until_step)
+    ending = pretrain(config, train, valid, args.save, args.resume, args.until_step)
+    return STOPPED if ending == "signal" else 0
 
 
 if __name__ == "__main__":

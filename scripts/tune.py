@@ -16,7 +16,7 @@ import signal
 import sys
 from pathlib import Path
 
-from seqlen_curriculum.cli import run, warn
+from seqlen_curriculum.cli import Parser, run, warn
 from seqlen_curriculum.errors import ConfigError, DivergenceError
 from seqlen_curriculum.files import writable_folder
 
@@ -75,7 +75,7 @@ def main() -> None:
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("config", metavar="CONFIG", help="the run's JSON file")
     parser.add_argument(
         "--save", required=True, type=Path, metavar="FOLDER", help="folder of the search and its answer"

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import hashlib
-import importlib.util
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -14,34 +15,39 @@ from pathlib import Path
 from typing import Any
 
 from seqlen_curriculum.errors import DIVERGED, ConfigError, DivergenceError, SeqlenCurriculumError
+from seqlen_curriculum.launchers import global_rank, launch
 
-__all__ = ["global_rank", "need_launcher", "run", "short_names", "warn"]
+__all__ = ["Parser", "add_launcher_flags", "need_launcher", "run", "short_names", "warn"]
 
 _STARTED = time.time()
-_RANK_VARIABLES = {
-    "RANK": "LOCAL_RANK",  # deepspeed, torchrun
-    "OMPI_COMM_WORLD_RANK": "OMPI_COMM_WORLD_LOCAL_RANK",  # Open MPI
-    "PMI_RANK": "MPI_LOCALRANKID",  # MPICH, Intel MPI
-    "SLURM_PROCID": "SLURM_LOCALID",  # srun
-}
-"""Where launchers put the rank of a process among all, and among those of its node."""
 _PATIENCE = 10.0
 """Seconds in which rank 0 may come to the same error and print it."""
 _PRINTED = "seqlen_curriculum/error_printed"
+_MARKER = "seqlen-curriculum-error"
+_MARKER_SECONDS = 60
+"""The age at which no rank of a launch looks for its marker any more."""
 
 
-def run(main: Callable[[], None], ranked: bool = False) -> None:
-    """Call ``main``; a user's error is printed as ``error: ...`` and ends the process with its status.
+def run(main: Callable[[], int | None], ranked: bool = False) -> None:
+    """Call ``main``, which returns an exit status; a user's error is printed as ``error: ...`` and has a status of its own.
 
     ``ranked`` is for commands that a launcher starts once per rank: there rank 0 prints, and the other ranks end silently
     with the same status. The status is DIVERGED for a training that diverged, 130 for an interrupt, else 1.
     """
+    if ranked:
+        _remove_old_markers()
     try:
-        main()
+        status = main()
+        if status:
+            _keep_status()
         distributed: Any = sys.modules.get("torch.distributed")
         if distributed is not None and distributed.is_initialized():
             distributed.destroy_process_group()  # else its threads may abort the process as it exits
+        if status:
+            sys.exit(status)
     except SeqlenCurriculumError as error:
+        if isinstance(error, DivergenceError):
+            _keep_status()
         if ranked:
             _print_once(error)
         else:
@@ -55,18 +61,9 @@ def run(main: Callable[[], None], ranked: bool = False) -> None:
         sys.stderr.close()
 
 
-def global_rank() -> int:
-    """Return this process's rank as its launcher set it, 0 without a launcher."""
-    return _ranks()[0]
-
-
-def _ranks() -> tuple[int, int]:
-    """Return the rank among all processes and among those of this node."""
-    for name, local_name in _RANK_VARIABLES.items():
-        rank, local_rank = os.environ.get(name, ""), os.environ.get(local_name, "0")
-        if rank.isdigit() and local_rank.isdigit():
-            return int(rank), int(local_rank)
-    return 0, 0
+def _keep_status() -> None:
+    """Let all ranks exit with the same status: as the first one exits, launchers send SIGTERM to the others."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _print_once(error: SeqlenCurriculumError) -> None:
@@ -75,7 +72,8 @@ def _print_once(error: SeqlenCurriculumError) -> None:
     Most errors are those of every rank: the file is wrong, or the checkpoint that rank 0 has read. A corpus that one node
     lacks is that node's alone: its first rank prints it. A rank that exits ends the launch, so the others wait for rank 0.
     """
-    rank, local_rank = _ranks()
+    found = launch()
+    rank, local_rank = (found.rank, found.local_rank) if found else (0, 0)
     store, marker = _store(), _marker(str(error))
     # The ranks of a node without rank 0 wait for its first rank, which itself waits for rank 0.
     deadline = time.monotonic() + (_PATIENCE if rank == local_rank or local_rank == 0 else 2 * _PATIENCE)
@@ -84,7 +82,7 @@ def _print_once(error: SeqlenCurriculumError) -> None:
             return
         time.sleep(0.1)
     print(f"error: {error}" if rank == 0 else f"rank {rank}: error: {error}", file=sys.stderr, flush=True)
-    if local_rank == 0:
+    if found and found.ranks > 1 and local_rank == 0:
         with contextlib.suppress(OSError):
             marker.touch()
     if rank == 0 and store is not None:
@@ -94,7 +92,15 @@ def _print_once(error: SeqlenCurriculumError) -> None:
 def _marker(message: str) -> Path:
     """Return the empty file that says that ``message`` was printed by a process of the same launcher on this node."""
     key = hashlib.blake2b(f"{os.getuid()}/{os.getppid()}/{message}".encode(), digest_size=8).hexdigest()
-    return Path(tempfile.gettempdir()) / f"seqlen-curriculum-error-{key}"
+    return Path(tempfile.gettempdir()) / f"{_MARKER}-{key}"
+
+
+def _remove_old_markers() -> None:
+    """Remove this user's markers that no rank looks for any more."""
+    for marker in Path(tempfile.gettempdir()).glob(f"{_MARKER}-*"):
+        with contextlib.suppress(OSError):  # another user's, or removed by another rank
+            if marker.stat().st_mtime < time.time() - _MARKER_SECONDS:
+                marker.unlink()
 
 
 def _is_recent(marker: Path) -> bool:
@@ -120,14 +126,33 @@ def _is_set(store: Any) -> bool:
 
 
 def need_launcher(script: str) -> None:
-    """Raise ConfigError in a process that neither a launcher nor ``mpirun`` has started."""
-    if "RANK" not in os.environ and importlib.util.find_spec("mpi4py") is None:
-        raise ConfigError(f"{script}: no launcher has started it; begin the command with deepspeed instead of python")
+    """Raise ConfigError in a process that no launcher has started."""
+    if launch() is None:
+        raise ConfigError(
+            f"{script}: no launcher has started it; begin the command with deepspeed instead of python, or with torchrun, "
+            "mpirun -n N python, or srun --ntasks N python (N of 2 or more)"
+        )
+
+
+class Parser(argparse.ArgumentParser):
+    """The flags of a command, whose description is printed as it is written.
+
+    Flags can't be abbreviated: ``--deepspeed`` is a flag of its own, not the beginning of ``--deepspeed_config``.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**{"allow_abbrev": False, "formatter_class": argparse.RawDescriptionHelpFormatter, **options})
+
+
+def add_launcher_flags(parser: argparse.ArgumentParser) -> None:
+    """Accept the flags that launchers add to a script's own, or that users of DeepSpeed are used to give."""
+    parser.add_argument("--deepspeed", action="store_true", help="accepted and without effect: DeepSpeed always trains")
+    parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)
 
 
 def warn(messages: Iterable[str]) -> None:
     """Print each as ``warning: ...`` on stderr; not on the ranks above 0 of a launch."""
-    if os.environ.get("RANK", "0") == "0":  # set by deepspeed and torchrun
+    if global_rank() == 0:
         for message in messages:
             print(f"warning: {message}", file=sys.stderr)
 

@@ -7,7 +7,8 @@ SeqlenCurriculumError
 └── DivergenceError   the loss stopped being finite, or spiked in a run that stops at spikes
 
 Each message names the field or file, its value and the fix. Programs catch the base class. Scripts print the message
-without a traceback and exit with status 1, or 3 for a DivergenceError.
+without a traceback and exit with status 1, or 3 for a DivergenceError. A run that a signal stopped is no error, but exits
+with status 75.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from collections.abc import Sequence
 __all__ = [
     "DIVERGED",
     "HUNG",
+    "STOPPED",
     "CheckpointError",
     "ConfigError",
     "DataError",
@@ -28,6 +30,9 @@ DIVERGED = 3
 """Exit status of a run that diverged. A launcher that restarts failed runs can distinguish it from a mistake, status 1."""
 HUNG = 5
 """Exit status of a rank whose step did not end within ``training.hang_seconds``."""
+
+STOPPED = 75
+"""Exit status of a run that SIGTERM or SIGINT stopped and that is saved, to be resumed: EX_TEMPFAIL of sysexits.h."""
 
 
 class SeqlenCurriculumError(Exception):

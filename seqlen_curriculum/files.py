@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
+import functools
 import glob
 import json
 import os
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -32,6 +35,9 @@ __all__ = [
 
 _LEFTOVER_SECONDS = 3600
 """The age at which a temporary file belongs to no process: none takes an hour to write one."""
+
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
+"""How flock fails where a file system has no locks: Lustre without ``-o flock``, NFS without a lock daemon."""
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -136,11 +142,17 @@ def lock_of(folder: Path) -> Path:
 def try_lock(path: Path) -> int | None:
     """Lock the file ``path`` and return its descriptor, which holds the lock until all copies of it are closed.
 
-    None while another process holds the lock, and where it has just deleted the file.
+    None while another process holds the lock, and where it has just deleted the file. On a file system without locks a
+    warning is printed and the lock counts as held.
     """
     file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+            _warn_of_no_locks(path.parent, str(error.strerror))
         # The holder may delete the file between our open and its release: then we hold a lock that nobody else can see.
         is_current = os.path.samestat(os.fstat(file), os.stat(path))
     except (BlockingIOError, FileNotFoundError):
@@ -149,6 +161,16 @@ def try_lock(path: Path) -> int | None:
         os.close(file)
         return None
     return file
+
+
+@functools.cache  # once per folder
+def _warn_of_no_locks(folder: Path, reason: str) -> None:
+    """Warn that nothing keeps a second process out of ``folder``."""
+    print(
+        f"warning: {folder}: its file system has no locks ({reason}), so make sure yourself that no two commands write into "
+        "it at once (Lustre: mount it with -o flock)",
+        file=sys.stderr,
+    )
 
 
 def is_locked(path: Path) -> bool:

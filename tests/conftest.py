@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from helpers import capabilities
-from helpers.launching import ROOT, slowness, stale_locks
+from helpers.launching import ROOT, remove_stale_locks, slowness
 from hypothesis import settings
 
 from seqlen_curriculum.data.writer import CorpusWriter
@@ -33,8 +33,7 @@ def pytest_configure(config):
         without = capabilities.disabled()
     except ValueError as error:
         raise pytest.UsageError(str(error)) from None
-    if locks := stale_locks():
-        raise pytest.UsageError(locks)
+    remove_stale_locks()
     resources.enter_context(capabilities.hidden_commands(without))
     slowness()
     if config.getoption("numprocesses", None):

@@ -6,18 +6,19 @@ import sys
 import tempfile
 
 import pytest
+from helpers import launchers
 from helpers.launching import ROOT
 
-from seqlen_curriculum.cli import _RANK_VARIABLES, global_rank
+from seqlen_curriculum import cli
 
 SCRIPT = """
 import sys, time
 from seqlen_curriculum import cli
 from seqlen_curriculum.errors import ConfigError, DivergenceError
+from seqlen_curriculum.launchers import global_rank
 
 def main():
-    rank = cli.global_rank()
-    kind, _, seconds = sys.argv[1 + rank].partition(":")
+    kind, _, seconds = sys.argv[1 + global_rank()].partition(":")
     time.sleep(float(seconds or 0))
     if kind == "config":
         raise ConfigError("training.seed: -1 is below 0")
@@ -29,16 +30,15 @@ cli.run(main, ranked=True)
 """
 
 
-def launch(folder, variable, *outcomes, patience=60):
+def launch(folder, variables, *outcomes, patience=60):
     """(status, stderr) of two ranks of one launcher; the outcome ``config:0.5`` is an error after 0.5 seconds."""
     command = [sys.executable, "-c", SCRIPT, *outcomes, str(patience)]
-    plain = {name: value for name, value in os.environ.items() if "RANK" not in name and "SLURM" not in name}
     # Launchers differ by their process id, which here is that of the tests each time.
-    plain["TMPDIR"] = tempfile.mkdtemp(dir=folder)
+    plain = {**launchers.without_launcher(), "TMPDIR": tempfile.mkdtemp(dir=folder)}
     ranks = [
         subprocess.Popen(
             command,
-            env={**plain, variable: str(rank), _RANK_VARIABLES[variable]: str(rank)},
+            env={**plain, **variables(rank)},
             stderr=subprocess.PIPE,
             text=True,
         )
@@ -48,11 +48,11 @@ def launch(folder, variable, *outcomes, patience=60):
     return [(process.returncode, text) for process, text in zip(ranks, printed, strict=True)]
 
 
-@pytest.mark.parametrize("variable", ["RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID"])
+@pytest.mark.parametrize("variables", [launchers.torchrun, launchers.mpirun, launchers.srun])
 @pytest.mark.parametrize(("kind", "status"), [("config", 1), ("diverged", 3)])
-def test_an_error_of_every_rank_is_printed_once(tmp_path, variable, kind, status):
+def test_an_error_of_every_rank_is_printed_once(tmp_path, variables, kind, status):
     for delays in (("", ":1"), (":1", "")):  # whichever rank comes first
-        first, second = launch(tmp_path, variable, *(kind + delay for delay in delays))
+        first, second = launch(tmp_path, variables, *(kind + delay for delay in delays))
         assert (first[0], second[0]) == (status, status)
         assert first[1].startswith("error: ")
         assert second[1] == ""
@@ -60,7 +60,7 @@ def test_an_error_of_every_rank_is_printed_once(tmp_path, variable, kind, status
 
 def test_an_error_of_one_rank_alone_names_the_rank(tmp_path):
     for ends in ("fine:3", "fine", "config"):  # rank 0 goes on, has ended, or has another error
-        first, second = launch(tmp_path, "RANK", ends, "diverged", patience=0.5)
+        first, second = launch(tmp_path, launchers.torchrun, ends, "diverged", patience=0.5)
         assert first[0] == (1 if ends == "config" else 0)
         assert second == (3, "rank 1: error: step 3: the loss is nan\n")
 
@@ -69,7 +69,8 @@ def test_an_error_is_never_lost_where_no_rank_0_is_to_be_seen(tmp_path):
     command = [sys.executable, "-c", SCRIPT, "-", "config", "0.5"]
     for environment in ({"RANK": "1"}, {"RANK": "1", "LOCAL_RANK": "1"}, {"RANK": "1", "LOCAL_RANK": "0"}):
         environment |= {"TMPDIR": tempfile.mkdtemp(dir=tmp_path)}
-        result = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True)
+        environment |= launchers.without_launcher()
+        result = subprocess.run(command, env=environment, capture_output=True, text=True)
         assert (result.returncode, result.stderr) == (1, "rank 1: error: training.seed: -1 is below 0\n")
 
 
@@ -81,13 +82,52 @@ def test_commands_without_ranks_always_print(tmp_path):
     assert result.stderr.startswith("error: nothing.json: can't be read")
 
 
+def test_markers_of_earlier_launches_are_removed(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    old, young, other = (tmp_path / name for name in (f"{cli._MARKER}-1", f"{cli._MARKER}-2", "other"))
+    for path in (old, young, other):
+        path.touch()
+    for path in (old, other):
+        os.utime(path, (0, 0))
+    cli.run(lambda: None, ranked=True)
+    assert sorted(tmp_path.iterdir()) == sorted([young, other])
+
+
+def test_the_status_that_a_command_returns_is_its_exit_status():
+    code = "from seqlen_curriculum.cli import run; run(lambda: {})"
+    for status in (0, 75):
+        assert subprocess.run([sys.executable, "-c", code.format(status)]).returncode == status
+
+
+def test_flags_are_not_abbreviated(capsys):
+    parser = cli.Parser()
+    parser.add_argument("--deepspeed_config")
+    kind = parser.add_subparsers().add_parser("data")
+    kind.add_argument("--rounds")
+    for arguments in (["--deepspeed=run.json"], ["data", "--round=1"]):
+        with pytest.raises(SystemExit) as end:
+            parser.parse_args(arguments)
+        assert end.value.code == 2
+        assert "unrecognized arguments" in capsys.readouterr().err
+
+
+def test_every_script_has_such_a_parser():
+    for script in (ROOT / "scripts").glob("*.py"):
+        assert " Parser(description=__doc__)" in script.read_text(), script
+        assert "ArgumentParser(" not in script.read_text(), script
+
+
 @pytest.mark.parametrize(
-    ("environment", "rank"),
-    [({}, 0), ({"RANK": "3"}, 3), ({"SLURM_PROCID": "12"}, 12), ({"RANK": "0", "SLURM_PROCID": "12"}, 0)],
+    ("script", "arguments"),
+    [
+        ("train_gpt2.py", ["--config", "nothing.json", "--save", "."]),
+        ("evaluate.py", ["nothing"]),
+        ("benchmark.py", ["data", "--config", "nothing.json"]),
+    ],
 )
-def test_ranks_are_read_as_launchers_set_them(monkeypatch, environment, rank):
-    for name in ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    assert global_rank() == rank
+def test_flags_that_launchers_add_are_accepted(script, arguments):
+    flags = ["--deepspeed", "--local_rank=1", "--local-rank=1"]
+    command = [sys.executable, str(ROOT / "scripts" / script), *flags, *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, env=launchers.without_launcher())
+    assert result.returncode == 1, result.stderr  # it would be 2 for an unknown flag
+    assert result.stderr.startswith("error: ")

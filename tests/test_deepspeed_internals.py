@@ -15,7 +15,10 @@ import pytest
 import torch
 import torch.fx.experimental._config
 import transformers
+from deepspeed.accelerator import get_accelerator
 from deepspeed.checkpoint import constants
+from deepspeed.comm.torch import TorchBackend
+from deepspeed.git_version_info import installed_ops
 from deepspeed.module_inject import autotp_config
 from deepspeed.module_inject import layers as autotp_layers
 from deepspeed.monitor.csv_monitor import csvMonitor
@@ -34,10 +37,12 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.sequence.layer import DistributedAttention
 from deepspeed.utils import groups, mixed_precision_linkage, safe_get_local_optimizer_state
 from torch._dynamo import callback as compile_callbacks
-from torch.distributed import distributed_c10d
+from torch.distributed import distributed_c10d, rendezvous
+from torch.utils import cpp_extension, file_baton
 from transformers.pytorch_utils import Conv1D
 
 import seqlen_curriculum
+from seqlen_curriculum.training.machine import SHM_BYTES
 
 PACKAGE = Path(seqlen_curriculum.__file__).parent
 
@@ -93,6 +98,7 @@ FUNCTIONS = [  # (owner, name, the parameters that we give), and who relies on i
     (os, "_exit", "status", "watchdog.py"),
     (distributed_c10d, "_get_default_store", "", "preflight.py, cli.py"),
     (torch._dynamo, "reset", "", "compile.py"),
+    (torch.cuda, "is_bf16_supported", "including_emulation", "machine.py"),
     (torch.nn.utils, "get_total_norm", "", "executor.py"),
     (transformers.AttentionInterface, "register", "", "sequence_parallel.py, models"),
 ]
@@ -140,6 +146,16 @@ SOURCES = [  # (owner, what must occur in its source), and who relies on it
     (partition_parameters, "param.ds_shape = ", "reshard.py"),
     (partition_parameters, "param.ds_id = ", "build.py: whether a parameter is sharded"),
     (safe_get_local_optimizer_state, "param._z3_optimizer", "adam_moments.py"),
+    (
+        DeepSpeedEngine,
+        "optimizer_parameters.pop(TORCH_ADAM_PARAM",
+        "configs: torch_adam; what is left, as fused, goes on",
+    ),
+    (TorchBackend, "os.environ.get('LOCAL_RANK', 0)", "start.py: DeepSpeed takes it for the number of the device"),
+    (TorchBackend, 'create_op_builder("ShareMemCommBuilder")', "machine.py: what is compiled on a CPU"),
+    (file_baton, "os.O_CREAT | os.O_EXCL", "extensions.py: a lock is a file"),
+    (cpp_extension, "os.path.join(build_directory, 'lock')", "extensions.py"),
+    (rendezvous, "TORCHELASTIC_USE_AGENT_STORE", "launchers.py: who listens at the port"),
     (autotp_layers, "setattr(weight, DS_TENSOR_MODEL_PARALLEL, True)", "tensor_parallel.py: shards are marked"),
 ]
 
@@ -252,6 +268,26 @@ def test_the_names_in_a_checkpoint_are_those_of_checkpoints_on_disk():
 def test_shared_memory_of_cpu_ranks_has_the_name_that_we_free():
     (kernel,) = Path(deepspeed.__file__).parent.rglob("csrc/cpu/comm/shm.cpp")
     assert '#define SHM_BUFFER_NAME "deepspeed_allreduce_buffer"' in kernel.read_text()
+
+
+def test_shared_memory_is_taken_where_the_launcher_says_that_all_ranks_are_local_and_is_as_large_as_we_check():
+    (interface,) = Path(deepspeed.__file__).parent.rglob("csrc/cpu/comm/shm_interface.cpp")
+    assert re.search(r"if \(size >= 1 && size == ls\) \{ all_ranks_local_p = true; \}", interface.read_text())
+    text = interface.with_name("shm.cpp").read_text()
+    assert "char buffer[2 * NAIVE_ALLREDUCE_THRESHOLD + 2 * MAX_BUF_SIZE];" in text
+    naive, largest = (
+        eval(re.search(rf"#define {name} ([\d* ]+)\n", text)[1])
+        for name in ("NAIVE_ALLREDUCE_THRESHOLD", "MAX_BUF_SIZE")
+    )
+    assert 0.95 * SHM_BYTES < 2 * naive + 2 * largest < SHM_BYTES
+
+
+def test_parts_that_may_have_to_be_compiled_are_known_by_name():
+    accelerator = get_accelerator()
+    for builder, name in (("ShareMemCommBuilder", "deepspeed_shm_comm"), ("FusedAdamBuilder", "fused_adam")):
+        assert accelerator.create_op_builder(builder).name == name
+    assert accelerator.create_op_builder("CPUAdamBuilder").name == "cpu_adam"
+    assert name in installed_ops
 
 
 def test_conv1d_has_the_sizes_and_the_orientation_that_tensor_parallel_turns_round():

@@ -1,5 +1,6 @@
 """A file is replaced whole or not at all, and a lock has one holder."""
 
+import errno
 import os
 
 import pytest
@@ -77,3 +78,26 @@ def test_the_lock_of_a_file_deleted_meanwhile_is_none(tmp_path, monkeypatch):
 
     monkeypatch.setattr(files.fcntl, "flock", flock)
     assert files.try_lock(path) is None
+
+
+@pytest.mark.parametrize("reason", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_warned_of_once(tmp_path, monkeypatch, capsys, reason):
+    def flock(file, operation):
+        raise OSError(reason, os.strerror(reason))
+
+    monkeypatch.setattr(files.fcntl, "flock", flock)
+    for _ in range(2):
+        files.lock_folder(tmp_path, "--save", "training into it")
+    assert not files.is_locked(files.lock_of(tmp_path))
+    warning = capsys.readouterr().err
+    assert warning.startswith(f"warning: {tmp_path}: its file system has no locks ({os.strerror(reason)})")
+    assert warning.count("\n") == 1
+
+
+def test_another_failure_of_a_lock_is_an_error(tmp_path, monkeypatch):
+    def flock(file, operation):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(files.fcntl, "flock", flock)
+    with pytest.raises(OSError, match="Input/output error"):
+        files.try_lock(tmp_path / ".lock")

@@ -8,7 +8,7 @@ import sys
 import psutil
 import pytest
 from helpers import capabilities
-from helpers.launching import forked, launch, running, stale_locks, wait_until
+from helpers.launching import forked, launch, running, wait_until
 
 
 def test_an_unknown_capability_is_named_with_the_valid_ones(monkeypatch):
@@ -37,21 +37,6 @@ def test_hidden_commands_are_found_by_no_process(tmp_path, monkeypatch):
         assert subprocess.run(["other"]).returncode == 0
         assert os.environ["TORCH_EXTENSIONS_DIR"] != before["TORCH_EXTENSIONS_DIR"]
     assert dict(os.environ) == before
-
-
-@pytest.mark.skipif(not os.path.exists("/proc/self/fd"), reason="open files are listed in /proc")
-def test_a_lock_that_nobody_holds_is_named_and_removed(tmp_path, monkeypatch):
-    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
-    lock = tmp_path / "fused_adam" / "lock"
-    lock.parent.mkdir()
-    assert stale_locks() == ""
-    with open(lock, "w"):
-        assert stale_locks() == ""
-        stale_locks("--remove")
-        assert lock.exists()
-    assert f"{lock}: left by a killed compilation" in stale_locks()
-    stale_locks("--remove")
-    assert not lock.exists()
 
 
 def test_a_command_is_killed_with_all_that_it_started(tmp_path):

@@ -7,14 +7,17 @@ from pathlib import Path
 import deepspeed
 import pytest
 
+from seqlen_curriculum.launchers import launch
 from seqlen_curriculum.training.versions import TESTED_DEEPSPEED, check_deepspeed_version, package_versions
 
 
 @pytest.fixture(autouse=True)
 def _fresh():
-    check_deepspeed_version.cache_clear()
+    for cached in (check_deepspeed_version, launch):
+        cached.cache_clear()
     yield
-    check_deepspeed_version.cache_clear()
+    for cached in (check_deepspeed_version, launch):
+        cached.cache_clear()
 
 
 def check_silent():

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 
 from seqlen_curriculum.errors import ConfigError
+from seqlen_curriculum.launchers import device_number, fill_environment, launch, port_problem
 
 __all__ = ["Ranks", "join"]
 
@@ -45,23 +46,22 @@ class Ranks:
 
 
 def join(device: str | None = None) -> Ranks:
-    """Join the processes of the launcher (``RANK``, ``WORLD_SIZE``, ``LOCAL_RANK``), on a GPU of its own if there is one.
+    """Join the processes of the launcher, each on a GPU of its own if there are GPUs.
 
     ``device`` is ``"cpu"`` or ``"cuda"``. The default is ``"cuda"`` where there is a GPU and ``DS_ACCELERATOR`` isn't
-    ``cpu``. Raises ConfigError for a GPU that doesn't exist.
+    ``cpu``. Raises ConfigError for a GPU that doesn't exist, and where the ranks can't meet.
     """
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     kind = device or ("cuda" if gpus and os.environ.get("DS_ACCELERATOR") != "cpu" else "cpu")
-    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    found = launch()
+    rank, world, local_rank = (found.rank, found.ranks, found.local_rank) if found else (0, 1, 0)
     if kind == "cuda" and not gpus:
         raise ConfigError("--device cuda: no GPU is seen here; leave it out to compute on the CPU")
-    if kind == "cuda" and local_rank >= gpus:
-        raise ConfigError(
-            f"--device cuda: {gpus} GPUs are seen here, rank {rank} needs number {local_rank}; start fewer ranks"
-        )
-    own_device = torch.device(kind, local_rank if kind == "cuda" else 0)
+    own_device = torch.device(kind, device_number(local_rank, gpus) if kind == "cuda" else 0)
     if world > 1:
+        fill_environment()
+        for problem in port_problem():
+            raise ConfigError(problem)
         if kind == "cuda":
             torch.cuda.set_device(own_device)
         # Ranks score equal shares and meet once per task. The default of 10 minutes (NCCL) is too short for a rank that

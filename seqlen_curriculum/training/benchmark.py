@@ -10,7 +10,6 @@ import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import deepspeed
 import torch
 from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
@@ -26,6 +25,7 @@ from seqlen_curriculum.schedule.shortening import Method, Shortening
 from seqlen_curriculum.training.adam_moments import adam_moments
 from seqlen_curriculum.training.build import build_executor
 from seqlen_curriculum.training.executor import Executor
+from seqlen_curriculum.training.start import join_ranks
 
 __all__ = ["KINDS", "measure_throughput"]
 
@@ -61,7 +61,7 @@ def measure_throughput(
         raise ConfigError(
             "--kinds window: only a GPT-2 has windows of attention, not model.hf_checkpoint's; leave it out"
         )
-    deepspeed.init_distributed()
+    join_ranks(config.deepspeed)
     config = config.for_ranks(dist.get_world_size())
     rows, micro_batch, _ = batch_shape(config.keys, dist.get_world_size())
     torch.manual_seed(0)  # the same weights on every rank

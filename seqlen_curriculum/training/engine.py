@@ -22,10 +22,12 @@ from torch.optim import Optimizer
 from seqlen_curriculum.config.plan import RunPlan
 from seqlen_curriculum.config.run import RunConfig
 from seqlen_curriculum.errors import ConfigError, SeqlenCurriculumError
+from seqlen_curriculum.launchers import launch
 from seqlen_curriculum.schedule.scheduler import CurriculumScheduler
 from seqlen_curriculum.schedule.token_lr import TokenCosine
 from seqlen_curriculum.training.lr_scheduler import TokenCosineLR
 from seqlen_curriculum.training.pipeline import follow_shapes
+from seqlen_curriculum.training.start import join_ranks
 from seqlen_curriculum.training.versions import check_deepspeed_version
 
 __all__ = ["Rate", "begin_step", "build_engine", "follow_plan", "initialize", "skip_step"]
@@ -64,6 +66,7 @@ def initialize(*args: Any, curriculum_kwarg: str | None = None, **kwargs: Any) -
     rate = run.plan.learning_rate if run.scheduler is not None else None
     if named is not None:  # DeepSpeed refuses a config given twice, and would read our sections from the file
         named = argparse.Namespace(**{**vars(named), "deepspeed_config": None})
+    join_ranks(run.deepspeed)
     return build_engine(run.deepspeed, scheduler, rate, curriculum_kwarg, args=named, **given)
 
 
@@ -102,7 +105,8 @@ def _ranks(run: RunConfig, given: Mapping[str, Any]) -> int:
     mpu = model.mpu() if isinstance(model, PipelineModule) else mpu
     if mpu is not None:
         return int(mpu.get_data_parallel_world_size()) * math.prod(run.keys.degrees.values())
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    found = launch()
+    return found.ranks if found else 1
 
 
 def _token_lr(rate: Rate, optimizer: Optimizer) -> TokenCosineLR:

@@ -6,7 +6,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 import torch
 from deepspeed import comm as dist
 
@@ -30,8 +29,9 @@ from seqlen_curriculum.training.compile import compile_blocks
 from seqlen_curriculum.training.rollback import log_skipped_steps, read_losses, roll_back
 from seqlen_curriculum.training.run_info import record_launch
 from seqlen_curriculum.training.spike_guard import RollbackRequested, SpikeGuard
+from seqlen_curriculum.training.start import join_ranks
 from seqlen_curriculum.training.telemetry import Telemetry, log_rank0
-from seqlen_curriculum.training.trainer import StopSignals, Trainer
+from seqlen_curriculum.training.trainer import Ending, StopSignals, Trainer
 from seqlen_curriculum.training.utilization import utilization_of
 from seqlen_curriculum.training.watchdog import Watchdog
 
@@ -45,10 +45,8 @@ def pretrain(
     save: Path,
     resume: str = "auto",
     until_step: int | None = None,
-) -> bool:
-    """Train the file's model on ``train`` until its token budget; False if a signal stopped it earlier (and it saved).
-
-    ``until_step`` ends it after that step, as a signal would.
+) -> Ending:
+    """Train the file's model on ``train`` until its token budget, ``until_step`` or a signal; return which came first.
 
     ``save`` is the run's folder: checkpoints, ``runlog.jsonl``, ``run.json`` (what it was trained with), and
     ``rollbacks.json`` once there was one. ``resume``: ``auto`` continues from the newest complete checkpoint in ``save`` if
@@ -71,7 +69,7 @@ class _Pretraining:
         resume: str,
         until_step: int | None,
     ) -> None:
-        deepspeed.init_distributed()
+        join_ranks(config.deepspeed)
         config = config.for_ranks(dist.get_world_size())
         assert config.model is not None
         assert config.training is not None
@@ -112,7 +110,7 @@ class _Pretraining:
         if self.settings.compile:
             compile_blocks(self.model.lm.transformer.h, self.executor.engine.device)
 
-    def run(self) -> bool:
+    def run(self) -> Ending:
         """Train to the end, returning to a checkpoint wherever the spike guard asks for it."""
         with self.signals:  # also while a checkpoint is loaded again
             while True:
@@ -121,8 +119,8 @@ class _Pretraining:
                 except RollbackRequested as request:
                     self.checkpoint = roll_back(self.checkpoints, self.log, request.spike)
 
-    def train_from(self, checkpoint: Checkpoint | None) -> bool:
-        """Train from ``checkpoint``, or from the first step, until the budget, a signal or ``until_step`` (False)."""
+    def train_from(self, checkpoint: Checkpoint | None) -> Ending:
+        """Train from ``checkpoint``, or from the first step, until the budget, a signal or ``until_step``."""
         if checkpoint is not None:
             self.checkpoints.load(self.executor.engine, checkpoint)
         done_steps, evaluations = (checkpoint.step, checkpoint.evaluations) if checkpoint else (0, Evaluations())

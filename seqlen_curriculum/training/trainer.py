@@ -11,7 +11,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -33,7 +33,10 @@ from seqlen_curriculum.training.spike_guard import SpikeGuard
 from seqlen_curriculum.training.telemetry import Telemetry, log_rank0
 from seqlen_curriculum.training.watchdog import Watchdog
 
-__all__ = ["StopSignals", "Trainer", "row_seed"]
+__all__ = ["Ending", "StopSignals", "Trainer", "row_seed"]
+
+Ending: TypeAlias = Literal["finished", "until_step", "signal"]
+"""Why training ended: its token budget is reached, the step asked for is, or a signal came and all is saved."""
 
 
 def row_seed(seed: int, step: int, row: int) -> int:
@@ -84,8 +87,8 @@ class Trainer:
         """DeepSpeed's engine."""
         return self.executor.engine
 
-    def train(self, first_step: int) -> bool:
-        """Train from ``first_step`` to the budget: True when it is reached, False if a signal or ``until_step`` came first.
+    def train(self, first_step: int) -> Ending:
+        """Train from ``first_step`` to the budget, or until ``until_step`` or a signal, and return which of them came.
 
         Raises DivergenceError, and RollbackRequested where the spike guard asks to return to a checkpoint.
         """
@@ -105,16 +108,16 @@ class Trainer:
                     self.save(step, self.evaluations)
         return self._report_end(step, first_step, stop)
 
-    def _report_end(self, step: int, first_step: int, stop: bool) -> bool:
+    def _report_end(self, step: int, first_step: int, stop: bool) -> Ending:
         if step >= self.plan.steps:
             log_rank0(f"finished: {step} steps, {self.plan.timeline.consumed_tokens(step):,} tokens")
-            return True
+            return "finished"
         if step < first_step:
             log_rank0(f"nothing to do: step {step} is done, and --until-step asks for no later one")
         else:
             reason = "by a signal" if stop else "as --until-step asks"
             log_rank0(f"stopped after step {step} {reason}, and saved; rerun the same command to resume")
-        return False
+        return "signal" if stop else "until_step"
 
     @property
     def _last_step(self) -> int:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import functools
-import os
 import platform
 import warnings
 from importlib.metadata import PackageNotFoundError, version
 
 import deepspeed
+
+from seqlen_curriculum.launchers import global_rank
 
 __all__ = ["TESTED_DEEPSPEED", "check_deepspeed_version", "package_versions"]
 
@@ -21,7 +22,7 @@ _PACKAGES = ("torch", "deepspeed", "transformers", "numpy", "seqlen-curriculum")
 def check_deepspeed_version() -> None:
     """Warn on rank 0, once, of a DeepSpeed that this package is not tested with."""
     major, minor = (int(part) for part in deepspeed.__version__.split(".")[:2])
-    if (major, minor) == TESTED_DEEPSPEED or os.environ.get("RANK", "0") != "0":
+    if (major, minor) == TESTED_DEEPSPEED or global_rank() != 0:
         return
     tested_major, tested_minor = TESTED_DEEPSPEED
     tested = f"deepspeed>={tested_major}.{tested_minor},<{tested_major}.{tested_minor + 1}"

@@ -23,6 +23,8 @@ from tempfile import TemporaryDirectory
 import psutil
 import pytest
 
+from seqlen_curriculum.training.extensions import extensions_folder
+
 ANSWERS = "SEQLEN_TEST_CAPABILITIES"
 """The environment variable that hands the answers down: JSON, name to what is missing, empty if nothing is."""
 WITHOUT = "SEQLEN_TEST_WITHOUT"
@@ -91,6 +93,29 @@ def _package(name: str) -> str:
     return "" if importlib.util.find_spec(name) else f"no {name} (pip install {name})"
 
 
+def _mpirun() -> str:
+    return "" if shutil.which("mpirun") else "no mpirun (Debian: apt-get install openmpi-bin)"
+
+
+def _slurm() -> str:
+    """srun has nodes to start processes on."""
+    if not shutil.which("srun"):
+        return "no srun (Debian: apt-get install slurm-wlm)"
+    done = subprocess.run(["sinfo", "--noheader", "--states=idle,mixed,allocated"], capture_output=True, text=True)
+    return "" if done.returncode == 0 and done.stdout else f"no node of Slurm is up: {done.stderr.strip()}"
+
+
+def _namespaces() -> str:
+    """A node of scripts/two_nodes.sh can be made."""
+    if not shutil.which("ip") or not shutil.which("unshare"):
+        return "no ip or no unshare (Debian: apt-get install iproute2 util-linux)"
+    user = [] if os.geteuid() == 0 else ["unshare", "--user", "--map-root-user", "--net"]
+    node = ["unshare", "--mount", "--uts", "--ipc", "--net", "--pid", "--fork", "--mount-proc"]
+    cable = ["ip", "link", "add", "cable", "type", "veth", "peer", "name", "other"]
+    done = subprocess.run([*user, *node, *cable], capture_output=True, text=True)
+    return "" if done.returncode == 0 else f"no namespaces can be made: {done.stderr.strip()}"
+
+
 PROBES = {
     "fp16": _fp16,
     "bf16": _bf16,
@@ -102,11 +127,16 @@ PROBES = {
     "shm": _shm,
     "wandb": functools.partial(_package, "wandb"),
     "tensorboard": functools.partial(_package, "tensorboard"),
+    "mpirun": _mpirun,
+    "slurm": _slurm,
+    "namespaces": _namespaces,
 }
 COMMANDS = {
     "compiler": ("c++*", "g++*", "gcc*", "cc", "c89*", "c99*", "clang*", "*-g++*", "*-gcc*"),
     "browser": ("chromium*", "google-chrome*"),
     "npm": ("npm",),
+    "mpirun": ("mpirun", "mpirun.*"),
+    "slurm": ("srun", "sinfo"),
 }
 """What SEQLEN_TEST_WITHOUT hides of PATH."""
 
@@ -200,6 +230,6 @@ def _without(folder: Path, patterns: list[str], links: Path) -> Path:
 def set_up_environment() -> None:
     """Set what launched processes need: ninja beside Python, DeepSpeed's C++ parts inside the virtual environment."""
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
-    os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
+    os.environ["TORCH_EXTENSIONS_DIR"] = str(extensions_folder() or Path(sys.prefix) / "torch_extensions")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ["DS_ACCELERATOR"] = "cpu"

@@ -20,6 +20,7 @@ import pytest
 
 from helpers.capabilities import require, require_launches
 from helpers.fork_server import ForkedLaunch, ForkServer
+from seqlen_curriculum.training.extensions import clear_stale_locks
 
 ROOT = Path(__file__).parent.parent.parent
 TESTS = ROOT / "tests"
@@ -121,13 +122,12 @@ def stop(process: Process) -> None:
     process.wait()
     wait_until(lambda: not _left_of(process.pid), f"processes of {process.pid} are still alive")
     if left:
-        stale_locks("--remove")
+        remove_stale_locks()
 
 
-def stale_locks(*options: str) -> str:
-    """Return what scripts/stale_locks.sh reports of TORCH_EXTENSIONS_DIR, empty if all is well."""
-    command = ["bash", str(ROOT / "scripts" / "stale_locks.sh"), os.environ["TORCH_EXTENSIONS_DIR"], *options]
-    return subprocess.run(command, capture_output=True, text=True).stderr
+def remove_stale_locks() -> None:
+    """Remove the locks that killed compilations left in TORCH_EXTENSIONS_DIR."""
+    clear_stale_locks(Path(os.environ["TORCH_EXTENSIONS_DIR"]), remove=True)
 
 
 @contextlib.contextmanager

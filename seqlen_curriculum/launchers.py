@@ -1,0 +1,154 @@
+"""Which launcher started this process: its rank, and where the ranks meet, by the one convention that torch reads.
+
+``deepspeed`` and ``torchrun`` set RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT. ``mpirun`` and ``srun`` have
+variables of their own, from which ``launch`` fills in what is missing of the five.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import re
+import socket
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+from seqlen_curriculum.errors import ConfigError
+
+__all__ = ["Launch", "device_number", "fill_environment", "global_rank", "launch", "port_problem", "read_launch"]
+
+
+class Launch(NamedTuple):
+    """The place of this process among those that one command has started."""
+
+    launcher: str
+    rank: int
+    ranks: int
+    local_rank: int
+    """The rank among those of this node."""
+    local_ranks: int
+    """The ranks of this node."""
+    address: str
+    """The host of rank 0; empty where the launcher doesn't say."""
+    common: str
+    """What all ranks of this launch have in common, and no other launch on the host of rank 0."""
+
+
+def read_launch(environment: Mapping[str, str]) -> Launch | None:
+    """Return the launch that the variables in ``environment`` describe; None without a launcher.
+
+    The one that started the process directly counts: ``deepspeed`` in a Slurm job, ``mpirun`` over nodes that it reached by
+    ``srun``. A Slurm step of one task is no launch, because an interactive shell is one too, and neither is a batch script,
+    which has SLURM_PROCID=0 and no step.
+    """
+
+    def number(*names: str, default: int = 0) -> int:
+        return next((int(value) for name in names if (value := environment.get(name, "")).isdigit()), default)
+
+    ranks = number("WORLD_SIZE", default=1)
+    if environment.get("RANK", "").isdigit():
+        local_ranks = number("LOCAL_WORLD_SIZE", "LOCAL_SIZE", default=ranks)  # torchrun's name, deepspeed's
+        return Launch("deepspeed or torchrun", number("RANK"), ranks, number("LOCAL_RANK"), local_ranks, "", "")
+    for launcher, rank, size, local_rank, local_size in (
+        ("mpirun", *(f"OMPI_COMM_WORLD_{name}" for name in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE"))),  # Open MPI
+        ("mpirun", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),  # MPICH, Intel MPI
+    ):
+        if all(environment.get(name, "").isdigit() for name in (rank, size, local_rank, local_size)):
+            ranks, local_ranks = number(size), number(local_size)
+            address = "127.0.0.1" if ranks == local_ranks else ""
+            common = environment.get("PMIX_NAMESPACE") or str(os.getppid())  # without PMIx: mpirun itself, on one node
+            return Launch(launcher, number(rank), ranks, number(local_rank), local_ranks, address, common)
+    if number("SLURM_STEP_NUM_TASKS") > 1 and environment.get("SLURM_PROCID", "").isdigit():
+        return Launch(
+            "srun",
+            number("SLURM_PROCID"),
+            number("SLURM_STEP_NUM_TASKS"),
+            number("SLURM_LOCALID"),
+            _tasks_of_node(environment.get("SLURM_STEP_TASKS_PER_NODE", "1"), number("SLURM_NODEID")),
+            _first_host(environment.get("SLURM_STEP_NODELIST", "")),
+            f"{environment.get('SLURM_JOB_ID')}.{environment.get('SLURM_STEP_ID')}",
+        )
+    return None
+
+
+def _first_host(nodes: str) -> str:
+    """Return the first host of Slurm's list, which runs rank 0."""
+    # gpu[03-05,9],login1: gpu03. SLURM_LAUNCH_NODE_IPADDR is where srun runs instead, which may be a login node.
+    return re.sub(r"\[(\w+)[^]]*\]", r"\1", nodes).partition(",")[0]
+
+
+def _tasks_of_node(tasks: str, node: int) -> int:
+    """Return how many tasks Slurm's list gives to the node of this number: ``4(x2),3`` are 4, 4 and 3."""
+    counts: list[int] = []
+    for count, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", tasks):
+        counts += [int(count)] * int(times or 1)
+    return counts[node] if node < len(counts) else 1
+
+
+@functools.cache  # DeepSpeed and fill_environment change the variables
+def launch() -> Launch | None:
+    """Return the launch of this process as its environment had it when first asked; None without a launcher."""
+    return read_launch(os.environ)
+
+
+def global_rank() -> int:
+    """Return this process's rank among all, 0 without a launcher."""
+    found = launch()
+    return found.rank if found else 0
+
+
+def fill_environment() -> None:
+    """Set those of torch's five variables that the launcher has not set. Raises ConfigError where it can't be known."""
+    found = launch()
+    if found is None:
+        return
+    address = os.environ.get("MASTER_ADDR") or found.address
+    if not address and found.ranks > 1:
+        raise ConfigError(
+            f"MASTER_ADDR: not set, and {found.launcher} doesn't say where rank 0 of {found.ranks} is; name its host: "
+            "mpirun -x MASTER_ADDR=HOST (MPICH, Intel MPI: -genv MASTER_ADDR HOST), and MASTER_PORT the same way"
+        )
+    known: dict[str, int | str] = {"RANK": found.rank, "LOCAL_RANK": found.local_rank, "WORLD_SIZE": found.ranks}
+    known |= {"MASTER_ADDR": address or "127.0.0.1", "MASTER_PORT": _port(found.common)}
+    for name, value in known.items():
+        if not os.environ.get(name):
+            os.environ[name] = str(value)
+
+
+def port_problem() -> Iterator[str]:
+    """Yield a line if this is rank 0 and the ranks can't meet at MASTER_PORT, where it listens."""
+    found, port = launch(), os.environ.get("MASTER_PORT", "")
+    if found and port == "0":  # torchrun hands it on as it is, and its ranks wait for each other without end
+        yield "MASTER_PORT: 0 is no port to meet at; give another (torchrun: --standalone finds a free one on one node)"
+        return
+    # torchrun's own process listens there.
+    if not found or found.rank or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" or not port.isdigit():
+        return
+    try:
+        with socket.create_server(("", int(port))):
+            pass
+    except (OSError, OverflowError) as error:
+        yield (
+            f"MASTER_PORT: {port} can't be listened at ({getattr(error, 'strerror', None) or error}); choose another "
+            "(deepspeed --master_port N; else set MASTER_PORT on all ranks), or end the run that has it"
+        )
+
+
+def _port(common: str) -> int:
+    """Return a port below those that systems hand out by themselves (32768 and up on Linux): 29500 without ``common``."""
+    digest = hashlib.blake2b(common.encode(), digest_size=8).digest()
+    return 15_000 + int.from_bytes(digest, "little") % 14_000 if common else 29_500
+
+
+def device_number(local_rank: int, devices: int) -> int:
+    """Return which of the ``devices`` that this process sees is its own. Raises ConfigError if there are too few.
+
+    A launcher may show each process its own device alone (Slurm's ``--gpus-per-task``): then it is number 0.
+    """
+    if devices > 1 and local_rank >= devices:
+        raise ConfigError(
+            f"LOCAL_RANK {local_rank}: {devices} GPUs are seen on this node, numbers 0 to {devices - 1}; start no more than "
+            f"{devices} ranks a node"
+        )
+    return local_rank if devices > 1 else 0

@@ -1,0 +1,123 @@
+"""What a configuration needs of the machine and doesn't find, said before the ranks meet and before any memory is taken."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from deepspeed.accelerator import get_accelerator
+from deepspeed.git_version_info import installed_ops
+
+from seqlen_curriculum.launchers import port_problem
+
+__all__ = ["machine_problems"]
+
+SHM_BYTES = 67 * 2**20
+"""What DeepSpeed takes of /dev/shm for each CPU rank, rounded up to whole MiB."""
+_GPU_OPTIMIZERS = {"lamb", "onebitadam", "onebitlamb", "zerooneadam"}
+"""DeepSpeed's optimizers, in small letters, that are written in CUDA or need NCCL."""
+_PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "comet": "comet_ml"}
+"""What DeepSpeed's monitor of each name imports."""
+
+
+def machine_problems(deepspeed_config: Mapping[str, Any]) -> Iterator[str]:
+    """Yield one line per thing that ``deepspeed_config`` needs and this machine or this launch lacks."""
+    yield from _precision(deepspeed_config)
+    yield from _gpu(deepspeed_config)
+    yield from _compilers(deepspeed_config)
+    yield from _packages(deepspeed_config)
+    yield from port_problem()
+    yield from _shared_memory()
+
+
+def _on_cpu() -> bool:
+    return str(get_accelerator().device_name()) == "cpu"
+
+
+def _enabled(config: Mapping[str, Any], section: str) -> bool:
+    value = config.get(section)
+    return isinstance(value, Mapping) and bool(value.get("enabled"))
+
+
+def _precision(config: Mapping[str, Any]) -> Iterator[str]:
+    accelerator = get_accelerator()
+    supported = {"fp16": accelerator.is_fp16_supported(), "bf16": accelerator.is_bf16_supported()}
+    if accelerator.device_name() == "cuda":  # DeepSpeed counts what torch emulates, many times slower than fp16
+        supported["bf16"] = torch.cuda.is_bf16_supported(including_emulation=False)
+    for name, is_supported in supported.items():
+        if _enabled(config, name) and not is_supported:
+            device = "no GPU is seen, and this CPU" if _on_cpu() else f"this {accelerator.device_name()} device"
+            others = [f'"{other}": {{"enabled": true}}' for other in supported if supported[other]]
+            yield (
+                f"{name}.enabled: true, but {device} has no {name}; set it to false (fp32)"
+                f"{''.join(f', use {other} instead' for other in others)}, or start it where a GPU has {name}"
+            )
+
+
+def _gpu(config: Mapping[str, Any]) -> Iterator[str]:
+    if not _on_cpu():
+        return
+    optimizer = str((config.get("optimizer") or {}).get("type", ""))
+    if optimizer.lower() in _GPU_OPTIMIZERS:
+        yield f"optimizer.type: {optimizer} needs a GPU, and none is seen; use Adam, or start it on a node with GPUs"
+    if _enabled(config, "amp"):
+        yield "amp.enabled: true needs a GPU, and none is seen; use bf16, or start it on a node with GPUs"
+
+
+def _compilers(config: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what is missing to compile those of DeepSpeed's C++ parts that this run loads and that aren't compiled yet."""
+    optimizer = config.get("optimizer") or {}
+    params = optimizer.get("params") or {}
+    is_adam = str(optimizer.get("type", "")).lower() in ("adam", "adamw") and not params.get("torch_adam")
+    offload = (config.get("zero_optimization") or {}).get("offload_optimizer") or {}
+    adam = "CPUAdamBuilder" if offload.get("device", "none") != "none" else "FusedAdamBuilder"
+    missing = "C++ compiler" if shutil.which(os.environ.get("CXX", "c++")) is None else ""
+    install = "install one (Debian: apt-get install g++) or name it in CXX"
+    if missing and _must_compile("ShareMemCommBuilder"):
+        yield f"c++: no C++ compiler is found, and DeepSpeed compiles a part of its own at the first run on a CPU; {install}"
+    if not is_adam or not _must_compile(adam):
+        return
+    if not missing and not _on_cpu() and shutil.which("nvcc") is None:
+        from torch.utils.cpp_extension import CUDA_HOME
+
+        missing, install = ("", "") if CUDA_HOME else ("nvcc", "install the CUDA toolkit")
+    if missing:
+        yield (
+            f"optimizer.params.torch_adam: not set, so DeepSpeed compiles its own Adam, and no {missing} is found; set "
+            f"it to true (torch's AdamW), or {install}"
+        )
+
+
+def _must_compile(builder_name: str) -> bool:
+    """Return whether DeepSpeed compiles this part on the accelerator at hand, and hasn't before."""
+    builder = get_accelerator().create_op_builder(builder_name)
+    if builder is None or builder.__class__.__name__ == "NotImplementedBuilder" or installed_ops.get(builder.name):
+        return False
+    folder = os.environ.get("TORCH_EXTENSIONS_DIR")
+    return folder is None or not (Path(folder) / builder.name / f"{builder.name}.so").exists()
+
+
+def _packages(config: Mapping[str, Any]) -> Iterator[str]:
+    for section, package in _PACKAGES.items():
+        if _enabled(config, section) and importlib.util.find_spec(package) is None:
+            install = package.replace("_", "-")
+            yield f"{section}.enabled: true, but {package} isn't installed; pip install {install}, or set it to false"
+
+
+def _shared_memory() -> Iterator[str]:
+    # DeepSpeed takes it only where its launcher says by LOCAL_SIZE that all ranks are on this node.
+    ranks, local_ranks = os.environ.get("WORLD_SIZE", "1"), os.environ.get("LOCAL_SIZE", "")
+    if not _on_cpu() or ranks != local_ranks:
+        return
+    needed = int(ranks) * SHM_BYTES
+    free = shutil.disk_usage("/dev/shm").free if os.path.isdir("/dev/shm") else 0
+    if free < needed:
+        yield (
+            f"/dev/shm: {free >> 20} MiB are free, and DeepSpeed needs {needed >> 20} MiB for {ranks} CPU ranks; make room "
+            "(a container: --shm-size=1g), or start fewer ranks"
+        )

@@ -1,0 +1,46 @@
+"""The start of a run: what the machine lacks is said, then this process takes its device and joins the others."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.accelerator import get_accelerator
+
+from seqlen_curriculum.errors import ConfigError
+from seqlen_curriculum.launchers import device_number, fill_environment, launch
+from seqlen_curriculum.training.extensions import set_up_extensions
+from seqlen_curriculum.training.machine import machine_problems
+
+__all__ = ["join_ranks"]
+
+
+def join_ranks(deepspeed_config: Mapping[str, Any]) -> None:
+    """Join the ranks of this launch, each on its own device, if they haven't met yet; call it on all of them.
+
+    ``deepspeed_config`` is DeepSpeed's part of the file. Raises ConfigError for what it needs and the machine lacks.
+    """
+    if torch.distributed.is_initialized():
+        return
+    found = launch()
+    fill_environment()
+    set_up_extensions(is_first_of_node=found is None or found.local_rank == 0)
+    problems = list(machine_problems(deepspeed_config))
+    if problems:
+        raise ConfigError(problems)
+    # Before the first collective: those of objects put their bytes on the current device, and NCCL refuses two ranks on one.
+    get_accelerator().set_device(_own_device(found.local_rank if found else 0))
+    deepspeed.init_distributed()
+
+
+def _own_device(local_rank: int) -> int:
+    """Return the number of this process's device, also as LOCAL_RANK, which DeepSpeed takes for it."""
+    accelerator = get_accelerator()
+    if accelerator.device_name() == "cpu":
+        return local_rank
+    number = device_number(local_rank, accelerator.device_count())
+    os.environ["LOCAL_RANK"] = str(number)
+    return number

@@ -1,0 +1,161 @@
+"""What the machine lacks is said before the ranks meet; a rank takes its device before it talks to others."""
+
+import json
+import os
+import subprocess
+import sys
+from collections import namedtuple
+
+import pytest
+from deepspeed.accelerator import get_accelerator
+from helpers import launchers
+from helpers.launching import TESTS, limit
+
+from seqlen_curriculum.training import machine
+from seqlen_curriculum.training.machine import SHM_BYTES, machine_problems
+
+ON = {"enabled": True}
+ADAM = {"optimizer": {"type": "Adam", "params": {"lr": 1e-3}}}
+
+
+@pytest.fixture
+def accelerator(monkeypatch, tmp_path):
+    """DeepSpeed's accelerator, as if nothing had been compiled for it."""
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setattr(machine, "port_problem", lambda: iter(()))
+    return get_accelerator()
+
+
+def problems(config, compiled=()):
+    for name in compiled:
+        folder = machine.Path(os.environ["TORCH_EXTENSIONS_DIR"]) / name
+        folder.mkdir()
+        (folder / f"{name}.so").touch()
+    return list(machine_problems(config))
+
+
+@pytest.mark.parametrize("name", ["fp16", "bf16"])
+def test_a_precision_that_the_device_lacks_is_named_with_the_alternatives(monkeypatch, accelerator, name):
+    other = {"fp16": "bf16", "bf16": "fp16"}[name]
+    monkeypatch.setattr(accelerator, f"is_{name}_supported", lambda: False)
+    monkeypatch.setattr(accelerator, f"is_{other}_supported", lambda: True)
+    (problem,) = problems({name: ON}, ["deepspeed_shm_comm"])
+    assert problem.startswith(f"{name}.enabled: true, but no GPU is seen, and this CPU has no {name}; set it to false")
+    assert f'use "{other}": {{"enabled": true}} instead' in problem
+    assert problems({name: {"enabled": False}, other: ON}) == []
+    # A GPU without it, and without the other. torch emulates bf16 on GPUs from before Ampere.
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation: including_emulation)
+    monkeypatch.setattr(accelerator, f"is_{other}_supported", lambda: None)
+    monkeypatch.setattr(accelerator, "device_name", lambda *_: "cuda")
+    (problem,) = problems({name: ON})
+    assert f"but this cuda device has no {name}; set it to false (fp32), or start" in problem
+
+
+@pytest.mark.parametrize(
+    "config", [{"optimizer": {"type": "OneBitAdam"}}, {"optimizer": {"type": "Lamb"}}, {"amp": ON}]
+)
+def test_what_only_gpus_do_is_refused_without_one(accelerator, config):
+    (problem,) = problems(config, ["deepspeed_shm_comm"])
+    assert "needs a GPU, and none is seen" in problem
+
+
+def test_a_missing_compiler_matters_where_something_is_to_be_compiled(monkeypatch, accelerator):
+    monkeypatch.setenv("PATH", "/nowhere")
+    on_cpu, adam = problems(ADAM)
+    assert on_cpu.startswith("c++: no C++ compiler is found")
+    assert adam.startswith("optimizer.params.torch_adam: not set")
+    assert (
+        "no C++ compiler is found; set it to true (torch's AdamW), or install one (Debian: apt-get install g++)" in adam
+    )
+    assert problems({"optimizer": {"type": "Adam", "params": {"torch_adam": True}}}, ["deepspeed_shm_comm"]) == []
+    assert problems(ADAM, ["fused_adam"]) == []
+
+
+def test_deepspeeds_adam_needs_nvcc_on_a_gpu(monkeypatch, accelerator, tmp_path):
+    (tmp_path / "c++").touch(mode=0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr("torch.utils.cpp_extension.CUDA_HOME", None)
+    monkeypatch.setattr(accelerator, "device_name", lambda *_: "cuda")
+    (problem,) = problems(ADAM, ["deepspeed_shm_comm"])
+    assert "no nvcc is found; set it to true (torch's AdamW), or install the CUDA toolkit" in problem
+    monkeypatch.setattr("torch.utils.cpp_extension.CUDA_HOME", "/usr/local/cuda")
+    assert problems(ADAM) == []
+
+
+@pytest.mark.parametrize(
+    ("section", "package"), [("tensorboard", "tensorboard"), ("wandb", "wandb"), ("comet", "comet-ml")]
+)
+def test_a_monitor_whose_package_is_missing_is_named(monkeypatch, accelerator, section, package):
+    monkeypatch.setattr(machine.importlib.util, "find_spec", lambda *_: None)
+    (problem,) = problems({section: ON}, ["deepspeed_shm_comm"])
+    assert problem.startswith(f"{section}.enabled: true, but ")
+    assert f"pip install {package}" in problem
+    assert problems({section: {"enabled": False}}) == []
+
+
+def test_too_little_shared_memory_is_said_with_what_is_needed(monkeypatch, accelerator):
+    usage = namedtuple("usage", "free")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_SIZE", "4")
+    monkeypatch.setattr(machine.shutil, "disk_usage", lambda *_: usage(4 * SHM_BYTES))
+    assert problems({}, ["deepspeed_shm_comm"]) == []
+    monkeypatch.setattr(machine.shutil, "disk_usage", lambda *_: usage(64 << 20))  # a container's default
+    (problem,) = problems({})
+    assert problem.startswith("/dev/shm: 64 MiB are free, and DeepSpeed needs 268 MiB for 4 CPU ranks")
+    monkeypatch.setenv("LOCAL_SIZE", "2")  # on two nodes DeepSpeed takes none
+    assert problems({}) == []
+
+
+def note_calls():
+    """Join two ranks as pretraining does, and print the order of what touches a device."""
+    import torch
+    from deepspeed import comm as dist
+
+    from seqlen_curriculum.training import start
+    from seqlen_curriculum.training.checkpoint import on_rank_0
+
+    calls = []
+
+    def noted(owner, name):
+        real = getattr(owner, name)
+
+        def call(*args, **kwargs):
+            calls.append([name, *(arg for arg in args if isinstance(arg, int))])
+            return real(*args, **kwargs)
+
+        setattr(owner, name, call)
+
+    accelerator = get_accelerator()
+    # A node of two GPUs, as far as the choice of a device goes; the collectives stay gloo's.
+    start._own_device.__globals__["get_accelerator"] = lambda: accelerator
+    noted(type(accelerator), "set_device")
+    noted(torch.distributed, "init_process_group")
+    noted(torch.distributed, "broadcast_object_list")
+    start.join_ranks({})
+    on_rank_0(lambda: None)
+    start.join_ranks({})  # a second time: they have met
+    dist.barrier()
+    torch.distributed.destroy_process_group()
+    print(json.dumps(calls), flush=True)
+
+
+@pytest.mark.needs("ports", "shm", "compiler")
+@pytest.mark.parametrize("variables", [launchers.srun, launchers.mpirun])
+def test_the_device_is_set_before_the_first_collective(variables, tmp_path):
+    path = os.pathsep.join([str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])])
+    plain = {**launchers.without_launcher(), "PYTHONPATH": path, "DS_ACCELERATOR": "cpu"}
+    started = [
+        subprocess.Popen(
+            [sys.executable, __file__], env={**plain, **variables(rank)}, stdout=subprocess.PIPE, text=True
+        )
+        for rank in (0, 1)
+    ]
+    for rank, process in enumerate(started):
+        printed = process.communicate(timeout=limit(300))[0]
+        assert process.returncode == 0
+        calls = json.loads(printed.splitlines()[-1])
+        assert calls == [["set_device", rank], ["init_process_group"], ["broadcast_object_list"]]
+
+
+if __name__ == "__main__":
+    note_calls()
