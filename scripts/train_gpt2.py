@@ -12,7 +12,7 @@ import argparse
 import json
 from pathlib import Path
 
-from seqlen_curriculum.cli import need_launcher, run, warn
+from seqlen_curriculum.cli import grow_memory_segments, need_launcher, run, warn
 from seqlen_curriculum.config.run import RunConfig
 from seqlen_curriculum.data.from_config import open_run_data
 from seqlen_curriculum.errors import ConfigError
@@ -53,6 +53,7 @@ def main() -> None:
     writable_folder("--save", args.save)
     train, valid = open_run_data(config)
     need_launcher("train_gpt2.py")
+    grow_memory_segments()
 
     from seqlen_curriculum.training.pretrain import pretrain  # seconds to import: a mistake shows before them
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from seqlen_curriculum.errors import DIVERGED, ConfigError, DivergenceError, SeqlenCurriculumError
 
-__all__ = ["global_rank", "need_launcher", "run", "short_names", "warn"]
+__all__ = ["global_rank", "grow_memory_segments", "need_launcher", "run", "short_names", "warn"]
 
 _STARTED = time.time()
 _RANK_VARIABLES = {
@@ -123,6 +123,14 @@ def need_launcher(script: str) -> None:
     """Raise ConfigError in a process that neither a launcher nor ``mpirun`` has started."""
     if "RANK" not in os.environ and importlib.util.find_spec("mpi4py") is None:
         raise ConfigError(f"{script}: no launcher has started it; begin the command with deepspeed instead of python")
+
+
+def grow_memory_segments() -> None:
+    """Make CUDA's allocator extend its memory segments, unless the user has set it up. Call it before torch is imported."""
+    # Every length asks for blocks of other sizes. Fixed segments keep the free pieces that no later length fits into.
+    # Of the names that the user may have chosen, every version of torch that this package supports reads the second.
+    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"} & os.environ.keys():
+        os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
 
 
 def warn(messages: Iterable[str]) -> None:

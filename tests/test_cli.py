@@ -8,7 +8,7 @@ import tempfile
 import pytest
 from helpers.launching import ROOT
 
-from seqlen_curriculum.cli import _RANK_VARIABLES, global_rank
+from seqlen_curriculum.cli import _RANK_VARIABLES, global_rank, grow_memory_segments
 
 SCRIPT = """
 import sys, time
@@ -91,3 +91,17 @@ def test_ranks_are_read_as_launchers_set_them(monkeypatch, environment, rank):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert global_rank() == rank
+
+
+@pytest.mark.parametrize("own", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"])
+def test_memory_segments_grow_unless_the_user_has_set_up_the_allocator(monkeypatch, own):
+    names = {name for name in os.environ if name.endswith("_ALLOC_CONF")} | {"PYTORCH_CUDA_ALLOC_CONF"}
+    for name in names:
+        monkeypatch.setenv(name, "")  # so that it is put back after the test
+        monkeypatch.delenv(name)
+    grow_memory_segments()
+    assert os.environ["PYTORCH_CUDA_ALLOC_CONF"] == "expandable_segments:True"
+    monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF")
+    monkeypatch.setenv(own, "backend:native")
+    grow_memory_segments()
+    assert os.environ.get("PYTORCH_CUDA_ALLOC_CONF") in (None, "backend:native")

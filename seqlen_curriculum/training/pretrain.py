@@ -26,7 +26,8 @@ from seqlen_curriculum.run_folder.evaluations import Evaluations
 from seqlen_curriculum.run_folder.run_log import RunLog, read_run_log
 from seqlen_curriculum.training.build import build_executor
 from seqlen_curriculum.training.checkpoint import Checkpoints, on_rank_0
-from seqlen_curriculum.training.compile import compile_blocks
+from seqlen_curriculum.training.compile import compile_blocks, is_compiled
+from seqlen_curriculum.training.deterministic import be_deterministic
 from seqlen_curriculum.training.rollback import log_skipped_steps, read_losses, roll_back
 from seqlen_curriculum.training.run_info import record_launch
 from seqlen_curriculum.training.spike_guard import RollbackRequested, SpikeGuard
@@ -69,6 +70,8 @@ class _Pretraining:
         resume: str,
         until_step: int | None,
     ) -> None:
+        if config.training is not None and config.training.deterministic:
+            be_deterministic()
         deepspeed.init_distributed()
         config = config.for_ranks(dist.get_world_size())
         assert config.model is not None
@@ -106,7 +109,7 @@ class _Pretraining:
         self.executor, self._write_weights = build_executor(
             config.keys, config.deepspeed, self.model, self.plan.scheduler, rate
         )
-        if self.settings.compile:
+        if is_compiled(config, self.executor.engine.device):
             compile_blocks(self.model.lm.transformer.h, self.executor.engine.device)
 
     def run(self) -> bool:
