@@ -105,3 +105,8 @@ def test_memory_segments_grow_unless_the_user_has_set_up_the_allocator(monkeypat
     monkeypatch.setenv(own, "backend:native")
     grow_memory_segments()
     assert os.environ.get("PYTORCH_CUDA_ALLOC_CONF") in (None, "backend:native")
+
+
+def test_training_asks_for_growing_segments_before_it_imports_torch():
+    script = (ROOT / "scripts" / "train_gpt2.py").read_text()
+    assert script.index("    grow_memory_segments()") < script.index("from seqlen_curriculum.training")
