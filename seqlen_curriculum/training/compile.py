@@ -37,6 +37,7 @@ def compile_blocks(blocks: nn.ModuleList, device: torch.device) -> None:
             f"training.compile: {problem or 'another rank has no working compiler'}; training without compilation"
         )
         return
+    log_rank0("training.compile: compiling the model's blocks, so the first micro-batches take longer")
     # Otherwise torch takes sizes that happen to be equal for one size: a step of length 64 in a model of hidden size 64
     # would get a graph of its own.
     torch.fx.experimental._config.use_duck_shape = False
