@@ -12,7 +12,7 @@ Rerun the same command to resume from the newest complete checkpoint in --save. 
 import json
 from pathlib import Path
 
-from seqlen_curriculum.cli import Parser, add_launcher_flags, need_launcher, run, warn
+from seqlen_curriculum.cli import Parser, add_launcher_flags, grow_memory_segments, need_launcher, run, warn
 from seqlen_curriculum.config.run import RunConfig
 from seqlen_curriculum.data.from_config import open_run_data
 from seqlen_curriculum.errors import STOPPED, ConfigError
@@ -53,6 +53,7 @@ def main() -> int:
     writable_folder("--save", args.save)
     train, valid = open_run_data(config)
     need_launcher("train_gpt2.py")
+    grow_memory_segments()
 
     from seqlen_curriculum.training.pretrain import pretrain  # seconds to import: a mistake shows before them
 

@@ -17,7 +17,7 @@ from typing import Any
 from seqlen_curriculum.errors import DIVERGED, ConfigError, DivergenceError, SeqlenCurriculumError
 from seqlen_curriculum.launchers import global_rank, launch
 
-__all__ = ["Parser", "add_launcher_flags", "need_launcher", "run", "short_names", "warn"]
+__all__ = ["Parser", "add_launcher_flags", "grow_memory_segments", "need_launcher", "run", "short_names", "warn"]
 
 _STARTED = time.time()
 _PATIENCE = 10.0
@@ -148,6 +148,14 @@ def add_launcher_flags(parser: argparse.ArgumentParser) -> None:
     """Accept the flags that launchers add to a script's own, or that users of DeepSpeed are used to give."""
     parser.add_argument("--deepspeed", action="store_true", help="accepted and without effect: DeepSpeed always trains")
     parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)
+
+
+def grow_memory_segments() -> None:
+    """Make CUDA's allocator extend its memory segments, unless the user has set it up. Call it before torch is imported."""
+    # Every length asks for blocks of other sizes. Fixed segments keep the free pieces that no later length fits into.
+    # Of the names that the user may have chosen, every version of torch that this package supports reads the second.
+    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"} & os.environ.keys():
+        os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
 
 
 def warn(messages: Iterable[str]) -> None:

@@ -131,3 +131,22 @@ def test_flags_that_launchers_add_are_accepted(script, arguments):
     result = subprocess.run(command, capture_output=True, text=True, env=launchers.without_launcher())
     assert result.returncode == 1, result.stderr  # it would be 2 for an unknown flag
     assert result.stderr.startswith("error: ")
+
+
+@pytest.mark.parametrize("own", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"])
+def test_memory_segments_grow_unless_the_user_has_set_up_the_allocator(monkeypatch, own):
+    names = {name for name in os.environ if name.endswith("_ALLOC_CONF")} | {"PYTORCH_CUDA_ALLOC_CONF"}
+    for name in names:
+        monkeypatch.setenv(name, "")  # so that it is put back after the test
+        monkeypatch.delenv(name)
+    cli.grow_memory_segments()
+    assert os.environ["PYTORCH_CUDA_ALLOC_CONF"] == "expandable_segments:True"
+    monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF")
+    monkeypatch.setenv(own, "backend:native")
+    cli.grow_memory_segments()
+    assert os.environ.get("PYTORCH_CUDA_ALLOC_CONF") in (None, "backend:native")
+
+
+def test_training_asks_for_growing_segments_before_it_imports_torch():
+    script = (ROOT / "scripts" / "train_gpt2.py").read_text()
+    assert script.index("    grow_memory_segments()") < script.index("from seqlen_curriculum.training")

@@ -41,6 +41,15 @@ MISTAKES = {
         {"pipeline": {"stages": 2}, "bf16": {"enabled": True}},
         "zero_optimization.stage: half precision with pipeline.stages 2",
     ),
+    "pipeline with fp32 sums": (
+        {
+            "pipeline": {"stages": 2},
+            "zero_optimization": {"stage": 1},
+            "bf16": {"enabled": True},
+            "data_types": {"grad_accum_dtype": "fp32"},
+        },
+        "data_types.grad_accum_dtype: fp32 sums bf16 gradients wrongly with pipeline.stages 2",
+    ),
     "pipeline of shards": (
         {"pipeline": {"stages": 2}, "sequence_parallel_size": 2},
         "sequence_parallel_size: 2 doesn't work together with pipeline.stages 2",
@@ -125,3 +134,40 @@ def test_ranks_that_share_a_model_read_the_same_rows():
 def test_the_older_name_of_bf16_is_part_of_the_run():
     settings = RunConfig.from_dict({**RUN, "bfloat16": {"enabled": True}}).settings()
     assert settings == RunConfig.from_dict({**RUN, "bf16": {"enabled": True}}).settings()
+
+
+HALF = {"bf16": {"enabled": True}, "zero_optimization": {"stage": 1}}
+PIPELINE = {"pipeline": {"stages": 2}, "zero_optimization": {"stage": 1}}
+
+
+@pytest.mark.parametrize(
+    ("sections", "added", "dtype"),
+    [
+        ({}, False, "fp32"),
+        ({"torch_autocast": {"enabled": True}}, False, "fp32"),
+        (HALF, True, "fp32"),
+        ({**HALF, "zero_optimization": {"stage": 3}}, True, "fp32"),
+        ({"fp16": {"enabled": True}, "zero_optimization": {"stage": 2}}, True, "fp32"),
+        ({**HALF, "data_types": {"buffer_dtype": "fp32"}}, True, "fp32"),
+        # DeepSpeed can't, or the file decides
+        ({"bf16": {"enabled": True}}, False, "bf16"),
+        ({**HALF, **PIPELINE}, False, "bf16"),
+        ({"fp16": {"enabled": True}, **PIPELINE}, False, "fp16"),
+        ({**HALF, "data_types": {"grad_accum_dtype": "fp32"}}, False, "fp32 and bf16"),
+        ({**HALF, "communication_data_type": "fp16"}, False, "bf16 and fp16"),
+    ],
+)
+def test_16_bit_gradients_accumulate_and_reduce_in_fp32(sections, added, dtype):
+    config = RunConfig.from_dict({**RUN, **sections})
+    wanted = {
+        "data_types": {**sections.get("data_types", {}), "grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32",
+    }
+    assert config.keys.fp32_gradients == (wanted if added else {})
+    assert config.keys.gradient_dtype == dtype
+    # What DeepSpeed is given beyond the file doesn't make another run of it: checkpoints without it continue.
+    assert not any(value == "fp32" for name, value in config.settings().items() if name not in flat_names(sections))
+
+
+def flat_names(sections):
+    return {f"{name}.{key}" for name, value in sections.items() if isinstance(value, dict) for key in value}

@@ -447,3 +447,12 @@ def test_every_shipped_config_loads_and_plans(path):
     assert timeline.first_step_at(config.data.seq_length) is not None
     assert config.plan.learning_rate()(timeline.steps) == config.scheduler.params.min_lr
     assert path.parent.name == "configs" or "_source" in config.deepspeed  # where a study's numbers come from
+
+
+@pytest.mark.parametrize("path", [path for path in CONFIGS if path.parent.name == "paper"], ids=lambda path: path.stem)
+def test_the_papers_files_overlap_the_reduction_of_gradients_with_the_backward_pass(path):
+    config = RunConfig.load(path)
+    zero = config.deepspeed["zero_optimization"]
+    assert zero["overlap_comm"]
+    # With a single bucket nothing is reduced before the last gradient is there.
+    assert config.model.parameter_count() > 2 * zero["reduce_bucket_size"]

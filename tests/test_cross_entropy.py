@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from seqlen_curriculum.models import cross_entropy
 from seqlen_curriculum.models.cross_entropy import mean_cross_entropy
 
 
@@ -98,3 +99,83 @@ def test_certain_and_hopeless_targets_stay_finite() -> None:
     loss.backward()
     assert hidden.grad is not None
     assert hidden.grad.flatten().tolist() == [0.0, 1.0]  # ((1, 0) - (0, 1)) . (1, -1) / 2 = 1
+
+
+@pytest.mark.parametrize("chunks", [1, 2, 3, 7, 300])
+def test_gpu_chunks_equal_plain_cross_entropy(chunks: int) -> None:
+    hidden, weight, targets = head_problem(300, 16, 256, torch.float32)
+    loss = cross_entropy._chunked_cross_entropy(hidden, weight, targets, chunks)
+    for ours, expected in zip(loss_and_gradients(loss, hidden, weight), exact(hidden, weight, targets), strict=True):
+        assert relative_error(ours, expected) < 1e-6
+    with torch.no_grad():
+        evaluated = cross_entropy._chunked_cross_entropy(hidden, weight, targets, chunks)
+    assert relative_error(evaluated, loss.detach()) < 1e-6
+
+
+@pytest.mark.parametrize(("dtype", "scale"), [(torch.bfloat16, 1.0), (torch.float16, 2.0**16)])
+@pytest.mark.parametrize("chunks", [2, 16])
+def test_gpu_chunks_err_at_most_twice_as_much_as_whole_logits(dtype: torch.dtype, scale: float, chunks: int) -> None:
+    hidden, weight, targets = head_problem(2048, 32, 4096, dtype)
+    _, *expected = exact(hidden, weight, targets)
+    errors = []
+    for number in (1, chunks):
+        loss = cross_entropy._chunked_cross_entropy(hidden, weight, targets, number)
+        assert loss.dtype == torch.float32
+        _, *found = loss_and_gradients(loss, hidden, weight, scale=scale)
+        errors.append([relative_error(ours, theirs) for ours, theirs in zip(found, expected, strict=True)])
+    for whole, chunked in zip(*errors, strict=True):
+        assert 0 < chunked < 2 * whole < 0.01
+
+
+class Traffic(TorchDispatchMode):
+    """Counts the kernels of what runs under it, and the bytes that they read and write."""
+
+    FREE = ("t", "view", "detach", "slice", "split", "transpose", "expand", "empty_like")
+    """Operations without a kernel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernels = self.moved = self.largest = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **kwargs or {})
+        name = func.overloadpacket.__name__
+        if func.namespace == "aten" and name not in self.FREE:
+            read = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+            if name.startswith("nll_loss"):  # picks one of each row's V numbers, or writes it among zeros
+                read = [x for x in read if x.dim() < 2]
+            elif name.startswith(("zeros", "ones")):
+                read = []
+            written = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
+            self.kernels += 1
+            self.moved += sum(x.numel() * x.element_size() for x in [*read, *written])
+            self.largest = max([self.largest, *(x.numel() for x in written)])
+        return out
+
+
+def gpu_traffic(tokens: int, width: int, vocab: int) -> Traffic:
+    """That of forward and backward in bf16, on tensors without data, which take the way of a GPU's."""
+    hidden = torch.empty(tokens, width, dtype=torch.bfloat16, device="meta", requires_grad=True)
+    weight = torch.empty(vocab, width, dtype=torch.bfloat16, device="meta", requires_grad=True)
+    targets = torch.empty(tokens, dtype=torch.int64, device="meta")
+    with Traffic() as traffic:
+        mean_cross_entropy(hidden, weight, targets).backward()
+    return traffic
+
+
+def test_a_gpu_computes_logits_that_fit_in_one_piece() -> None:
+    traffic = gpu_traffic(4096, 768, 50304)
+    assert traffic.kernels <= 12
+    assert traffic.moved < 44 * 4096 * 50304  # bytes for each logit
+
+
+@pytest.mark.parametrize(("tokens", "width"), [(16384, 768), (16384, 2048), (65536, 2048)])
+def test_gpu_chunks_move_little_more_than_whole_logits(
+    tokens: int, width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chunked = gpu_traffic(tokens, width, 50304)
+    assert chunked.largest <= cross_entropy._MOST_LOGITS
+    assert chunked.kernels < 100
+    monkeypatch.setattr(cross_entropy, "_MOST_LOGITS", tokens * 50304)
+    whole = gpu_traffic(tokens, width, 50304)
+    assert 1 < chunked.moved / whole.moved < 1.15

@@ -15,16 +15,18 @@ import torch
 from deepspeed import comm as dist
 from deepspeed.pipe import PipelineModule
 from deepspeed.runtime.data_pipeline.curriculum_scheduler import CurriculumScheduler as DeepSpeedScheduler
+from deepspeed.utils import safe_get_full_fp32_param
 from helpers.parts import Part, do_parts, launch_parts
 from helpers.settings import LINEAR
 
 from seqlen_curriculum import ConfigError, CurriculumScheduler, RunConfig, initialize
 from seqlen_curriculum.config.model import ModelConfig
+from seqlen_curriculum.models import cross_entropy, gpt2
 from seqlen_curriculum.models.gpt2 import build_gpt2
 from seqlen_curriculum.schedule.micro_batch import balanced_rows
 from seqlen_curriculum.training.accumulate import accumulate
 from seqlen_curriculum.training.adam_moments import adam_moments
-from seqlen_curriculum.training.build import write_model
+from seqlen_curriculum.training.build import build_executor, write_model
 from seqlen_curriculum.training.checkpoint import Checkpoints
 from seqlen_curriculum.training.executor import DataParallel
 from seqlen_curriculum.training.preflight import preflight
@@ -131,6 +133,16 @@ def zero_stage(stage, **precision):
     return train(engine, 8, rows=2)
 
 
+def loss_in_chunks(stage):
+    """The same, with the loss computed as on a GPU where the logits don't fit."""
+    on_cpu = gpt2.mean_cross_entropy
+    gpt2.mean_cross_entropy = lambda *head: cross_entropy._chunked_cross_entropy(*head, chunks=3)
+    try:
+        return zero_stage(stage)
+    finally:
+        gpt2.mean_cross_entropy = on_cpu
+
+
 def micro_batches(stage, kind):
     """25 steps whose micro-batches change with the length, or are fixed."""
     config = run(train_batch_size=8, zero_optimization={"stage": stage}, training={"train_tokens": 20_000})
@@ -210,6 +222,63 @@ def skipped_steps():
         "lengths": lengths,
         "planned": [rate(step) for step in range(1, 13)],
     }
+
+
+BF16 = {"bf16": {"enabled": True}}
+
+
+def error_of_gradient_sum(stage, **types):
+    """Relative error of the gradient of 2 ranks x 32 micro-batches in bf16 against their sum in fp64."""
+    # Without momentum and at a rate of 1 the fp32 weights of a step fall by exactly the gradient.
+    config = run(train_batch_size=64, zero_optimization={"stage": stage}, gradient_clipping=0, **BF16, **types)
+    config |= {"optimizer": {"type": "SGD", "params": {"lr": 1.0}}, "zero_allow_untested_optimizer": True}
+    del config["scheduler"]
+    settled, network = RunConfig.from_dict(config).for_ranks(2), model()
+    copied = copy.deepcopy(network).bfloat16()
+    executor, _ = build_executor(settled.keys, settled.deepspeed, network, settled.curriculum_scheduler())
+    tokens = torch.randint(0, 128, (2, 32, 17), generator=torch.Generator().manual_seed(1))[dist.get_rank()]
+    batches = [(row[None, :-1], row[None, 1:]) for row in tokens]
+    exact = torch.zeros(sum(p.numel() for p in copied.parameters()), dtype=torch.float64)
+    for batch in batches:
+        gradients = torch.autograd.grad(copied(*batch) / len(batches), list(copied.parameters()))
+        exact += torch.cat([gradient.flatten() for gradient in gradients]).double()
+    dist.all_reduce(exact)
+
+    def weights():
+        return torch.cat([safe_get_full_fp32_param(p).flatten().double() for p in network.parameters()])
+
+    before = weights()
+    executor.train(batches, ())
+    return float((before - weights() - exact / 2).norm() / (exact / 2).norm())
+
+
+def bf16_checkpoint_with_bf16_sums(folder):
+    """A run at stage 1 saved with DeepSpeed's own sums, continued with fp32 ones; then saved and continued once more."""
+    config = RunConfig.from_dict(run(zero_optimization={"stage": 1}, **BF16)).for_ranks(2)
+    checkpoints = Checkpoints(Path(folder), 9, config.settings())
+    engine, _ = engine_for(model(), config)  # initialize leaves the sums to DeepSpeed
+    train(engine, 3, rows=2)
+    checkpoints.save(engine, 3, lambda path: write_model(engine.module, path))
+    seen = {"weights before": weight_norm(engine), "expected": train(engine, 2, rows=2)}
+
+    def continued(step):
+        network = model()
+        rate = config.plan.learning_rate
+        executor, write = build_executor(config.keys, config.deepspeed, network, config.curriculum_scheduler(), rate)
+        checkpoints.load(executor.engine, checkpoints.find("auto"))
+        seen[f"weights {step}"] = weight_norm(executor.engine)
+        return executor.engine, write
+
+    now, write = continued(3)
+    seen |= {"optimizers": [type(one.optimizer).__name__ for one in (engine, now)], "first": train(now, 1, rows=2)}
+    checkpoints.save(now, 4, write)
+    seen["second"] = train(now, 1, rows=2)
+    seen["second again"] = train(continued(4)[0], 1, rows=2)
+    return seen
+
+
+def weight_norm(engine):
+    return float(sum(safe_get_full_fp32_param(p).double().square().sum() for p in engine.module.parameters()))
 
 
 def zero_3_checkpoint(folder):
@@ -324,11 +393,14 @@ SCENARIOS = {
     scenario.__name__: scenario
     for scenario in (
         zero_stage,
+        loss_in_chunks,
         micro_batches,
         moments,
         no_moments,
         plain_torch,
         skipped_steps,
+        error_of_gradient_sum,
+        bf16_checkpoint_with_bf16_sums,
         zero_3_checkpoint,
         preflight_traces,
         out_of_memory,
@@ -348,7 +420,8 @@ OFFLOAD = {
 PREFLIGHTS = {
     "zero 0": {},
     "zero 1": SHARDINGS["zero 1"],
-    "zero 2 bf16": {**SHARDINGS["zero 2"], "bf16": {"enabled": True}},
+    "zero 1 bf16": {**SHARDINGS["zero 1"], **BF16, "data_types": {"grad_accum_dtype": "fp32"}},
+    "zero 2 bf16": {**SHARDINGS["zero 2"], **BF16},
     "zero 2 fp16": {**SHARDINGS["zero 2"], **FP16},
     "zero 3": SHARDINGS["zero 3"],
 }
@@ -368,6 +441,7 @@ def parts_in(folder):
     files["in fp32"].write_text(json.dumps(paper))
     return [
         *(part(f"zero {stage}", zero_stage, stage=stage) for stage in range(4)),
+        *(part(f"chunks {stage}", loss_in_chunks, stage=stage) for stage in (1, 3)),
         part("bf16", zero_stage, ("bf16",), stage=1, bf16={"enabled": True}),
         *(
             part(f"{kind} {stage}", micro_batches, stage=stage, kind=kind)
@@ -379,6 +453,12 @@ def parts_in(folder):
         part("moments sgd", no_moments, optimizer={"type": "SGD", "params": {"lr": 1e-2}}),
         part("moments fp16", no_moments, ("fp16",), **FP16),
         part("skipped steps", skipped_steps, ("fp16",)),
+        *(
+            part(f"gradient sum {stage} {dtype}", error_of_gradient_sum, ("bf16",), stage=stage, **types)
+            for stage in (1, 2, 3)
+            for dtype, types in (("fp32", {}), ("bf16", {"communication_data_type": "bf16"}))
+        ),
+        part("bf16 checkpoint", bf16_checkpoint_with_bf16_sums, ("bf16",), folder=str(folder / "bf16")),
         part("zero 3 checkpoint", zero_3_checkpoint, folder=str(folder / "zero3")),
         *(
             part(f"preflight {name} {tried}", preflight_traces, needs_of(changes), preflights=tried, **changes)
@@ -414,6 +494,13 @@ def test_every_zero_stage_trains_the_same_run(seen, stage):
     assert rates == reference[2]
 
 
+@pytest.mark.parametrize("stage", [1, 3])
+def test_a_loss_in_chunks_trains_the_same_run(seen, stage):
+    losses, *plan = seen[f"chunks {stage}"]
+    assert losses == pytest.approx(seen["zero 0"][0], rel=1e-5)
+    assert plan == seen["zero 0"][1:]
+
+
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_balanced_micro_batches_train_the_same_run(seen, stage):
     fixed, balanced = (seen[f"{kind} {stage}"] for kind in ("fixed", "balanced"))
@@ -436,6 +523,22 @@ def test_skipped_fp16_steps_count_their_tokens(seen):
     assert 0 < skipped["skipped"] < 12
     assert skipped["rates"] == skipped["planned"]
     assert skipped["lengths"][:8] == LENGTHS
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_bf16_gradients_are_summed_in_fp32(seen, stage):
+    assert seen[f"gradient sum {stage} fp32"] < 1e-4
+    assert seen[f"gradient sum {stage} bf16"] > 2e-3
+
+
+def test_a_bf16_run_saved_with_bf16_sums_continues_with_fp32_ones(seen):
+    run = seen["bf16 checkpoint"]
+    assert run["optimizers"] == ["DeepSpeedZeroOptimizer", "BF16_Optimizer"]
+    assert run["weights 3"] == run["weights before"]
+    losses, lengths, rates = (first + second for first, second in zip(run["first"], run["second"], strict=True))
+    assert losses == pytest.approx(run["expected"][0], rel=1e-2)
+    assert [lengths, rates] == run["expected"][1:]
+    assert run["second again"] == run["second"]
 
 
 def test_zero_3_resumes_exactly_and_saves_the_whole_model(seen):

@@ -97,7 +97,8 @@ def matrix(run_file):
     reference = run(run_file, folder / "one-rank", ["training.preflight=true"])
     resharded = run(run_file, folder / "zero2-to-zero3", ENGINES["zero3"], saved, after="zero2-fp32")
     uncompiled = run(run_file, folder / "uncompiled", ["training.compile=true"], no_compiler=True)
-    runs.launch("one", [reference, *others, resharded, uncompiled], ranks=1)
+    deterministic = run(run_file, folder / "deterministic", ["training.deterministic=true"])
+    runs.launch("one", [reference, *others, resharded, uncompiled, deterministic], ranks=1)
     runs.launch("four", [in_cell(*cell, "-ranks", True) for cell in cut], ranks=4)
     return runs
 
@@ -190,6 +191,11 @@ def test_dropout_draws_again_what_it_drew(matrix, engine):
     run = matrix[f"{engine}-dropout"]
     assert list(records(matrix[f"{engine}-dropout-resumed"])) == after_resume(run)
     assert records(run)[0][0]["loss"] != records(matrix[f"{engine}-fp32"])[0][0]["loss"]
+
+
+def test_on_a_cpu_deterministic_algorithms_change_nothing(matrix):
+    assert records(matrix["deterministic"]) == records(matrix["one-rank"])
+    assert (matrix["deterministic"] / "deterministic").exists()  # they were on
 
 
 def test_a_ramp_over_64_lengths_compiles_three_graphs_at_most(matrix):

@@ -106,6 +106,7 @@ def test_json_on_the_command_line():
     milestones = {m["step"]: m for m in summary["milestones"]}
     assert set(milestones[5]) == {"step", "seqlen", "rows", "consumed_tokens", "lr"}
     assert milestones[200_000]["consumed_tokens"] == 89_129_222_144
+    assert summary["gradient_dtype"] == "fp32"  # though the file asks for fp16
 
 
 def test_text_and_picture(tmp_path):

@@ -9,7 +9,7 @@ from seqlen_curriculum.config.deepspeed import DeepSpeedKeys
 from seqlen_curriculum.config.model import ModelConfig
 from seqlen_curriculum.schedule.shortening import Method
 
-__all__ = ["EngineChecks", "engine_problems", "length_problems"]
+__all__ = ["EngineChecks", "compiles_by_default", "engine_problems", "length_problems"]
 
 
 def engine_problems(keys: DeepSpeedKeys, model: ModelConfig | None, compiled: bool, method: Method) -> list[str]:
@@ -23,6 +23,12 @@ def engine_problems(keys: DeepSpeedKeys, model: ModelConfig | None, compiled: bo
         *checks.compilation(),
         *checks.architecture(),
     ]
+
+
+def compiles_by_default(keys: DeepSpeedKeys, model: ModelConfig, method: Method) -> bool:
+    """Return whether ``training.compile`` is on where the file leaves it open and the device is a GPU."""
+    allowed = not any(EngineChecks(keys, model, True, method).compilation())
+    return allowed and all(degree == 1 for degree in keys.degrees.values())
 
 
 def length_problems(keys: DeepSpeedKeys, lengths: Sequence[int]) -> list[str]:
@@ -51,7 +57,13 @@ class EngineChecks:
     @property
     def is_half_without_zero(self) -> bool:
         """Whether 16-bit weights are trained without ZeRO."""
-        return self.keys.zero_stage == 0 and bool({"bf16", "fp16"} & set(self.keys.enabled_precisions))
+        return self.keys.zero_stage == 0 and self.keys.is_half
+
+    @property
+    def _other_model(self) -> str:
+        assert self.model is not None
+        assert self.model.initial is not None
+        return f"the {self.model.initial.model_type} of model.hf_checkpoint, only with a GPT-2"
 
     def precision(self) -> Iterator[str]:
         enabled = self.keys.enabled_precisions
@@ -74,6 +86,14 @@ class EngineChecks:
             yield (
                 f"zero_optimization.stage: half precision with pipeline.stages {stages} needs stage 1, whose checkpoints "
                 "DeepSpeed can load; set it to 1"
+            )
+        sums, own = (self.keys.data_types or {}).get("grad_accum_dtype"), self.keys.enabled_precisions
+        if self.keys.is_half and sums not in (None, *own):
+            # Found in DeepSpeed 0.19.8: in bf16 every stage but the last adds each gradient twice; in fp16 the gradient of
+            # the tied embedding is looked for where it no longer is.
+            yield (
+                f"data_types.grad_accum_dtype: {sums} sums {own[0]} gradients wrongly with pipeline.stages {stages}; remove "
+                "it"
             )
         for name, degree in self.keys.degrees.items():
             if name != "pipeline.stages" and degree > 1:
@@ -117,6 +137,8 @@ class EngineChecks:
                 'training.compile: true compiles one graph per length with curriculum_learning.method "window"; set it to '
                 'false, or method to "segment"'
             )
+        if self.compiled and self.model and not self.model.is_gpt2:
+            yield f"training.compile: true doesn't work with {self._other_model}; set it to false"
         if self.compiled and self.keys.zero_stage == 3:
             yield (
                 "training.compile: true doesn't work with zero_optimization.stage 3, which gathers weights inside every "
@@ -124,13 +146,11 @@ class EngineChecks:
             )
 
     def architecture(self) -> Iterator[str]:
-        if self.model is None or self.model.initial is None or self.model.is_gpt2:
+        if self.model is None or self.model.is_gpt2:
             return
-        model = f"the {self.model.initial.model_type} of model.hf_checkpoint, only with a GPT-2"
+        model = self._other_model
         for name, degree in self.keys.degrees.items():
             if degree > 1:
                 yield f"{name}: {degree} doesn't work with {model}; set it to 1 (ZeRO 0 to 3 and offload train every model)"
-        if self.compiled:
-            yield f"training.compile: true doesn't work with {model}; set it to false"
         if self.method == "window":
             yield f'curriculum_learning.method: "window" doesn\'t work with {model}; set it to "truncate" or "segment"'

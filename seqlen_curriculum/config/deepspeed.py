@@ -85,6 +85,8 @@ class DeepSpeedKeys(_Open):
     bf16: dict[str, Any] | None = None
     amp: dict[str, Any] | None = None
     torch_autocast: dict[str, Any] | None = None
+    data_types: dict[str, Any] | None = None
+    communication_data_type: str | None = None
     pipeline: _Pipeline | None = None
     tensor_parallel: _TensorParallel | None = None
     sequence_parallel_size: Count | None = None
@@ -133,6 +135,35 @@ class DeepSpeedKeys(_Open):
         """The sections that enable a precision other than fp32."""
         sections = {"fp16": self.fp16, "bf16": self.bf16, "amp": self.amp, "torch_autocast": self.torch_autocast}
         return [name for name, section in sections.items() if section and section.get("enabled")]
+
+    @property
+    def is_half(self) -> bool:
+        """Whether the weights that DeepSpeed computes with, and their gradients, are 16-bit numbers."""
+        return bool({"bf16", "fp16"} & set(self.enabled_precisions))
+
+    @property
+    def fp32_gradients(self) -> dict[str, Any]:
+        """The keys that make DeepSpeed accumulate and reduce 16-bit gradients in fp32; empty where nothing is to be added.
+
+        A file that has one of these keys keeps both as they are. DeepSpeed refuses fp32 accumulation at ZeRO stage 0, and
+        its pipelines accumulate wrongly under it.
+        """
+        # The sum of n bf16 gradients in bf16 rounds n - 1 times to 8 binary digits; in fp32 it rounds once, at the end.
+        data_types = self.data_types or {}
+        given = self.communication_data_type is not None or data_types.get("grad_accum_dtype") is not None
+        if not self.is_half or self.zero_stage == 0 or self.pipeline_stages > 1 or given:
+            return {}
+        return {"data_types": {**data_types, "grad_accum_dtype": "fp32"}, "communication_data_type": "fp32"}
+
+    @property
+    def gradient_dtype(self) -> str:
+        """The type in which gradients accumulate and reduce; two of them where the file has DeepSpeed differ."""
+        if not self.is_half or self.fp32_gradients:
+            return "fp32"
+        own = self.enabled_precisions[0]
+        accumulated = (self.data_types or {}).get("grad_accum_dtype") or own
+        reduced = self.communication_data_type or own
+        return accumulated if accumulated == reduced else f"{accumulated} and {reduced}"
 
     def data_ranks(self, world_size: int) -> int:
         """Return the data-parallel ranks: all ranks over those that share a model or a sequence. Raises ConfigError."""

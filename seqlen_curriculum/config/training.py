@@ -44,8 +44,12 @@ class TrainingConfig(Section):
     """``balanced``: at short lengths a micro-batch has more rows, with at most as many tokens as at full length, and a step
     has fewer micro-batches; the gradient is the same to rounding. ``fixed``: ``train_micro_batch_size_per_gpu`` rows at
     every length."""
-    compile: bool = False
-    """``torch.compile`` the model's blocks, in at most 3 graphs whatever the lengths. Faster on GPUs, but slow to start."""
+    compile: bool | None = None
+    """``torch.compile`` the model's blocks, in at most 3 graphs whatever the lengths. None: on CUDA, for a GPT-2 whose ranks
+    share neither model nor sequence, under ZeRO 0 to 2 and without attention windows; elsewhere off."""
+    deterministic: bool = False
+    """Use torch's deterministic algorithms alone, so that the same step on the same GPUs is bit-identical. Slower. CPU runs
+    are bit-identical either way."""
     preflight: bool = True
     """Run the largest micro-batch before step 1, so that a lack of device memory is an error at once."""
     seqlen_bucket: Seqlen | None = None

@@ -1,9 +1,25 @@
-"""The loss from hidden states, with torch's ``linear_cross_entropy`` where torch has it (2.13 and later).
+"""The mean cross entropy of the vocabulary's logits, at a bounded size of logits.
 
 Shapes: ``N`` tokens, ``H`` hidden size, ``V`` padded vocabulary.
+
+On a GPU the logits are computed whole where they fit, otherwise in equal chunks of tokens whose gradients are taken in the
+forward pass. torch's ``linear_cross_entropy``, which serves on CPUs, would take chunks of 32 tokens there: 4,486 kernels
+for the first row of this table. Forward and backward for V=50304 in bf16, counted with tensors without data (each kernel
+reads and writes its operands once; tests/test_cross_entropy.py), not measured on a GPU:
+
+============ ======== ========= ================== =======================
+N x H        chunks   kernels   gigabytes moved    relative to one chunk
+============ ======== ========= ================== =======================
+4096 x 768   1        12        8.9                1.00
+16384 x 768  2        33        36.7               1.05
+16384 x 2048 2        33        40.2               1.14
+65536 x 2048 7        93        153.7              1.10
+============ ======== ========= ================== =======================
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,27 +29,79 @@ __all__ = ["mean_cross_entropy"]
 
 _CPU_CHUNK_TOKENS = 256
 """Tokens whose logits a CPU holds at once. Measured at V=50304 in fp32: torch's own choice took 8 times as long."""
+_MOST_LOGITS = 2**29
+"""Logits that a GPU holds at once: 10,672 tokens at V=50304. In bf16 they and their gradient take up to 12 bytes each, 6.4
+GB. Fewer would make the weights, which every chunk reads, a larger share of the traffic."""
 
 
 def mean_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """Return the mean cross entropy in nats, an fp32 scalar, of ``targets`` (N) int64.
 
-    The logits of ``hidden`` (N, H) and ``weight`` (V, H) are computed and used up chunk by chunk: N=8192 and V=50304 would
-    be 8192 * 50304 * 4 bytes = 1.6 GB in fp32, and their gradient as much again.
+    The logits of ``hidden`` (N, H) and ``weight`` (V, H) are bounded: N=65536 and V=50304 would be
+    65536 * 50304 * 4 bytes = 13 GB in fp32, and their gradient as much again. Where there are chunks, second derivatives
+    aren't available.
     """
-    if not hasattr(F, "linear_cross_entropy"):
-        logits = F.linear(hidden, weight)  # (N, V)
-        return F.cross_entropy(logits.float(), targets)
-    options = torch.nn.LinearCrossEntropyOptions()  # torch's own chunks, chosen for GPUs
-    if hidden.device.type == "cpu":
-        half = hidden.dtype in (torch.float16, torch.bfloat16)
-        options = torch.nn.LinearCrossEntropyOptions(
-            batch_chunk_size=_CPU_CHUNK_TOKENS,
-            chunking_method=None,
-            acc_policy="accurate",
-            acc_dtype=torch.float32 if half else None,
-        )
+    if hidden.device.type == "cpu" and hasattr(F, "linear_cross_entropy"):
+        return _cpu_cross_entropy(hidden, weight, targets)
+    chunks = -(-len(targets) * len(weight) // _MOST_LOGITS)
+    return _chunked_cross_entropy(hidden, weight, targets, chunks)
+
+
+def _cpu_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """Return the mean cross entropy by torch's ``linear_cross_entropy`` (2.13 and later)."""
+    half = hidden.dtype in (torch.float16, torch.bfloat16)
+    options = torch.nn.LinearCrossEntropyOptions(
+        batch_chunk_size=_CPU_CHUNK_TOKENS,
+        chunking_method=None,
+        acc_policy="accurate",
+        acc_dtype=torch.float32 if half else None,
+    )
     # torch's own mean of half precision losses is a half precision sum. bf16 keeps 8 binary digits: from 1024 on its
     # values are 8 apart, and adding a loss of 3 changes nothing. So the losses are averaged here, in fp32.
     losses = F.linear_cross_entropy(hidden, weight, targets, reduction="none", options=options)  # (N)
     return losses.float().mean()
+
+
+def _chunked_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, chunks: int) -> Tensor:
+    """Return the mean cross entropy from the logits of one chunk of tokens at a time."""
+    if chunks <= 1:
+        total = _summed(hidden, weight, targets)
+    elif torch.is_grad_enabled():
+        total = _ChunkedSum.apply(hidden, weight, targets, chunks)  # type: ignore[no-untyped-call]
+    else:
+        pairs = zip(hidden.chunk(chunks), targets.chunk(chunks), strict=True)
+        total = torch.stack([_summed(rows, weight, wanted) for rows, wanted in pairs]).sum()
+    return total / len(targets)
+
+
+def _summed(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """Return the summed cross entropy from whole logits; in half precision their softmax is an fp32 one."""
+    logits = F.linear(hidden, weight)  # (N, V)
+    return F.nll_loss(F.log_softmax(logits, dim=-1, dtype=torch.float32), targets, reduction="sum")
+
+
+class _ChunkedSum(torch.autograd.Function):
+    """``_summed`` chunk by chunk. Each chunk's gradient is taken at once, so its logits are computed once and not kept."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunks: int) -> Tensor:
+        # The losses are summed, not averaged: in fp16 a gradient divided by N=16384 would be 0 or a rounded subnormal.
+        # The weight's gradient is added up in fp32: in bf16 each addition would round it by 0.2 %.
+        weight_grad = torch.zeros_like(weight, dtype=torch.float32)  # (V, H)
+        hidden_grads, total = [], torch.zeros((), device=hidden.device)
+        for rows, wanted in zip(hidden.chunk(chunks), targets.chunk(chunks), strict=True):
+            with torch.enable_grad():
+                leaves = rows.detach().requires_grad_(), weight.detach().requires_grad_()
+                loss = _summed(*leaves, wanted)
+                rows_grad, chunk_grad = torch.autograd.grad(loss, leaves)
+            total += loss.detach()
+            weight_grad += chunk_grad
+            hidden_grads.append(rows_grad)
+        ctx.save_for_backward(torch.cat(hidden_grads), weight_grad)
+        ctx.weight_dtype = weight.dtype
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        hidden_grad, weight_grad = ctx.saved_tensors
+        return hidden_grad * grad, (weight_grad * grad).to(ctx.weight_dtype), None, None

@@ -38,6 +38,7 @@ def plan(config: RunConfig, at: Iterable[int] = ()) -> dict[str, Any]:
     Tokens are target tokens of all ranks. Always there: ``steps, consumed_tokens, full_length_step, full_batch_step,
     lengths`` (how many), ``shapes`` (how many pairs of rows and tokens per row), ``milestones [{step, seqlen, rows,
     consumed_tokens, lr}]``. With a data section: ``sample_tokens``, and ``dropped_tokens`` or ``leftover_tokens`` of them.
+    In half precision: ``gradient_dtype``, in which gradients accumulate and reduce.
     With a model section: ``parameters, flops, flops_of_full_length`` (the same tokens at full length). With
     ``training.seqlen_bucket``: ``without_seqlen_bucket {steps, lengths, flops}``.
     """
@@ -56,6 +57,8 @@ def plan(config: RunConfig, at: Iterable[int] = ()) -> dict[str, Any]:
         "shapes": len(timeline.shapes()),
         "milestones": milestones(timeline, rate, [*at, *reached]),
     }
+    if config.keys.is_half:
+        summary["gradient_dtype"] = config.keys.gradient_dtype
     if config.data:
         summary |= data_use(timeline, config.data.seq_length, config.data.leftovers == "recycle")
     if config.model:
@@ -140,6 +143,8 @@ def _facts(summary: dict[str, Any]) -> list[str]:
             f"compute           {summary['flops']:.3g} FLOPs, {ratio:.3f} of the same tokens at full length "
             f"({summary['parameters']:,} parameters)"
         )
+    if "gradient_dtype" in summary:
+        lines.append(f"gradients         accumulated and reduced in {summary['gradient_dtype']}")
     if "without_seqlen_bucket" in summary:
         without = summary["without_seqlen_bucket"]
         flops = f", {without['flops']:.3g} FLOPs" if "flops" in without else ""

@@ -35,9 +35,13 @@ def build_executor(
     """Return the executor that the degrees in ``keys`` ask for, and what writes its weights as a Hugging Face folder.
 
     ``deepspeed_config`` is DeepSpeed's part of the file, with its batch keys for these ranks; ``rate`` as ``build_engine``
-    takes it. ``model`` is changed as its engine needs it; the writer is called on all ranks. Raises ConfigError.
+    takes it. 16-bit gradients accumulate and reduce in fp32 unless the file gives types for them. ``model`` is changed as
+    its engine needs it; the writer is called on all ranks. Raises ConfigError.
     """
     write = partial(write_model, model)
+    if keys.fp32_gradients:
+        log_rank0("gradients accumulate and reduce in fp32: data_types.grad_accum_dtype and communication_data_type")
+        deepspeed_config = {**deepspeed_config, **keys.fp32_gradients}
     if isinstance(model, AnyCausalLM):
         return DataParallel(_engine(deepspeed_config, model, scheduler, rate)), write
     if keys.pipeline_stages > 1:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from deepspeed import comm as dist
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 
 from seqlen_curriculum.config.equivalence import trains_identically
 from seqlen_curriculum.errors import CheckpointError, SeqlenCurriculumError
@@ -266,4 +267,5 @@ def on_rank_0(function: Callable[[], T]) -> T:
 def _zero_section(engine: Any) -> dict[str, Any]:
     """The file's ``zero_optimization``, as JSON gives it back: comparable with a manifest's."""
     section: dict[str, Any] = json.loads(json.dumps(engine.config.get("zero_optimization", {})))
-    return section
+    # In bf16 at stage 1 the type of the gradients' sum decides which of DeepSpeed's optimizers lays out the shards.
+    return {**section, "optimizer": "BF16_Optimizer"} if isinstance(engine.optimizer, BF16_Optimizer) else section

@@ -7,9 +7,20 @@ import torch.fx.experimental._config
 from deepspeed import comm as dist
 from torch import nn
 
+from seqlen_curriculum.config.compatibility import compiles_by_default
+from seqlen_curriculum.config.run import RunConfig
 from seqlen_curriculum.training.telemetry import log_rank0
 
-__all__ = ["compile_blocks"]
+__all__ = ["compile_blocks", "is_compiled"]
+
+
+def is_compiled(config: RunConfig, device: torch.device) -> bool:
+    """Return ``training.compile`` of a file with model and training sections, chosen by the device where it is left open."""
+    assert config.training is not None
+    assert config.model is not None
+    if config.training.compile is not None:
+        return config.training.compile
+    return device.type == "cuda" and compiles_by_default(config.keys, config.model, config.shortening.method)
 
 
 def compile_blocks(blocks: nn.ModuleList, device: torch.device) -> None:
@@ -26,6 +37,7 @@ def compile_blocks(blocks: nn.ModuleList, device: torch.device) -> None:
             f"training.compile: {problem or 'another rank has no working compiler'}; training without compilation"
         )
         return
+    log_rank0("training.compile: compiling the model's blocks, so the first micro-batches take longer")
     # Otherwise torch takes sizes that happen to be equal for one size: a step of length 64 in a model of hidden size 64
     # would get a graph of its own.
     torch.fx.experimental._config.use_duck_shape = False

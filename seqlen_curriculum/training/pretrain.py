@@ -25,7 +25,8 @@ from seqlen_curriculum.run_folder.evaluations import Evaluations
 from seqlen_curriculum.run_folder.run_log import RunLog, read_run_log
 from seqlen_curriculum.training.build import build_executor
 from seqlen_curriculum.training.checkpoint import Checkpoints, on_rank_0
-from seqlen_curriculum.training.compile import compile_blocks
+from seqlen_curriculum.training.compile import compile_blocks, is_compiled
+from seqlen_curriculum.training.deterministic import be_deterministic
 from seqlen_curriculum.training.rollback import log_skipped_steps, read_losses, roll_back
 from seqlen_curriculum.training.run_info import record_launch
 from seqlen_curriculum.training.spike_guard import RollbackRequested, SpikeGuard
@@ -69,6 +70,8 @@ class _Pretraining:
         resume: str,
         until_step: int | None,
     ) -> None:
+        if config.training is not None and config.training.deterministic:
+            be_deterministic()
         join_ranks(config.deepspeed)
         config = config.for_ranks(dist.get_world_size())
         assert config.model is not None
@@ -107,7 +110,8 @@ class _Pretraining:
             config.keys, config.deepspeed, self.model, self.plan.scheduler, rate
         )
         self.utilization = utilization_of(self.executor.engine, model_config)
-        if self.settings.compile:
+        self.compiles = is_compiled(config, self.executor.engine.device)
+        if self.compiles:
             compile_blocks(self.model.lm.transformer.h, self.executor.engine.device)
 
     def run(self) -> Ending:
@@ -146,7 +150,7 @@ class _Pretraining:
             telemetry=Telemetry(
                 self.log if rank == 0 else None, engine.monitor, done_steps, plan.timeline, self.utilization
             ),
-            watchdog=Watchdog(self.settings.hang_seconds, plan.timeline.consumed_tokens, self.settings.compile),
+            watchdog=Watchdog(self.settings.hang_seconds, plan.timeline.consumed_tokens, self.compiles),
             guard=SpikeGuard(self.settings, self.checkpoints.rollbacks or (), losses),
             signals=self.signals,
             save=self.save_checkpoint,

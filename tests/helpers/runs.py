@@ -114,6 +114,9 @@ def do_run(
         (save / "error").write_text(str(error))
     finally:
         torch._inductor.config.cpp.cxx = compilers
+        if torch.are_deterministic_algorithms_enabled():
+            (save / "deterministic").touch()
+            torch.use_deterministic_algorithms(False)
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     (save / "graphs.json").write_text(json.dumps(graphs and graphs - 1))  # one is that of the compiler's trial
 
