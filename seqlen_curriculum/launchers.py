@@ -19,6 +19,15 @@ from seqlen_curriculum.errors import ConfigError
 __all__ = ["Launch", "device_number", "fill_environment", "global_rank", "launch", "port_problem", "read_launch"]
 
 
+_COMM_WORLD = ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")
+_MPI_VARIABLES = (
+    tuple(f"OMPI_COMM_WORLD_{name}" for name in _COMM_WORLD),  # Open MPI
+    tuple(f"MV2_COMM_WORLD_{name}" for name in _COMM_WORLD),  # MVAPICH
+    ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),  # MPICH, Intel MPI
+)
+"""Where each mpirun puts the rank, the ranks, and both among the processes of the node."""
+
+
 class Launch(NamedTuple):
     """The place of this process among those that one command has started."""
 
@@ -50,15 +59,12 @@ def read_launch(environment: Mapping[str, str]) -> Launch | None:
     if environment.get("RANK", "").isdigit():
         local_ranks = number("LOCAL_WORLD_SIZE", "LOCAL_SIZE", default=ranks)  # torchrun's name, deepspeed's
         return Launch("deepspeed or torchrun", number("RANK"), ranks, number("LOCAL_RANK"), local_ranks, "", "")
-    for launcher, rank, size, local_rank, local_size in (
-        ("mpirun", *(f"OMPI_COMM_WORLD_{name}" for name in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE"))),  # Open MPI
-        ("mpirun", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),  # MPICH, Intel MPI
-    ):
+    for rank, size, local_rank, local_size in _MPI_VARIABLES:
         if all(environment.get(name, "").isdigit() for name in (rank, size, local_rank, local_size)):
             ranks, local_ranks = number(size), number(local_size)
             address = "127.0.0.1" if ranks == local_ranks else ""
             common = environment.get("PMIX_NAMESPACE") or str(os.getppid())  # without PMIx: mpirun itself, on one node
-            return Launch(launcher, number(rank), ranks, number(local_rank), local_ranks, address, common)
+            return Launch("mpirun", number(rank), ranks, number(local_rank), local_ranks, address, common)
     if number("SLURM_STEP_NUM_TASKS") > 1 and environment.get("SLURM_PROCID", "").isdigit():
         return Launch(
             "srun",

@@ -29,7 +29,9 @@ def started_by(monkeypatch):
     launch.cache_clear()
 
 
-@pytest.mark.parametrize("variables", [launchers.torchrun, launchers.mpirun, launchers.mpich, launchers.srun])
+@pytest.mark.parametrize(
+    "variables", [launchers.torchrun, launchers.mpirun, launchers.mvapich, launchers.mpich, launchers.srun]
+)
 @pytest.mark.parametrize("rank", [0, 1])
 def test_every_launcher_says_its_ranks(variables, rank):
     found = read_launch(variables(rank))

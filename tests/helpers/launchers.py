@@ -1,8 +1,8 @@
-"""The variables that launchers set for a rank, as they were seen in processes that each of them started."""
+"""The variables that launchers set for a rank, as seen (torchrun, Open MPI, Slurm) or documented (MPICH, MVAPICH)."""
 
 import os
 
-PREFIXES = ("RANK", "LOCAL_", "WORLD_SIZE", "MASTER_", "TORCHELASTIC", "OMPI_", "PMI", "MPI_", "SLURM_")
+PREFIXES = ("RANK", "LOCAL_", "WORLD_SIZE", "MASTER_", "TORCHELASTIC", "OMPI_", "MV2_", "PMI", "MPI_", "SLURM_")
 
 
 def without_launcher():
@@ -21,6 +21,12 @@ def mpirun(rank, ranks=2, local_ranks=2):
     values = (rank, ranks, rank % local_ranks, local_ranks)
     own = {f"OMPI_COMM_WORLD_{name}": str(value) for name, value in zip(names, values, strict=True)}
     return {**own, "PMIX_NAMESPACE": "488439809", "PMIX_RANK": str(rank)}
+
+
+def mvapich(rank, ranks=2):
+    names = ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")
+    values = map(str, (rank, ranks, rank, ranks))
+    return {f"MV2_COMM_WORLD_{name}": value for name, value in zip(names, values, strict=True)}
 
 
 def mpich(rank, ranks=2):
