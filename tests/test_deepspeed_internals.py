@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.fx.experimental._config
 import transformers
+from deepspeed.accelerator import get_accelerator
 from deepspeed.checkpoint import constants
 from deepspeed.module_inject import autotp_config
 from deepspeed.module_inject import layers as autotp_layers
@@ -80,6 +81,8 @@ FUNCTIONS = [  # (owner, name, the parameters that we give), and who relies on i
     ),
     (DistributedAttention, "forward", "query key value batch_dim_idx rotary_pos_emb args", "sequence_parallel.py"),
     (distributed_c10d, "_get_default_store", "", "preflight.py, cli.py"),
+    (type(get_accelerator()), "default_generator", "device_index", "seeding.py"),
+    (type(get_accelerator()), "set_device", "device_index", "prefetch.py"),
     (torch._dynamo, "reset", "", "compile.py"),
     (torch.nn.utils, "get_total_norm", "", "executor.py"),
     (transformers.AttentionInterface, "register", "", "sequence_parallel.py, models"),
@@ -94,6 +97,7 @@ SOURCES = [  # (owner, what must occur in its source), and who relies on it
     (PipelineEngine, "self.stage_id = ", "executor.py"),
     (PipelineEngine, "self.num_stages = ", "executor.py"),
     (PipelineEngine, "self.grid = ", "executor.py"),
+    (PipelineEngine, "if reduce_dp and self.is_data_parallel", "executor.py: evaluation turns the average off"),
     (PipelineParallelGrid, "self.data_parallel_size = ", "executor.py"),
     (PipelineModule, "p.ds_pipe_replicated = ", "executor.py, pipeline.py: tied weights are counted once"),
     (PipelineModule, "self._grid = ", "pipeline.py"),

@@ -13,6 +13,7 @@ import psutil
 import pytest
 import torch
 from deepspeed import comm as dist
+from deepspeed.accelerator import get_accelerator
 from deepspeed.pipe import PipelineModule
 from deepspeed.runtime.data_pipeline.curriculum_scheduler import CurriculumScheduler as DeepSpeedScheduler
 from helpers.parts import Part, do_parts, launch_parts
@@ -23,7 +24,7 @@ from seqlen_curriculum.models.gpt2 import build_gpt2
 from seqlen_curriculum.schedule.micro_batch import balanced_rows
 from seqlen_curriculum.training.accumulate import accumulate
 from seqlen_curriculum.training.adam_moments import adam_moments
-from seqlen_curriculum.training.build import write_model
+from seqlen_curriculum.training.build import build_executor, write_model
 from seqlen_curriculum.training.checkpoint import Checkpoints
 from seqlen_curriculum.training.executor import DataParallel
 from seqlen_curriculum.training.preflight import preflight
@@ -237,6 +238,21 @@ def preflight_traces(preflights, **changes):
     return [losses, torch.get_rng_state().tolist(), engine.skipped_steps, engine.global_samples]
 
 
+def synchronizations(**changes):
+    """How often DeepSpeed waits for the device in 4 steps of 2 micro-batches that our loop does."""
+    config = RunConfig.from_dict(run(**changes)).for_ranks(2)
+    executor, _ = build_executor(config.keys, config.deepspeed, model(), config.curriculum_scheduler())
+    accelerator, calls = get_accelerator(), []
+    accelerator.synchronize = lambda *_: calls.append(1)
+    try:
+        micro_batch = (torch.zeros((1, 8), dtype=torch.int64),) * 2
+        for _ in range(4):
+            executor.train([micro_batch] * 2, [])
+    finally:
+        del accelerator.synchronize
+    return len(calls)
+
+
 def out_of_memory():
     """The second rank alone may hold no more than 150 MB beyond what it has; both report it."""
     engine, _ = engine_for(model(positions=512), run())
@@ -330,6 +346,7 @@ SCENARIOS = {
         skipped_steps,
         zero_3_checkpoint,
         preflight_traces,
+        synchronizations,
         out_of_memory,
         paper_json_in_deepspeed,
         paper_json,
@@ -366,6 +383,8 @@ def parts_in(folder):
     return [
         *(part(f"zero {stage}", zero_stage, stage=stage) for stage in range(4)),
         part("bf16", zero_stage, ("bf16",), stage=1, bf16={"enabled": True}),
+        part("synchronizations", synchronizations),
+        part("asked to synchronize", synchronizations, timers={"throughput": {"enabled": True}}),
         *(
             part(f"{kind} {stage}", micro_batches, stage=stage, kind=kind)
             for stage in range(4)
@@ -473,6 +492,11 @@ def test_an_optimizer_of_the_users_own_gives_the_rate(seen):
 @pytest.mark.parametrize("kind", PREFLIGHTS)
 def test_a_preflight_leaves_no_trace(seen, kind):
     assert seen[f"preflight {kind} True"] == seen[f"preflight {kind} False"]
+
+
+def test_no_micro_batch_waits_for_the_device_unless_the_file_asks_for_timers(seen):
+    assert seen["synchronizations"] == 0
+    assert seen["asked to synchronize"] == 8  # two a micro-batch, from the third step on
 
 
 def test_a_preflight_reports_to_all_ranks_who_is_out_of_memory(seen):

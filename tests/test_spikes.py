@@ -30,7 +30,7 @@ from seqlen_curriculum.analysis.stability import stability
 from seqlen_curriculum.data.from_config import open_run_data
 from seqlen_curriculum.data.indexed import IndexedCorpus
 from seqlen_curriculum.run_folder import ROLLBACKS
-from seqlen_curriculum.run_folder.run_log import read_run_log
+from seqlen_curriculum.run_folder.run_log import TIMINGS, read_run_log
 
 SPIKE, SKIPPED = 25, [22, 23, 24, 25]
 ROLLED_BACK = ("zero2", "zero3", "pipeline_zero1")
@@ -131,7 +131,7 @@ def runs(run_file):
 
 
 def raw(run, name="runlog.jsonl"):
-    return [{key: value for key, value in one.items() if key != "seconds"} for one in read_run_log(run / name)]
+    return [{key: value for key, value in one.items() if key not in TIMINGS} for one in read_run_log(run / name)]
 
 
 @pytest.mark.parametrize("engine", ROLLED_BACK)

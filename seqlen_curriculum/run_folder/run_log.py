@@ -1,10 +1,12 @@
 """A run's ``runlog.jsonl``: one JSON object per line, written as training goes, so that analysis needs no engine.
 
 ======================  =================================================================================
-training step           ``step, seqlen, rows, consumed_tokens, loss, lr, grad_norm, seconds``
+training step           ``step, seqlen, rows, consumed_tokens, loss, lr, grad_norm, seconds, data_seconds``
 step that was skipped   ``step, seqlen, rows, consumed_tokens, skipped`` (true)
 evaluation              ``step, consumed_tokens, valid_loss, valid_ppl, seconds``
 ======================  =================================================================================
+
+``data_seconds`` is the part of ``seconds`` in which training waited for its data.
 """
 
 from __future__ import annotations
@@ -19,7 +21,10 @@ from typing import Any
 from seqlen_curriculum.errors import DataError
 from seqlen_curriculum.files import replace_text
 
-__all__ = ["RunLog", "read_run_log"]
+__all__ = ["TIMINGS", "RunLog", "read_run_log"]
+
+TIMINGS = ("seconds", "data_seconds")
+"""The keys of a record that differ between two equal runs."""
 
 
 class RunLog:

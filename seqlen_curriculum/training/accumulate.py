@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from seqlen_curriculum.training.seeding import seed_generators
+
 __all__ = ["accumulate", "set_accumulation"]
 
 
@@ -36,7 +38,7 @@ def accumulate(
         if number:
             engine.step()  # before the boundary this only counts a micro-batch
         if seeds:
-            torch.manual_seed(seeds[number])
+            seed_generators(engine.device, seeds[number])
         # Set explicitly: DeepSpeed finds the boundary by (micro_steps + 1) % accumulation, which is wrong once accumulation
         # has changed: after 6 micro-steps a step of 4 would end at the 8th micro-step, its second micro-batch.
         engine.set_gradient_accumulation_boundary(number == len(micro_batches) - 1)

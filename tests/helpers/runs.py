@@ -19,7 +19,7 @@ from helpers.parts import Part, Results, do_parts, launch_parts
 from seqlen_curriculum import RunConfig
 from seqlen_curriculum.data.from_config import open_run_data
 from seqlen_curriculum.errors import SeqlenCurriculumError
-from seqlen_curriculum.run_folder.run_log import read_run_log
+from seqlen_curriculum.run_folder.run_log import TIMINGS, read_run_log
 
 TRAIN = "scripts/train_gpt2.py"
 ENGINES = {
@@ -128,9 +128,9 @@ def _sigterm_once(path):
 
 
 def records(save):
-    """(training records, evaluation records) of a run, each without its time."""
+    """(training records, evaluation records) of a run, each without its times."""
     both = [
-        {name: value for name, value in record.items() if name != "seconds"}
+        {name: value for name, value in record.items() if name not in TIMINGS}
         for record in read_run_log(save / "runlog.jsonl")
     ]
     return [r for r in both if "loss" in r], [r for r in both if "valid_loss" in r]
