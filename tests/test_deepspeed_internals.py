@@ -251,6 +251,12 @@ def test_transformers_attends_by_the_name_in_the_configuration():
     assert config._attn_implementation == "sdpa"
 
 
+def test_the_norm_of_many_gradients_is_the_total_norm_to_the_last_bit():
+    gradients = [torch.randn(size, generator=torch.Generator().manual_seed(size)) for size in range(1, 300, 7)]
+    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))  # executor.py
+    assert torch.equal(norm, torch.nn.utils.get_total_norm(gradients))
+
+
 def test_compiling_for_any_size_is_a_switch_of_torch():
     assert isinstance(torch.fx.experimental._config.use_duck_shape, bool)
 

@@ -33,7 +33,7 @@ def accumulate(
     ``engine(*micro_batch)`` gives a loss. With ``seeds``, one a micro-batch, dropout draws from them.
     """
     set_accumulation(engine, len(micro_batches[0][0]), len(micro_batches))
-    total = torch.zeros((), device=engine.device, dtype=torch.float64)
+    total: torch.Tensor | None = None
     for number, micro_batch in enumerate(micro_batches):
         if number:
             engine.step()  # before the boundary this only counts a micro-batch
@@ -44,5 +44,7 @@ def accumulate(
         engine.set_gradient_accumulation_boundary(number == len(micro_batches) - 1)
         loss = engine(*micro_batch)
         engine.backward(loss)
-        total += loss.detach()
+        loss = loss.detach().double()
+        total = loss if total is None else total + loss
+    assert total is not None
     return total / len(micro_batches)

@@ -71,7 +71,10 @@ class DataParallel:
         self.engine.set_gradient_accumulation_boundary(None)  # DeepSpeed counts itself again
 
     def _norm(self, parameters: Sequence[Parameter]) -> torch.Tensor:
-        return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        # get_total_norm gives the same to the last bit, but on a CPU dispatches the norm of each gradient from Python.
+        norms = torch._foreach_norm([p.grad for p in parameters if p.grad is not None])
+        norm: torch.Tensor = torch.linalg.vector_norm(torch.stack(norms))
+        return norm
 
 
 class TensorParallel(DataParallel):

@@ -117,8 +117,9 @@ class Trainer:
     def step(self, step: int, stop: bool) -> bool:
         """Do one optimizer step. Return whether any rank was asked to stop."""
         started = time.perf_counter()
-        begin_step(self.engine)
-        seqlen, rate = self.engine.curriculum_scheduler.get_current_difficulty(), self.engine.get_lr()[0]
+        seqlen = self.plan.timeline.seqlen(step)
+        begin_step(self.engine, seqlen)
+        rate = self.engine.get_lr()[0]
         if not self.guard.begin(step, seqlen, rate):
             return self._skip_step(step, stop)
         following = step + 1 if step < self._last_step and not stop and not self.guard.skips(step + 1) else None
