@@ -1,13 +1,15 @@
-"""Measure this machine on random tokens: tokens/s at every length, or how fast samples are located and read.
+"""Measure this machine: tokens/s at every length, how fast samples are located and read, or what the training loop costs.
 
 Example:
   deepspeed --num_accelerators 1 scripts/benchmark.py throughput --config configs/throughput_cpu.json --rounds 5
   python scripts/benchmark.py data --config configs/paper/gpt2_117m_bsz512_seqlen1k_slw60k.json --set data.leftovers=recycle
+  python scripts/benchmark.py loop --config configs/tiny_cpu.json --set model.num_layers=4 --rounds 30
 """
 
 import argparse
 import json
 import os
+import socket
 import tempfile
 from pathlib import Path
 
@@ -21,7 +23,7 @@ from seqlen_curriculum.launchers import global_rank
 def main() -> None:
     parser = Parser(description=__doc__)
     add_launcher_flags(parser)
-    kinds = parser.add_subparsers(title="what to measure", required=True, metavar="throughput|data")
+    kinds = parser.add_subparsers(title="what to measure", required=True, metavar="throughput|data|loop")
     throughput = kinds.add_parser("throughput", help="tokens/s at every length")
     throughput.set_defaults(measure=measure_throughput)
     throughput.add_argument("--lengths", nargs="+", type=int, metavar="S", help="default: 8 and its doubles up to full")
@@ -58,7 +60,12 @@ def main() -> None:
         metavar="PATH",
         help="folder in which both files are made and removed (default: temporary)",
     )
-    for kind, rounds in ((throughput, 5), (data, 20)):
+    loop = kinds.add_parser(
+        "loop", help="CPU time of our training loop compared with a bare DeepSpeed loop, on one rank"
+    )
+    loop.set_defaults(measure=measure_loop)
+    loop.add_argument("--steps", type=int, default=10, metavar="N", help="steps of each loop in a round (default: 10)")
+    for kind, rounds in ((throughput, 5), (data, 20), (loop, 20)):
         kind.add_argument("--config", required=True, metavar="FILE", help="the run's JSON file")
         kind.add_argument(
             "--set", action="append", default=[], metavar="KEY=VALUE", help="override, as training.seed=7"
@@ -118,6 +125,31 @@ def measure_data(args: argparse.Namespace) -> None:
     print(benchmark.reading_table(reading))
     if args.json:
         args.json.write_text(json.dumps({"finding": finding, "reading": reading}, indent=2))
+
+
+def measure_loop(args: argparse.Namespace) -> None:
+    config = RunConfig.load(args.config, args.set, require=("optimizer", "model", "data", "training"))
+    if args.steps < 1 or (args.rounds + 1) * args.steps > config.plan.steps:
+        raise ConfigError(
+            f"--steps {args.steps}: {args.rounds + 1} rounds of it must be 1 to {config.plan.steps} steps, those of the run"
+        )
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError(f"WORLD_SIZE: {os.environ['WORLD_SIZE']} ranks; the loops are compared on one")
+    if "RANK" not in os.environ:  # no launcher: a launch of one process
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        launch = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        os.environ.update(launch)
+
+    from seqlen_curriculum.analysis.benchmark import describe_loop
+    from seqlen_curriculum.training.loop_benchmark import measure_loop
+
+    with tempfile.TemporaryDirectory() as folder:
+        record = measure_loop(config, Path(folder), args.steps, args.rounds)
+    print(describe_loop(record))
+    if args.json:
+        args.json.write_text(json.dumps(record, indent=2))
 
 
 if __name__ == "__main__":

@@ -97,6 +97,8 @@ FUNCTIONS = [  # (owner, name, the parameters that we give), and who relies on i
     (compile_callbacks.callback_handler, "remove_end_callback", "callback", "watchdog.py"),
     (os, "_exit", "status", "watchdog.py"),
     (distributed_c10d, "_get_default_store", "", "preflight.py, cli.py"),
+    (type(get_accelerator()), "default_generator", "device_index", "seeding.py"),
+    (type(get_accelerator()), "set_device", "device_index", "prefetch.py"),
     (torch._dynamo, "reset", "", "compile.py"),
     (torch.cuda, "is_bf16_supported", "including_emulation", "machine.py"),
     (torch.nn.utils, "get_total_norm", "", "executor.py"),
@@ -112,6 +114,7 @@ SOURCES = [  # (owner, what must occur in its source), and who relies on it
     (PipelineEngine, "self.stage_id = ", "executor.py"),
     (PipelineEngine, "self.num_stages = ", "executor.py"),
     (PipelineEngine, "self.grid = ", "executor.py"),
+    (PipelineEngine, "if reduce_dp and self.is_data_parallel", "executor.py: evaluation turns the average off"),
     (PipelineParallelGrid, "self.data_parallel_size = ", "executor.py"),
     (PipelineModule, "p.ds_pipe_replicated = ", "executor.py, pipeline.py: tied weights are counted once"),
     (PipelineModule, "self._grid = ", "pipeline.py"),
@@ -306,6 +309,12 @@ def test_conv1d_has_the_sizes_and_the_orientation_that_tensor_parallel_turns_rou
 def test_transformers_attends_by_the_name_in_the_configuration():
     config = transformers.GPT2Config(attn_implementation="sdpa")
     assert config._attn_implementation == "sdpa"
+
+
+def test_the_norm_of_many_gradients_is_the_total_norm_to_the_last_bit():
+    gradients = [torch.randn(size, generator=torch.Generator().manual_seed(size)) for size in range(1, 300, 7)]
+    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))  # executor.py
+    assert torch.equal(norm, torch.nn.utils.get_total_norm(gradients))
 
 
 def test_compiling_for_any_size_is_a_switch_of_torch():

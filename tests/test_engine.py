@@ -13,6 +13,7 @@ import psutil
 import pytest
 import torch
 from deepspeed import comm as dist
+from deepspeed.accelerator import get_accelerator
 from deepspeed.pipe import PipelineModule
 from deepspeed.runtime.data_pipeline.curriculum_scheduler import CurriculumScheduler as DeepSpeedScheduler
 from deepspeed.utils import safe_get_full_fp32_param
@@ -307,6 +308,21 @@ def preflight_traces(preflights, **changes):
     return [losses, torch.get_rng_state().tolist(), engine.skipped_steps, engine.global_samples]
 
 
+def synchronizations(**changes):
+    """How often DeepSpeed waits for the device in 4 steps of 2 micro-batches that our loop does."""
+    config = RunConfig.from_dict(run(**changes)).for_ranks(2)
+    executor, _ = build_executor(config.keys, config.deepspeed, model(), config.curriculum_scheduler())
+    accelerator, calls = get_accelerator(), []
+    accelerator.synchronize = lambda *_: calls.append(1)
+    try:
+        micro_batch = (torch.zeros((1, 8), dtype=torch.int64),) * 2
+        for _ in range(4):
+            executor.train([micro_batch] * 2, [])
+    finally:
+        del accelerator.synchronize
+    return len(calls)
+
+
 def out_of_memory():
     """The second rank alone may hold no more than 150 MB beyond what it has; both report it."""
     engine, _ = engine_for(model(positions=512), run())
@@ -403,6 +419,7 @@ SCENARIOS = {
         bf16_checkpoint_with_bf16_sums,
         zero_3_checkpoint,
         preflight_traces,
+        synchronizations,
         out_of_memory,
         paper_json_in_deepspeed,
         paper_json,
@@ -443,6 +460,8 @@ def parts_in(folder):
         *(part(f"zero {stage}", zero_stage, stage=stage) for stage in range(4)),
         *(part(f"chunks {stage}", loss_in_chunks, stage=stage) for stage in (1, 3)),
         part("bf16", zero_stage, ("bf16",), stage=1, bf16={"enabled": True}),
+        part("synchronizations", synchronizations),
+        part("asked to synchronize", synchronizations, timers={"throughput": {"enabled": True}}),
         *(
             part(f"{kind} {stage}", micro_batches, stage=stage, kind=kind)
             for stage in range(4)
@@ -579,6 +598,11 @@ def test_an_optimizer_of_the_users_own_gives_the_rate(seen):
 @pytest.mark.parametrize("kind", PREFLIGHTS)
 def test_a_preflight_leaves_no_trace(seen, kind):
     assert seen[f"preflight {kind} True"] == seen[f"preflight {kind} False"]
+
+
+def test_no_micro_batch_waits_for_the_device_unless_the_file_asks_for_timers(seen):
+    assert seen["synchronizations"] == 0
+    assert seen["asked to synchronize"] == 8  # two a micro-batch, from the third step on
 
 
 def test_a_preflight_reports_to_all_ranks_who_is_out_of_memory(seen):

@@ -1,6 +1,8 @@
+import mmap
 import pickle
 import struct
 import warnings
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -320,3 +322,61 @@ def test_fingerprint_follows_the_content_not_the_path(tmp_path: Path) -> None:
     assert written("c", [[1, 2], [3, 4]]) == first  # the same stream in as many documents
     assert written("d", [[1, 2, 3, 4]]) != first
     assert written("e", [[1, 2, 3], [5]]) != first
+
+
+class RecordedMap:
+    """A memory map of ``size`` bytes that notes what is to be read ahead."""
+
+    def __init__(self, size: int) -> None:
+        self.size, self.advised = size, list[tuple[int, int]]()
+
+    def __len__(self) -> int:
+        return self.size
+
+    def madvise(self, advice: int, start: int, length: int) -> None:
+        assert advice == mmap.MADV_WILLNEED
+        self.advised.append((start, length))
+
+
+@pytest.fixture
+def long_corpus(tmp_path: Path) -> IndexedCorpus:
+    """10,000 tokens, 20,000 bytes: 4 pages of 4,096 and a part of a fifth."""
+    return IndexedCorpus(write(tmp_path / "long", [[*range(1, 100), 0]] * 100))
+
+
+@pytest.mark.parametrize(("faults", "reads_ahead"), [((7, 7), False), ((7, 8), True)])
+def test_rows_are_read_ahead_where_the_first_of_them_lie_on_the_disk(
+    long_corpus: IndexedCorpus, monkeypatch: pytest.MonkeyPatch, faults: tuple[int, int], reads_ahead: bool
+) -> None:
+    counts = iter(faults)
+    monkeypatch.setattr("seqlen_curriculum.data.indexed._faults_from_disk", lambda: next(counts))
+    pages = RecordedMap(20_000)
+    long_corpus._map = pages  # type: ignore[assignment]
+    starts = [*range(0, 9990, 370)]  # 27 of them
+    assert long_corpus.gather(starts, 10).tolist() == [long_corpus.tokens[at : at + 10].tolist() for at in starts]
+    assert bool(pages.advised) == reads_ahead
+    page = mmap.PAGESIZE
+    expected = [(2 * at // page * page, 2 * at + 20 - 2 * at // page * page) for at in starts]
+    assert pages.advised == (expected if reads_ahead else [])
+
+
+def test_few_rows_are_not_probed(long_corpus: IndexedCorpus, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("seqlen_curriculum.data.indexed._faults_from_disk", lambda: pytest.fail("probed"))
+    assert long_corpus.gather([*range(16)], 2)[15].tolist() == [16, 17]
+
+
+def test_a_block_is_read_in_one_piece_and_ends_with_the_corpus(long_corpus: IndexedCorpus) -> None:
+    pages = RecordedMap(20_000)
+    long_corpus._map = pages  # type: ignore[assignment]
+    assert long_corpus.block(9_990, 50).tolist() == [*range(91, 100), 0]
+    start = 19_980 // mmap.PAGESIZE * mmap.PAGESIZE
+    assert pages.advised == [(start, 20_000 - start)]
+
+
+def test_the_system_reads_nothing_around_a_row(long_corpus: IndexedCorpus) -> None:
+    smaps = Path("/proc/self/smaps")
+    if not smaps.exists():
+        pytest.skip("no /proc/self/smaps")
+    blocks = smaps.read_text().split("VmFlags:")
+    (flags,) = (after.split("\n")[0] for before, after in pairwise(blocks) if "long.bin" in before)
+    assert "rr" in flags.split()  # random read advised

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from helpers.launching import forked, launch
+from helpers.settings import changed
 
 from seqlen_curriculum import RunConfig
 from seqlen_curriculum.files import read_json
@@ -49,8 +50,23 @@ def test_the_benchmark_of_data_finds_and_reads(tmp_path):
     assert "1,000,000,000 tokens" in result.stdout
     records = json.loads((tmp_path / "records.json").read_text())
     assert [record["seqlen"] for record in records["reading"]] == [8, 16, 32, 64, 128, 256]
-    assert all(record[state]["speed"] > 0 for record in records["reading"] for state in ("warm", "cold"))
+    ways = {"milliseconds", "gather_milliseconds", "pread_milliseconds"}
+    assert all(record[state].keys() == ways for record in records["reading"] for state in ("warm", "cold"))
     assert [path.name for path in tmp_path.iterdir()] == ["records.json"]  # its files are gone
+
+
+def test_the_benchmark_of_the_loop_trains_the_same_in_both(tmp_path, tiny_run):
+    config, records = tmp_path / "run.json", tmp_path / "record.json"
+    config.write_text(json.dumps(changed(tiny_run, model__dropout=0.0)))
+    arguments = ["--config", config, "--rounds", 2, "--steps", 3, "--json", records]
+    status, output = launch(tmp_path / "log", "scripts/benchmark.py", "loop", *arguments)
+    assert status == 0, output
+    record = json.loads(records.read_text())
+    assert record["loss_difference"] == 0  # the same training, or the comparison means nothing
+    # Steps 4 to 9 of 8 rows: three of 12 tokens, three of 16, by 8 + 24 t / 20 down to a multiple of 4.
+    assert record["step_tokens"] == 8 * (3 * 12 + 3 * 16) / 6
+    assert record["cpu_ratio"] > 0
+    assert "times the CPU time of a bare loop" in output
 
 
 def test_the_benchmark_measures_every_length_and_draws_it(tmp_path):

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["draw_throughput", "throughput_table"]
+__all__ = ["describe_loop", "draw_throughput", "throughput_table"]
 
 
 def throughput_table(records: Sequence[dict[str, Any]]) -> str:
@@ -50,3 +50,13 @@ def draw_throughput(records: Sequence[dict[str, Any]], path: Path) -> None:
     axis.grid(alpha=0.3)
     axis.legend()
     figure.savefig(path, dpi=120)
+
+
+def describe_loop(record: dict[str, Any]) -> str:
+    """Return the record of ``measure_loop`` as text for a terminal."""
+    return (
+        f"{record['parameters']:,} parameters, {record['step_tokens']:,.0f} tokens in {record['micro_batches']:.1f} "
+        f"micro-batches a step:\n{record['cpu_ratio']:.3f} times the CPU time of a bare loop ({record['ratio']:.3f} times "
+        f"its time), {record['more_cpu_milliseconds']:.2f} ms more than\nits {record['cpu_milliseconds']:.1f} ms a step; "
+        f"losses differ by at most {record['loss_difference']:.1g}"
+    )

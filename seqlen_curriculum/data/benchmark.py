@@ -62,8 +62,9 @@ def measure_reading(folder: Path, tokens: int, rows: int, seq_length: int, round
     """Time reading batches of ``rows`` rows from a real file of ``tokens`` random tokens, at lengths that double up to full.
 
     Returns a record per length: ``seqlen``, and for a file in memory (``warm``) and on disk (``cold``) the ``milliseconds``
-    of a batch, ``gather_milliseconds`` of a bare numpy gather of as many rows of ``seqlen + 1`` tokens, and ``speed``, the
-    latter over the former. Each is the median of ``rounds`` rounds (a quarter of them for ``cold``) over all lengths.
+    of a batch, and what bare code takes for as many rows of ``seqlen + 1`` tokens: ``gather_milliseconds`` numpy, from a
+    memory map, and ``pread_milliseconds`` a loop of ``os.preadv``. Each is the median of ``rounds`` rounds (a quarter of
+    them for ``cold``) over all lengths.
     """
     random = np.random.default_rng(0)
 
@@ -77,24 +78,21 @@ def measure_reading(folder: Path, tokens: int, rows: int, seq_length: int, round
     for state, count in (("warm", rounds), ("cold", -(-rounds // 4))):  # a cold batch may take a thousand times as long
         # All lengths take turns in each round, so that a slow moment of the machine doesn't fall on one of them.
         readers = [BatchReader(folder / "real", rows, seq_length, length, state == "cold") for length in lengths]
-        timings: list[list[tuple[float, float]]] = [[] for _ in lengths]  # (read, gather) of each round
+        timings: list[list[tuple[float, float, float]]] = [[] for _ in lengths]  # (read, gather, pread) of each round
         for turn in tqdm(range(count + 1), desc=f"reading, {state}", unit="round"):
             for reader, timing in zip(readers, timings, strict=True):
-                pair = reader.read(turn + 1), reader.gather()
+                timed = reader.read(turn + 1), reader.gather(), reader.pread()
                 if turn > 0:  # the first round only warms up
-                    timing.append(pair)
+                    timing.append(timed)
         for record, timing in zip(records, timings, strict=True):
-            milliseconds, gather = (statistics.median(column) for column in zip(*timing, strict=True))
-            record[state] = {
-                "milliseconds": milliseconds,
-                "gather_milliseconds": gather,
-                "speed": gather / milliseconds,
-            }
+            names = ("milliseconds", "gather_milliseconds", "pread_milliseconds")
+            columns = zip(*timing, strict=True)
+            record[state] = {name: statistics.median(column) for name, column in zip(names, columns, strict=True)}
     return records
 
 
 class BatchReader:
-    """Reads batches as a run does, and with numpy alone; returns the milliseconds of either.
+    """Reads batches as a run does, with numpy alone, and with ``os.preadv`` alone; returns the milliseconds of each.
 
     ``cold`` drops the file from memory before each batch.
     """
@@ -117,35 +115,55 @@ class BatchReader:
                 "training": {"train_tokens": 10**12},
             }
         )
-        if not cold:
-            self._train_data = _training_data(self._config, IndexedCorpus(prefix))
-            self._train_data.sources[0].ranges[0][0].tokens.max()  # reads the whole file into memory and maps it
+        self._open()
 
     def read(self, step: int) -> float:
         """Return the milliseconds of ``TrainingData.read``."""
-        return _milliseconds(self._open().read, step)
+        self._open_anew_if_cold()
+        return _milliseconds(self._train_data.read, step)
 
     def gather(self) -> float:
-        """Return the milliseconds of a numpy gather of as many random rows."""
-        corpus = self._open().sources[0].ranges[0][0]
-        starts = self._random.integers(0, corpus.num_tokens - self._seqlen, self._rows)
-        shape = corpus.num_tokens - self._seqlen, self._seqlen + 1  # overlapping windows of seqlen + 1 uint16 tokens
+        """Return the milliseconds of a numpy gather of as many random rows from a memory map."""
+        self._open_anew_if_cold()
+        shape = len(self._tokens) - self._seqlen, self._seqlen + 1  # overlapping windows of seqlen + 1 uint16 tokens
+        starts = self._starts()
 
         def gather() -> NDArray[Any]:
-            windows = as_strided(corpus.tokens, shape, (2, 2), writeable=False)
+            windows = as_strided(self._tokens, shape, (2, 2), writeable=False)
             tokens: NDArray[Any] = windows[starts]
             return tokens
 
         return _milliseconds(gather)
 
-    def _open(self) -> TrainingData:
+    def pread(self) -> float:
+        """Return the milliseconds of reading as many random rows one by one into an array."""
+        self._open_anew_if_cold()
+        starts, rows = (2 * self._starts()).tolist(), np.empty((self._rows, self._seqlen + 1), np.uint16)
+        with open(self._prefix.with_suffix(".bin"), "rb") as stream:
+            number = stream.fileno()
+            return _milliseconds(
+                lambda: [os.preadv(number, [row.data], at) for row, at in zip(rows, starts, strict=True)]
+            )
+
+    def _starts(self) -> NDArray[np.int64]:
+        return self._random.integers(0, len(self._tokens) - self._seqlen, self._rows)
+
+    def _open(self) -> None:
+        self._train_data = _training_data(self._config, IndexedCorpus(self._prefix))
+        self._tokens = np.memmap(self._prefix.with_suffix(".bin"), np.uint16, "r")
+        if not self._cold:  # read the whole file into memory and map it
+            self._train_data.sources[0].ranges[0][0].tokens.max()
+            self._tokens.max()
+
+    def _open_anew_if_cold(self) -> None:
         if not self._cold:
-            return self._train_data
+            return
+        del self._train_data, self._tokens
         gc.collect()  # the system keeps pages that are still mapped
         with open(self._prefix.with_suffix(".bin"), "rb") as stream:
             os.fsync(stream.fileno())
             os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        return _training_data(self._config, IndexedCorpus(self._prefix))
+        self._open()
 
 
 def describe_finding(record: dict[str, Any]) -> str:
@@ -160,13 +178,11 @@ def describe_finding(record: dict[str, Any]) -> str:
 
 def reading_table(records: list[dict[str, Any]]) -> str:
     """Return the records of ``measure_reading`` as a table."""
-    states = ("warm", "cold")
-    lines = [f"{'seqlen':>6}" + "".join(f" {state + ', ms':>9} {'gather':>7} {'speed':>5}" for state in states)]
+    states, ways = ("warm", "cold"), ("milliseconds", "gather_milliseconds", "pread_milliseconds")
+    lines = [f"{'seqlen':>6}" + "".join(f" {state + ', ms':>9} {'gather':>8} {'pread':>8}" for state in states)]
     for record in records:
-        line = f"{record['seqlen']:>6}"
-        for timing in (record[state] for state in states):
-            line += f" {timing['milliseconds']:>9.3f} {timing['gather_milliseconds']:>7.3f} {timing['speed']:>5.2f}"
-        lines.append(line)
+        cells = [f" {record[state][way]:>{9 if way == ways[0] else 8}.3f}" for state in states for way in ways]
+        lines.append(f"{record['seqlen']:>6}" + "".join(cells))
     return "\n".join(lines)
 
 

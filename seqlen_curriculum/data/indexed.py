@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import mmap
 import os
+import resource
 import struct
 from bisect import bisect_right
 from pathlib import Path
@@ -35,6 +37,7 @@ HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, N, M: 9 + 8 + 1
 DTYPES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}  # 6 and 7 are floats, which aren't token ids
 
 _FINGERPRINT_BLOCK = 1024  # tokens
+_PROBE = 16  # rows that show whether a batch lies on the disk
 
 
 class CorpusIndex:
@@ -126,7 +129,11 @@ class IndexedCorpus:
         self.index.check_ends(bin_path)
         self.dtype = self.index.dtype
         self.num_documents = len(self.index.documents) - 1
-        self.tokens: NDArray[Any] = np.asarray(np.memmap(bin_path, dtype=self.dtype, mode="r"))
+        with open(bin_path, "rb") as stream:
+            self._map = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+        # Rows lie far apart. Without this, each of them would read 128 KiB and more around its 2 KiB from the disk.
+        self._map.madvise(mmap.MADV_RANDOM)
+        self.tokens: NDArray[Any] = np.frombuffer(self._map, self.dtype)
         self.num_tokens = len(self.tokens)
         self.vocab_size = _recorded_vocab_size(Path(self.prefix + ".json"))
 
@@ -192,8 +199,33 @@ class IndexedCorpus:
         # 5 6 7 and 6 7 8. One gather of rows copies them and touches only their pages.
         step = self.dtype.itemsize
         windows = as_strided(self.tokens, (num_windows, length), (step, step), writeable=False)
+        if len(starts) > _PROBE:
+            faults = _faults_from_disk()
+            windows[starts[:_PROBE]]
+            if _faults_from_disk() > faults:
+                self._read_ahead(starts, length)
         tokens: NDArray[Any] = windows[starts]
         return tokens
+
+    def block(self, start: int, length: int) -> NDArray[Any]:
+        """Return tokens ``[start, start + length)``, a view, which the disk reads in one piece and not page by page."""
+        self._read_ahead(np.array([start]), length)
+        return self.tokens[start : start + length]
+
+    def _read_ahead(self, starts: IntArray, length: int) -> None:
+        """Ask the system to read the rows from disk, all at once and without waiting for them."""
+        # Found by page faults, one after the other, 512 cold rows take 92 ms, and 72 ms by pread. Asked for together they
+        # take 12 ms, but asking costs a millisecond, ten times as long as rows in memory take: hence the probe.
+        first = starts * self.dtype.itemsize
+        page = first // mmap.PAGESIZE * mmap.PAGESIZE
+        end = np.minimum(first + length * self.dtype.itemsize, len(self._map))
+        for begin, count in zip(page.tolist(), (end - page).tolist(), strict=True):
+            self._map.madvise(mmap.MADV_WILLNEED, begin, count)
+
+
+def _faults_from_disk() -> int:
+    """Return how often this thread has waited for the disk because it touched a page that was not in memory."""
+    return resource.getrusage(getattr(resource, "RUSAGE_THREAD", resource.RUSAGE_SELF)).ru_majflt
 
 
 def _recorded_vocab_size(path: Path) -> int | None:

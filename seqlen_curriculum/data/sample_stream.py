@@ -123,7 +123,9 @@ class SampleStream:
             located.append(kept)
         for key in list(self._blocks)[:-_KEPT_BLOCKS]:
             self._blocks.pop(key, None)
-        range_index, start = (np.concatenate(parts) for parts in zip(*located, strict=True))
+        range_index, start = located[0]
+        if len(located) > 1:
+            range_index, start = (np.concatenate(parts) for parts in zip(*located, strict=True))
         begin = first - blocks[0] * _BLOCK
         return range_index[begin : begin + count], start[begin : begin + count]
 

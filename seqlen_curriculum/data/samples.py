@@ -192,7 +192,7 @@ def check_token_ids(corpus: IndexedCorpus, vocab_size: int) -> None:
     Checks every token of a corpus of up to 2**24 tokens, else 2**24 of them in evenly spaced blocks, both ends included.
     """
     for start in _block_starts(corpus.num_tokens):
-        block = corpus.tokens[start : start + _CHECK_BLOCK]
+        block = corpus.block(start, _CHECK_BLOCK)
         if int(block.min()) < 0 or int(block.max()) >= vocab_size:
             column = int(np.flatnonzero((block < 0) | (block >= vocab_size))[0])
             raise _invalid_id(corpus.prefix, start + column, int(block[column]), vocab_size)

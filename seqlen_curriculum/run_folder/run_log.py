@@ -2,7 +2,8 @@
 
 ======================  ===================================================================================
 training step           ``step, seqlen, rows, consumed_tokens, loss, lr, grad_norm``, and of ``MACHINE_KEYS``
-                        ``seconds, mfu, peak_memory_bytes``; others where there is something to measure
+                        ``seconds, data_seconds, mfu, peak_memory_bytes``, after a checkpoint
+                        ``checkpoint_seconds``; every ``training.variance_interval`` steps Adam's moments
 step that was skipped   ``step, seqlen, rows, consumed_tokens, skipped`` (true)
 evaluation              ``step, consumed_tokens, valid_loss, valid_ppl, seconds``
 ======================  ===================================================================================

@@ -103,13 +103,12 @@ class TokenCosine:
         """Return the share of the warmup done by the end of each step: above 1 after it, infinite without a warmup."""
         params, timeline = self.params, self.timeline
         # At most one of the three lengths is given; 0 is no warmup, like none.
-        for length, done in (
-            (params.warmup_steps, steps),
-            (params.warmup_samples, timeline.consumed_samples(steps)),
-            (params.warmup_tokens, timeline.consumed_tokens(steps)),
-        ):
-            if length:
-                return np.asarray(done / length, np.float64)
+        if params.warmup_steps:
+            return np.asarray(steps / params.warmup_steps, np.float64)
+        if params.warmup_samples:
+            return np.asarray(timeline.consumed_samples(steps) / params.warmup_samples, np.float64)
+        if params.warmup_tokens:
+            return np.asarray(timeline.consumed_tokens(steps) / params.warmup_tokens, np.float64)
         return np.full(steps.shape, np.inf)
 
     @overload

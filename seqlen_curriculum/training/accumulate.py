@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from seqlen_curriculum.training.seeding import seed_generators
+
 __all__ = ["accumulate", "set_accumulation"]
 
 
@@ -31,16 +33,18 @@ def accumulate(
     ``engine(*micro_batch)`` gives a loss. With ``seeds``, one a micro-batch, dropout draws from them.
     """
     set_accumulation(engine, len(micro_batches[0][0]), len(micro_batches))
-    total = torch.zeros((), device=engine.device, dtype=torch.float64)
+    total: torch.Tensor | None = None
     for number, micro_batch in enumerate(micro_batches):
         if number:
             engine.step()  # before the boundary this only counts a micro-batch
         if seeds:
-            torch.manual_seed(seeds[number])
+            seed_generators(engine.device, seeds[number])
         # Set explicitly: DeepSpeed finds the boundary by (micro_steps + 1) % accumulation, which is wrong once accumulation
         # has changed: after 6 micro-steps a step of 4 would end at the 8th micro-step, its second micro-batch.
         engine.set_gradient_accumulation_boundary(number == len(micro_batches) - 1)
         loss = engine(*micro_batch)
         engine.backward(loss)
-        total += loss.detach()
+        loss = loss.detach().double()
+        total = loss if total is None else total + loss
+    assert total is not None
     return total / len(micro_batches)

@@ -66,35 +66,37 @@ def initialize(*args: Any, curriculum_kwarg: str | None = None, **kwargs: Any) -
     rate = run.plan.learning_rate if run.scheduler is not None else None
     if named is not None:  # DeepSpeed refuses a config given twice, and would read our sections from the file
         named = argparse.Namespace(**{**vars(named), "deepspeed_config": None})
+    if curriculum_kwarg is not None:
+        _check_takes_length(given.get("model"), curriculum_kwarg, scheduler is not None)
     join_ranks(run.deepspeed)
-    return build_engine(run.deepspeed, scheduler, rate, curriculum_kwarg, args=named, **given)
+    engine, *others = build_engine(run.deepspeed, scheduler, rate, args=named, **given)
+    if not isinstance(engine, PipelineEngine):
+        engine.register_forward_pre_hook(_follow_steps)
+        if curriculum_kwarg is not None:
+            engine.register_forward_pre_hook(_hand_over_length(curriculum_kwarg), with_kwargs=True)
+    optimizer, dataloader, lr_scheduler = others
+    return engine, optimizer, dataloader, lr_scheduler
 
 
 def build_engine(
     deepspeed_config: Mapping[str, Any],
     scheduler: CurriculumScheduler | None,
     rate: Rate | None = None,
-    curriculum_kwarg: str | None = None,
     **given: Any,
 ) -> tuple[Any, Any, Any, Any]:
-    """Build DeepSpeed's engine, which follows ``scheduler`` and ``rate``; ``given`` is for ``deepspeed.initialize``.
+    """Build DeepSpeed's engine for ``scheduler`` and ``rate``; ``given`` is for ``deepspeed.initialize``.
 
-    Without ``rate`` the learning rate is left to DeepSpeed. Returns and raises as ``initialize``.
+    A pipeline follows both by itself; other engines do where ``begin_step`` is called before each step. Without ``rate``
+    the learning rate is left to DeepSpeed. Returns and raises as ``initialize``.
     """
     if rate is not None:
         given["lr_scheduler"] = partial(_token_lr, rate)
-    if curriculum_kwarg is not None:
-        _check_takes_length(given.get("model"), curriculum_kwarg, scheduler is not None)
     check_deepspeed_version()
     engine, *others = _deepspeed_initialize(config=dict(deepspeed_config), **given)
     _free_shared_memory(engine)
     engine.curriculum_scheduler = scheduler
     if isinstance(engine, PipelineEngine):
         follow_shapes(engine, begin_step)
-    else:
-        engine.register_forward_pre_hook(_follow_steps)
-        if curriculum_kwarg is not None:
-            engine.register_forward_pre_hook(_hand_over_length(curriculum_kwarg), with_kwargs=True)
     optimizer, dataloader, lr_scheduler = others
     return engine, optimizer, dataloader, lr_scheduler
 
@@ -191,10 +193,15 @@ def _follow_steps(engine: Any, _inputs: Any) -> None:
         begin_step(engine)
 
 
-def begin_step(engine: Any) -> None:
-    """Put the coming step's length and rate in force, also after a step that fp16 skipped or a resume."""
+def begin_step(engine: Any, seqlen: int | None = None) -> None:
+    """Put the coming step's length and rate in force, also after a step that fp16 skipped or a resume.
+
+    ``seqlen`` is that length, where the caller knows it: a timeline finds it in a tenth of the time.
+    """
     step = engine.global_steps + 1
-    if engine.curriculum_scheduler is not None:
+    if engine.curriculum_scheduler is not None and seqlen is not None:
+        engine.curriculum_scheduler.set_current_difficulty(seqlen)
+    elif engine.curriculum_scheduler is not None:
         engine.curriculum_scheduler.update_difficulty(step)
     if isinstance(engine.lr_scheduler, TokenCosineLR):
         engine.lr_scheduler.seek(step)

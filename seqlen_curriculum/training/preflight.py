@@ -76,4 +76,4 @@ def _ranks_with(problem: str) -> list[int]:
         if not problem:
             raise
         return [dist.get_rank()]
-    return [rank for rank, name in enumerate(names) if store.get(name)]
+    return [rank for rank, report in enumerate(store.multi_get(names)) if report]  # one message, however many ranks

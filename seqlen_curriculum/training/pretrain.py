@@ -105,6 +105,8 @@ class _Pretraining:
         self.tokenizer = on_rank_0(lambda: tokenizer_of(self.train_data, model_config))
         torch.manual_seed(self.settings.seed)  # the same weights on every rank
         self.model = build_model(model_config, read_weights=self.checkpoint is None)
+        # Models other than GPT-2 may draw in many ways: dropout of their own, dropped layers, noise in a router.
+        self.has_dropout = model_config.dropout > 0 or not model_config.is_gpt2
         rate = self.plan.learning_rate if self.plan.lr_params is not None else None
         self.executor, self._write_weights = build_executor(
             config.keys, config.deepspeed, self.model, self.plan.scheduler, rate
@@ -157,6 +159,7 @@ class _Pretraining:
             evaluations=evaluations,
             sample_log=RunLog(self.save / f"samples.rank{rank}.jsonl") if logs_samples else None,
             set_window=self._set_window if plan.shortening.method == "window" else None,
+            has_dropout=self.has_dropout,
             until_step=self.until_step,
         )
 

@@ -98,7 +98,11 @@ class SpikeGuard:
     def begin(self, step: int, seqlen: int, lr: float) -> bool:
         """Note the step that begins. Return whether to train it; otherwise a rollback skips it."""
         self._step, self._seqlen, self._lr = step, seqlen, lr
-        return not is_skipped(self._rollbacks, step)
+        return not self.skips(step)
+
+    def skips(self, step: int) -> bool:
+        """Return whether a rollback skips ``step``."""
+        return is_skipped(self._rollbacks, step)
 
     def judge(self, loss: float, broken: str | None = None) -> str | None:
         """Judge the step's ``loss`` and return a message if it begins a spike; ``broken`` names another value that is

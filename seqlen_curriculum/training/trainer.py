@@ -5,7 +5,6 @@ Shapes: ``B`` rows of a rank in a step, ``S`` the step's seqlen.
 
 from __future__ import annotations
 
-import hashlib
 import math
 import signal
 import time
@@ -14,9 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 import torch
-from deepspeed import comm as dist
 
 from seqlen_curriculum.config.plan import RunPlan
 from seqlen_curriculum.config.training import TrainingConfig
@@ -27,26 +24,19 @@ from seqlen_curriculum.run_folder.run_log import RunLog
 from seqlen_curriculum.schedule.piecewise import IntArray
 from seqlen_curriculum.training.adam_moments import adam_moments
 from seqlen_curriculum.training.engine import begin_step, follow_plan, skip_step
-from seqlen_curriculum.training.executor import Executor
+from seqlen_curriculum.training.executor import Executor, StepResult
+from seqlen_curriculum.training.outcome import share_outcome
+from seqlen_curriculum.training.prefetch import Prefetcher, StepData, to_device
 from seqlen_curriculum.training.preflight import preflight
+from seqlen_curriculum.training.seeding import row_seed
 from seqlen_curriculum.training.spike_guard import SpikeGuard
 from seqlen_curriculum.training.telemetry import Telemetry, log_rank0
 from seqlen_curriculum.training.watchdog import Watchdog
 
-__all__ = ["Ending", "StopSignals", "Trainer", "row_seed"]
+__all__ = ["Ending", "StopSignals", "Trainer"]
 
 Ending: TypeAlias = Literal["finished", "until_step", "signal"]
 """Why training ended: its token budget is reached, the step asked for is, or a signal came and all is saved."""
-
-
-def row_seed(seed: int, step: int, row: int) -> int:
-    """Return the random seed of the micro-batch that starts at global row ``row`` of ``step``.
-
-    Dropout is keyed by what is trained on, not by who trains it, so a resume needs no random state and draws the same
-    masks on another number of ranks wherever the micro-batches are the same.
-    """
-    digest = hashlib.blake2b(f"{seed}/{step}/{row}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little")
 
 
 @dataclass
@@ -69,14 +59,18 @@ class Trainer:
     sample_log: RunLog | None = None
     set_window: Callable[[int | None], None] | None = None
     """Sets the attention window of the step, None for whole rows; None for models without windows."""
+    has_dropout: bool = True
+    """False for a model whose training draws no random numbers: nothing is seeded."""
     until_step: int | None = None
     """Save and stop after this step."""
 
     def __post_init__(self) -> None:
+        self._data = Prefetcher(self.read, self.engine.device)
         self._follow(self.plan)
 
     def _follow(self, plan: RunPlan) -> None:
         """Put ``plan`` in force for the steps to come: all that depends on its timeline is set here."""
+        self._data.discard()  # it was read along the plan before
         self.plan = plan
         self.train_data = self.train_data.along(plan.timeline)
         self.telemetry.follow(plan.timeline)
@@ -98,7 +92,7 @@ class Trainer:
         while step < self._last_step and not stop:
             step += 1
             with self.watchdog.step(step):
-                stop = self._step(step, self.signals.received)
+                stop = self.step(step, self.signals.received)
             if self._is_due(step, self.settings.eval_interval):
                 self._evaluate(step)
             # An evaluation may hold the lengths, which makes the run longer: the last step is asked anew.
@@ -127,22 +121,25 @@ class Trainer:
         """Return whether ``step`` is a multiple of ``interval`` or the run's last; never for 0."""
         return bool(interval) and (step % interval == 0 or step == self.plan.steps)
 
-    def _step(self, step: int, stop: bool) -> bool:
+    def step(self, step: int, stop: bool) -> bool:
         """Do one optimizer step. Return whether any rank was asked to stop."""
         started = time.perf_counter()
-        begin_step(self.engine)
-        seqlen, rate = self.engine.curriculum_scheduler.get_current_difficulty(), self.engine.get_lr()[0]
+        seqlen = self.plan.timeline.seqlen(step)
+        begin_step(self.engine, seqlen)
+        rate = self.engine.get_lr()[0]
         if not self.guard.begin(step, seqlen, rate):
             return self._skip_step(step, stop)
-        micro_batches, seeds = self._micro_batches(step)
+        following = step + 1 if step < self._last_step and not stop and not self.guard.skips(step + 1) else None
+        data, data_seconds = self._data.take(step, following)
+        if self.sample_log is not None:
+            first, _ = self.plan.samples_of_rank(step, self.executor.data_rank)
+            self.sample_log.write({"step": step, "first_sample": first, "samples": data.sample_ids})
         if self.set_window is not None:
             self.set_window(seqlen)
-        result = self.executor.train(micro_batches, seeds)
-        norm = result.grad_norm
-        if norm is not None and not math.isfinite(norm) and self.engine.fp16_enabled():
-            norm = None  # fp16 overflowed and DeepSpeed skipped the step
-        loss, (stop, broken) = self._reduce_over_ranks(result.loss, stop, norm is not None and not math.isfinite(norm))
-        spike_line = self.guard.judge(loss, f"the gradient norm is {norm}" if broken else None)
+        result = self.executor.train(data.micro_batches, data.seeds)
+        done = share_outcome(result, stop, self.engine.fp16_enabled())
+        broken = f"the gradient norm is {done.grad_norm}" if done.is_broken else None
+        spike_line = self.guard.judge(done.loss, broken)
         if spike_line:
             log_rank0(spike_line)
         due = self._is_due(step, self.settings.variance_interval)
@@ -152,17 +149,18 @@ class Trainer:
             "seqlen": seqlen,
             "rows": self.plan.timeline.rows(step),
             "consumed_tokens": self.plan.timeline.consumed_tokens(step),
-            "loss": loss,
+            "loss": done.loss,
             "lr": rate,
-            "grad_norm": norm,
+            "grad_norm": done.grad_norm,
             **moments,
             "seconds": time.perf_counter() - started,
+            "data_seconds": data_seconds,
         }
         self.telemetry.step(record)
-        return stop
+        return done.stop
 
     def _skip_step(self, step: int, stop: bool) -> bool:
-        """Count ``step``, already begun, as done: its tokens are consumed but not trained on. Return as ``_step``."""
+        """Count ``step``, already begun, as done: its tokens are consumed but not trained on. Return as ``step``."""
         timeline = self.plan.timeline
         rows = timeline.rows(step)
         skip_step(self.engine, rows // self.executor.data_ranks * self.engine.dp_world_size)
@@ -174,27 +172,25 @@ class Trainer:
             "skipped": True,
         }
         self.telemetry.skipped_step(record)
-        return self._reduce_over_ranks(torch.zeros((), device=self.engine.device), stop)[1][0]
+        nothing = torch.zeros((), dtype=torch.float64, device=self.engine.device)
+        return share_outcome(StepResult(nothing, None), stop).stop
 
-    def _micro_batches(self, step: int) -> tuple[list[tuple[torch.Tensor, torch.Tensor]], list[int]]:
-        """Return this rank's (inputs, targets), both (micro rows, S), of ``step``, and the seed of each."""
+    def read(self, step: int) -> StepData:
+        """Read what this rank trains on in ``step``, in micro-batches on the device."""
         first, count = self.plan.samples_of_rank(step, self.executor.data_rank)
+        ids = None
         if self.sample_log is not None:
-            sample_ids = np.stack(self.train_data.sample_ids(step, first, count), 1).tolist()
-            self.sample_log.write({"step": step, "first_sample": first, "samples": sample_ids})
-        inputs, targets = (self._on_device(tokens) for tokens in self.train_data.read(step, first, count))  # (B, S)
+            ids = np.stack(self.train_data.sample_ids(step, first, count), 1).tolist()
+        tokens = self.train_data.read(step, first, count)
+        inputs, targets = (to_device(part, self.engine.device) for part in tokens)  # (B, S)
         rows, row_tokens = inputs.shape
-        first_row, micro_rows = self.executor.data_rank * rows, self.plan.micro_batch_rows(rows, row_tokens)
-        seeds = [row_seed(self.settings.seed, step, row) for row in range(first_row, first_row + rows, micro_rows)]
-        return list(zip(torch.split(inputs, micro_rows), torch.split(targets, micro_rows), strict=True)), seeds
-
-    def _reduce_over_ranks(self, loss: torch.Tensor, *flags: bool) -> tuple[float, list[bool]]:
-        """Return the loss averaged over ranks, and for each flag whether any rank set it: one reduction for all."""
-        shared = torch.stack(
-            [loss, *(torch.tensor(float(flag), dtype=loss.dtype, device=loss.device) for flag in flags)]
+        micro_rows, seeds = self.plan.micro_batch_rows(rows, row_tokens), []
+        if self.has_dropout:
+            first_row = self.executor.data_rank * rows
+            seeds = [row_seed(self.settings.seed, step, first_row + row) for row in range(0, rows, micro_rows)]
+        return StepData(
+            list(zip(torch.split(inputs, micro_rows), torch.split(targets, micro_rows), strict=True)), seeds, ids
         )
-        dist.all_reduce(shared)
-        return float(shared[0]) / dist.get_world_size(), (shared[1:] > 0).tolist()
 
     def _evaluate(self, step: int) -> None:
         """Evaluate at full length on the same validation rows each time, every row once however many ranks share them."""
@@ -209,9 +205,9 @@ class Trainer:
         for chunk, weight in _eval_chunks(
             ids, self.executor.data_rank, self.executor.data_ranks, self.plan.micro_batch
         ):
-            tokens = self._on_device(samples.read(chunk, samples.seq_length))
+            tokens = to_device(samples.read(chunk, samples.seq_length), self.engine.device)
             total += self.executor.evaluate((tokens[:, :-1], tokens[:, 1:])) * weight
-        valid_loss = self._reduce_over_ranks(total)[0] / rows
+        valid_loss = share_outcome(StepResult(total, None)).loss / rows
         if not math.isfinite(valid_loss):
             self.guard.stop_or_roll_back(f"the validation loss is {valid_loss}")
         ratio = self.evaluations.ratio(valid_loss)
@@ -241,13 +237,10 @@ class Trainer:
         )
         return step
 
-    def _on_device(self, tokens: npt.NDArray[Any]) -> torch.Tensor:
-        # Tokens are stored as unsigned 16-bit integers, which not every device supports.
-        return torch.from_numpy(tokens.astype(np.int64)).to(self.engine.device, non_blocking=True)
-
     def close(self) -> None:
-        """Close the logs and the progress bar."""
+        """Close the logs and the progress bar, and end the threads that read and watch."""
         self.watchdog.close()
+        self._data.close()
         self.telemetry.close()
         if self.sample_log is not None:
             self.sample_log.close()
@@ -277,16 +270,15 @@ class StopSignals:
 def _eval_chunks(ids: IntArray, rank: int, ranks: int, most_rows: int) -> Iterator[tuple[IntArray, int]]:
     """Yield a rank's (ids to read together, rows that their loss, averaged over ranks, stands for).
 
-    All ranks get equally many chunks of equal size, as engines need whose forward is collective. Rows that don't divide
-    over the ranks are read by each of them.
+    All ranks get equally many chunks of equal size, as engines need whose forward is collective. Each row counts once.
     """
-    # 10 rows on 4 ranks: rows 0-7 are shared, 2 a rank, each standing for 2 x 4 of the 10; rows 8 and 9 are read by all
-    # four, whose mean stands for 2. 8 + 2 = 10.
+    # 10 rows on 4 ranks: rows 0-7 are shared, 2 a rank, each standing for 2 x 4 of the 10. Ranks 0 and 1 read rows 8 and 9,
+    # each standing for 1 x 4; ranks 2 and 3 read these too, for nothing. (4 x 8 + 2 x 4) / 4 = 10.
     shared = len(ids) // ranks * ranks
     mine, rest = ids[:shared][rank::ranks], ids[shared:]
     for start in range(0, len(mine), most_rows):
         chunk = mine[start : start + most_rows]
         yield chunk, len(chunk) * ranks
-    for start in range(0, len(rest), most_rows):
-        chunk = rest[start : start + most_rows]
-        yield chunk, len(chunk)
+    if len(rest):
+        own = rank % len(rest)
+        yield rest[own : own + 1], ranks if rank < len(rest) else 0

@@ -1,0 +1,144 @@
+"""Host time of the training loop: the first steps of a run compared with a bare loop of DeepSpeed on the same batches."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import deepspeed
+import torch
+from tqdm import tqdm
+
+from seqlen_curriculum.config.run import RunConfig
+from seqlen_curriculum.data.from_config import open_training_data
+from seqlen_curriculum.errors import ConfigError
+from seqlen_curriculum.models.causal_lm import build_model
+from seqlen_curriculum.run_folder.evaluations import Evaluations
+from seqlen_curriculum.run_folder.run_log import read_run_log
+from seqlen_curriculum.training.accumulate import set_accumulation
+from seqlen_curriculum.training.build import build_executor
+from seqlen_curriculum.training.prefetch import StepData
+from seqlen_curriculum.training.spike_guard import LossesSoFar, SpikeGuard
+from seqlen_curriculum.training.telemetry import Telemetry
+from seqlen_curriculum.training.trainer import StopSignals, Trainer
+from seqlen_curriculum.training.utilization import utilization_of
+from seqlen_curriculum.training.watchdog import Watchdog
+
+__all__ = ["measure_loop"]
+
+
+class _Time(NamedTuple):
+    cpu: float
+    """CPU seconds of all threads of this process."""
+    wall: float
+
+
+def measure_loop(config: RunConfig, folder: Path, steps: int, pairs: int) -> dict[str, Any]:
+    """Train the first steps of a run twice in turns, ``steps`` at a time: by ``Trainer``, and by a bare loop.
+
+    The bare loop has its batches on the device before it begins. It sets the step's rate, runs forward and backward of each
+    micro-batch, steps, and reads the loss: less than that is no training. Both begin with the same weights and learn the
+    same. Evaluations and checkpoints are left out. ``folder`` gets the run log. Needs one rank, a GPT-2 without dropout, a
+    ``TokenCosineLR``, and the model, data and training sections. Raises ConfigError.
+
+    Returns ``parameters``, ``step_tokens`` and ``micro_batches`` (means of a step), and as medians over ``pairs``
+    ``cpu_ratio`` and ``ratio`` (CPU seconds, and seconds, of our loop over those of the bare one), ``cpu_milliseconds`` of a
+    step of the bare loop, and ``more_cpu_milliseconds`` that ours takes. ``loss_difference`` is the largest between both in
+    any step. A first pair only warms up.
+    """
+    assert config.model is not None
+    if config.model.dropout or not config.model.is_gpt2 or config.scheduler is None or config.keys.model_cuts:
+        raise ConfigError(
+            "model.dropout: the loops are compared in a GPT-2 on one rank without dropout, as they would draw other masks, "
+            "and with a TokenCosineLR; set it to 0, and scheduler.type"
+        )
+    deepspeed.init_distributed()
+    config = config.for_ranks(1)
+    trainer, bare, rate = _trainer(config, folder), _BareLoop(config), config.plan.learning_rate()
+    assert rate is not None
+    ours: list[_Time] = []
+    theirs: list[_Time] = []
+    micro_batches: list[tuple[torch.Tensor, torch.Tensor]] = []
+    for turn in tqdm(range(pairs + 1), unit="pair"):
+        numbers = range(turn * steps + 1, (turn + 1) * steps + 1)
+        data, rates = [trainer.read(step) for step in numbers], [rate(step) for step in numbers]
+        for is_ours in (True, False) if turn % 2 else (False, True):  # each goes first in turn
+            if is_ours:
+                ours.append(_timed(lambda: [trainer.step(step, False) for step in numbers]))  # noqa: B023
+            else:
+                theirs.append(_timed(lambda: bare.train(data, rates)))  # noqa: B023
+        micro_batches += [micro_batch for one in data for micro_batch in one.micro_batches] if turn else []
+    trainer.close()
+    losses = [record["loss"] for record in read_run_log(folder / "runlog.jsonl")]
+    both = list(zip(ours, theirs, strict=True))[1:]  # the first only warms up
+    return {
+        "parameters": sum(weight.numel() for weight in bare.engine.module.parameters()),
+        "step_tokens": sum(inputs.numel() for inputs, _ in micro_batches) / (pairs * steps),
+        "micro_batches": len(micro_batches) / (pairs * steps),
+        "cpu_ratio": statistics.median(one.cpu / other.cpu for one, other in both),
+        "ratio": statistics.median(one.wall / other.wall for one, other in both),
+        "cpu_milliseconds": 1e3 * statistics.median(other.cpu / steps for _, other in both),
+        "more_cpu_milliseconds": 1e3 * statistics.median((one.cpu - other.cpu) / steps for one, other in both),
+        "loss_difference": max(abs(one - other) for one, other in zip(losses, bare.losses, strict=True)),
+    }
+
+
+def _trainer(config: RunConfig, folder: Path) -> Trainer:
+    assert config.training is not None
+    assert config.model is not None
+    torch.manual_seed(config.training.seed)  # the same weights for both loops
+    plan, model = config.plan, build_model(config.model)
+    executor, _ = build_executor(config.keys, config.deepspeed, model, plan.scheduler, plan.learning_rate)
+    utilization = utilization_of(executor.engine, config.model)
+    return Trainer(
+        executor=executor,
+        plan=plan,
+        train_data=open_training_data(config),
+        valid_samples=None,
+        settings=config.training,
+        telemetry=Telemetry(folder / "runlog.jsonl", executor.engine.monitor, 0, plan.timeline, utilization),
+        watchdog=Watchdog(config.training.hang_seconds, plan.timeline.consumed_tokens),
+        guard=SpikeGuard(config.training, (), LossesSoFar()),
+        signals=StopSignals(),
+        save=lambda *_: None,
+        evaluations=Evaluations(),
+        has_dropout=False,
+    )
+
+
+class _BareLoop:
+    """What a script has that trains with DeepSpeed and measures, logs and checks nothing."""
+
+    def __init__(self, config: RunConfig) -> None:
+        assert config.training is not None
+        assert config.model is not None
+        torch.manual_seed(config.training.seed)
+        model = build_model(config.model)
+        arguments = {"model": model, "model_parameters": model.parameters(), "config": dict(config.deepspeed)}
+        self.engine, *_ = deepspeed.initialize(**arguments)
+        self.losses: list[float] = []
+
+    def train(self, data: Sequence[StepData], rates: Sequence[float]) -> None:
+        """Do a step of each of ``data``, at its rate."""
+        for one, rate in zip(data, rates, strict=True):
+            # Rows of a micro-batch may change from step to step, which DeepSpeed has to be told.
+            set_accumulation(self.engine, len(one.micro_batches[0][0]), len(one.micro_batches))
+            for group in self.engine.optimizer.param_groups:
+                group["lr"] = rate
+            total = 0.0
+            for number, (inputs, targets) in enumerate(one.micro_batches):
+                self.engine.set_gradient_accumulation_boundary(number == len(one.micro_batches) - 1)
+                loss = self.engine(inputs, targets)
+                self.engine.backward(loss)
+                self.engine.step()
+                total += loss.detach().double()
+            self.losses.append(float(total) / len(one.micro_batches))
+
+
+def _timed(work: Callable[[], object]) -> _Time:
+    cpu, wall = time.process_time(), time.perf_counter()
+    work()
+    return _Time(time.process_time() - cpu, time.perf_counter() - wall)
