@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,8 @@ from seqlen_curriculum.config.run import RunConfig
 from seqlen_curriculum.data.samples import Samples
 from seqlen_curriculum.data.tokenizer import read_tokenizer, tokenizer_files
 from seqlen_curriculum.data.training_data import TrainingData
-from seqlen_curriculum.errors import CheckpointError
-from seqlen_curriculum.files import lock_folder
+from seqlen_curriculum.errors import CheckpointError, DivergenceError
+from seqlen_curriculum.files import lock_folder, sync
 from seqlen_curriculum.models.causal_lm import build_model
 from seqlen_curriculum.models.gpt2 import CausalLM, set_window
 from seqlen_curriculum.models.pretrained import copy_tokenizer
@@ -83,6 +84,8 @@ class _Pretraining:
             {**config.settings(), **_data_settings(train)},
             self.settings.spike_skip_steps if self.settings.on_spike == "rollback" else 0,
             self.settings.save_steps,
+            self.settings.async_checkpoints,
+            self.signals.stop,
         )
         self.checkpoint = self._claim_folder(config, resume)
         self._build(config, config.model)
@@ -103,7 +106,7 @@ class _Pretraining:
         torch.manual_seed(self.settings.seed)  # the same weights on every rank
         self.model = build_model(model_config, read_weights=self.checkpoint is None)
         rate = self.plan.learning_rate if self.plan.lr_params is not None else None
-        self.executor, self._write_weights = build_executor(
+        self.executor, self._weights_writer = build_executor(
             config.keys, config.deepspeed, self.model, self.plan.scheduler, rate
         )
         if self.settings.compile:
@@ -115,6 +118,10 @@ class _Pretraining:
             while True:
                 try:
                     return self.train_from(self.checkpoint)
+                except DivergenceError:  # of later steps than those of a checkpoint that is still being written
+                    with suppress(CheckpointError):
+                        self.checkpoints.wait()
+                    raise
                 except RollbackRequested as request:
                     self.checkpoint = roll_back(self.checkpoints, self.log, request.spike)
 
@@ -146,6 +153,7 @@ class _Pretraining:
             guard=SpikeGuard(self.settings, self.checkpoints.rollbacks or (), losses),
             signals=self.signals,
             save=self.save_checkpoint,
+            wait_for_checkpoint=self.checkpoints.wait,
             evaluations=evaluations,
             sample_log=RunLog(self.save / f"samples.rank{rank}.jsonl") if logs_samples else None,
             set_window=self._set_window if plan.shortening.method == "window" else None,
@@ -157,14 +165,23 @@ class _Pretraining:
         set_window(self.model, seqlen, restart_positions=self.plan.scheduler.config.restart_positions)
 
     def save_checkpoint(self, step: int, evaluations: Evaluations) -> None:
-        """Save a checkpoint of ``step`` on all ranks. Raises CheckpointError."""
-        self.checkpoints.save(self.executor.engine, step, self._write_model, evaluations)
+        """Save a checkpoint of ``step`` on all ranks, in the background if so configured. Raises CheckpointError."""
+        self.checkpoints.save(self.executor.engine, step, self._model_writer, evaluations)
 
-    def _write_model(self, folder: Path) -> None:
-        """Write the weights and the tokenizer's files, so that ``folder`` is all that text needs."""
-        self._write_weights(folder)
-        if self.tokenizer is not None:
-            on_rank_0(partial(copy_tokenizer, self.tokenizer, folder))
+    def _model_writer(self) -> Callable[[Path], None]:
+        """Return what writes the weights and the tokenizer's files, so that the folder is all that text needs."""
+        write_weights = self._weights_writer()
+
+        def write(folder: Path) -> None:
+            write_weights(folder)
+            if dist.get_rank() != 0:
+                return
+            if self.tokenizer is not None:
+                copy_tokenizer(self.tokenizer, folder)
+            if self.log.exists():
+                sync(self.log)  # a run must not resume after steps that a power cut has taken from its log
+
+        return write
 
     def _rewind_logs(self, done_steps: int) -> None:
         """Drop the records after the checkpoint: training writes them again, with the same values."""

@@ -58,7 +58,9 @@ class Trainer:
     guard: SpikeGuard
     signals: StopSignals
     save: Callable[[int, Evaluations], None]
-    """Writes the checkpoint of a step; called on all ranks."""
+    """Writes the checkpoint of a step, or begins to; called on all ranks."""
+    wait_for_checkpoint: Callable[[], None]
+    """Waits until the checkpoints that were begun are complete; called on all ranks."""
     evaluations: Evaluations
     """What earlier evaluations decided."""
     sample_log: RunLog | None = None
@@ -99,6 +101,7 @@ class Trainer:
             asked_for = stop or step in (self._last_step, *self.settings.save_steps)
             if asked_for or self._is_due(step, self.settings.save_interval):
                 self.save(step, self.evaluations)
+        self.wait_for_checkpoint()
         return self._report_end(step, first_step, stop)
 
     def _report_end(self, step: int, first_step: int, stop: bool) -> bool:
@@ -254,6 +257,10 @@ class StopSignals:
     def __enter__(self) -> StopSignals:
         self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
         return self
+
+    def stop(self) -> None:
+        """Stop the run as a signal does."""
+        self.received = True
 
     def _note(self, number: int, _frame: object) -> None:
         if self._interrupted and number == signal.SIGINT:
