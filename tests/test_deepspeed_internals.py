@@ -21,6 +21,7 @@ from deepspeed.monitor.monitor import MonitorMaster
 from deepspeed.pipe import PipelineModule, TiedLayerSpec
 from deepspeed.runtime import utils as runtime_utils
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.runtime.pipe.schedule import BackwardPass, ForwardPass, OptimizerStep, ReduceGrads, ReduceTiedGrads
@@ -48,7 +49,11 @@ FUNCTIONS = [  # (owner, name, the parameters that we give), and who relies on i
     (DeepSpeedEngine, "fp16_enabled", "", "executor.py, trainer.py, reshard.py"),
     (DeepSpeedEngine, "bfloat16_enabled", "", "executor.py, reshard.py"),
     (DeepSpeedEngine, "save_checkpoint", "save_dir tag save_latest", "checkpoint.py"),
-    (DeepSpeedEngine, "load_checkpoint", "load_dir tag", "checkpoint.py"),
+    (DeepSpeedEngine, "load_checkpoint", "load_dir tag", "load_checkpoint.py"),
+    (TorchCheckpointEngine, "create", "info", "checkpoint_files.py"),
+    (TorchCheckpointEngine, "save", "state_dict path", "checkpoint_files.py: DeepSpeed calls ours"),
+    (TorchCheckpointEngine, "load", "path map_location", "checkpoint_files.py"),
+    (TorchCheckpointEngine, "commit", "info", "checkpoint_files.py"),
     (PipelineEngine, "_exec_schedule", "pipe_schedule", "executor.py: dry_run"),
     (PipelineEngine, "_take_model_step", "", "executor.py: the gradient norm of an unsharded pipeline"),
     (PipelineEngine, "reset_activation_shape", "", "pipeline.py: shapes that change"),
@@ -79,7 +84,7 @@ FUNCTIONS = [  # (owner, name, the parameters that we give), and who relies on i
         "sequence_parallel.py",
     ),
     (DistributedAttention, "forward", "query key value batch_dim_idx rotary_pos_emb args", "sequence_parallel.py"),
-    (distributed_c10d, "_get_default_store", "", "preflight.py, cli.py"),
+    (distributed_c10d, "_get_default_store", "", "preflight.py, cli.py, checkpoint.py"),
     (torch._dynamo, "reset", "", "compile.py"),
     (torch.nn.utils, "get_total_norm", "", "executor.py"),
     (transformers.AttentionInterface, "register", "", "sequence_parallel.py, models"),
@@ -100,6 +105,10 @@ SOURCES = [  # (owner, what must occur in its source), and who relies on it
     (PipelineModule, "self.parts = ", "pipeline.py"),
     (PipelineModule, "self.stage_id = ", "pipeline.py"),
     (DeepSpeedEngine, "self.basic_optimizer = ", "adam_moments.py"),
+    (DeepSpeedEngine, "self.checkpoint_engine = ", "checkpoint_files.py replaces it"),
+    (DeepSpeedEngine, "self.checkpoint_engine.save(", "checkpoint_files.py"),
+    (PipelineModule, "checkpoint_engine.save(", "checkpoint_files.py"),
+    (TorchCheckpointEngine, "self.zipfile_serialization = ", "checkpoint_files.py"),
     (DeepSpeedEngine, "self.global_steps += 1", "engine.py: skip_step; reshard.py"),
     (DeepSpeedEngine, "self.global_samples += ", "engine.py: skip_step; reshard.py"),
     (DeepSpeedEngine, "self.skipped_steps += ", "reshard.py"),
@@ -271,3 +280,7 @@ def test_every_private_name_that_training_uses_is_listed_here():
         f"{file}: {name}" for file, name in used if name not in defined and not re.search(rf"\b{name}\b", listed)
     }
     assert not unlisted
+
+
+def test_a_store_gives_further_clients():
+    assert callable(torch.distributed.TCPStore.clone)  # type: ignore[attr-defined]  # checkpoint.py
