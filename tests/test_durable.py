@@ -181,8 +181,7 @@ def test_a_rank_that_cannot_write_is_an_error_on_all_ranks(durable, run):
     assert "there is no earlier checkpoint" in error
     assert not list(save.glob("*global_step*"))
     last = records(save)[0][-1]["step"]
-    assert last < 46  # it doesn't wait for the next checkpoint, at 12 at the latest
-    assert last == 6 or run == "full-background"
+    assert last == 6 if run == "full" else 6 <= last <= 12  # the next checkpoint would be at 12
 
 
 class Soak:

@@ -12,12 +12,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from deepspeed import comm as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
-from seqlen_curriculum.errors import CheckpointError, SeqlenCurriculumError
+from seqlen_curriculum.errors import CheckpointError
 from seqlen_curriculum.files import discard_folder, move, replace_text, set_aside
 from seqlen_curriculum.run_folder import CHECKPOINT_PREFIX, LATEST, ROLLBACKS
 from seqlen_curriculum.run_folder.checkpoint_manifest import (
@@ -32,11 +32,10 @@ from seqlen_curriculum.run_folder.evaluations import Evaluations
 from seqlen_curriculum.run_folder.rollbacks import Rollback, begun_by, read_rollbacks, steps_to_keep, write_rollbacks
 from seqlen_curriculum.training.checkpoint_files import ModelWriter, PendingSave, shard_files, write_part
 from seqlen_curriculum.training.load_checkpoint import check_same_run, load_checkpoint, zero_section
+from seqlen_curriculum.training.ranks import on_all_ranks, on_rank_0
 from seqlen_curriculum.training.telemetry import log_rank0
 
-__all__ = ["Checkpoints", "on_rank_0"]
-
-T = TypeVar("T")
+__all__ = ["Checkpoints"]
 
 
 class _DiscardedError(CheckpointError):
@@ -118,7 +117,10 @@ class Checkpoints:
     def wait(self) -> None:
         """Wait on all ranks for the checkpoint that is being written, if any. Raises CheckpointError if it failed."""
         pending, self._pending = self._pending, None
-        problem = pending.problem() if pending is not None else ""
+        if pending is None:
+            return
+        problem = pending.problem()
+        dist.barrier()  # the store may end with rank 0, which must not end before all have read it
         if problem:
             raise CheckpointError(problem)
 
@@ -181,18 +183,8 @@ class Checkpoints:
     def _damage(self, checkpoint: Checkpoint) -> str:
         """Return how ``checkpoint`` is damaged, the same on all ranks; "" if it is not. Raises CheckpointError."""
         rank, ranks = dist.get_rank(), dist.get_world_size()
-        found: list[Any] = [None] * ranks
-        try:
-            own = (damage(checkpoint, rank, ranks), "")
-        except OSError as error:  # not raised here, or the other ranks would wait for ever
-            own = ("", f"rank {rank}: {error}")
-        dist.all_gather_object(found, own)
-        errors = [error for _, error in found if error]
-        if errors:
-            raise CheckpointError(
-                f"{checkpoint.folder}: can't be read ({errors[0]}); fix that, then rerun the same command"
-            )
-        return next((problem for problem, _ in found if problem), "")
+        problems = on_all_ranks(lambda: damage(checkpoint, rank, ranks))
+        return next(filter(None, problems), "")
 
     def _set_unreadable_aside(self) -> list[Checkpoint]:
         """Return the usable checkpoints, oldest first; report the others, and set those aside that are not complete."""
@@ -285,23 +277,3 @@ class Checkpoints:
                 f"{folder}: holds steps that a rollback discarded, according to {self.save_folder / ROLLBACKS}"
             )
         return checkpoint
-
-
-def on_rank_0(function: Callable[[], T]) -> T:
-    """Call ``function`` on rank 0 and return its value on every rank, or raise CheckpointError on every rank.
-
-    All ranks decide by what rank 0 sees, because a shared file system may show them different moments.
-    """
-    outcome: list[Any] = [None, None]  # the value and the problem
-    if dist.get_rank() == 0:
-        try:
-            outcome[0] = function()
-        except SeqlenCurriculumError as error:
-            outcome[1] = str(error)
-        except OSError as error:  # not raised here, or the other ranks would wait for ever
-            outcome[1] = f"{error}; free space or fix the folder, then rerun the same command"
-    dist.broadcast_object_list(outcome, src=0)
-    if outcome[1] is not None:
-        raise CheckpointError(outcome[1])
-    value: T = outcome[0]
-    return value

@@ -66,13 +66,19 @@ class ShardFiles(CheckpointEngine):  # type: ignore[misc]
                 self._serialise(state_dict, held)
                 self._held[Path(path)] = held
             else:
-                with open(path, "wb") as file:
-                    checked = _Checked(file)
-                    self._serialise(state_dict, checked)
-                    _flush(file)
-                self.crc32[Path(path)] = checked.crc32
+                self._write(state_dict, path)
         except (OSError, RuntimeError, MemoryError) as error:
             self.problem = self.problem or str(error) or type(error).__name__
+
+    def _write(self, state_dict: Any, path: str) -> None:
+        with open(path, "wb") as file:
+            checked = _Checked(file)
+            try:
+                self._serialise(state_dict, checked)
+            except RuntimeError as error:  # torch's "unexpected pos", where a write has failed before
+                raise checked.error or error from error
+            _flush(file)
+        self.crc32[Path(path)] = checked.crc32
 
     def _serialise(self, state_dict: Any, file: Any) -> None:
         torch.save(state_dict, file, _use_new_zipfile_serialization=self._engine.zipfile_serialization)
@@ -127,10 +133,15 @@ class _Checked:
 
     def __init__(self, file: io.BufferedWriter) -> None:
         self._file, self.crc32 = file, 0
+        self.error: OSError | None = None
 
     def write(self, data: Any) -> int:
         self.crc32 = zlib.crc32(data, self.crc32)
-        return self._file.write(data)
+        try:
+            return self._file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
 
     def flush(self) -> None:
         self._file.flush()

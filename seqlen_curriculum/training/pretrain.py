@@ -26,8 +26,9 @@ from seqlen_curriculum.run_folder.checkpoint_manifest import Checkpoint
 from seqlen_curriculum.run_folder.evaluations import Evaluations
 from seqlen_curriculum.run_folder.run_log import RunLog, read_run_log
 from seqlen_curriculum.training.build import build_executor
-from seqlen_curriculum.training.checkpoint import Checkpoints, on_rank_0
+from seqlen_curriculum.training.checkpoint import Checkpoints
 from seqlen_curriculum.training.compile import compile_blocks
+from seqlen_curriculum.training.ranks import on_rank_0
 from seqlen_curriculum.training.rollback import log_skipped_steps, read_losses, roll_back
 from seqlen_curriculum.training.run_info import record_launch
 from seqlen_curriculum.training.spike_guard import RollbackRequested, SpikeGuard

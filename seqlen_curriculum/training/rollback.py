@@ -10,7 +10,8 @@ from seqlen_curriculum.run_folder import ROLLBACKS
 from seqlen_curriculum.run_folder.checkpoint_manifest import Checkpoint
 from seqlen_curriculum.run_folder.rollbacks import Rollback, skipped_window
 from seqlen_curriculum.run_folder.run_log import losses, records_after
-from seqlen_curriculum.training.checkpoint import Checkpoints, on_rank_0
+from seqlen_curriculum.training.checkpoint import Checkpoints
+from seqlen_curriculum.training.ranks import on_rank_0
 from seqlen_curriculum.training.spike_guard import MOST_ROLLBACKS, REMEDIES, LossesSoFar, Spike
 from seqlen_curriculum.training.telemetry import log_rank0
 
