@@ -1,4 +1,4 @@
-"""Files and folders: strict JSON, files replaced whole, locks, and checks before any work starts."""
+"""Files and folders: strict JSON, durable writes and renames, locks, and checks before any work starts."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import errno
 import fcntl
 import functools
 import glob
+import itertools
 import json
 import os
+import shutil
 import sys
 import tempfile
 import time
@@ -19,6 +21,8 @@ from seqlen_curriculum.errors import CheckpointError, ConfigError
 
 __all__ = [
     "apply_override",
+    "discard_folder",
+    "follow_umask",
     "is_locked",
     "lock_folder",
     "lock_of",
@@ -28,7 +32,9 @@ __all__ = [
     "read_json",
     "replace",
     "replace_text",
+    "set_aside",
     "sync",
+    "sync_tree",
     "try_lock",
     "writable_folder",
 ]
@@ -132,6 +138,37 @@ def sync(path: Path) -> None:
         os.fsync(file)
     finally:
         os.close(file)
+
+
+def sync_tree(folder: Path) -> None:
+    """Wait until the disk has ``folder``, all files below it and their names. Raises OSError."""
+    for path in (*folder.rglob("*"), folder):
+        sync(path)
+
+
+def follow_umask(path: Path) -> None:
+    """Give ``path`` the mode of a new file: safetensors makes files that only their owner can read. Raises OSError."""
+    # A new file shows the mode. Reading the umask would mean to change it, which another thread's files might catch.
+    new = path.with_name(f".{path.name}.{os.getpid()}.mode")
+    new.touch()
+    shutil.copymode(new, path)
+    new.unlink()
+
+
+def discard_folder(folder: Path) -> None:
+    """Delete ``folder``; a kill leaves it whole, or hidden as ``.NAME.discarded.tmp``. Raises OSError."""
+    hidden = folder.with_name(f".{folder.name}.discarded.tmp")
+    shutil.rmtree(hidden, ignore_errors=True)
+    move(folder, hidden)
+    shutil.rmtree(hidden)
+
+
+def set_aside(path: Path) -> Path:
+    """Rename ``path`` to the first free one of ``PATH.damaged``, ``PATH.damaged2``, ... and return it. Raises OSError."""
+    names = (f"{path.name}.damaged{number if number > 1 else ''}" for number in itertools.count(1))
+    target = next(free for free in map(path.with_name, names) if not free.exists())
+    move(path, target)
+    return target
 
 
 def lock_of(folder: Path) -> Path:

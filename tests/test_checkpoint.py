@@ -1,6 +1,8 @@
 """What is a complete checkpoint and what isn't, and who may write into a run's folder."""
 
+import errno
 import json
+import os
 import subprocess
 import sys
 
@@ -55,6 +57,76 @@ def test_with_a_missing_or_cut_file_it_is_none(folder):
         read_checkpoint(folder)
     with pytest.raises(CheckpointError, match="there is no such checkpoint folder"):
         read_checkpoint(folder / "nothing")
+
+
+def sealed(folder, name="states.pt"):
+    """A checkpoint of one file with the content b"abc", whose CRC-32 is a standard check value."""
+    from seqlen_curriculum.run_folder.checkpoint_manifest import Manifest, read_checkpoint, seal
+
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_bytes(b"123456789")
+    seal(folder, Manifest(**{**GOOD, "files": {}}), {})
+    return read_checkpoint(folder)
+
+
+def test_a_sealed_folder_has_sizes_and_crcs_of_all_files(tmp_path):
+    from seqlen_curriculum.run_folder.checkpoint_manifest import damage
+
+    checkpoint = sealed(tmp_path / "global_step6", "offloaded/states.pt")
+    assert checkpoint.files == {"offloaded/states.pt": 9}
+    assert checkpoint.crc32 == {"offloaded/states.pt": 0xCBF43926}
+    assert damage(checkpoint) == ""
+
+
+def test_a_flipped_bit_is_damage_of_the_part_that_reads_the_file(tmp_path):
+    from seqlen_curriculum.run_folder.checkpoint_manifest import damage
+
+    checkpoint = sealed(tmp_path)
+    (tmp_path / "states.pt").write_bytes(b"123456788")
+    assert "states.pt has other bytes than were written" in damage(checkpoint)
+    assert "states.pt has other bytes" in damage(checkpoint, part=0, parts=2)
+    assert damage(checkpoint, part=1, parts=2) == ""
+
+
+def test_a_bad_disk_is_damage_and_a_lost_mount_an_error(tmp_path, monkeypatch):
+    from seqlen_curriculum.run_folder import checkpoint_manifest
+    from seqlen_curriculum.run_folder.checkpoint_manifest import damage
+
+    checkpoint = sealed(tmp_path)
+
+    def failing(number):
+        def crc32(path):
+            raise OSError(number, os.strerror(number))
+
+        return crc32
+
+    monkeypatch.setattr(checkpoint_manifest, "crc32", failing(errno.EIO))
+    assert damage(checkpoint) == f"{tmp_path}: states.pt can't be read (Input/output error)"
+    monkeypatch.setattr(checkpoint_manifest, "crc32", failing(errno.ESTALE))
+    with pytest.raises(OSError, match="Stale file handle"):
+        damage(checkpoint)
+
+
+def test_a_changed_digit_in_the_manifest_is_noticed(tmp_path):
+    from seqlen_curriculum.run_folder.checkpoint_manifest import read_checkpoint
+
+    sealed(tmp_path)
+    text = (tmp_path / "complete.json").read_text()
+    (tmp_path / "complete.json").write_text(text.replace('"training.seed": 1', '"training.seed": 3'))
+    with pytest.raises(CheckpointError, match=r"no readable complete\.json"):
+        read_checkpoint(tmp_path)
+
+
+def test_only_numbers_are_steps(tmp_path):
+    from seqlen_curriculum.files import set_aside
+    from seqlen_curriculum.run_folder.checkpoint_manifest import checkpoint_folders
+
+    for name in ("global_step10", "global_step9", "global_step8", ".global_step7.tmp"):
+        (tmp_path / name).mkdir()
+    assert set_aside(tmp_path / "global_step8").name == "global_step8.damaged"
+    (tmp_path / "global_step8").mkdir()
+    assert set_aside(tmp_path / "global_step8").name == "global_step8.damaged2"
+    assert [folder.name for folder in checkpoint_folders(tmp_path)] == ["global_step9", "global_step10"]
 
 
 def test_differences_are_named():

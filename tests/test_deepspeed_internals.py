@@ -27,6 +27,7 @@ from deepspeed.monitor.wandb import WandbMonitor
 from deepspeed.pipe import PipelineModule, TiedLayerSpec
 from deepspeed.runtime import utils as runtime_utils
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.runtime.pipe.schedule import BackwardPass, ForwardPass, OptimizerStep, ReduceGrads, ReduceTiedGrads
@@ -59,7 +60,11 @@ FUNCTIONS = [  # (owner, name, the parameters that we give), and who relies on i
     (DeepSpeedEngine, "torch_autocast_enabled", "", "utilization.py"),
     (DeepSpeedEngine, "torch_autocast_dtype", "", "utilization.py"),
     (DeepSpeedEngine, "save_checkpoint", "save_dir tag save_latest", "checkpoint.py"),
-    (DeepSpeedEngine, "load_checkpoint", "load_dir tag", "checkpoint.py"),
+    (DeepSpeedEngine, "load_checkpoint", "load_dir tag", "load_checkpoint.py"),
+    (TorchCheckpointEngine, "create", "info", "checkpoint_files.py"),
+    (TorchCheckpointEngine, "save", "state_dict path", "checkpoint_files.py: DeepSpeed calls ours"),
+    (TorchCheckpointEngine, "load", "path map_location", "checkpoint_files.py"),
+    (TorchCheckpointEngine, "commit", "info", "checkpoint_files.py"),
     (PipelineEngine, "_exec_schedule", "pipe_schedule", "executor.py: dry_run"),
     (PipelineEngine, "_take_model_step", "", "executor.py: the gradient norm of an unsharded pipeline"),
     (PipelineEngine, "reset_activation_shape", "", "pipeline.py: shapes that change"),
@@ -96,7 +101,7 @@ FUNCTIONS = [  # (owner, name, the parameters that we give), and who relies on i
     (compile_callbacks.callback_handler, "remove_start_callback", "callback", "watchdog.py"),
     (compile_callbacks.callback_handler, "remove_end_callback", "callback", "watchdog.py"),
     (os, "_exit", "status", "watchdog.py"),
-    (distributed_c10d, "_get_default_store", "", "preflight.py, cli.py"),
+    (distributed_c10d, "_get_default_store", "", "preflight.py, cli.py, checkpoint.py"),
     (type(get_accelerator()), "default_generator", "device_index", "seeding.py"),
     (type(get_accelerator()), "set_device", "device_index", "prefetch.py"),
     (torch._dynamo, "reset", "", "compile.py"),
@@ -121,6 +126,10 @@ SOURCES = [  # (owner, what must occur in its source), and who relies on it
     (PipelineModule, "self.parts = ", "pipeline.py"),
     (PipelineModule, "self.stage_id = ", "pipeline.py"),
     (DeepSpeedEngine, "self.basic_optimizer = ", "adam_moments.py"),
+    (DeepSpeedEngine, "self.checkpoint_engine = ", "checkpoint_files.py replaces it"),
+    (DeepSpeedEngine, "self.checkpoint_engine.save(", "checkpoint_files.py"),
+    (PipelineModule, "checkpoint_engine.save(", "checkpoint_files.py"),
+    (TorchCheckpointEngine, "self.zipfile_serialization = ", "checkpoint_files.py"),
     (DeepSpeedEngine, "self.global_steps += 1", "engine.py: skip_step; reshard.py"),
     (DeepSpeedEngine, "self.global_samples += ", "engine.py: skip_step; reshard.py"),
     (DeepSpeedEngine, "self.skipped_steps += ", "reshard.py"),
@@ -341,3 +350,7 @@ def test_every_private_name_that_training_uses_is_listed_here():
         f"{file}: {name}" for file, name in used if name not in defined and not re.search(rf"\b{name}\b", listed)
     }
     assert not unlisted
+
+
+def test_a_store_gives_further_clients():
+    assert callable(torch.distributed.TCPStore.clone)  # type: ignore[attr-defined]  # checkpoint.py

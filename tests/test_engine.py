@@ -6,6 +6,7 @@ The launched script is this file: ``SCENARIOS`` are its functions, ``PARTS`` wha
 import copy
 import json
 import resource
+from functools import partial
 from pathlib import Path
 
 import deepspeed
@@ -27,7 +28,7 @@ from seqlen_curriculum.models.gpt2 import build_gpt2
 from seqlen_curriculum.schedule.micro_batch import balanced_rows
 from seqlen_curriculum.training.accumulate import accumulate
 from seqlen_curriculum.training.adam_moments import adam_moments
-from seqlen_curriculum.training.build import build_executor, write_model
+from seqlen_curriculum.training.build import build_executor, model_writer
 from seqlen_curriculum.training.checkpoint import Checkpoints
 from seqlen_curriculum.training.executor import DataParallel
 from seqlen_curriculum.training.preflight import preflight
@@ -259,7 +260,7 @@ def bf16_checkpoint_with_bf16_sums(folder):
     checkpoints = Checkpoints(Path(folder), 9, config.settings())
     engine, _ = engine_for(model(), config)  # initialize leaves the sums to DeepSpeed
     train(engine, 3, rows=2)
-    checkpoints.save(engine, 3, lambda path: write_model(engine.module, path))
+    checkpoints.save(engine, 3, partial(model_writer, engine.module))
     seen = {"weights before": weight_norm(engine), "expected": train(engine, 2, rows=2)}
 
     def continued(step):
@@ -289,7 +290,7 @@ def zero_3_checkpoint(folder):
     checkpoints = Checkpoints(folder, 1, RunConfig.from_dict(config).settings())
     engine, _ = engine_for(model(), config)
     train(engine, 3, rows=2)
-    checkpoints.save(engine, 3, lambda path: write_model(engine.module, path))
+    checkpoints.save(engine, 3, partial(model_writer, engine.module))
     expected = train(engine, 2, rows=2)
     again, _ = engine_for(model(), config)
     checkpoints.load(again, checkpoints.find("auto"))

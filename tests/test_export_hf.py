@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import math
+import os
 import re
 import runpy
 import shlex
@@ -121,6 +122,16 @@ def test_the_folder_is_ready_to_generate(run, tmp_path):
     assert GenerationConfig.from_pretrained(tmp_path / "out").eos_token_id == END
     assert AutoTokenizer.from_pretrained(tmp_path / "out").eos_token_id == END
     assert (tmp_path / "out" / "model.safetensors").stat().st_mode == (tmp_path / "out" / "config.json").stat().st_mode
+
+
+def test_all_files_are_on_disk_before_the_folder_has_its_name(run, tmp_path, monkeypatch):
+    fsync, replace, calls = os.fsync, os.replace, []
+    monkeypatch.setattr(os, "fsync", lambda file: (calls.append(os.readlink(f"/proc/self/fd/{file}")), fsync(file)))
+    monkeypatch.setattr(os, "replace", lambda *names: (calls.append("rename"), replace(*names)))
+    export(run, tmp_path / "out")
+    flushed = {os.path.basename(path) for path in calls[: len(calls) - calls[::-1].index("rename") - 1]}
+    assert flushed >= {path.name for path in (tmp_path / "out").iterdir()} | {".out.tmp"}
+    assert calls[-1] == str(tmp_path)
 
 
 def test_weights_that_float16_does_not_hold_are_refused(run, tmp_path):

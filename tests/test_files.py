@@ -58,6 +58,47 @@ def test_content_is_on_disk_before_its_name_and_the_name_before_the_return(tmp_p
     assert order == ["content", "rename", "folder"]
 
 
+def test_a_folder_is_flushed_with_all_that_is_in_it(tmp_path, monkeypatch):
+    (tmp_path / "out" / "parts").mkdir(parents=True)
+    for name in ("a", "parts/b"):
+        (tmp_path / "out" / name).touch()
+    flushed = []
+    monkeypatch.setattr(files.os, "fsync", lambda file: flushed.append(os.readlink(f"/proc/self/fd/{file}")))
+    files.sync_tree(tmp_path / "out")
+    assert sorted(flushed) == [str(tmp_path / name) for name in ("out", "out/a", "out/parts", "out/parts/b")]
+
+
+def test_a_discarded_folder_is_whole_or_hidden(tmp_path, monkeypatch):
+    folder = tmp_path / "global_step6"
+    folder.mkdir()
+    (folder / "states.pt").touch()
+
+    def killed(path):
+        raise KeyboardInterrupt(path)
+
+    with monkeypatch.context() as kill:
+        kill.setattr(files.shutil, "rmtree", lambda path, ignore_errors=False: ignore_errors or killed(path))
+        with pytest.raises(KeyboardInterrupt):
+            files.discard_folder(folder)
+    assert [path.name for path in tmp_path.iterdir()] == [".global_step6.discarded.tmp"]
+    folder.mkdir()
+    files.discard_folder(folder)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+def test_a_librarys_file_gets_the_mode_of_any_other(tmp_path, umask, mode):
+    path = tmp_path / "model.safetensors"
+    path.touch(mode=0o600)
+    before = os.umask(umask)
+    try:
+        files.follow_umask(path)
+    finally:
+        os.umask(before)
+    assert path.stat().st_mode & 0o777 == mode
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_a_lock_has_one_holder(tmp_path):
     path = tmp_path / ".lock"
     held = files.try_lock(path)

@@ -5,6 +5,7 @@ The launched script is this file: two ranks train and save, three continue each 
 
 import copy
 import hashlib
+from functools import partial
 from pathlib import Path
 
 import deepspeed
@@ -19,7 +20,7 @@ from hypothesis import strategies as st
 from seqlen_curriculum import CheckpointError, initialize
 from seqlen_curriculum.config.model import ModelConfig
 from seqlen_curriculum.models.gpt2 import build_gpt2
-from seqlen_curriculum.training.build import write_model
+from seqlen_curriculum.training.build import model_writer
 from seqlen_curriculum.training.checkpoint import Checkpoints
 from seqlen_curriculum.training.reshard import Span, _scalar, spans_of_parameters, take
 
@@ -160,7 +161,7 @@ def save(folder, precision, kind):
     """Train to the middle of the warmup and save; the state there, and how the run goes on."""
     engine = engine_for(precision, kind, seed=0)
     train(engine, SAVED)
-    checkpoints(Path(folder), precision, kind).save(engine, SAVED, lambda path: write_model(engine.module, path))
+    checkpoints(Path(folder), precision, kind).save(engine, SAVED, partial(model_writer, engine.module))
     return {"state": state(engine), "steps": train(engine, LAST)}
 
 

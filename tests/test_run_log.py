@@ -4,7 +4,9 @@ import json
 import math
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -13,7 +15,7 @@ from seqlen_curriculum.analysis.read_run import load_run
 from seqlen_curriculum.analysis.run import summarise
 from seqlen_curriculum.errors import DataError
 from seqlen_curriculum.run_folder import run_log as runlog
-from seqlen_curriculum.run_folder.run_log import RunLog, read_run_log
+from seqlen_curriculum.run_folder.run_log import RunLog, losses, read_run_log, records_after
 
 ROOT = Path(__file__).parent.parent
 
@@ -68,6 +70,59 @@ def test_bytes_that_are_no_text_do_not_stop_a_resume(tmp_path):
     with path.open("ab") as file:
         file.write(b"\xff\xfe\n")
     assert RunLog.rewind(path, 1) == 3
+
+
+def test_rewind_counts_and_keeps_what_reading_every_line_would(tmp_path):
+    path = written(tmp_path / "runlog.jsonl", 9)
+    whole = path.read_bytes()
+    for step in range(11):
+        path.write_bytes(whole + b'{"step": 10, "lo')
+        kept = [line for line in whole.splitlines(keepends=True) if json.loads(line)["step"] <= step]
+        assert RunLog.rewind(path, step) == 14 - len(kept)  # 9 steps, 4 evaluations and the torn line
+        assert path.read_bytes() == b"".join(kept)
+
+
+def test_a_long_log_is_rewound_and_summed_without_being_held_in_memory(tmp_path):
+    path, steps = tmp_path / "runlog.jsonl", 100_000
+    with path.open("w") as file:
+        for step in range(1, steps + 1):
+            file.write(json.dumps(step_record(step)) + "\n")
+    assert path.stat().st_size > 12_000_000
+    tracemalloc.start()
+    least, count = math.inf, 0
+    for loss in losses(path):
+        least, count = min(least, loss), count + 1
+    assert (least, count) == (5 - steps / 10, steps)
+    assert sum(record["seconds"] for record in records_after(path, steps - 10)) == 5.0
+    assert RunLog.rewind(path, steps - 10) == 10
+    assert tracemalloc.get_traced_memory()[1] < 6_000_000
+    tracemalloc.stop()
+    assert RunLog.rewind(path, steps - 10) == 0
+
+
+def test_losses_are_those_of_training_steps_in_whole_lines(tmp_path):
+    path = written(tmp_path / "runlog.jsonl", 4)  # evaluations have a valid_loss
+    log = RunLog(path)
+    log.write({"step": 5, "seqlen": 40, "rows": 4, "consumed_tokens": 480, "skipped": True})
+    log.write(step_record(6, loss=1e-05))
+    log.write(step_record(7, loss=-2.5e16))
+    log.write({"step": 8, "loss": 3})
+    log.close()
+    with path.open("a") as file:
+        file.write('{"step": 9, "loss": 2.5')
+    expected = [record["loss"] for record in read_run_log(path) if "loss" in record]
+    assert list(losses(path)) == expected
+    assert expected[-3:] == [1e-05, -2.5e16, 3]
+
+
+def test_a_write_cut_short_is_an_error(tmp_path):
+    log = RunLog(tmp_path / "runlog.jsonl")
+    whole = log._file
+    log._file = SimpleNamespace(write=lambda line: whole.write(line[:5]), fileno=whole.fileno, close=whole.close)
+    with pytest.raises(DataError, match=r"can't be written \(No space left"):
+        log.write(step_record(1))
+    log.close()
+    assert RunLog.rewind(tmp_path / "runlog.jsonl", 0) == 1
 
 
 def test_only_json_numbers_are_written(tmp_path):

@@ -96,6 +96,7 @@ def trainer_of(one_rank, tmp_path):
                 guard=SpikeGuard(config.training, rollbacks, LossesSoFar()),
                 signals=StopSignals(),
                 save=lambda *_: None,
+                wait_for_checkpoint=lambda: None,
                 evaluations=Evaluations(),
                 **more,
             )

@@ -29,6 +29,9 @@ class TrainingConfig(Section):
     newest checkpoint from before the last ``spike_skip_steps`` steps stays too, because a rollback returns to it."""
     save_steps: list[Count] = Field(default_factory=list)
     """Further steps to save at; ``keep_last`` never deletes these checkpoints."""
+    async_checkpoints: bool = False
+    """Copy the state to host memory and write it to disk while training continues. A checkpoint counts once all ranks have
+    written theirs, so a kill costs no more steps than without; each rank needs memory for what it saves."""
     on_spike: Literal["log", "stop", "rollback"] = "log"
     """What to do at a step whose training loss exceeds ``spike_ratio`` x the minimum of all earlier ones (the paper's loss
     ratio). ``log`` records it. ``stop`` ends the run without saving. ``rollback`` returns to a checkpoint, skips the steps

@@ -14,8 +14,14 @@ from seqlen_curriculum.analysis.run import Run
 from seqlen_curriculum.data.tokenizer import END_OF_TEXT, tokenizer_files
 from seqlen_curriculum.errors import CheckpointError, ConfigError
 from seqlen_curriculum.export.model_card import ModelCard
-from seqlen_curriculum.files import move, new_folder
-from seqlen_curriculum.models.pretrained import copy_tokenizer, load_model, load_tokenizer, model_folder, quiet
+from seqlen_curriculum.files import move, new_folder, sync_tree
+from seqlen_curriculum.models.pretrained import (
+    copy_tokenizer,
+    load_model,
+    load_tokenizer,
+    model_folder,
+    save_pretrained,
+)
 from seqlen_curriculum.run_folder import MANIFEST
 from seqlen_curriculum.run_folder.checkpoint_manifest import Checkpoint, read_checkpoint
 from seqlen_curriculum.run_folder.model_folder import sizes_in
@@ -54,6 +60,7 @@ def export(source: Path, out: Path, dtype: str | None = None, tokenizer: Path | 
         shutil.rmtree(unfinished, ignore_errors=True)  # left by a kill
         unfinished.mkdir(parents=True)
         _write(unfinished, out.resolve().name, model, files, checkpoint, run)
+        sync_tree(unfinished)
         move(unfinished, out.resolve())
     except OSError as error:
         raise CheckpointError(
@@ -94,10 +101,7 @@ def prepare_to_generate(model: Any, end_of_text: int | None) -> None:
 def _write(
     folder: Path, name: str, model: Any, tokenizer: Path | None, checkpoint: Checkpoint | None, run: Run | None
 ) -> None:
-    with quiet():
-        model.save_pretrained(folder)
-    for weights in folder.glob("*.safetensors"):
-        shutil.copymode(folder / "config.json", weights)  # safetensors makes files that only their owner can read
+    save_pretrained(model, folder)
     if tokenizer is not None:
         copy_tokenizer(tokenizer, folder)
     has_curves = run is not None and bool(run.steps)

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, GPT
 from seqlen_curriculum.config.model import ModelConfig
 from seqlen_curriculum.errors import CheckpointError, ConfigError
 from seqlen_curriculum.models.gpt2 import CausalLM, build_gpt2, checkpoint_activations, save_hf
-from seqlen_curriculum.models.pretrained import load_model, quiet, replace_invalid_generation_config
+from seqlen_curriculum.models.pretrained import load_model, quiet, replace_invalid_generation_config, save_pretrained
 
 __all__ = ["AnyCausalLM", "build_model", "save_model"]
 
@@ -127,7 +127,6 @@ def save_model(model: CausalLM | AnyCausalLM, folder: Path, weights: Mapping[str
         return
     persistent = {name: buffer for name, buffer in model.lm.named_buffers() if name in model.lm.state_dict()}
     tensors = {**persistent, **{name.removeprefix("lm."): tensor.contiguous() for name, tensor in weights.items()}}
-    with quiet():
-        model.lm.save_pretrained(folder, state_dict=tensors)
+    save_pretrained(model.lm, folder, tensors)
     if not any(folder.glob("model*.safetensors")):
         raise CheckpointError(f"{folder}: transformers wrote no model.safetensors for {type(model.lm).__name__}")

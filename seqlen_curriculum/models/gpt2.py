@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AttentionInterface, GPT2Config, GPT2LMHeadModel
@@ -20,7 +19,7 @@ from transformers import AttentionInterface, GPT2Config, GPT2LMHeadModel
 from seqlen_curriculum.config.model import ModelConfig
 from seqlen_curriculum.errors import ConfigError
 from seqlen_curriculum.models.cross_entropy import mean_cross_entropy
-from seqlen_curriculum.models.pretrained import quiet
+from seqlen_curriculum.models.pretrained import quiet, save_weights
 
 __all__ = [
     "CausalLM",
@@ -204,7 +203,7 @@ def save_hf(model: CausalLM, folder: str | Path, state_dict: Mapping[str, Tensor
     tensors.pop("lm_head.weight", None)  # tied; loading ties it again
     Path(folder).mkdir(parents=True, exist_ok=True)
     save_config(model, folder, tensors["transformer.wte.weight"].dtype)
-    save_file(tensors, Path(folder) / "model.safetensors", metadata={"format": "pt"})
+    save_weights(tensors, Path(folder) / "model.safetensors")
 
 
 def save_config(model: CausalLM, folder: str | Path, dtype: torch.dtype) -> None:

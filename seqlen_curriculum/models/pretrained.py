@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
 from transformers.utils import logging
 
 from seqlen_curriculum.data.tokenizer import END_OF_TEXT, read_tokenizer, tokenizer_files, vocab_size
 from seqlen_curriculum.errors import CheckpointError, ConfigError
+from seqlen_curriculum.files import follow_umask
 from seqlen_curriculum.run_folder.model_folder import model_folder, vocabulary
 
 __all__ = [
@@ -24,7 +26,9 @@ __all__ = [
     "model_folder",
     "quiet",
     "replace_invalid_generation_config",
+    "save_pretrained",
     "save_tokenizer",
+    "save_weights",
 ]
 
 _TOKENIZER_FILES = (
@@ -67,6 +71,20 @@ def load_model(path: Path, dtype: torch.dtype | None = torch.float32, padding: b
             model.resize_token_embeddings(size)
     replace_invalid_generation_config(model)
     return model.eval()
+
+
+def save_weights(weights: Mapping[str, torch.Tensor], path: Path) -> None:
+    """Write ``weights`` as safetensors for transformers, readable by those whom the umask allows."""
+    save_file(dict(weights), path, metadata={"format": "pt"})
+    follow_umask(path)
+
+
+def save_pretrained(model: Any, folder: Path, weights: Mapping[str, torch.Tensor] | None = None) -> None:
+    """Write transformers' ``model``, or ``weights`` in its place, into ``folder``, with modes that follow the umask."""
+    with quiet():
+        model.save_pretrained(folder, state_dict=weights)
+    for path in folder.glob("*.safetensors"):
+        follow_umask(path)
 
 
 def replace_invalid_generation_config(model: Any) -> None:

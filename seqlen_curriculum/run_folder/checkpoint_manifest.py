@@ -1,11 +1,14 @@
 """A checkpoint's ``complete.json``: what the folder ``global_step<N>`` holds.
 
-It is written last of all. A folder without it, or with a file that is missing or of another size, is no checkpoint.
+It is written last of all. A folder without it, or with a file that is missing or of another size, is no checkpoint. One
+whose files have other bytes than were written, or can't be read from a bad disk, is damaged.
 """
 
 from __future__ import annotations
 
+import errno
 import json
+import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,7 +17,7 @@ from pydantic import Field
 
 from seqlen_curriculum.errors import CheckpointError
 from seqlen_curriculum.fields import Count, CountOrZero, Section
-from seqlen_curriculum.files import replace_text
+from seqlen_curriculum.files import replace_text, sync
 from seqlen_curriculum.run_folder import CHECKPOINT_PREFIX, MANIFEST
 from seqlen_curriculum.run_folder.evaluations import Evaluations
 from seqlen_curriculum.run_folder.rollbacks import Rollback, begun_by, skip_same_steps
@@ -23,11 +26,15 @@ __all__ = [
     "Checkpoint",
     "Manifest",
     "checkpoint_folders",
+    "crc32",
+    "damage",
     "differences",
-    "file_sizes",
     "read_checkpoint",
-    "write_manifest",
+    "seal",
 ]
+
+_OWN_CRC32 = "crc32_of_this_file"
+_BLOCK_BYTES = 2**20
 
 
 class Manifest(Section):
@@ -46,8 +53,10 @@ class Manifest(Section):
     """Those whose skipped steps begin by ``step``: the weights depend on them."""
     evaluations: Evaluations = Field(default_factory=Evaluations)
     """Those up to ``step``."""
-    files: dict[str, int]
-    """``file_sizes`` of the folder, all its files but this one."""
+    files: dict[str, int] = Field(default_factory=dict)
+    """The size in bytes of each file below the folder but this one, by its path from there."""
+    crc32: dict[str, int] = Field(default_factory=dict)
+    """The CRC-32 of each of these files; a checkpoint of an earlier version has none."""
 
 
 class Checkpoint(Manifest):
@@ -65,10 +74,10 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: there is no such checkpoint folder; give one named {CHECKPOINT_PREFIX}<N>")
     try:
-        manifest = Manifest.model_validate_json((folder / MANIFEST).read_bytes())
+        manifest = Manifest.model_validate_json(_checked((folder / MANIFEST).read_bytes()))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{folder}: no readable {MANIFEST}, so it is no complete checkpoint") from error
-    # Sizes tell a cut file from a whole one without reading gigabytes; damaged bytes show when the file is loaded.
+    # Sizes tell a cut file from a whole one without reading gigabytes; for damaged bytes see damage().
     for name, size in manifest.files.items():
         path = folder / name
         if not path.exists():
@@ -78,26 +87,74 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     return Checkpoint(folder=folder, **dict(manifest))
 
 
-def file_sizes(folder: Path) -> dict[str, int]:
-    """Return the size in bytes of each file below ``folder``, by its path from there."""
-    paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-    return {str(path.relative_to(folder)): path.stat().st_size for path in paths}
+def _checked(text: bytes) -> str:
+    """Return a ``complete.json`` without its own CRC-32. Raises ValueError where it isn't what was written."""
+    content = json.loads(text)
+    written = content.pop(_OWN_CRC32, None) if isinstance(content, dict) else None
+    if written is not None and written != _crc32_of(content):
+        raise ValueError(f"{MANIFEST} has other bytes than were written")
+    return json.dumps(content)
 
 
-def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write ``complete.json`` into ``folder``. Raises OSError."""
-    replace_text(folder / MANIFEST, json.dumps(manifest.model_dump(mode="json"), indent=2))
+def _crc32_of(content: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(content, sort_keys=True).encode())
+
+
+def crc32(path: Path) -> int:
+    """Return the CRC-32 of a file's content. Raises OSError."""
+    value = 0
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK_BYTES):
+            value = zlib.crc32(block, value)
+    return value
+
+
+def damage(checkpoint: Checkpoint, part: int = 0, parts: int = 1) -> str:
+    """Read part ``part`` of ``parts`` of a checkpoint's files, and return how one of them is damaged; "" if none is.
+
+    Neither torch nor safetensors would notice: a weight with a flipped bit loads as another number. Raises OSError, but
+    not for a disk that can't read what it holds: that is damage.
+    """
+    for name in sorted(checkpoint.crc32)[part::parts]:
+        path = checkpoint.folder / name
+        try:
+            found = crc32(path)
+        except OSError as error:
+            if error.errno != errno.EIO:
+                raise
+            return f"{checkpoint.folder}: {name} can't be read ({error.strerror})"
+        if found != checkpoint.crc32[name]:
+            return f"{checkpoint.folder}: {name} has other bytes than were written (CRC-32 {found:08x})"
+    return ""
+
+
+def seal(folder: Path, manifest: Manifest, written: Mapping[str, int]) -> None:
+    """Make all of ``folder`` durable and complete it with its ``manifest``, which gets the files' sizes and CRC-32s.
+
+    ``written`` has the CRC-32 of the files that other ranks have made durable. Raises OSError.
+    """
+    crcs = dict(written)
+    paths = sorted(folder.rglob("*"))
+    names = {str(path.relative_to(folder)): path for path in paths if path.is_file()}
+    for name, path in names.items():
+        if name not in crcs:
+            sync(path)
+            crcs[name] = crc32(path)
+    for path in paths:
+        if path.is_dir():
+            sync(path)
+    sizes = {name: path.stat().st_size for name, path in names.items()}
+    content = manifest.model_copy(update={"files": sizes, "crc32": crcs}).model_dump(mode="json")
+    # On return the disk has the folder's own names too.
+    replace_text(folder / MANIFEST, json.dumps({**content, _OWN_CRC32: _crc32_of(content)}, indent=2))
 
 
 def checkpoint_folders(save: Path) -> list[Path]:
     """Return the folders in ``save`` that are named like checkpoints, oldest first, whole or not."""
 
-    # By number: as text, global_step9 would come after global_step10.
-    def step(folder: Path) -> int:
-        digits = folder.name.removeprefix(CHECKPOINT_PREFIX)
-        return int(digits) if digits.isdigit() else -1
-
-    return sorted(save.glob(f"{CHECKPOINT_PREFIX}*"), key=step)
+    # By number: as text, global_step9 would come after global_step10. Not global_step9.damaged.
+    folders = {folder.name.removeprefix(CHECKPOINT_PREFIX): folder for folder in save.glob(f"{CHECKPOINT_PREFIX}*")}
+    return [folders[step] for step in sorted(filter(str.isdigit, folders), key=int)]
 
 
 def differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> dict[str, str]:

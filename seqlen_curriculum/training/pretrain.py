@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,8 @@ from seqlen_curriculum.config.run import RunConfig
 from seqlen_curriculum.data.samples import Samples
 from seqlen_curriculum.data.tokenizer import read_tokenizer, tokenizer_files
 from seqlen_curriculum.data.training_data import TrainingData
-from seqlen_curriculum.errors import CheckpointError
-from seqlen_curriculum.files import lock_folder
+from seqlen_curriculum.errors import CheckpointError, DivergenceError
+from seqlen_curriculum.files import lock_folder, sync
 from seqlen_curriculum.models.causal_lm import build_model
 from seqlen_curriculum.models.gpt2 import CausalLM, set_window
 from seqlen_curriculum.models.pretrained import copy_tokenizer
@@ -24,9 +25,10 @@ from seqlen_curriculum.run_folder.checkpoint_manifest import Checkpoint
 from seqlen_curriculum.run_folder.evaluations import Evaluations
 from seqlen_curriculum.run_folder.run_log import RunLog, read_run_log
 from seqlen_curriculum.training.build import build_executor
-from seqlen_curriculum.training.checkpoint import Checkpoints, on_rank_0
+from seqlen_curriculum.training.checkpoint import Checkpoints
 from seqlen_curriculum.training.compile import compile_blocks, is_compiled
 from seqlen_curriculum.training.deterministic import be_deterministic
+from seqlen_curriculum.training.ranks import on_rank_0
 from seqlen_curriculum.training.rollback import log_skipped_steps, read_losses, roll_back
 from seqlen_curriculum.training.run_info import record_launch
 from seqlen_curriculum.training.spike_guard import RollbackRequested, SpikeGuard
@@ -86,6 +88,8 @@ class _Pretraining:
             {**config.settings(), **_data_settings(train)},
             self.settings.spike_skip_steps if self.settings.on_spike == "rollback" else 0,
             self.settings.save_steps,
+            self.settings.async_checkpoints,
+            self.signals.stop,
         )
         self.checkpoint = self._claim_folder(config, resume)
         self._build(config, config.model)
@@ -108,7 +112,7 @@ class _Pretraining:
         # Models other than GPT-2 may draw in many ways: dropout of their own, dropped layers, noise in a router.
         self.has_dropout = model_config.dropout > 0 or not model_config.is_gpt2
         rate = self.plan.learning_rate if self.plan.lr_params is not None else None
-        self.executor, self._write_weights = build_executor(
+        self.executor, self._weights_writer = build_executor(
             config.keys, config.deepspeed, self.model, self.plan.scheduler, rate
         )
         self.utilization = utilization_of(self.executor.engine, model_config)
@@ -122,6 +126,10 @@ class _Pretraining:
             while True:
                 try:
                     return self.train_from(self.checkpoint)
+                except DivergenceError:  # of later steps than those of a checkpoint that is still being written
+                    with suppress(CheckpointError):
+                        self.checkpoints.wait()
+                    raise
                 except RollbackRequested as request:
                     self.checkpoint = roll_back(self.checkpoints, self.log, request.spike)
 
@@ -156,6 +164,7 @@ class _Pretraining:
             guard=SpikeGuard(self.settings, self.checkpoints.rollbacks or (), losses),
             signals=self.signals,
             save=self.save_checkpoint,
+            wait_for_checkpoint=self.checkpoints.wait,
             evaluations=evaluations,
             sample_log=RunLog(self.save / f"samples.rank{rank}.jsonl") if logs_samples else None,
             set_window=self._set_window if plan.shortening.method == "window" else None,
@@ -168,14 +177,23 @@ class _Pretraining:
         set_window(self.model, seqlen, restart_positions=self.plan.scheduler.config.restart_positions)
 
     def save_checkpoint(self, step: int, evaluations: Evaluations) -> None:
-        """Save a checkpoint of ``step`` on all ranks. Raises CheckpointError."""
-        self.checkpoints.save(self.executor.engine, step, self._write_model, evaluations)
+        """Save a checkpoint of ``step`` on all ranks, in the background if so configured. Raises CheckpointError."""
+        self.checkpoints.save(self.executor.engine, step, self._model_writer, evaluations)
 
-    def _write_model(self, folder: Path) -> None:
-        """Write the weights and the tokenizer's files, so that ``folder`` is all that text needs."""
-        self._write_weights(folder)
-        if self.tokenizer is not None:
-            on_rank_0(partial(copy_tokenizer, self.tokenizer, folder))
+    def _model_writer(self) -> Callable[[Path], None]:
+        """Return what writes the weights and the tokenizer's files, so that the folder is all that text needs."""
+        write_weights = self._weights_writer()
+
+        def write(folder: Path) -> None:
+            write_weights(folder)
+            if dist.get_rank() != 0:
+                return
+            if self.tokenizer is not None:
+                copy_tokenizer(self.tokenizer, folder)
+            if self.log.exists():
+                sync(self.log)  # a run must not resume after steps that a power cut has taken from its log
+
+        return write
 
     def _rewind_logs(self, done_steps: int) -> None:
         """Drop the records after the checkpoint: training writes them again, with the same values."""

@@ -9,8 +9,9 @@ from seqlen_curriculum.errors import DivergenceError
 from seqlen_curriculum.run_folder import ROLLBACKS
 from seqlen_curriculum.run_folder.checkpoint_manifest import Checkpoint
 from seqlen_curriculum.run_folder.rollbacks import Rollback, skipped_window
-from seqlen_curriculum.run_folder.run_log import read_run_log
-from seqlen_curriculum.training.checkpoint import Checkpoints, on_rank_0
+from seqlen_curriculum.run_folder.run_log import losses, records_after
+from seqlen_curriculum.training.checkpoint import Checkpoints
+from seqlen_curriculum.training.ranks import on_rank_0
 from seqlen_curriculum.training.spike_guard import MOST_ROLLBACKS, REMEDIES, LossesSoFar, Spike
 from seqlen_curriculum.training.telemetry import log_rank0
 
@@ -23,8 +24,7 @@ def read_losses(log: Path, spike_ratio: float) -> LossesSoFar:
     """Return the summary of the losses in the run log, the same on all ranks."""
 
     def read() -> LossesSoFar:
-        records = read_run_log(log) if log.exists() else ()
-        return LossesSoFar.of((record["loss"] for record in records if "loss" in record), spike_ratio)
+        return LossesSoFar.of(losses(log) if log.exists() else (), spike_ratio)
 
     return on_rank_0(read)
 
@@ -43,6 +43,7 @@ def roll_back(checkpoints: Checkpoints, log: Path, spike: Spike) -> Checkpoint:
     ``log`` is the run log with the steps that are discarded. Raises DivergenceError if no checkpoint from before the
     skipped steps is kept, or after MOST_ROLLBACKS.
     """
+    checkpoints.wait()
     done, (first, last) = checkpoints.rollbacks or (), skipped_window(spike.step, checkpoints.skip_steps)
     if len(done) >= MOST_ROLLBACKS:
         or_log = f"; or set {_LOG_INSTEAD}, and rerun the same command" if spike.is_finite else ""
@@ -51,13 +52,12 @@ def roll_back(checkpoints: Checkpoints, log: Path, spike: Spike) -> Checkpoint:
             f"stops: it is not the data of single steps. {REMEDIES}{or_log}"
         )
     kept = on_rank_0(checkpoints.complete)
-    old_enough = [checkpoint for checkpoint in kept if checkpoint.step < first]
-    if not old_enough:
+    newest = checkpoints.newest_whole([checkpoint for checkpoint in kept if checkpoint.step < first])
+    if newest is None:
         raise DivergenceError(
             f"{spike.message}; a rollback skips steps {first} to {last}, and no checkpoint from before them is kept. "
             + _ways_on(spike, kept)
         )
-    newest = old_enough[-1]
     log_rank0(f"{spike.message}; returning to step {newest.step}, to skip steps {first} to {last}")
     seconds = on_rank_0(lambda: seconds_after(log, newest.step))
     # Once the rollback is in rollbacks.json nothing else has to happen: whatever a kill prevents, the next launch redoes.
@@ -76,4 +76,4 @@ def _ways_on(spike: Spike, kept: Sequence[Checkpoint]) -> str:
 
 def seconds_after(log: Path, step: int) -> float:
     """Return the seconds spent on the steps and evaluations logged after ``step``."""
-    return float(sum(record.get("seconds", 0.0) for record in read_run_log(log) if record["step"] > step))
+    return float(sum(record.get("seconds", 0.0) for record in records_after(log, step)))

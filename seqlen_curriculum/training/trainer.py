@@ -53,7 +53,9 @@ class Trainer:
     guard: SpikeGuard
     signals: StopSignals
     save: Callable[[int, Evaluations], None]
-    """Writes the checkpoint of a step; called on all ranks."""
+    """Writes the checkpoint of a step, or begins to; called on all ranks."""
+    wait_for_checkpoint: Callable[[], None]
+    """Waits until the checkpoints that were begun are complete; called on all ranks."""
     evaluations: Evaluations
     """What earlier evaluations decided."""
     sample_log: RunLog | None = None
@@ -100,6 +102,7 @@ class Trainer:
             if asked_for or self._is_due(step, self.settings.save_interval):
                 with self.telemetry.saving():
                     self.save(step, self.evaluations)
+        self.wait_for_checkpoint()
         return self._report_end(step, first_step, stop)
 
     def _report_end(self, step: int, first_step: int, stop: bool) -> Ending:
@@ -255,6 +258,10 @@ class StopSignals:
     def __enter__(self) -> StopSignals:
         self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
         return self
+
+    def stop(self) -> None:
+        """Stop the run as a signal does."""
+        self.received = True
 
     def _note(self, number: int, _frame: object) -> None:
         if self._interrupted and number == signal.SIGINT:

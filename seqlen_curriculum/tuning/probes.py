@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 from seqlen_curriculum.config.equivalence import count_identical_steps
 from seqlen_curriculum.config.run import RunConfig
 from seqlen_curriculum.errors import DIVERGED, CheckpointError, SeqlenCurriculumError
-from seqlen_curriculum.files import is_locked, lock_of, move, replace_text, try_lock
+from seqlen_curriculum.files import is_locked, lock_of, move, replace_text, sync_tree, try_lock
 from seqlen_curriculum.run_folder import RUN_LOG
 from seqlen_curriculum.run_folder.checkpoint_manifest import Checkpoint, checkpoint_folders, read_checkpoint
 from seqlen_curriculum.run_folder.ratios import perplexity_ratios
@@ -190,6 +190,7 @@ def inherit(run: ProbeRun, donors: Sequence[ProbeRun], until_step: int) -> int:
     # The donor's log continues after the checkpoint: of 15 logged steps, a run that inherits step 6 keeps 6.
     shutil.copy(donor.save / RUN_LOG, unfinished / RUN_LOG)
     RunLog.rewind(unfinished / RUN_LOG, step)
+    sync_tree(unfinished)
     move(unfinished, run.save)
     return step
 

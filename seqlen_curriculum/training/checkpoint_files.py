@@ -1,0 +1,216 @@
+"""The files of a checkpoint: written and flushed by every rank, at once or in a thread beside training.
+
+Ranks report through torch's store. A thread can't use collectives: they would mix with those of the training loop.
+"""
+
+from __future__ import annotations
+
+import datetime
+import io
+import itertools
+import json
+import os
+import threading
+import traceback
+import zlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from deepspeed import comm as dist
+from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
+from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
+
+from seqlen_curriculum.errors import SeqlenCurriculumError
+
+__all__ = ["ModelWriter", "PendingSave", "ShardFiles", "nothing_to_write", "shard_files", "write_part"]
+
+ModelWriter: TypeAlias = Callable[[], Callable[[Path], None]]
+"""Copies the weights to host memory, and returns what writes them into a folder; both are called on all ranks."""
+_AS_LONG_AS_IT_TAKES = datetime.timedelta(days=1)
+"""The launcher ends a launch with a dead rank."""
+_EXPECTED = (OSError, RuntimeError, MemoryError, SeqlenCurriculumError)
+"""Whose message says enough; torch reports some failed writes as a RuntimeError."""
+_numbers = itertools.count()
+
+
+class ShardFiles(CheckpointEngine):  # type: ignore[misc]
+    """Writes this rank's shards for DeepSpeed, in place of its own ``engine``; a file is durable once it is written.
+
+    ``in_background``: ``save`` serialises into host memory, which ``write_held`` writes. The bytes are the same.
+    """
+
+    def __init__(self, engine: TorchCheckpointEngine, in_background: bool) -> None:
+        super().__init__()
+        self._engine, self._in_background = engine, in_background
+        self._held: dict[Path, io.BytesIO] = {}
+        self.crc32: dict[Path, int] = {}
+        """Of the files that were written since ``begin``."""
+        self.problem = ""
+        """Why a file couldn't be written. Not raised, because the other ranks wait for this one inside DeepSpeed."""
+
+    def begin(self) -> None:
+        """Forget the checkpoint before."""
+        self._held, self.crc32, self.problem = {}, {}, ""
+
+    def create(self, info: Any) -> None:
+        """Let DeepSpeed announce the checkpoint."""
+        self._engine.create(info)
+
+    def save(self, state_dict: Any, path: str) -> None:
+        """Write ``state_dict`` as ``torch.save`` does, or hold what it writes."""
+        try:
+            if self._in_background:
+                held = io.BytesIO()
+                self._serialise(state_dict, held)
+                self._held[Path(path)] = held
+            else:
+                self._write(state_dict, path)
+        except (OSError, RuntimeError, MemoryError) as error:
+            self.problem = self.problem or str(error) or type(error).__name__
+
+    def _write(self, state_dict: Any, path: str) -> None:
+        with open(path, "wb") as file:
+            checked = _Checked(file)
+            try:
+                self._serialise(state_dict, checked)
+            except RuntimeError as error:  # torch's "unexpected pos", where a write has failed before
+                raise checked.error or error from error
+            _flush(file)
+        self.crc32[Path(path)] = checked.crc32
+
+    def _serialise(self, state_dict: Any, file: Any) -> None:
+        torch.save(state_dict, file, _use_new_zipfile_serialization=self._engine.zipfile_serialization)
+
+    def write_held(self) -> None:
+        """Write the files that are held, and free their memory. Raises OSError."""
+        while self._held:
+            path, held = self._held.popitem()
+            with open(path, "wb") as file, held.getbuffer() as content:
+                file.write(content)
+                _flush(file)
+                self.crc32[path] = zlib.crc32(content)
+
+    def load(self, path: str, map_location: Any = None) -> Any:
+        """Read what ``save`` has written."""
+        return self._engine.load(path, map_location)
+
+    def commit(self, info: Any) -> bool:
+        """Return True: what makes a checkpoint complete is its manifest."""
+        return bool(self._engine.commit(info))
+
+
+def shard_files(engine: Any, in_background: bool) -> ShardFiles | None:
+    """Return what writes the shards of DeepSpeed's ``engine`` from here on, empty for the next checkpoint.
+
+    None where ``checkpoint.writer`` in the file asks for a way of DeepSpeed's own.
+    """
+    if type(engine.checkpoint_engine) is TorchCheckpointEngine:
+        engine.checkpoint_engine = ShardFiles(engine.checkpoint_engine, in_background)
+    if not isinstance(engine.checkpoint_engine, ShardFiles):
+        return None
+    engine.checkpoint_engine.begin()
+    return engine.checkpoint_engine
+
+
+def write_part(files: ShardFiles | None, folder: Path, write_model: Callable[[Path], None]) -> dict[str, int]:
+    """Write this rank's part of a checkpoint into ``folder``; return the CRC-32 of the files that are durable, by name."""
+    if files is not None:
+        if files.problem:
+            raise OSError(files.problem)
+        files.write_held()
+    write_model(folder)
+    return {str(path.relative_to(folder)): value for path, value in files.crc32.items()} if files is not None else {}
+
+
+def nothing_to_write(_folder: Path) -> None:
+    """Write nothing: another rank has the weights."""
+
+
+class _Checked:
+    """A file open for writing, and the CRC-32 of what goes into it."""
+
+    def __init__(self, file: io.BufferedWriter) -> None:
+        self._file, self.crc32 = file, 0
+        self.error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        self.crc32 = zlib.crc32(data, self.crc32)
+        try:
+            return self._file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
+
+    def flush(self) -> None:
+        self._file.flush()
+
+
+def _flush(file: io.BufferedWriter) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+class PendingSave:
+    """One checkpoint, from the moment that its content is known until it is complete or has failed, on all ranks alike.
+
+    ``store`` is a client of torch's store that nobody else waits with. ``write()`` writes this rank's files and returns
+    their CRC-32 by name. On rank 0 ``publish(files)`` then completes the checkpoint, with the files of all ranks;
+    ``fail(problem)`` cleans up instead, and returns the message for all ranks.
+    """
+
+    def __init__(
+        self,
+        store: Any,
+        write: Callable[[], dict[str, int]],
+        publish: Callable[[Mapping[str, int]], None],
+        fail: Callable[[str], str],
+    ) -> None:
+        self._store, self._write, self._publish, self._fail = store, write, publish, fail
+        self._key, self._thread = f"checkpoint/{next(_numbers)}", threading.Thread(target=self.run, daemon=True)
+
+    def start(self) -> None:
+        """Do ``run`` beside training."""
+        self._thread.start()
+
+    def run(self) -> None:
+        """Do this rank's part, and on rank 0 what remains once all ranks have done theirs."""
+        rank, files, problem = dist.get_rank(), {}, ""
+        try:
+            files = self._write()
+        except _EXPECTED as error:
+            problem = str(error) or type(error).__name__
+        except Exception as error:  # reported all the same: rank 0 waits for every rank
+            problem = f"{type(error).__name__}: {error}"
+            traceback.print_exc()
+        self._store.set(f"{self._key}/{rank}", json.dumps([files, problem]))
+        if rank == 0:
+            self._store.set(self._key, self._outcome())
+
+    def _outcome(self) -> str:
+        """Complete the checkpoint; return "" or what went wrong."""
+        names = [f"{self._key}/{rank}" for rank in range(dist.get_world_size())]
+        self._store.wait(names, _AS_LONG_AS_IT_TAKES)
+        reports = [json.loads(report) for report in self._store.multi_get(names)]
+        for name in names:
+            self._store.delete_key(name)
+        problems = [
+            f"rank {rank}: {problem}" if rank else problem for rank, (_, problem) in enumerate(reports) if problem
+        ]
+        if problems:
+            return self._fail(problems[0])
+        try:
+            self._publish({name: crc32 for files, _ in reports for name, crc32 in files.items()})
+        except SeqlenCurriculumError as error:
+            return str(error)
+        except Exception as error:
+            return self._fail(str(error))
+        return ""
+
+    def problem(self) -> str:
+        """Wait until the checkpoint is complete on all ranks; return "" or why it is not."""
+        if self._thread.is_alive():
+            self._thread.join()
+        self._store.wait([self._key], _AS_LONG_AS_IT_TAKES)
+        return str(self._store.get(self._key).decode())
