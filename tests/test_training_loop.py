@@ -13,7 +13,7 @@ from seqlen_curriculum.run_folder.evaluations import Evaluations
 from seqlen_curriculum.run_folder.rollbacks import Rollback
 from seqlen_curriculum.run_folder.run_log import read_run_log
 from seqlen_curriculum.training import outcome, preflight
-from seqlen_curriculum.training.executor import DataParallel, StepResult
+from seqlen_curriculum.training.executor import DataParallel, Pipeline, StepResult
 from seqlen_curriculum.training.outcome import share_outcome
 from seqlen_curriculum.training.seeding import row_seed, seed_generators
 from seqlen_curriculum.training.spike_guard import LossesSoFar, SpikeGuard
@@ -303,3 +303,20 @@ def test_preflight_asks_for_all_reports_at_once(monkeypatch):
     monkeypatch.setattr(preflight, "dist", SimpleNamespace(get_rank=lambda: 3, get_world_size=lambda: 1024))
     assert preflight._ranks_with("") == [700]
     assert asked == [("wait", 1024), ("multi_get", 1024)]
+
+
+def test_a_pipeline_evaluates_the_rows_of_its_own_copy_alone():
+    seen = []
+
+    class Engine:
+        is_data_parallel = True
+
+        def eval_batch(self, batches, num_micro_batches):
+            seen.append((list(batches), num_micro_batches, self.is_data_parallel))
+            return torch.tensor([2.5])
+
+    pipeline = Pipeline.__new__(Pipeline)
+    pipeline.engine = Engine()
+    assert pipeline.evaluate(("inputs", "targets")).shape == ()
+    assert seen == [([("inputs", "targets")], 1, False)]
+    assert pipeline.engine.is_data_parallel  # training averages over all copies

@@ -69,8 +69,10 @@ def _engine(
     mpu: Any = None,
 ) -> Any:
     # DeepSpeed's throughput timer waits for the device twice in each micro-batch; the run log has tokens/s without it.
-    timers = {"throughput": {"enabled": False}, **deepspeed_config.get("timers", {})}
-    weights, deepspeed_config = model.parameters(), {**deepspeed_config, "timers": timers}
+    timers = deepspeed_config.get("timers", {})
+    if isinstance(timers, Mapping):  # else DeepSpeed refuses it
+        deepspeed_config = {**deepspeed_config, "timers": {"throughput": {"enabled": False}, **timers}}
+    weights = model.parameters()
     engine, *_ = build_engine(deepspeed_config, scheduler, rate, model=model, model_parameters=weights, mpu=mpu)
     if engine.zero_optimization_stage() == 0 and (engine.fp16_enabled() or engine.bfloat16_enabled()):
         log_rank0(
