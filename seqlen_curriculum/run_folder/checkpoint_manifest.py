@@ -144,7 +144,7 @@ def seal(folder: Path, manifest: Manifest, written: Mapping[str, int]) -> None:
         if path.is_dir():
             sync(path)
     sizes = {name: path.stat().st_size for name, path in names.items()}
-    content = manifest.model_copy(update={"files": sizes, "crc32": crcs}).model_dump(mode="json")
+    content = manifest.model_copy(update={"files": sizes, "crc32": dict(sorted(crcs.items()))}).model_dump(mode="json")
     # On return the disk has the folder's own names too.
     replace_text(folder / MANIFEST, json.dumps({**content, _OWN_CRC32: _crc32_of(content)}, indent=2))
 
