@@ -53,7 +53,7 @@ class Manifest(Section):
     """Those whose skipped steps begin by ``step``: the weights depend on them."""
     evaluations: Evaluations = Field(default_factory=Evaluations)
     """Those up to ``step``."""
-    files: dict[str, int] = Field(default_factory=dict)
+    files: dict[str, int]
     """The size in bytes of each file below the folder but this one, by its path from there."""
     crc32: dict[str, int] = Field(default_factory=dict)
     """The CRC-32 of each of these files; a checkpoint of an earlier version has none."""
@@ -129,7 +129,7 @@ def damage(checkpoint: Checkpoint, part: int = 0, parts: int = 1) -> str:
 
 
 def seal(folder: Path, manifest: Manifest, written: Mapping[str, int]) -> None:
-    """Make all of ``folder`` durable and complete it with its ``manifest``, which gets the files' sizes and CRC-32s.
+    """Make all of ``folder`` durable and complete it with ``manifest``, given the sizes and CRC-32s of the files.
 
     ``written`` has the CRC-32 of the files that other ranks have made durable. Raises OSError.
     """
@@ -144,7 +144,7 @@ def seal(folder: Path, manifest: Manifest, written: Mapping[str, int]) -> None:
         if path.is_dir():
             sync(path)
     sizes = {name: path.stat().st_size for name, path in names.items()}
-    content = manifest.model_copy(update={"files": sizes, "crc32": crcs}).model_dump(mode="json")
+    content = manifest.model_copy(update={"files": sizes, "crc32": dict(sorted(crcs.items()))}).model_dump(mode="json")
     # On return the disk has the folder's own names too.
     replace_text(folder / MANIFEST, json.dumps({**content, _OWN_CRC32: _crc32_of(content)}, indent=2))
 

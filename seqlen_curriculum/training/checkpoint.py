@@ -101,6 +101,7 @@ class Checkpoints:
             run=self.run,
             rollbacks=begun_by(self.rollbacks or (), step),
             evaluations=evaluations or Evaluations(),
+            files={},
         )
         self._pending = PendingSave(
             self._store,

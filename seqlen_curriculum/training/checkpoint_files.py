@@ -184,6 +184,7 @@ class PendingSave:
         except Exception as error:  # reported all the same: rank 0 waits for every rank
             problem = f"{type(error).__name__}: {error}"
             traceback.print_exc()
+        self._write = dict  # frees the memory of the weights that were to be written
         self._store.set(f"{self._key}/{rank}", json.dumps([files, problem]))
         if rank == 0:
             self._store.set(self._key, self._outcome())
