@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from helpers.launching import launch
+from helpers.launching import forked, launch
 from helpers.models import make_models
 from helpers.runs import Runs
 from helpers.runs import run as run_of
@@ -146,7 +146,7 @@ def test_the_flag_continues_on_one_rank(trained, run_file, folders, tmp_path):
     shutil.copytree(trained["llama-zero3"], tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "global_step18")
     arguments = ["--config", run_file, "--hf-checkpoint", folders / "llama", "--save", tmp_path / "run"]
-    status, output = launch(tmp_path / "log", "scripts/train_gpt2.py", *arguments, ranks=1)
+    status, output = launch(tmp_path / "log", "scripts/train_gpt2.py", *arguments, launcher=forked)
     assert status == 0, output
     assert losses(tmp_path / "run") == pytest.approx(losses(trained["llama-zero3"]), rel=1e-4)
 

@@ -59,7 +59,7 @@ def test_the_benchmark_of_the_loop_trains_the_same_in_both(tmp_path, tiny_run):
     config, records = tmp_path / "run.json", tmp_path / "record.json"
     config.write_text(json.dumps(changed(tiny_run, model__dropout=0.0)))
     arguments = ["--config", config, "--rounds", 2, "--steps", 3, "--json", records]
-    status, output = launch(tmp_path / "log", "scripts/benchmark.py", "loop", *arguments)
+    status, output = launch(tmp_path / "log", "scripts/benchmark.py", "loop", *arguments, launcher=forked)
     assert status == 0, output
     record = json.loads(records.read_text())
     assert record["loss_difference"] == 0  # the same training, or the comparison means nothing

@@ -90,11 +90,11 @@ def test_the_default_limit_follows_the_steps_so_far():
 
 
 def test_all_ranks_show_where_they_hang(tiny_run, tmp_path):
-    from helpers.launching import launch, limit
+    from helpers.launching import forked, launch, limit
 
     run = {**tiny_run, "training": {**tiny_run["training"], "hang_seconds": limit(3), "preflight": False}}
     (tmp_path / "run.json").write_text(json.dumps(run))
-    status, output = launch(tmp_path / "log", __file__, tmp_path, ranks=2)
+    status, output = launch(tmp_path / "log", __file__, tmp_path, ranks=2, launcher=forked)
     assert status == HUNG, output
     for rank in (0, 1):
         assert f"rank {rank}: step {HANGS_AT} has not ended within {limit(3):g} s (training.hang_seconds; 0" in output

@@ -68,15 +68,21 @@ def forked(script: str | Path, *args: object, ranks: int = 1) -> Ranks:
     return Ranks(str(ROOT / script), list(map(str, args)), ranks)
 
 
-def start(command: list[str] | Ranks, log: Path, cwd: Path = ROOT, limits: Mapping[int, int] | None = None) -> Process:
+def start(
+    command: list[str] | Ranks,
+    log: Path,
+    cwd: Path = ROOT,
+    limits: Mapping[int, int] | None = None,
+    env: Mapping[str, str] | None = None,
+) -> Process:
     """Start a command in a session of its own, its output going to the file ``log``; ``stop`` it in the end.
 
-    limits: resource limits by their number in ``resource``.
+    limits: resource limits by their number in ``resource``. env: its environment, this one's if None.
     """
     limits = limits or {}
     if isinstance(command, Ranks):
         ranks = {"WORLD_SIZE": str(command.ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-        environment = {**_environment(), **ranks}
+        environment = {**_environment(env), **ranks}
         return _fork_server().start(command.script, command.arguments, command.ranks, log, cwd, environment, limits)
 
     def prepare() -> None:
@@ -90,7 +96,7 @@ def start(command: list[str] | Ranks, log: Path, cwd: Path = ROOT, limits: Mappi
             command,
             stdout=out,
             stderr=subprocess.STDOUT,
-            env=_environment(),
+            env=_environment(env),
             start_new_session=True,
             cwd=cwd,
             preexec_fn=prepare,
@@ -103,9 +109,10 @@ def free_port() -> str:
         return str(free.getsockname()[1])
 
 
-def _environment() -> dict[str, str]:
-    path = [str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])]
-    return {**os.environ, "DS_ACCELERATOR": "cpu", "PYTHONPATH": os.pathsep.join(path)}
+def _environment(env: Mapping[str, str] | None = None) -> dict[str, str]:
+    env = os.environ if env is None else env
+    path = [str(TESTS), *filter(None, [env.get("PYTHONPATH")])]
+    return {**env, "DS_ACCELERATOR": "cpu", "PYTHONPATH": os.pathsep.join(path)}
 
 
 @functools.cache
@@ -132,10 +139,14 @@ def remove_stale_locks() -> None:
 
 @contextlib.contextmanager
 def running(
-    command: list[str] | Ranks, log: Path, cwd: Path = ROOT, limits: Mapping[int, int] | None = None
+    command: list[str] | Ranks,
+    log: Path,
+    cwd: Path = ROOT,
+    limits: Mapping[int, int] | None = None,
+    env: Mapping[str, str] | None = None,
 ) -> Iterator[Process]:
     """Start a command and stop it at the end of the ``with`` block."""
-    process = start(command, log, cwd, limits)
+    process = start(command, log, cwd, limits, env)
     try:
         yield process
     finally:
