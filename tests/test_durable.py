@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from helpers.launching import launch_command, running
+from helpers.launching import forked, running
 from helpers.parts import Part, do_parts, launch_parts
 from helpers.runs import TRAIN, assert_same_run, do_run, has_reached, records
 
@@ -203,7 +203,7 @@ class Soak:
 
     def command(self, save, *sets):
         sets = [word for one in sets for word in ("--set", one)]
-        return launch_command(TRAIN, "--config", self.config, "--save", save, *sets)
+        return forked(TRAIN, "--config", self.config, "--save", save, *sets)
 
 
 @pytest.fixture(scope="module")
