@@ -34,9 +34,7 @@ def main() -> None:
         metavar="N",
         help="also show what each of N ranks does at every length, and estimate the hours",
     )
-    parser.add_argument(
-        "--gpus-per-node", type=int, default=8, metavar="N", help="ranks of a node, with --ranks (default: 8)"
-    )
+    parser.add_argument("--gpus-per-node", type=int, metavar="N", help="ranks of a node, with --ranks (default: 8)")
     parser.add_argument(
         "--tflops",
         type=float,
@@ -55,8 +53,9 @@ def main() -> None:
     if bool(args.config) == bool(args.compare):
         raise ConfigError("FILE, --compare: give either the file of one run, or --compare with those of several")
     names = short_names("--compare", args.compare or [args.config])
-    if args.tflops is not None and args.ranks is None:
-        raise ConfigError("--tflops: is for the hours on a number of ranks; give --ranks too")
+    for flag, value in {"--tflops": args.tflops, "--gpus-per-node": args.gpus_per_node}.items():
+        if value is not None and args.ranks is None:
+            raise ConfigError(f"{flag}: {value} is for the hours on a number of ranks; give --ranks too")
     png = picture_path("--png", args.png) if args.png else None
 
     # After --help: numpy and pydantic take a moment.
@@ -65,7 +64,8 @@ def main() -> None:
 
     flags = None
     if args.ranks is not None:
-        flags = ranks.RankFlags(ranks=args.ranks, gpus_per_node=args.gpus_per_node, tflops=args.tflops)
+        per_node = 8 if args.gpus_per_node is None else args.gpus_per_node
+        flags = ranks.RankFlags(ranks=args.ranks, gpus_per_node=per_node, tflops=args.tflops)
     plans = {}
     configs = {name: RunConfig.load(path, args.set, require=("training",)) for name, path in names.items()}
     for name, config in configs.items():

@@ -6,7 +6,7 @@ Example:
       --save runs/more
 
 Rerun the same command to resume from the newest complete checkpoint in --save. The exit status is 0 after the last step or
---until-step, 75 after SIGTERM or SIGINT (saved), 3 if training diverged, else 1.
+--until-step, 75 after SIGTERM or SIGINT (saved), 3 if training diverged, 5 if a step hung, else 1.
 """
 
 import json

@@ -27,6 +27,9 @@ _MPI_VARIABLES = (
 )
 """Where each mpirun puts the rank, the ranks, and both among the processes of the node."""
 
+_VISIBLE_DEVICES = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "ZE_AFFINITY_MASK")
+"""What shows a process some of the node's devices."""
+
 
 class Launch(NamedTuple):
     """The place of this process among those that one command has started."""
@@ -152,9 +155,10 @@ def device_number(local_rank: int, devices: int) -> int:
 
     A launcher may show each process its own device alone (Slurm's ``--gpus-per-task``): then it is number 0.
     """
-    if devices > 1 and local_rank >= devices:
+    is_shown_one = devices == 1 and any(os.environ.get(name) for name in _VISIBLE_DEVICES)
+    if local_rank >= devices and not is_shown_one:
         raise ConfigError(
             f"LOCAL_RANK {local_rank}: {devices} GPUs are seen on this node, numbers 0 to {devices - 1}; start no more than "
             f"{devices} ranks a node"
         )
-    return local_rank if devices > 1 else 0
+    return 0 if is_shown_one else local_rank

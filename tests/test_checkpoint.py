@@ -205,3 +205,22 @@ def test_a_folder_with_unusable_checkpoints_only_is_not_begun_anew(tmp_path):
     (tmp_path / "global_step6").mkdir()
     with pytest.raises(CheckpointError, match="no checkpoint to continue it"):
         refuse_other_run(tmp_path, "auto", None)
+
+
+def test_damaged_weights_are_read_by_no_command(tmp_path, capsys):
+    from seqlen_curriculum.run_folder.checkpoint_manifest import damage, read_checkpoint
+    from seqlen_curriculum.run_folder.model_folder import model_folder
+
+    older, newer = tmp_path / "global_step6", tmp_path / "global_step9"
+    for folder in (older, newer):
+        folder.mkdir()
+        (folder / "states.pt").write_bytes(b"shards, which training alone reads")
+        sealed(folder, "model.safetensors")
+    (newer / "states.pt").write_bytes(b"shards, which training only reads.")
+    assert model_folder(tmp_path) == newer
+    assert "states.pt" in damage(read_checkpoint(newer))
+    (newer / "model.safetensors").write_bytes(b"123456788")
+    assert model_folder(tmp_path) == older
+    assert f"{newer}: model.safetensors has other bytes" in capsys.readouterr().err
+    with pytest.raises(CheckpointError, match=r"model\.safetensors has other bytes .*another checkpoint"):
+        model_folder(newer)

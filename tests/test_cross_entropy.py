@@ -112,6 +112,14 @@ def test_gpu_chunks_equal_plain_cross_entropy(chunks: int) -> None:
     assert relative_error(evaluated, loss.detach()) < 1e-6
 
 
+def test_many_tokens_of_one_target_do_not_overflow_a_chunk_in_fp16() -> None:
+    hidden = torch.full((21344, 8), 8.0, dtype=torch.float16).requires_grad_()  # a chunk sums up 10672 * 8 > 65504
+    weight = torch.zeros(512, 8, dtype=torch.float16).requires_grad_()
+    loss = cross_entropy._chunked_cross_entropy(hidden, weight, torch.zeros(21344, dtype=torch.int64), 2)
+    (gradient,) = torch.autograd.grad(loss, [weight])
+    assert gradient[0].tolist() == pytest.approx([8 * (1 / 512 - 1)] * 8, rel=1e-3)
+
+
 @pytest.mark.parametrize(("dtype", "scale"), [(torch.bfloat16, 1.0), (torch.float16, 2.0**16)])
 @pytest.mark.parametrize("chunks", [2, 16])
 def test_gpu_chunks_err_at_most_twice_as_much_as_whole_logits(dtype: torch.dtype, scale: float, chunks: int) -> None:

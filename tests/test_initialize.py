@@ -45,3 +45,15 @@ def test_an_error_of_code_that_deepspeed_calls_back_passes_unchanged(monkeypatch
     with pytest.raises(type(error)) as raised:
         build_engine({}, None, rate)
     assert raised.value is error
+
+
+def test_a_monitor_without_its_key_is_named(monkeypatch):
+    class UsageError(Exception):
+        __module__ = "wandb.errors"
+
+    def connect(**_):
+        raise UsageError("No API key configured")
+
+    monkeypatch.setattr(deepspeed, "initialize", connect)
+    with pytest.raises(ConfigError, match=r"wandb: No API key configured; .* wandb\.enabled"):
+        build_engine({}, None)

@@ -115,8 +115,12 @@ def test_a_port_in_use_is_named_by_rank_0(started_by):
     assert problem.startswith("MASTER_PORT: 0 is no port to meet at")
 
 
-def test_each_rank_has_a_device_of_its_own():
+def test_each_rank_has_a_device_of_its_own(monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert [device_number(rank, 8) for rank in (0, 7)] == [0, 7]
+    with pytest.raises(ConfigError, match=r"LOCAL_RANK 1: 1 GPUs are seen .* no more than 1"):
+        device_number(1, 1)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
     assert device_number(3, 1) == 0  # Slurm shows each task its own GPU alone
     with pytest.raises(ConfigError, match=r"LOCAL_RANK 8: 8 GPUs are seen .* no more than 8"):
         device_number(8, 8)

@@ -60,6 +60,15 @@ def test_what_only_gpus_do_is_refused_without_one(accelerator, config):
     assert "needs a GPU, and none is seen" in problem
 
 
+def test_a_writer_of_deepspeeds_needs_its_launcher(monkeypatch, accelerator):
+    writer, compiled = {"checkpoint": {"writer": {"type": "fast"}}}, ["deepspeed_shm_comm"]
+    monkeypatch.delenv("CROSS_SIZE", raising=False)
+    (problem,) = problems(writer, compiled)
+    assert problem.startswith("checkpoint.writer: needs the variable CROSS_SIZE")
+    monkeypatch.setenv("CROSS_SIZE", "1")
+    assert problems(writer) == []
+
+
 def test_a_missing_compiler_matters_where_something_is_to_be_compiled(monkeypatch, accelerator):
     monkeypatch.setenv("PATH", "/nowhere")
     on_cpu, adam = problems(ADAM)

@@ -57,6 +57,17 @@ def test_a_step_that_does_not_end_is_found(ended):
     assert ended[0] == (2, 0.2)
 
 
+def test_skipped_steps_say_nothing_about_the_time_of_others():
+    dog = watched(hang_seconds=None)
+    with dog.step(1, is_skipped=True):
+        pass
+    assert dog.limit(2) == 3600  # as of a first step
+    with dog.step(2):
+        pass
+    dog.close()
+    assert dog.limit(3) == 600
+
+
 def test_compilation_does_not_count(ended):
     import torch
 

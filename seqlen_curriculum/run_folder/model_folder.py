@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,8 +16,9 @@ from safetensors import SafetensorError, safe_open
 
 from seqlen_curriculum.errors import CheckpointError, ConfigError
 from seqlen_curriculum.files import read_json
+from seqlen_curriculum.launchers import global_rank
 from seqlen_curriculum.run_folder import CHECKPOINT_PREFIX, MANIFEST
-from seqlen_curriculum.run_folder.checkpoint_manifest import checkpoint_folders, read_checkpoint
+from seqlen_curriculum.run_folder.checkpoint_manifest import checkpoint_folders, damage, read_checkpoint
 from seqlen_curriculum.run_folder.rollbacks import read_rollbacks
 
 __all__ = ["SIZES", "PretrainedModel", "model_folder", "no_size", "read_pretrained", "sizes_in", "vocabulary"]
@@ -170,7 +172,7 @@ def _shapes(path: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
 def model_folder(path: Path) -> Path:
     """Return the folder with a ``config.json`` that ``path`` means: itself, or a run's newest complete checkpoint.
 
-    A checkpoint is verified against its manifest. Raises CheckpointError.
+    The files of a checkpoint's model are compared with its manifest, byte by byte. Raises CheckpointError.
     """
     if not path.is_dir():
         problem = (
@@ -179,7 +181,8 @@ def model_folder(path: Path) -> Path:
         raise CheckpointError(f"{path}: {problem}: a checkpoint, a run's --save folder or a Hugging Face model")
     # .global_step<N>.tmp is a checkpoint that a kill left unfinished, with a config.json in it perhaps.
     if (path / MANIFEST).exists() or path.name.lstrip(".").startswith(CHECKPOINT_PREFIX):
-        read_checkpoint(path)
+        if problem := damage(read_checkpoint(path), shards=False):
+            raise CheckpointError(f"{problem}; give another checkpoint, or restore this one from a copy")
         return path
     if (path / "config.json").is_file():
         return path
@@ -195,9 +198,14 @@ def _newest_checkpoint(run: Path) -> Path:
         except CheckpointError as error:
             unusable.append(str(error))
             continue
-        if rollbacks is None or checkpoint.includes_rollbacks(rollbacks):
+        if rollbacks is not None and not checkpoint.includes_rollbacks(rollbacks):
+            unusable.append(f"{folder}: holds steps that a rollback discarded")
+        elif problem := damage(checkpoint, shards=False):
+            unusable.append(problem)
+            if global_rank() == 0:
+                print(f"warning: passing over an unusable checkpoint: {problem}", file=sys.stderr)
+        else:
             return folder
-        unusable.append(f"{folder}: holds steps that a rollback discarded")
     if unusable:
         raise CheckpointError(f"{run}: has no complete checkpoint; the newest of {len(unusable)}: {unusable[0]}")
     raise CheckpointError(

@@ -21,6 +21,7 @@ import torch
 from deepspeed import comm as dist
 from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
+from safetensors import SafetensorError
 
 from seqlen_curriculum.errors import SeqlenCurriculumError
 
@@ -30,7 +31,7 @@ ModelWriter: TypeAlias = Callable[[], Callable[[Path], None]]
 """Copies the weights to host memory, and returns what writes them into a folder; both are called on all ranks."""
 _AS_LONG_AS_IT_TAKES = datetime.timedelta(days=1)
 """The launcher ends a launch with a dead rank."""
-_EXPECTED = (OSError, RuntimeError, MemoryError, SeqlenCurriculumError)
+_EXPECTED = (OSError, RuntimeError, SafetensorError, MemoryError, SeqlenCurriculumError)
 """Whose message says enough; torch reports some failed writes as a RuntimeError."""
 _numbers = itertools.count()
 

@@ -36,6 +36,8 @@ Rate: TypeAlias = Callable[[float], TokenCosine | None]
 """The rate of every step, given the largest ``lr`` of the optimizer."""
 _REFUSING_PACKAGES = ("deepspeed", "pydantic", "torch")
 """Whose errors in ``deepspeed.initialize`` are about the configuration."""
+_MONITORS = {"wandb": "wandb", "comet_ml": "comet"}
+"""The sections of monitors that connect to a service, by their packages."""
 
 
 def initialize(*args: Any, curriculum_kwarg: str | None = None, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
@@ -64,11 +66,14 @@ def initialize(*args: Any, curriculum_kwarg: str | None = None, **kwargs: Any) -
         raise ConfigError("scheduler: the file asks for TokenCosineLR and lr_scheduler= is given too; keep one")
     scheduler = run.curriculum_scheduler() if run.curriculum or run.data else None
     rate = run.plan.learning_rate if run.scheduler is not None else None
-    if named is not None:  # DeepSpeed refuses a config given twice, and would read our sections from the file
-        named = argparse.Namespace(**{**vars(named), "deepspeed_config": None})
     if curriculum_kwarg is not None:
         _check_takes_length(given.get("model"), curriculum_kwarg, scheduler is not None)
     join_ranks(run.deepspeed)
+    if named is not None:  # DeepSpeed refuses a config given twice, and would read our sections from the file
+        values = {**vars(named), "deepspeed_config": None}
+        if "local_rank" in values:  # a rank that sees one device alone is its number 0
+            values["local_rank"] = int(os.environ.get("LOCAL_RANK", values["local_rank"]))
+        named = argparse.Namespace(**values)
     engine, *others = build_engine(run.deepspeed, scheduler, rate, args=named, **given)
     if not isinstance(engine, PipelineEngine):
         engine.register_forward_pre_hook(_follow_steps)
@@ -135,6 +140,13 @@ def _deepspeed_initialize(**arguments: Any) -> tuple[Any, ...]:
             raise
         raise ConfigError(
             f"DeepSpeed refuses its part of the configuration: {type(error).__name__}: {error}"
+        ) from error
+    except Exception as error:
+        package = type(error).__module__.partition(".")[0]  # such as wandb's, where no API key is set
+        if package not in _MONITORS:
+            raise
+        raise ConfigError(
+            f"{_MONITORS[package]}: {error}; fix it, or set {_MONITORS[package]}.enabled to false"
         ) from error
 
 

@@ -31,6 +31,7 @@ def machine_problems(deepspeed_config: Mapping[str, Any]) -> Iterator[str]:
     yield from _gpu(deepspeed_config)
     yield from _compilers(deepspeed_config)
     yield from _packages(deepspeed_config)
+    yield from _checkpoint_writer(deepspeed_config)
     yield from port_problem()
     yield from _shared_memory()
 
@@ -107,6 +108,14 @@ def _packages(config: Mapping[str, Any]) -> Iterator[str]:
         if _enabled(config, section) and importlib.util.find_spec(package) is None:
             install = package.replace("_", "-")
             yield f"{section}.enabled: true, but {package} isn't installed; pip install {install}, or set it to false"
+
+
+def _checkpoint_writer(config: Mapping[str, Any]) -> Iterator[str]:
+    if (config.get("checkpoint") or {}).get("writer") and not os.environ.get("CROSS_SIZE"):
+        yield (
+            "checkpoint.writer: needs the variable CROSS_SIZE, the number of nodes, which only the deepspeed launcher sets; "
+            "start with deepspeed, set CROSS_SIZE, or remove checkpoint.writer"
+        )
 
 
 def _shared_memory() -> Iterator[str]:

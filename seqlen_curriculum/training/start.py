@@ -27,12 +27,13 @@ def join_ranks(deepspeed_config: Mapping[str, Any]) -> None:
         return
     found = launch()
     fill_environment()
+    # Before anything is put on the current device, as collectives of objects do with their bytes: NCCL refuses two ranks on
+    # one device, and a context on the first device takes memory there.
+    get_accelerator().set_device(_own_device(found.local_rank if found else 0))
     set_up_extensions(is_first_of_node=found is None or found.local_rank == 0)
     problems = list(machine_problems(deepspeed_config))
     if problems:
         raise ConfigError(problems)
-    # Before the first collective: those of objects put their bytes on the current device, and NCCL refuses two ranks on one.
-    get_accelerator().set_device(_own_device(found.local_rank if found else 0))
     deepspeed.init_distributed()
 
 
@@ -42,5 +43,7 @@ def _own_device(local_rank: int) -> int:
     if accelerator.device_name() == "cpu":
         return local_rank
     number = device_number(local_rank, accelerator.device_count())
-    os.environ["LOCAL_RANK"] = str(number)
+    for name in ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK"):  # DeepSpeed requires that they are equal
+        if name in os.environ:
+            os.environ[name] = str(number)
     return number

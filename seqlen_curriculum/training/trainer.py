@@ -93,7 +93,7 @@ class Trainer:
         step, stop = first_step - 1, False
         while step < self._last_step and not stop:
             step += 1
-            with self.watchdog.step(step):
+            with self.watchdog.step(step, self.guard.skips(step)):
                 stop = self.step(step, self.signals.received)
             if self._is_due(step, self.settings.eval_interval):
                 self._evaluate(step)
