@@ -62,10 +62,9 @@ def main() -> None:
     from seqlen_curriculum.config.run import RunConfig
     from seqlen_curriculum.planning import ranks, summary
 
-    flags = None
-    if args.ranks is not None:
-        per_node = 8 if args.gpus_per_node is None else args.gpus_per_node
-        flags = ranks.RankFlags(ranks=args.ranks, gpus_per_node=per_node, tflops=args.tflops)
+    given = {"ranks": args.ranks, "gpus_per_node": args.gpus_per_node, "tflops": args.tflops}
+    given = {name: value for name, value in given.items() if value is not None}
+    flags = ranks.RankFlags(**given) if given else None
     plans = {}
     configs = {name: RunConfig.load(path, args.set, require=("training",)) for name, path in names.items()}
     for name, config in configs.items():

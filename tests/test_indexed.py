@@ -1,4 +1,5 @@
 import mmap
+import os
 import pickle
 import struct
 import warnings
@@ -373,10 +374,8 @@ def test_a_block_is_read_in_one_piece_and_ends_with_the_corpus(long_corpus: Inde
     assert pages.advised == [(start, 20_000 - start)]
 
 
+@pytest.mark.skipif(not os.path.exists("/proc/self/smaps"), reason="mapped files are listed in /proc/self/smaps")
 def test_the_system_reads_nothing_around_a_row(long_corpus: IndexedCorpus) -> None:
-    smaps = Path("/proc/self/smaps")
-    if not smaps.exists():
-        pytest.skip("no /proc/self/smaps")
-    blocks = smaps.read_text().split("VmFlags:")
+    blocks = Path("/proc/self/smaps").read_text().split("VmFlags:")
     (flags,) = (after.split("\n")[0] for before, after in pairwise(blocks) if "long.bin" in before)
     assert "rr" in flags.split()  # random read advised
