@@ -135,7 +135,7 @@ def need_launcher(script: str) -> None:
 
 
 class Parser(argparse.ArgumentParser):
-    """The flags of a command, whose description is printed as it is written.
+    """The flags of a command. Its description keeps its line breaks in ``--help``.
 
     Flags can't be abbreviated: ``--deepspeed`` is a flag of its own, not the beginning of ``--deepspeed_config``.
     """

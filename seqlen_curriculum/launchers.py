@@ -128,7 +128,7 @@ def fill_environment() -> None:
 def port_problem() -> Iterator[str]:
     """Yield a line if this is rank 0 and the ranks can't meet at MASTER_PORT, where it listens."""
     found, port = launch(), os.environ.get("MASTER_PORT", "")
-    if found and port == "0":  # torchrun hands it on as it is, and its ranks wait for each other without end
+    if found and port == "0":  # torchrun gives its ranks this very number, and they never meet
         yield "MASTER_PORT: 0 is no port to meet at; give another (torchrun: --standalone finds a free one on one node)"
         return
     # torchrun's own process listens there.

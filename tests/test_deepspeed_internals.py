@@ -169,7 +169,7 @@ SOURCES = [  # (owner, what must occur in its source), and who relies on it
     (
         DeepSpeedEngine,
         "optimizer_parameters.pop(TORCH_ADAM_PARAM",
-        "configs: torch_adam; what is left, as fused, goes on",
+        "configs: torch_adam; the other parameters, as fused, are torch.optim.AdamW's",
     ),
     (TorchBackend, "os.environ.get('LOCAL_RANK', 0)", "start.py: DeepSpeed takes it for the number of the device"),
     (TorchBackend, 'create_op_builder("ShareMemCommBuilder")', "machine.py: what is compiled on a CPU"),

@@ -450,8 +450,8 @@ def part(name, scenario, needs=(), **arguments):
 
 
 def parts_in(folder):
-    files = {name: folder / f"paper {name}.json" for name in ("as it is", "with fp16", "in fp32")}
-    files["as it is"].write_text(PAPER_JSON)
+    files = {name: folder / f"paper {name}.json" for name in ("unchanged", "with fp16", "in fp32")}
+    files["unchanged"].write_text(PAPER_JSON)
     paper = json.loads(PAPER_JSON)
     paper["optimizer"]["params"]["torch_adam"] = True  # DeepSpeed would compile its own for minutes
     files["with fp16"].write_text(json.dumps(paper))
@@ -486,7 +486,7 @@ def parts_in(folder):
             for tried in (False, True)
         ),
         part("out of memory", out_of_memory),
-        part("paper in deepspeed", paper_json_in_deepspeed, path=str(files["as it is"])),
+        part("paper in deepspeed", paper_json_in_deepspeed, path=str(files["unchanged"])),
         part("paper with fp16", paper_json, ("fp16",), path=str(files["with fp16"])),
         part("paper in fp32", paper_json, path=str(files["in fp32"])),
         part("own optimizer", own_optimizer),

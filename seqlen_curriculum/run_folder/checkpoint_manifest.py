@@ -77,7 +77,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         manifest = Manifest.model_validate_json(_checked((folder / MANIFEST).read_bytes()))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{folder}: no readable {MANIFEST}, so it is no complete checkpoint") from error
-    # Sizes tell a cut file from a whole one without reading gigabytes; for damaged bytes see damage().
+    # A file's size shows whether it is whole, without reading gigabytes. ``damage`` compares the bytes.
     for name, size in manifest.files.items():
         path = folder / name
         if not path.exists():

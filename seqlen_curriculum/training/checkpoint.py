@@ -234,7 +234,7 @@ class Checkpoints:
         self._make_newest(final)
 
     def _fail(self, unfinished: Path, final: Path, problem: str) -> str:
-        """Delete what was written of a checkpoint and return the message; a run whose loop goes on is asked to stop."""
+        """Delete what was written of a checkpoint, ask the training loop to stop, and return the message."""
         shutil.rmtree(unfinished, ignore_errors=True)
         kept = self.complete()
         intact = f"the checkpoint {kept[-1].folder} is intact" if kept else "there is no earlier checkpoint"

@@ -125,7 +125,7 @@ class _BareLoop:
     def train(self, data: Sequence[StepData], rates: Sequence[float]) -> None:
         """Do a step of each of ``data``, at its rate."""
         for one, rate in zip(data, rates, strict=True):
-            # Rows of a micro-batch may change from step to step, which DeepSpeed has to be told.
+            # DeepSpeed doesn't find out by itself how many rows the micro-batches of this step have.
             set_accumulation(self.engine, len(one.micro_batches[0][0]), len(one.micro_batches))
             for group in self.engine.optimizer.param_groups:
                 group["lr"] = rate

@@ -42,8 +42,8 @@ class Monitors:
         if self._csv is not None:
             self._csv.write_events(events)
         if self._wandb is not None:
-            # Without a step of W&B's own: it ignores what is logged at a lower one than before, and neither consumed tokens
-            # beside steps nor the repeated steps of a rollback, nor DeepSpeed's own values at numbers of samples, ascend.
+            # Without ``step=``: W&B ignores a row whose step is below that of an earlier row. A rollback repeats steps, and
+            # DeepSpeed logs values of its own at the number of samples, which is far above that of steps.
             self._wandb.log({name: value for name, value, _ in events} | places)
 
     def close(self) -> None:
@@ -67,7 +67,7 @@ class _CsvFiles:
     def _open(self, name: str) -> TextIO:
         path = self._folder / f"{name.replace('/', '_')}.csv"
         file = self._files[name] = path.open("a", buffering=1, encoding="utf-8")  # a line goes to the system at once
-        if not file.tell():
+        if file.tell() == 0:
             file.write(f"step,{name.rsplit('/', 1)[-1]}\n")
         return file
 
