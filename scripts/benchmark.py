@@ -3,7 +3,7 @@
 Example:
   deepspeed --num_accelerators 1 scripts/benchmark.py throughput --config configs/throughput_cpu.json --rounds 5
   python scripts/benchmark.py data --config configs/paper/gpt2_117m_bsz512_seqlen1k_slw60k.json --set data.leftovers=recycle
-  python scripts/benchmark.py loop --config configs/tiny_cpu.json --set model.num_layers=4 --rounds 30
+  python scripts/benchmark.py loop --config configs/tiny_cpu.json --set model.num_layers=4
 """
 
 import argparse
@@ -64,8 +64,8 @@ def main() -> None:
         "loop", help="CPU time of our training loop compared with a bare DeepSpeed loop, on one rank"
     )
     loop.set_defaults(measure=measure_loop)
-    loop.add_argument("--steps", type=int, default=10, metavar="N", help="steps of each loop in a round (default: 10)")
-    for kind, rounds in ((throughput, 5), (data, 20), (loop, 20)):
+    loop.add_argument("--steps", type=int, default=1, metavar="N", help="steps of each loop in a round (default: 1)")
+    for kind, rounds in ((throughput, 5), (data, 20), (loop, 300)):
         kind.add_argument("--config", required=True, metavar="FILE", help="the run's JSON file")
         kind.add_argument(
             "--set", action="append", default=[], metavar="KEY=VALUE", help="override, as training.seed=7"

@@ -177,13 +177,15 @@ def test_a_gpu_computes_logits_that_fit_in_one_piece() -> None:
     assert traffic.moved < 44 * 4096 * 50304  # bytes for each logit
 
 
-@pytest.mark.parametrize(("tokens", "width"), [(16384, 768), (16384, 2048), (65536, 2048)])
+@pytest.mark.parametrize(
+    ("tokens", "width", "most"), [(16384, 768, 1.05), (16384, 2048, 1.1), (65536, 2048, 1.1), (65536, 4096, 1.2)]
+)
 def test_gpu_chunks_move_little_more_than_whole_logits(
-    tokens: int, width: int, monkeypatch: pytest.MonkeyPatch
+    tokens: int, width: int, most: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     chunked = gpu_traffic(tokens, width, 50304)
     assert chunked.largest <= cross_entropy._MOST_LOGITS
     assert chunked.kernels < 100
     monkeypatch.setattr(cross_entropy, "_MOST_LOGITS", tokens * 50304)
     whole = gpu_traffic(tokens, width, 50304)
-    assert 1 < chunked.moved / whole.moved < 1.15
+    assert 1 < chunked.moved / whole.moved < most

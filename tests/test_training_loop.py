@@ -63,7 +63,7 @@ class RecordedEngine(torch.nn.Module):
     def fp16_enabled(self):
         return False
 
-    bfloat16_enabled = zero_optimization = fp16_enabled
+    bfloat16_enabled = zero_optimization = gradient_clipping = fp16_enabled
 
 
 @pytest.fixture
@@ -246,17 +246,17 @@ def test_a_norm_that_is_not_finite_breaks_the_step(one_rank, norm):
 
 
 def test_ranks_share_the_loss_and_the_flags_in_one_reduction(monkeypatch):
-    reduced = []
+    reduced, norm = [], float(torch.tensor(0.1))
 
     def all_reduce(values):
         reduced.append(values.tolist())
-        values.copy_(values + torch.tensor([5.0, 1.0, 0.0]))  # another rank's loss, and its wish to stop
+        values += torch.tensor([5.0, 1.0, norm])  # another rank's loss, its wish to stop, and the same norm
 
     monkeypatch.setattr(outcome, "dist", SimpleNamespace(get_world_size=lambda: 2, all_reduce=all_reduce))
     done = share_outcome(StepResult(torch.tensor(3.0, dtype=torch.float64), torch.tensor(0.1)))
-    assert reduced == [[3.0, 0.0, 0.0]]
+    assert reduced == [[3.0, 0.0, norm]]
     assert (done.loss, done.stop, done.is_broken) == (4.0, True, False)
-    assert done.grad_norm == float(torch.tensor(0.1))  # fp32's 0.1, not averaged
+    assert done.grad_norm == norm  # fp32's 0.1, to the last bit
 
 
 @pytest.mark.parametrize(

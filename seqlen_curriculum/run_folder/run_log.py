@@ -36,6 +36,7 @@ unknown); ``peak_memory_bytes`` on rank 0's device since the last step (on a CPU
 """
 _LOSS = re.compile(rb'"loss": (-?\d+(?:\.\d+)?(?:e[+-]?\d+)?)[,}]')
 _LINES_BYTES = 2**20
+_ENCODER = json.JSONEncoder(allow_nan=False)  # json.dumps would make a new one for each line
 
 
 class RunLog:
@@ -49,7 +50,7 @@ class RunLog:
     def write(self, record: dict[str, Any]) -> None:
         """Append one record. Raises DataError when the disk is full."""
         try:
-            line = (json.dumps(record, allow_nan=False) + "\n").encode()
+            line = (_ENCODER.encode(record) + "\n").encode()
             if self._file.write(line) != len(line):  # where the disk is full only now
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:

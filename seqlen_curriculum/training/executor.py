@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from deepspeed import comm as dist
 from deepspeed.runtime.pipe.schedule import OptimizerStep, ReduceGrads, ReduceTiedGrads, TrainSchedule
+from deepspeed.runtime.utils import clip_grad_norm_
 from deepspeed.utils import groups
 from torch.nn import Parameter
 
@@ -42,6 +43,10 @@ class DataParallel:
         self.engine, self.data_rank, self.data_ranks = engine, dist.get_rank(), engine.dp_world_size
         self.replica = self.data_rank  # which copy of the weights this rank has, where ZeRO doesn't shard them
         self._parameters = list(engine.module.parameters())  # asking a small model for them takes 0.1 ms
+        self._unsharded_norm: torch.Tensor | None = None
+        self._clips_unsharded = not _keeps_norm(engine) and engine.gradient_clipping() > 0
+        if self._clips_unsharded:
+            engine.clip_fp32_gradients = self._clip  # DeepSpeed's, which forgets the norm
 
     def unique_parameters(self, parameters: Sequence[Parameter]) -> list[Parameter]:
         """Return those of this rank's ``parameters`` that no other rank of its replica counts: each element counts once."""
@@ -50,11 +55,13 @@ class DataParallel:
     def train(self, micro_batches: Sequence[MicroBatch], seeds: Sequence[int]) -> StepResult:
         """Do an optimizer step on equal ``micro_batches`` of (inputs, targets), (B, S); dropout draws from ``seeds``."""
         loss = accumulate(self.engine, micro_batches, seeds)
-        # In fp32 without ZeRO DeepSpeed keeps no norm: take it here, where gradients are averaged and not yet clipped.
-        own_norm = None if _keeps_norm(self.engine) else self._norm(self._parameters)
+        if _keeps_norm(self.engine):
+            self.engine.step()
+            return StepResult(loss, self.engine.get_global_grad_norm())
+        if not self._clips_unsharded:
+            self._unsharded_norm = self._norm(self._parameters)  # of averaged gradients
         self.engine.step()
-        norm = self.engine.get_global_grad_norm() if own_norm is None else own_norm
-        return StepResult(loss, norm)
+        return StepResult(loss, self._unsharded_norm)
 
     def evaluate(self, micro_batch: MicroBatch) -> torch.Tensor:
         """Return this rank's mean loss of (inputs, targets), without dropout and gradients."""
@@ -69,6 +76,11 @@ class DataParallel:
         self.engine.set_gradient_accumulation_boundary(False)
         self.engine.backward(self.engine(*micro_batch) * 0)
         self.engine.set_gradient_accumulation_boundary(None)  # DeepSpeed counts itself again
+
+    def _clip(self) -> None:
+        """Clip the gradients of fp32 without ZeRO, as DeepSpeed does, and keep their norm before it."""
+        engine = self.engine
+        self._unsharded_norm = clip_grad_norm_(self._parameters, engine.gradient_clipping(), mpu=engine.mpu)
 
     def _norm(self, parameters: Sequence[Parameter]) -> torch.Tensor:
         # get_total_norm gives the same to the last bit, but on a CPU dispatches the norm of each gradient from Python.

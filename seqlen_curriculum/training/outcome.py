@@ -30,17 +30,20 @@ def share_outcome(result: StepResult, stop: bool = False, fp16: bool = False) ->
 
     In ``fp16`` a gradient norm that is not finite is an overflow, and DeepSpeed has skipped the step.
     """
-    values, norm = result.loss.new_zeros(4), result.grad_norm  # loss, stop, broken, norm
-    values[0].copy_(result.loss)
-    values[1].fill_(stop)  # fills on the device; torch.tensor(stop) would be copied to it, and waited for
-    if isinstance(norm, torch.Tensor):
-        values[3].copy_(norm.reshape(()))
-    elif norm is not None:
-        values[3].fill_(norm)
-    if not fp16:
-        values[2].copy_(values[3].isfinite().logical_not())
-    if dist.get_world_size() > 1:
-        dist.all_reduce(values[:3])  # the norm is that of all ranks already
-    loss, stops, breaks, own_norm = values.tolist()
-    has_norm = norm is not None and (not fp16 or math.isfinite(own_norm))
-    return Outcome(loss / dist.get_world_size(), own_norm if has_norm else None, stops > 0, breaks > 0)
+    norm = result.grad_norm
+    flag = result.loss.new_full(
+        (), stop
+    )  # fills on the device; torch.tensor(stop) would be copied to it, and waited for
+    values = [result.loss, flag]
+    if norm is not None:
+        values.append(norm.reshape(()) if isinstance(norm, torch.Tensor) else torch.full_like(flag, norm))
+    shared = torch.stack(values)  # fp64
+    if (ranks := dist.get_world_size()) > 1:
+        # The norm is the same on all ranks, in fp32, so that its sum over them in fp64 is exact. Where one rank's is not
+        # finite, the sum isn't either.
+        dist.all_reduce(shared)
+    loss, stops, *norms = shared.tolist()
+    grad_norm = norms[0] / ranks if norms else None
+    if grad_norm is None or math.isfinite(grad_norm):
+        return Outcome(loss / ranks, grad_norm, stops > 0, False)
+    return Outcome(loss / ranks, None if fp16 else grad_norm, stops > 0, not fp16)
