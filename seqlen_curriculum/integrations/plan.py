@@ -1,0 +1,127 @@
+"""A run as another trainer needs it: the length, tokens and rate of every optimizer step. Loads no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from seqlen_curriculum.config.equivalence import trains_identically
+from seqlen_curriculum.config.run import OURS, RunConfig
+from seqlen_curriculum.errors import CheckpointError, ConfigError
+from seqlen_curriculum.files import read_json
+from seqlen_curriculum.run_folder.checkpoint_manifest import differences
+from seqlen_curriculum.schedule.timeline import Timeline
+from seqlen_curriculum.schedule.token_lr import TokenCosine, is_token_cosine
+
+__all__ = ["TrainerPlan"]
+
+
+@dataclass(frozen=True)
+class TrainerPlan:
+    """The schedule of a run whose engine, optimizer and batches belong to another trainer. Steps are 1-based."""
+
+    config: RunConfig
+    """Our sections of the file with the trainer's global batch."""
+    timeline: Timeline
+    learning_rate: TokenCosine | None
+    """The rate of every step; None where the file has no ``TokenCosineLR``, and the trainer schedules its own."""
+
+    @classmethod
+    def of(
+        cls, config: str | Path | Mapping[str, Any], *, global_batch: int, max_lr: float | None = None
+    ) -> TrainerPlan:
+        """Plan the run of a file, or of its content, for a trainer of ``global_batch`` rows per optimizer step.
+
+        Only our sections are read: a trainer reads the keys of DeepSpeed by itself, where they may be ``"auto"``.
+        ``max_lr`` is the rate of the trainer's optimizer, which a ``TokenCosineLR`` warms up to.
+
+        Raises ConfigError for another ``train_batch_size`` or rate in the file, and for what no trainer with steps of
+        equal size can do: ``batch_size_warmup``, ``batch_growth``, an ``adaptive`` schedule, and ``method: "window"``.
+        """
+        where = "" if isinstance(config, Mapping) else str(config)
+        raw = config if isinstance(config, Mapping) else read_json(Path(config))
+        problems = [*_contradictions(raw, global_batch, max_lr), *_refused(raw)]
+        if problems:
+            raise ConfigError(problems, where)
+        names = [*OURS, "curriculum_learning", *(["scheduler"] if is_token_cosine(raw.get("scheduler")) else [])]
+        ours = {name: raw[name] for name in names if raw.get(name) is not None}
+        run = RunConfig.from_dict({**ours, "train_batch_size": global_batch}, where, require=("training",))
+        return cls(run, run.timeline(), run.plan.learning_rate(max_lr))
+
+    @property
+    def steps(self) -> int:
+        """Return the number of the last step, at whose end the token budget is consumed: a trainer's ``max_steps``."""
+        return self.timeline.steps
+
+    @property
+    def global_batch(self) -> int:
+        """Return the rows of every optimizer step over all ranks."""
+        return self.config.global_batch
+
+    def seqlen(self, step: int) -> int:
+        """Return the sequence length of ``step``, in tokens."""
+        return self.timeline.seqlen(step)
+
+    def consumed_tokens(self, step: int) -> int:
+        """Return the target tokens trained on by the end of ``step``, over all ranks; 0 for step 0."""
+        return self.timeline.consumed_tokens(step)
+
+    def state(self) -> dict[str, Any]:
+        """Return what identifies the schedule, for the trainer's checkpoint: JSON values."""
+        return {"settings": self.config.settings(), "max_lr": self.learning_rate and self.learning_rate.max_lr}
+
+    def check(self, state: Mapping[str, Any], step: int) -> None:
+        """Raise CheckpointError unless ``state``, saved after ``step``, is of a run with the same steps so far."""
+        ours = self.state()
+        changed = differences(state["settings"], ours["settings"])
+        if state["max_lr"] != ours["max_lr"]:
+            changed["learning rate"] = f"{state['max_lr']} in the checkpoint, {ours['max_lr']} now"
+        elif not changed or trains_identically(state["settings"], ours["settings"], step):
+            return
+        listed = "".join(f"\n  - {name}: {change}" for name, change in changed.items())
+        raise CheckpointError(
+            f"the checkpoint of step {step} is of another schedule; restore these settings, or start anew:{listed}"
+        )
+
+
+def _contradictions(raw: Mapping[str, Any], global_batch: int, max_lr: float | None) -> list[str]:
+    """Return one line for each value of the file that differs from the trainer's own."""
+    optimizer = raw.get("optimizer")
+    params = optimizer.get("params") if isinstance(optimizer, Mapping) else None
+    given = {
+        "train_batch_size": (raw.get("train_batch_size"), global_batch, "rows per optimizer step over all ranks"),
+        "optimizer.params.lr": (params.get("lr") if isinstance(params, Mapping) else None, max_lr, "its learning rate"),
+    }
+    return [
+        f"{key}: {in_file} in the file, but the trainer has {of_trainer} ({what}); make them equal, or remove the key"
+        for key, (in_file, of_trainer, what) in given.items()
+        if isinstance(in_file, int | float) and of_trainer is not None and in_file != of_trainer
+    ]
+
+
+def _refused(raw: Mapping[str, Any]) -> list[str]:
+    """Return one line for each feature that needs our own training loop."""
+    block = raw.get("curriculum_learning")
+    curriculum = block if isinstance(block, Mapping) and block.get("enabled") else {}
+    refused = {
+        "batch_size_warmup": (raw.get("batch_size_warmup") is not None, "a trainer's steps all have the same rows"),
+        "curriculum_learning.batch_growth": (
+            bool(curriculum.get("batch_growth")),
+            "a trainer's steps all have the same rows",
+        ),
+        "curriculum_learning.schedule_type": (
+            curriculum.get("schedule_type") == "adaptive",
+            "the trainer's evaluations can't decide on its lengths",
+        ),
+        "curriculum_learning.method": (
+            curriculum.get("method") == "window",
+            "its attention mask is that of our own models",
+        ),
+    }
+    return [
+        f"{key}: not available in another trainer ({reason}); remove it, or train with train_gpt2.py"
+        for key, (is_set, reason) in refused.items()
+        if is_set
+    ]
