@@ -60,6 +60,11 @@ class TrainerPlan:
         """Return the rows of every optimizer step over all ranks."""
         return self.config.global_batch
 
+    @property
+    def full_length(self) -> int:
+        """Return the sequence length that the run ends with, in tokens."""
+        return self.config.shortening.seq_length
+
     def seqlen(self, step: int) -> int:
         """Return the sequence length of ``step``, in tokens."""
         return self.timeline.seqlen(step)

@@ -1,0 +1,252 @@
+"""Sequence length warmup in Hugging Face's ``Trainer`` and its subclasses, such as TRL's.
+
+Three changed lines: ``trainer = warm_up(Trainer(...), "run.json")``. The trainer's own loop, data and optimizer stay. Each
+optimizer step has one length on all ranks, its batches are cut where the loop takes them (behind workers and prefetching),
+and evaluations are at full length. ``max_steps`` is the run's number of steps, and a ``TokenCosineLR`` of the file sets the
+rate of every step from its consumed tokens. A checkpoint keeps the schedule, and resuming it with another one is refused.
+
+With ``RunRows`` as ``train_dataset`` every step reads the rows that ``train_gpt2.py`` reads, leftovers included.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.utils.data import Sampler, SequentialSampler
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_callback import ExportableState
+
+from seqlen_curriculum.batch import set_batch_sequence_length
+from seqlen_curriculum.errors import CheckpointError, ConfigError, DataError
+from seqlen_curriculum.integrations.plan import TrainerPlan
+from seqlen_curriculum.integrations.torch_data import RunRows
+from seqlen_curriculum.schedule.micro_batch import balanced_rows
+from seqlen_curriculum.training.lr_scheduler import TokenCosineLR
+
+__all__ = ["SequenceLengthWarmupMixin", "SequenceLengthWarmupState", "SequenceLengthWarmupTrainer", "warm_up"]
+
+Curriculum = str | Path | Mapping[str, Any]
+AnyTrainer = TypeVar("AnyTrainer", bound=Trainer)
+
+
+class SequenceLengthWarmupState(TrainerCallback, ExportableState):  # type: ignore[misc]
+    """Keeps the schedule in the trainer's checkpoints (``trainer_state.json``)."""
+
+    def __init__(self) -> None:
+        self.plan: dict[str, Any] = {}
+
+    def state(self) -> dict[str, Any]:
+        """Return what a checkpoint stores."""
+        return {"args": {}, "attributes": {"plan": self.plan}}
+
+
+class SequenceLengthWarmupMixin:
+    """Put before a ``Trainer`` class: ``class MyTrainer(SequenceLengthWarmupMixin, Trainer)``.
+
+    ``curriculum`` is a file with our sections, or its content. ``balance`` gives the micro-batches of short steps more rows
+    of the same step, so that each has about as many tokens as at full length; None: where the gradient stays the same
+    (not under DeepSpeed, and only if the model's loss takes ``num_items_in_batch``).
+    """
+
+    def __init__(self, *args: Any, curriculum: Curriculum, balance: bool | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.set_up_warmup(curriculum, balance)
+
+    def set_up_warmup(self: Any, curriculum: Curriculum, balance: bool | None = None) -> None:
+        """Plan the run and set ``args.max_steps``. Raises ConfigError for what contradicts the plan."""
+        problems = list(_problems(self))
+        if problems:
+            raise ConfigError(problems)
+        self.plan = TrainerPlan.of(
+            curriculum, global_batch=self.get_total_train_batch_size(self.args), max_lr=self.args.learning_rate
+        )
+        _check_rows(self.train_dataset, self.plan)
+        self.args.max_steps = self.plan.steps
+        can_balance = self.model_accepts_loss_kwargs and not self.is_deepspeed_enabled
+        if balance and not can_balance:
+            raise ConfigError(
+                "balance: not available under DeepSpeed, which counts micro-batches itself, or with a model whose loss "
+                "takes no num_items_in_batch; leave it out"
+            )
+        self._balances = can_balance if balance is None else balance
+        self._held: list[dict[str, Any]] = []
+        self._checked_state: Any = None
+        self._state_callback = SequenceLengthWarmupState()
+        self._state_callback.plan = self.plan.state()
+        self.add_callback(self._state_callback)
+
+    def get_batch_samples(
+        self: Any, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Any]:
+        """Return the micro-batches of the coming step, cut to its length, and their number of target tokens."""
+        step = self.state.global_step + 1
+        self._check_checkpoint()
+        scheduler = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)  # Accelerate wraps it
+        if isinstance(scheduler, TokenCosineLR):
+            scheduler.seek(step)
+        # The step's rows and target tokens are counted after the cut: each token weighs 1 / counted tokens.
+        batches = (self._cut(batch, step) for batch in epoch_iterator)
+        samples, items = super().get_batch_samples(batches, num_batches, device)  # type: ignore[misc]
+        if len(samples) != self.args.gradient_accumulation_steps:
+            raise DataError(
+                f"step {step}: has {len(samples)} of {self.args.gradient_accumulation_steps} micro-batches, because an "
+                "epoch of train_dataset ends there; make its length a multiple of the global batch, or use RunRows"
+            )
+        self._held = []
+        return samples, items
+
+    def _cut(self: Any, batch: Any, step: int) -> Any:
+        if isinstance(self.train_dataset, RunRows):
+            return batch
+        return set_batch_sequence_length(batch, self.plan.seqlen(step), labels_shifted=False)[0]
+
+    def _check_checkpoint(self: Any) -> None:
+        """Raise CheckpointError if the state was loaded from a checkpoint of another schedule."""
+        if self._checked_state is self.state:
+            return
+        self._checked_state = self.state
+        if self.state.global_step == 0:
+            return
+        stored = self.state.stateful_callbacks.get(SequenceLengthWarmupState.__name__)
+        saved = (stored[0] if isinstance(stored, list) else stored or {}).get("attributes", {}).get("plan")
+        if not saved:
+            raise CheckpointError(
+                f"the checkpoint of step {self.state.global_step} was made without a sequence length warmup; start anew"
+            )
+        self.plan.check(saved, self.state.global_step)
+
+    def create_scheduler(self: Any, num_training_steps: int, optimizer: Any = None) -> Any:
+        """Create the file's ``TokenCosineLR``, else the trainer's own scheduler."""
+        if self.lr_scheduler is None and self.plan.learning_rate is not None:
+            optimizer = self.optimizer if optimizer is None else optimizer
+            inner = getattr(optimizer, "optimizer", optimizer)  # Accelerate and DeepSpeed wrap it
+            self.lr_scheduler = TokenCosineLR(inner, self.plan.learning_rate)
+            self._created_lr_scheduler = True
+            return self.lr_scheduler
+        return super().create_scheduler(num_training_steps, optimizer)  # type: ignore[misc]
+
+    def _get_train_sampler(self: Any, train_dataset: Any = None) -> Sampler[int] | None:
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        if isinstance(dataset, RunRows):
+            return SequentialSampler(dataset)  # its items know their step: never shuffled
+        sampler: Sampler[int] | None = super()._get_train_sampler(train_dataset)  # type: ignore[misc]
+        return None if sampler is None else _WholeSteps(sampler, self.plan.global_batch)
+
+    def _set_signature_columns_if_needed(self: Any) -> None:
+        super()._set_signature_columns_if_needed()  # type: ignore[misc]
+        # Models take it as a keyword of their loss, which their forward doesn't name: it would be dropped as unused.
+        if "shift_labels" not in self._signature_columns:
+            self._signature_columns.append("shift_labels")
+
+    def training_step(self: Any, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """Run forward and backward; a balanced step's first calls only collect rows, and its last call runs them all."""
+        if not self._balances or num_items_in_batch is None:
+            return super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc,no-any-return]
+        self._held.append(dict(inputs))
+        if len(self._held) < self.args.gradient_accumulation_steps:
+            return torch.zeros((), device=self.args.device)
+        micro_batches = self._balanced(self._held)
+        self._held = []
+        total = torch.zeros((), device=self.args.device)
+        for number, micro_batch in enumerate(micro_batches, start=1):
+            is_last = number == len(micro_batches)
+            self.accelerator.gradient_state._set_sync_gradients(is_last)
+            with contextlib.nullcontext() if is_last else self.accelerator.no_sync(model):
+                total += super().training_step(model, micro_batch, num_items_in_batch)  # type: ignore[misc]
+        return total
+
+    def _balanced(self: Any, held: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Return the rows of ``held`` in fewer micro-batches; as they are where a value isn't one row per sample."""
+        rows = [len(batch["input_ids"]) for batch in held]
+        for batch, count in zip(held, rows, strict=True):
+            if not all(isinstance(value, Tensor) and len(value) == count for value in batch.values()):
+                return held
+        if len({tuple(value.shape[1:]) for batch in held for value in [batch["input_ids"]]}) > 1:
+            return held
+        whole = {key: torch.cat([batch[key] for batch in held]) for key in held[0]}
+        seqlen = whole["input_ids"].shape[1]
+        count = balanced_rows(sum(rows), rows[0], self.plan.full_length, seqlen, 1)
+        return [
+            {key: value[start : start + count] for key, value in whole.items()} for start in range(0, sum(rows), count)
+        ]
+
+
+class SequenceLengthWarmupTrainer(SequenceLengthWarmupMixin, Trainer):  # type: ignore[misc]
+    """``transformers.Trainer`` with a sequence length warmup: its arguments, and those of ``SequenceLengthWarmupMixin``."""
+
+
+def warm_up(trainer: AnyTrainer, curriculum: Curriculum, balance: bool | None = None) -> AnyTrainer:
+    """Give a ready ``trainer``, also one of a subclass such as TRL's ``SFTTrainer``, a sequence length warmup; return it.
+
+    Arguments as in ``SequenceLengthWarmupMixin``. Raises ConfigError.
+    """
+    # A new class, no patched methods: under DeepSpeed Hugging Face copies the trainer, and patches would keep the old one.
+    base = type(trainer)
+    trainer.__class__ = type(base.__name__, (SequenceLengthWarmupMixin, base), {})
+    trainer.set_up_warmup(curriculum, balance)
+    return trainer
+
+
+class _WholeSteps(Sampler[int]):
+    """The items of another sampler without those at the end that fill no whole optimizer step."""
+
+    def __init__(self, sampler: Sampler[int], global_batch: int) -> None:
+        self._sampler, self._global_batch = sampler, global_batch
+
+    def __len__(self) -> int:
+        total = len(self._sampler)  # type: ignore[arg-type]
+        return total // self._global_batch * self._global_batch
+
+    def __iter__(self) -> Iterator[int]:
+        for _, index in zip(range(len(self)), self._sampler, strict=False):
+            yield index
+
+    def set_epoch(self, epoch: int) -> None:
+        """Hand the epoch on to a sampler that shuffles by it."""
+        if hasattr(self._sampler, "set_epoch"):
+            self._sampler.set_epoch(epoch)
+
+
+def _problems(trainer: Any) -> Iterator[str]:
+    """Yield one line for each setting of the trainer that contradicts a warmup."""
+    args = trainer.args
+    if getattr(args, "train_sampling_strategy", "random") not in ("random", "sequential"):
+        yield (
+            f"train_sampling_strategy: {args.train_sampling_strategy!r} sorts rows by length, but every step has one "
+            'length; set "random"'
+        )
+    if args.auto_find_batch_size:
+        yield "auto_find_batch_size: changes the rows of a step, which the plan counts; set it to False"
+    if args.accelerator_config.dispatch_batches:
+        yield "accelerator_config.dispatch_batches: rank 0 would read for all ranks; set it to False"
+    if args.accelerator_config.split_batches:
+        yield "accelerator_config.split_batches: divides per_device_train_batch_size over the ranks; set it to False"
+    if not hasattr(trainer.train_dataset, "__len__"):
+        yield (
+            "train_dataset: its length is unknown, so that an epoch may end within a step; give it a __len__ (rows of an "
+            "epoch), or use RunRows"
+        )
+    if isinstance(trainer.train_dataset, RunRows):
+        if args.ignore_data_skip:
+            yield "ignore_data_skip: True would read RunRows from its beginning after a resume; set it to False"
+        if not trainer.model_accepts_loss_kwargs:
+            yield (
+                f"train_dataset: RunRows gives shift_labels, which the loss of {type(trainer.model).__name__} doesn't take; "
+                "use a causal language model of transformers"
+            )
+
+
+def _check_rows(dataset: Any, plan: TrainerPlan) -> None:
+    """Raise ConfigError if ``dataset`` holds the rows of another plan."""
+    if not isinstance(dataset, RunRows):
+        return
+    if dataset.plan.state()["settings"] != plan.state()["settings"]:
+        raise ConfigError(
+            f"train_dataset: RunRows was made for another plan (global batch {dataset.plan.global_batch}, the trainer has "
+            f"{plan.global_batch}); make both from the same file and batch"
+        )
