@@ -14,49 +14,15 @@ from helpers.settings import changed
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
+from helpers.hf import arguments, expected_rows, losses, rates, tiny_llama  # noqa: E402
 from torch.utils.data import Dataset, IterableDataset  # noqa: E402
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments  # noqa: E402
+from transformers import Trainer, TrainerCallback  # noqa: E402
 
 from seqlen_curriculum.data.from_config import open_training_data  # noqa: E402
 from seqlen_curriculum.errors import CheckpointError, ConfigError  # noqa: E402
 from seqlen_curriculum.integrations.plan import TrainerPlan  # noqa: E402
 from seqlen_curriculum.integrations.torch_data import RunRows  # noqa: E402
 from seqlen_curriculum.integrations.transformers import SequenceLengthWarmupTrainer, warm_up  # noqa: E402
-
-
-class Llama(LlamaForCausalLM):
-    """A tiny Llama that records the rows it is given, and whether it trains on them."""
-
-    def __init__(self, config):
-        super().__init__(config)
-        self.seen = []
-
-    def forward(self, input_ids=None, labels=None, **options):
-        self.seen.append((self.training, input_ids.clone()))
-        return super().forward(input_ids=input_ids, labels=labels, **options)
-
-
-def tiny_llama():
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    return Llama(LlamaConfig(vocab_size=257, max_position_embeddings=32, **sizes))
-
-
-def arguments(folder, **changes):
-    return TrainingArguments(
-        **{
-            "output_dir": str(folder),
-            "per_device_train_batch_size": 2,
-            "gradient_accumulation_steps": 4,
-            "learning_rate": 5e-3,
-            "report_to": [],
-            "logging_steps": 1,
-            "save_strategy": "no",
-            "disable_tqdm": True,
-            "use_cpu": True,
-            **changes,
-        }
-    )
 
 
 @pytest.fixture
@@ -85,15 +51,6 @@ def rows_by_step(trainer):
             rows = []
     assert rows == []
     return steps
-
-
-def expected_rows(plan, first=1):
-    data = open_training_data(plan.config)
-    return [sorted(data.read(step)[0].astype(np.int64).tolist()) for step in range(first, plan.steps + 1)]
-
-
-def rates(trainer):
-    return [entry["learning_rate"] for entry in trainer.state.log_history if "learning_rate" in entry]
 
 
 @pytest.mark.parametrize("balance", [True, False])
@@ -130,8 +87,7 @@ def test_balanced_micro_batches_have_the_gradient_of_plain_ones(run, tmp_path):
     assert sum(trains for trains, _ in plain.model.seen) == 4 * plan.steps
     for name, weight in plain.model.state_dict().items():
         torch.testing.assert_close(balanced.model.state_dict()[name], weight, atol=2e-5, rtol=1e-4)
-    losses = [[entry["loss"] for entry in one.state.log_history if "loss" in entry] for one in (plain, balanced)]
-    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+    assert losses(plain) == pytest.approx(losses(balanced), abs=1e-4)
 
 
 def test_the_loss_is_the_mean_over_all_target_tokens(run, tmp_path):
@@ -142,8 +98,7 @@ def test_the_loss_is_the_mean_over_all_target_tokens(run, tmp_path):
     loss = torch.nn.functional.cross_entropy(
         logits.detach().flatten(0, 1), torch.from_numpy(targets.astype(np.int64)).flatten()
     )
-    logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    assert logged[0] == pytest.approx(float(loss), abs=1e-4)
+    assert losses(trainer)[0] == pytest.approx(float(loss), abs=1e-4)
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -124,8 +124,9 @@ class SequenceLengthWarmupMixin:
         """Create the file's ``TokenCosineLR``, else the trainer's own scheduler."""
         if self.lr_scheduler is None and self.plan.learning_rate is not None:
             optimizer = self.optimizer if optimizer is None else optimizer
-            inner = getattr(optimizer, "optimizer", optimizer)  # Accelerate and DeepSpeed wrap it
-            self.lr_scheduler = TokenCosineLR(inner, self.plan.learning_rate)
+            while not isinstance(optimizer, torch.optim.Optimizer):  # Accelerate and DeepSpeed wrap it
+                optimizer = optimizer.optimizer
+            self.lr_scheduler = TokenCosineLR(optimizer, self.plan.learning_rate)
             self._created_lr_scheduler = True
             return self.lr_scheduler
         return super().create_scheduler(num_training_steps, optimizer)  # type: ignore[misc]
