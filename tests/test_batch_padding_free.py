@@ -151,6 +151,11 @@ class TestDetection:
         marked = every_key(8)
         assert cut(marked, 3)["cu_seq_lens_q"].tolist() == [0, 3, 6, 8]
 
+    def test_one_packed_row_is_enough(self):
+        positions = torch.tensor([[0, 1, 2, 3, 4, 5], [0, 1, 2, 3, 0, 1]])
+        new = cut({"input_ids": torch.ones(2, 6).long(), "position_ids": positions}, 3)
+        assert new["position_ids"].tolist() == [[0, 1, 2, 0, 1, 2], [0, 1, 2, 0, 0, 1]]
+
     def test_rows_are_truncated_if_that_is_said(self):
         assert cut(flattened(5, 3), 6, padding_free=False)["position_ids"].tolist() == [[0, 1, 2, 3, 4, 0]]
 

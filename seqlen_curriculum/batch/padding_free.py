@@ -118,6 +118,9 @@ def _document_starts(positions: Tensor) -> Tensor:
 
 def _restart(positions: Tensor) -> bool:
     """Return whether positions count up and restart at their smallest value inside a row, as documents side by side do."""
+    # Positions that restart at their smallest value never end T - 1 above their first one.
+    if bool((positions[..., -1] - positions[..., 0] == positions.shape[-1] - 1).all()):
+        return False
     is_break = _document_starts(positions)[..., 1:]
     return bool(is_break.any()) and bool((positions[..., 1:][is_break] == positions.min()).all())
 
