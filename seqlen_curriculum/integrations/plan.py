@@ -30,19 +30,26 @@ class TrainerPlan:
 
     @classmethod
     def of(
-        cls, config: str | Path | Mapping[str, Any], *, global_batch: int, max_lr: float | None = None
+        cls,
+        config: str | Path | Mapping[str, Any],
+        *,
+        global_batch: int,
+        max_lr: float | None = None,
+        padding_free: bool = False,
     ) -> TrainerPlan:
         """Plan the run of a file, or of its content, for a trainer of ``global_batch`` rows per optimizer step.
 
         Only our sections are read: a trainer reads the keys of DeepSpeed by itself, where they may be ``"auto"``.
-        ``max_lr`` is the rate of the trainer's optimizer, which a ``TokenCosineLR`` warms up to.
+        ``max_lr`` is the rate of the trainer's optimizer, which a ``TokenCosineLR`` warms up to. ``padding_free`` batches
+        are cut into pieces that don't see one another, with every token kept: that is ``method: "window"``, which they
+        need, and which no other batches can have here.
 
         Raises ConfigError for another ``train_batch_size`` or rate in the file, and for what no trainer with steps of
-        equal size can do: ``batch_size_warmup``, ``batch_growth``, an ``adaptive`` schedule, and ``method: "window"``.
+        equal size can do: ``batch_size_warmup``, ``batch_growth`` and an ``adaptive`` schedule.
         """
         where = "" if isinstance(config, Mapping) else str(config)
         raw = config if isinstance(config, Mapping) else read_json(Path(config))
-        problems = [*_contradictions(raw, global_batch, max_lr), *_refused(raw)]
+        problems = [*_contradictions(raw, global_batch, max_lr), *_refused(raw), *_method_problems(raw, padding_free)]
         if problems:
             raise ConfigError(problems, where)
         names = [*OURS, "curriculum_learning", *(["scheduler"] if is_token_cosine(raw.get("scheduler")) else [])]
@@ -120,13 +127,26 @@ def _refused(raw: Mapping[str, Any]) -> list[str]:
             curriculum.get("schedule_type") == "adaptive",
             "the trainer's evaluations can't decide on its lengths",
         ),
-        "curriculum_learning.method": (
-            curriculum.get("method") == "window",
-            "its attention mask is that of our own models",
-        ),
     }
     return [
         f"{key}: not available in another trainer ({reason}); remove it, or train with train_gpt2.py"
         for key, (is_set, reason) in refused.items()
         if is_set
     ]
+
+
+def _method_problems(raw: Mapping[str, Any], padding_free: bool) -> list[str]:
+    """Return a line if ``curriculum_learning.method`` doesn't count the tokens that the batches train."""
+    curriculum = raw.get("curriculum_learning")
+    method = curriculum.get("method", "truncate") if isinstance(curriculum, Mapping) else "truncate"
+    if padding_free and method != "window":
+        return [
+            f"curriculum_learning.method: {method!r} counts the tokens of shortened rows, but padding-free batches keep all "
+            'of them and limit what a token attends to; set "window", or switch packing off'
+        ]
+    if method == "window" and not padding_free:
+        return [
+            'curriculum_learning.method: "window" needs padding-free batches in another trainer, because its attention mask '
+            'is that of our own models; set "truncate" or "segment"'
+        ]
+    return []

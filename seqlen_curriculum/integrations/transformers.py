@@ -5,6 +5,9 @@ optimizer step has one length on all ranks, its batches are cut where the loop t
 and evaluations are at full length. ``max_steps`` is the run's number of steps, and a ``TokenCosineLR`` of the file sets the
 rate of every step from its consumed tokens. A checkpoint keeps the schedule, and resuming it with another one is refused.
 
+Padding-free batches (TRL's BFD packing, ``DataCollatorWithFlattening``) keep every token: their documents are cut into
+pieces of the step's length. They need ``method: "window"``, under which all tokens of a row count.
+
 With ``RunRows`` as ``train_dataset`` every step reads the rows that ``train_gpt2.py`` reads, leftovers included.
 """
 
@@ -18,7 +21,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 from torch.utils.data import Sampler, SequentialSampler
-from transformers import Trainer, TrainerCallback
+from transformers import DataCollatorWithFlattening, Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from seqlen_curriculum.batch import set_batch_sequence_length
@@ -62,8 +65,14 @@ class SequenceLengthWarmupMixin:
         problems = list(_problems(self))
         if problems:
             raise ConfigError(problems)
+        self._padding_free = getattr(self, "padding_free", False) or isinstance(
+            self.data_collator, DataCollatorWithFlattening
+        )
         self.plan = TrainerPlan.of(
-            curriculum, global_batch=self.get_total_train_batch_size(self.args), max_lr=self.args.learning_rate
+            curriculum,
+            global_batch=self.get_total_train_batch_size(self.args),
+            max_lr=self.args.learning_rate,
+            padding_free=self._padding_free,
         )
         _check_rows(self.train_dataset, self.plan)
         self.args.max_steps = self.plan.steps
@@ -103,7 +112,17 @@ class SequenceLengthWarmupMixin:
     def _cut(self: Any, batch: Any, step: int) -> Any:
         if isinstance(self.train_dataset, RunRows):
             return batch
-        return set_batch_sequence_length(batch, self.plan.seqlen(step), labels_shifted=False)[0]
+        # With shift_labels a row of s tokens has s targets; a model that shifts labels itself would train s - 1 of them.
+        shifts = self.model_accepts_loss_kwargs and isinstance(batch, Mapping) and "labels" in batch
+        seqlen = self.plan.seqlen(step)
+        return set_batch_sequence_length(
+            batch,
+            seqlen,
+            labels_shifted=False,
+            emit_shift_labels=shifts and not self._padding_free,
+            padding_free=self._padding_free,
+            count_targets=False,
+        )[0]
 
     def _check_checkpoint(self: Any) -> None:
         """Raise CheckpointError if the state was loaded from a checkpoint of another schedule."""
