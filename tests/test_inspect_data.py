@@ -339,7 +339,7 @@ def test_on_the_command_line(folder, one, two, saved):
         (["{one}", "--seq-length", "0"], "--seq-length: 0 is not a length of samples"),
         (["{one}", "--step", "3"], "--step 3: goes with --step alone"),
         (["{one}", "--png", "x.png"], "--png x.png: goes with --config alone"),
-        (["{one}", "nowhere"], "nowhere: no corpus here"),
+        (["{one}", "nowhere"], "nowhere: no corpus, neither in .* nor in "),
         (["--config", "{saved}", "--rows", "0"], "--rows 0: goes with --step alone"),
         (["--config", "{saved}", "--png", "data.foo"], "--png data.foo: not the name of a picture"),
         (
@@ -347,7 +347,7 @@ def test_on_the_command_line(folder, one, two, saved):
             "run.json.png: there are no steps",
         ),
         (["--config", "{saved}", "--seq-length", "8"], "--seq-length 8: goes with PREFIX alone"),
-        (["--config", "{saved}", "--set", 'data.train=["nowhere"]'], "nowhere: no corpus here"),
+        (["--config", "{saved}", "--set", 'data.train=["nowhere"]'], "nowhere: no corpus, neither in .* nor in "),
         (["--config", "{saved}", "--step", "0"], r"--step: 0 is not a step of this run; its steps are 1 to \d+"),
         (["--config", "{saved}", "--step", "3", "--ranks", "0"], "--ranks: 0 data-parallel ranks"),
         (["--config", "{saved}", "--step", "3", "--rows", "0"], "--rows: 0 is not a number of samples"),
