@@ -223,3 +223,36 @@ WRONG_MODELS: list[tuple[dict[str, Any], str]] = [
     ({"preset": 117}, "model.preset: 117 is not valid"),
 ]
 """``model`` sections, and the beginning of the message."""
+
+BETWEEN_KEYS = {
+    "curriculum above data",
+    "data above model",
+    "curriculum above model",
+    "lr missing",
+    "warmup over budget",
+    "two warmups",
+    "budget below a step",
+    "blended twice",
+    "valid twice",
+    "valid and split",
+    "windows compiled",
+    "sum too large",
+    "corpus twice",
+    "warmup start",
+    "warmup increment",
+    "bucket above",
+    "clip twice",
+    "curriculum: min above max",
+    "curriculum: rung above max",
+    "curriculum: two durations",
+    "curriculum: no duration",
+    "curriculum: stages don't match",
+    "curriculum: stages go back",
+    "curriculum: stage outside",
+    "curriculum: turns don't match",
+    "curriculum: turn outside",
+    "curriculum: no such function",
+    "curriculum: not a function",
+    "model: model: hidden_size 66 is not a multiple of num_attention_heads 4",
+}
+"""Of all these, by the names in tests/test_schema.py, what a JSON schema can't find: every key has a right name and type."""
