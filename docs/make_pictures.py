@@ -98,7 +98,7 @@ def draw_schedule(schedule_type: str) -> Figure:
 
 
 def draw_method(method: str, seq_length: int = 16, seqlen: int = 6) -> Figure:
-    """Draw what becomes of a sample: its tokens, the rows made of it, and which tokens each token attends to."""
+    """Draw a sample, the rows that are made of it, and which tokens each token attends to."""
     shortening = Shortening(method, seq_length)  # type: ignore[arg-type]
     used = shortening.used_tokens_per_sample(seqlen)
     # The block that a token belongs to, whether it is a row of its own (segment) or a window inside one row.
@@ -136,7 +136,7 @@ def _cells(axis: Any, bottom: float, colours: list[str], tokens: range) -> None:
 
 
 def draw_learning_rate() -> Figure:
-    """Draw the rate by tokens and, at the same steps, what the same cosine counted in steps would give."""
+    """Draw the rate by tokens and, at the same steps, that of the same cosine counted in steps."""
     plan = load().plan
     steps = np.arange(1, plan.steps + 1)
     rate = plan.learning_rate()
