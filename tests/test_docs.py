@@ -30,6 +30,8 @@ from seqlen_curriculum.schedule.token_lr import TokenCosineParams
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
+READ = [*PAGES]
+"""The files whose code blocks are run or marked."""
 SCRIPTS = {
     "prepare_data": "prepare",
     "merge_corpora": "merge",
@@ -150,7 +152,7 @@ def test_every_measured_table_has_its_command():
 # --- commands ---
 
 
-@pytest.mark.parametrize("path", PAGES, ids=name_of)
+@pytest.mark.parametrize("path", READ, ids=name_of)
 def test_every_block_is_run_or_marked_as_an_illustration(path):
     page = path.read_text()
     found = blocks(page)
@@ -170,7 +172,7 @@ def flags_of(parser):
 
 
 @needs_command
-@pytest.mark.parametrize("path", PAGES, ids=name_of)
+@pytest.mark.parametrize("path", READ, ids=name_of)
 def test_commands_have_the_flags_that_pages_give(path):
     from seqlen_curriculum.cli import COMMANDS
 
@@ -237,7 +239,7 @@ def runs(path, marks):
 
 
 @needs_command
-@pytest.mark.parametrize("path", [path for path in PAGES if runs(path, RUN)], ids=name_of)
+@pytest.mark.parametrize("path", [path for path in READ if runs(path, RUN)], ids=name_of)
 def test_a_page_does_what_it_says(path, tmp_path):
     run_page(path, tmp_path)
 
@@ -245,7 +247,7 @@ def test_a_page_does_what_it_says(path, tmp_path):
 @needs_command
 @pytest.mark.slow
 @pytest.mark.needs("ports", "memory")
-@pytest.mark.parametrize("path", [path for path in PAGES if runs(path, [SLOW])], ids=name_of)
+@pytest.mark.parametrize("path", [path for path in READ if runs(path, [SLOW])], ids=name_of)
 def test_a_page_that_trains_does_what_it_says(path, tmp_path):
     run_page(path, tmp_path, slow=True)
 
