@@ -7,20 +7,20 @@ import platform
 import warnings
 from importlib.metadata import PackageNotFoundError, version
 
-import deepspeed
-
 from seqlen_curriculum.launchers import global_rank
 
 __all__ = ["TESTED_DEEPSPEED", "check_deepspeed_version", "package_versions"]
 
 TESTED_DEEPSPEED = (0, 19)
-"""Major and minor version; setup.py has the same range. tests/test_deepspeed_internals.py lists what it is needed for."""
+"""Major and minor version, as in pyproject.toml. tests/test_deepspeed_internals.py lists what it is needed for."""
 _PACKAGES = ("torch", "deepspeed", "transformers", "numpy", "seqlen-curriculum")
 
 
 @functools.cache  # once per process
 def check_deepspeed_version() -> None:
     """Warn on rank 0, once, of a DeepSpeed that this package is not tested with."""
+    import deepspeed
+
     major, minor = (int(part) for part in deepspeed.__version__.split(".")[:2])
     if (major, minor) == TESTED_DEEPSPEED or global_rank() != 0:
         return
