@@ -64,7 +64,7 @@ def __getattr__(name: str) -> Any:
     try:
         return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
     except ModuleNotFoundError as error:
-        if message := missing_package(error):
+        if message := missing_package(error.name):
             raise ImportError(f"seqlen_curriculum.{name}: {message}") from error
         raise
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from seqlen_curriculum.data.training_data import TrainingData
 from seqlen_curriculum.errors import ConfigError
-from seqlen_curriculum.extras import install_command
+from seqlen_curriculum.extras import missing_package
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -132,7 +132,7 @@ def describe_step(step: dict[str, Any], full: bool = False) -> str:
         if hidden:
             lines.append(f"  and {hidden:,} more")
     if find_spec("tokenizers") is None:
-        lines += ["", f"Token ids are shown: text needs tokenizers, which is not installed; {install_command('train')}"]
+        lines += ["", f"Token ids are shown instead of text: {missing_package('tokenizers')}"]
     return "\n".join(lines)
 
 
