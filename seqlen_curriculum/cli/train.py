@@ -1,0 +1,77 @@
+"""Pre-train a GPT-2 from one JSON file, or train on any Hugging Face causal model, under the DeepSpeed launcher.
+
+Example:
+  deepspeed scripts/train_gpt2.py --config configs/tiny_cpu.json --save runs/tiny
+  deepspeed scripts/train_gpt2.py --config configs/tiny_cpu.json --hf-checkpoint runs/tiny/global_step610 \\
+      --save runs/more
+
+Rerun the same command to resume from the newest complete checkpoint in --save. The exit status is 0 after the last step or
+--until-step, 75 after SIGTERM or SIGINT (saved), 3 if training diverged, 5 if a step hung, else 1.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from seqlen_curriculum.cli.common import grow_memory_segments, warn
+from seqlen_curriculum.cli.flags import Parser, add_launcher_flags, add_run_file
+from seqlen_curriculum.cli.launching import add_ranks, local_ranks, start_ranks
+from seqlen_curriculum.errors import STOPPED, ConfigError
+from seqlen_curriculum.files import writable_folder
+from seqlen_curriculum.launchers import launch
+
+
+def parser() -> Parser:
+    flags = Parser(prog="slw train", description=__doc__)
+    add_run_file(flags, "--deepspeed_config")
+    flags.add_argument("--save", required=True, type=Path, metavar="FOLDER", help="checkpoints and run log go here")
+    flags.add_argument(
+        "--resume",
+        default="auto",
+        metavar="auto|none|CHECKPOINT",
+        help="auto (default): continue from the newest complete checkpoint in --save; none: start anew in a folder "
+        "without a run; or a checkpoint folder of the same run",
+    )
+    flags.add_argument(
+        "--until-step",
+        type=int,
+        metavar="STEP",
+        help="stop after this step, saved; the same command without it, or with a later one, resumes",
+    )
+    flags.add_argument(
+        "--hf-checkpoint",
+        metavar="FOLDER",
+        help="start from the weights and the architecture in this Hugging Face folder: model.hf_checkpoint of the file",
+    )
+    add_ranks(flags)
+    add_launcher_flags(flags)
+    return flags
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    words = sys.argv[1:] if argv is None else argv
+    args = parser().parse_args(words)
+    if args.until_step is not None and args.until_step < 1:
+        raise ConfigError(f"--until-step: {args.until_step} is no step of a run; steps count from 1")
+    initial = [f"model.hf_checkpoint={json.dumps(args.hf_checkpoint)}"] if args.hf_checkpoint is not None else []
+
+    from seqlen_curriculum.config.run import RunConfig  # after --help: numpy and pydantic take a moment
+    from seqlen_curriculum.data.from_config import open_run_data
+
+    config = RunConfig.load(args.config, args.set + initial, require=("optimizer", "model", "data", "training"))
+    writable_folder("--save", args.save)
+    train, valid = open_run_data(config)
+    if launch() is None or args.ranks is not None:
+        ranks = local_ranks(args.ranks)
+        config.for_ranks(ranks)
+        start_ranks(ranks, "seqlen_curriculum.train", words)
+    warn(config.warnings())
+    grow_memory_segments()
+
+    from seqlen_curriculum.training.pretrain import pretrain  # seconds to import: a mistake shows before them
+
+    ending = pretrain(config, train, valid, args.save, args.resume, args.until_step)
+    return STOPPED if ending == "signal" else 0
