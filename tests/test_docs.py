@@ -30,7 +30,7 @@ from seqlen_curriculum.schedule.token_lr import TokenCosineParams
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
-READ = [*PAGES]
+READ = [ROOT / "README.md", *PAGES]
 """The files whose code blocks are run or marked."""
 SCRIPTS = {
     "prepare_data": "prepare",
