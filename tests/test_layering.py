@@ -12,7 +12,7 @@ import seqlen_curriculum
 
 PACKAGE = Path(seqlen_curriculum.__file__).parent
 ROOMS = """
-errors < fields files launchers < schedule < run_folder < config < analysis batch data planning < models
+errors extras shipped < fields files launchers < schedule < run_folder < config < analysis batch data planning < models
 < evaluation export training < integrations tuning < cli < train __main__
 """
 # A room imports from those before it and from itself, not from its neighbours.

@@ -16,6 +16,8 @@ from typing import NamedTuple
 
 from seqlen_curriculum.cli.common import run, usage_error
 from seqlen_curriculum.cli.flags import similar
+from seqlen_curriculum.errors import ConfigError
+from seqlen_curriculum.extras import missing_package
 
 __all__ = ["COMMANDS", "GROUPS", "Command", "main", "overview", "script"]
 
@@ -94,8 +96,13 @@ def _start(words: Sequence[str]) -> int | None:
         return None
     if name not in COMMANDS:
         usage_error(f"{name}: no such command{similar(name, [*COMMANDS, '--help', '--version'])}; see slw --help")
-    command: Callable[[Sequence[str]], int | None] = importlib.import_module(f"{__name__}.{name}").main
-    return command(arguments)
+    try:
+        command: Callable[[Sequence[str]], int | None] = importlib.import_module(f"{__name__}.{name}").main
+        return command(arguments)
+    except ModuleNotFoundError as error:
+        if message := missing_package(error):
+            raise ConfigError(message) from error
+        raise
 
 
 def overview() -> str:
