@@ -207,7 +207,7 @@ def test_inspection_shows_ids_where_tokenizers_is_missing(run_file, corpus):
     assert slw("inspect", corpus).returncode == 0
 
 
-@pytest.mark.parametrize("arguments", [["configs", "list"], ["configs", "show", "tiny_cpu"], ["schema"], ["--version"]])
+@pytest.mark.parametrize("arguments", [["configs", "list"], ["configs", "show", "tiny_cpu"], ["--version"]])
 def test_other_commands_need_no_extra(arguments):
     result = slw(*arguments)
     assert result.returncode == 0, result.stderr
@@ -226,7 +226,7 @@ print(scheduler.get_difficulty(1), scheduler.get_difficulty(10))
     assert (result.returncode, result.stdout) == (0, "8 64\n"), result.stderr
 
 
-@pytest.mark.parametrize("name", sorted(COMMANDS))
+@pytest.mark.parametrize("name", sorted(COMMANDS.keys() - {"schema", "completion"}))
 def test_help_needs_no_extra(name):
     result = slw(name, "--help")
     assert result.returncode == 0, result.stderr
