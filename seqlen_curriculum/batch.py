@@ -1,17 +1,18 @@
-"""Batches shortened to the step's sequence length, in any container a loader gives: rows truncated or cut into segments.
+"""Shorten batches to the step's sequence length, in any container that a loader yields: truncate rows or segment them.
 
-A tensor's sequence axes are those whose size is the full length, which is that of ``input_ids``, ``tokens`` or
-``labels``, else of the first 2-D tensor. Axis 0 holds the rows (or 1, for all of them) and is never shortened, so a batch
-with ``B == S`` is not ambiguous:
+The full length is that of ``input_ids``, ``tokens`` or ``labels``, else of the first 2-D tensor. The sequence axes of a
+tensor are the axes of that size. Axis 0 holds the rows (or 1, for all of them) and is never shortened, so a batch with
+``B == S`` is not ambiguous:
 
 - 2-D ``(B, S)``: axis 1.
-- 3-D: the one axis of that size, as in ``(B, S, H)`` and ``(B, 1, S)``; both axes of a mask ``(B, S, S)``, which is a tensor
-  of bools or one with mask or bias in its name; axis 1 of ``...embeds``; any other ``(B, S, S)`` is an error.
-- 4-D: masks ``(B, heads or 1, S or 1, S)``, named so or with one head: the last two axes, where they have that size.
+- 3-D: the one axis of size S, as in ``(B, S, H)`` and ``(B, 1, S)``. In ``(B, S, S)``: both axes of a mask (a bool tensor,
+  or one with mask or bias in its name), axis 1 of ``...embeds``, and an error for any other tensor.
+- 4-D masks ``(B, heads or 1, S or 1, S)``, with mask or bias in their name or with one head: those of the last two axes
+  that have size S.
 - ``(3, B, S)`` named ``position_ids``: axis 2.
-- No such axis: the tensor is kept unchanged; a name that promises one value per token is an error.
+- Without such an axis the tensor is kept unchanged, unless its name implies one value per token, which is an error.
 
-Shapes: B rows, S full length, s the step's, K segments per row (1 where rows are truncated), H anything else.
+Shapes: B rows, S full length, s the step's length, K segments per row (1 if rows are truncated), H any other size.
 """
 
 from __future__ import annotations
@@ -31,9 +32,9 @@ from seqlen_curriculum.errors import ConfigError, DataError
 __all__ = ["IGNORED", "RowColumns", "iter_tensors", "replace_tensors", "set_batch_sequence_length"]
 
 Batch = TypeVar("Batch")
-Path = tuple[Any, ...]  # keys, fields and positions that lead to a tensor
+Path = tuple[Any, ...]  # keys, fields and indices that lead to a tensor
 IGNORED = -100
-"""The label that torch's and Hugging Face's losses leave out."""
+"""The label that the losses of torch and Hugging Face ignore."""
 _ONE_VALUE_PER_TOKEN = {
     "input_ids",
     "labels",
@@ -53,29 +54,31 @@ def set_batch_sequence_length(
     *,
     labels_shifted: bool = True,
 ) -> tuple[Batch, int]:
-    """Return a new batch of ``seqlen`` tokens per row, and its number of target tokens (named after Composer's function).
+    """Return a new batch with ``seqlen`` tokens per row, and its number of target tokens (named after Composer's function).
 
-    ``batch`` is a tensor or any nesting of mappings (a kind that is neither a dict nor a ``UserDict`` comes back as a
-    dict), dataclasses, tuples, named tuples and lists. Tensors of up to one axis and other values stay as they are. With
-    ``seqlen >= S`` the new container holds the same tensors. Shorten batches on the CPU: counting targets waits for a GPU.
+    ``batch`` is a tensor or any nesting of mappings, dataclasses, tuples, named tuples and lists. A mapping that is neither
+    a dict nor a ``UserDict`` is returned as a dict. Tensors with at most one axis and other values are kept unchanged. With
+    ``seqlen >= S`` the new container holds the same tensors. Shorten batches on the CPU: counting targets synchronizes a
+    GPU.
 
-    ``truncate=True`` keeps each row's first ``seqlen`` tokens. A 2-D ``attention_mask`` shows where a row is padded on the
-    left. Such a row is cut behind its padding, so it keeps the tokens it would keep if it were padded on the right. With
-    ``preserve_end_of_sequence`` the row's last real token replaces the last of them.
+    ``truncate=True`` keeps the first ``seqlen`` tokens of each row. If a 2-D ``attention_mask`` shows padding on the left,
+    the tokens are taken after the padding. With ``preserve_end_of_sequence`` the row's last real token replaces the last
+    kept one.
 
-    ``truncate=False`` makes ``S // seqlen`` rows of each row, row 0's first. The remainder is dropped, left padding before
-    tokens at the end. Masks keep each segment's own block, position ids restart at 0, values per row are repeated.
+    ``truncate=False`` cuts each row into ``S // seqlen`` rows, all of row 0 first. The remainder is dropped: left padding
+    if there is enough, else tokens at the end. Masks keep the block of each segment, position ids restart at 0, and values
+    per row are repeated.
 
     ``labels_shifted=True``: the label in a column is what that column predicts (shifted by the loader, or masked LM).
-    ``False``: the model shifts them, as Hugging Face's causal models do, so the first label of each row, and of each
-    segment, is no target. Labels of -100 never are. Without 2-D ``labels``, all columns count as if labelled.
+    ``False``: the model shifts the labels, as Hugging Face's causal models do, so the first label of each row and of each
+    segment is not a target. Labels of -100 are never targets. Without 2-D ``labels`` every column counts as a target.
 
-    Raises ConfigError for the arguments, DataError naming the tensor whose axes can't be known.
+    Raises ConfigError for an argument, and DataError naming a tensor whose sequence axes are ambiguous.
     """
     if isinstance(seqlen, bool) or not isinstance(seqlen, Integral) or seqlen < 1:
         raise ConfigError(f"seqlen: {seqlen!r} is not valid: give a whole number of tokens, 1 or more")
     if preserve_end_of_sequence and not truncate:
-        raise ConfigError("preserve_end_of_sequence: segments end where they are cut; use it with truncate=True only")
+        raise ConfigError("preserve_end_of_sequence: segments can't keep a row's end; use it with truncate=True only")
     tensors = dict(iter_tensors(batch))
     token_ids = _find_token_ids(tensors, batch)
     if seqlen < tensors[token_ids].shape[1]:
@@ -88,9 +91,9 @@ def set_batch_sequence_length(
 
 
 def iter_tensors(value: object, path: Path = ()) -> Iterator[tuple[Path, Tensor]]:
-    """Yield the tensors in a batch and the paths to them: ``{"a": [x, y]}`` gives ``(("a", 0), x), (("a", 1), y)``.
+    """Yield the path and value of each tensor in a batch: ``{"a": [x, y]}`` gives ``(("a", 0), x), (("a", 1), y)``.
 
-    Raises DataError for a list or array under a name that promises one value per token: it would stay at full length.
+    Raises DataError for a list or array whose name implies one value per token, because it would not be shortened.
     """
     if isinstance(value, Tensor):
         yield path, value
@@ -101,7 +104,7 @@ def iter_tensors(value: object, path: Path = ()) -> Iterator[tuple[Path, Tensor]
 
 
 def replace_tensors(value: Any, tensors: Mapping[Path, Tensor], path: Path = ()) -> Any:
-    """Return ``value`` with the tensors at their paths replaced and its containers copied, of the same kinds."""
+    """Return ``value`` with its tensors replaced by ``tensors`` and its containers copied, with the same types."""
     if isinstance(value, Tensor):
         return tensors[path]
     parts = _parts(value)
@@ -114,7 +117,7 @@ def replace_tensors(value: Any, tensors: Mapping[Path, Tensor], path: Path = ())
         return type(value)(parts.values())
     if isinstance(value, Mapping) and not isinstance(value, (dict, UserDict)):
         return parts
-    # Copied and filled, not constructed: a defaultdict keeps its factory, a dataclass doesn't run __post_init__ again.
+    # Copied, not constructed, so that a defaultdict keeps its factory and __post_init__ of a dataclass isn't rerun.
     new = copy.copy(value)
     for name, part in parts.items():
         if isinstance(value, (dict, UserDict)):
@@ -136,12 +139,12 @@ def _parts(value: object) -> dict[Any, Any] | None:
 
 
 def _find(tensors: Mapping[Path, Tensor], name: str) -> Path | None:
-    """Return the path of the first 2-D tensor of this name, at any depth."""
+    """Return the path of the first 2-D tensor with this name, at any depth."""
     return next((path for path, tensor in tensors.items() if path[-1:] == (name,) and tensor.ndim == 2), None)
 
 
 def _find_token_ids(tensors: Mapping[Path, Tensor], batch: object) -> Path:
-    """Return the path of the tensor (B, S) whose shape is that of the batch."""
+    """Return the path of the tensor (B, S) that defines the shape of the batch."""
     for name in ("input_ids", "tokens", "labels"):
         path = _find(tensors, name)
         if path is not None:
@@ -156,9 +159,9 @@ def _find_token_ids(tensors: Mapping[Path, Tensor], batch: object) -> Path:
 
 @dataclass(frozen=True)
 class RowColumns:
-    """The columns that each row keeps, and how a tensor is shortened to them.
+    """The columns that each row keeps.
 
-    Position ids are taken from ``window``: it is ``kept`` without the gap before a preserved end.
+    Position ids are taken from ``window``, which is ``kept`` without the gap before a preserved end.
     """
 
     full: int
@@ -173,12 +176,12 @@ class RowColumns:
     def choose(
         cls, tensors: Mapping[Path, Tensor], token_ids: Path, seqlen: int, truncate: bool, keep_end: bool
     ) -> RowColumns:
-        """Choose the columns of each row by the batch's 2-D ``attention_mask``, if it has one."""
+        """Choose the columns of each row, after its left padding if the batch has a 2-D ``attention_mask``."""
         rows, full = tensors[token_ids].shape
         segments = 1 if truncate else full // seqlen
         first, last = _real_columns(tensors, rows, full)
-        # S=8 and s=3 make 2 segments of 6 columns in all. A row of 7 tokens behind one column of padding starts at
-        # column 1 and loses its last token. One of 5 tokens would start at 3, but only 8 - 6 = 2 leaves room for 6.
+        # S=8 and s=3 give 2 segments, 6 columns in all. A row of 7 tokens after one column of padding starts at column 1
+        # and loses its last token. A row of 5 tokens would start at 3, but 6 columns only fit from 8 - 6 = 2.
         start = first.clamp(max=full - segments * seqlen)  # (B)
         window = start[:, None] + torch.arange(segments * seqlen)  # (B, K * s)
         kept = window.clone()
@@ -201,7 +204,7 @@ class RowColumns:
     def shorten_positions(self, path: Path, tensor: Tensor) -> Tensor:
         """Return shortened position ids, which restart at 0 in each segment.
 
-        Those of shape (3, B, S), time, height and width in models of images, can't restart.
+        Raises DataError for segments of shape (3, B, S): time, height and width in vision models can't restart.
         """
         sections_first = tensor.ndim == 3 and tensor.shape[1:] == (len(self.kept), self.full)
         if sections_first and self.segmenting:
@@ -214,19 +217,19 @@ class RowColumns:
         positions = self.take(tensor, axes, self.window) if axes else tensor
         if not (self.segmenting and axes == (1,) and tensor.ndim == 2):
             return positions
-        # Counted from 0 up to where they fall by themselves, as they do between packed documents: a segment with
-        # positions 3 4 5 0 1 becomes 0 1 2 0 1.
+        # Only the positions before the first packed document boundary in a segment are shifted: 3 4 5 0 1 becomes
+        # 0 1 2 0 1.
         falls = positions[:, 1:] < positions[:, :-1]  # (B * K, s - 1)
         before_fall = torch.cat([torch.zeros_like(falls[:, :1]), falls], 1).cumsum(1) == 0  # (B * K, s)
         return torch.where(before_fall, positions - positions[:, :1], positions)
 
     def sequence_axes(self, path: Path, tensor: Tensor) -> tuple[int, ...]:
-        """Return the sequence axes by the rules at the top of this file. Raises DataError where they leave it open."""
+        """Return the sequence axes by the rules at the top of this file. Raises DataError if they are ambiguous."""
         rows, name = len(self.kept), str(path[-1]) if path else ""
         axes = tuple(axis for axis in range(1, tensor.ndim) if tensor.shape[axis] == self.full)
         is_mask = tensor.dtype == torch.bool or "mask" in name or "bias" in name
         is_mask |= tensor.ndim == 4 and tensor.shape[1] == 1
-        # Axes may have the size S by chance: the features of embeddings (B, S, H), the heads of a mask (B, heads, S, S).
+        # Another axis may also have size S: the features of embeddings (B, S, H), the heads of a mask (B, heads, S, S).
         if tensor.ndim == 3 and name.endswith("embeds"):
             axes = tuple(axis for axis in axes if axis == 1)
         if tensor.ndim == 4 and is_mask:
@@ -238,13 +241,13 @@ class RowColumns:
         is_open = tensor.ndim > 4 or (not is_mask and (axes == (1, 2) or tensor.ndim == 4))
         if axes and is_open:
             raise DataError(
-                f"{_dotted(path)}: shape {tuple(tensor.shape)} leaves open which axes are the sequence of {self.full} "
-                "tokens; if it is a mask, name it so ('..._mask'), else cut it yourself"
+                f"{_dotted(path)}: shape {tuple(tensor.shape)} doesn't show which axes are the sequence of {self.full} "
+                "tokens; if it is a mask, name it '..._mask', else shorten it yourself"
             )
         return axes
 
     def take(self, tensor: Tensor, axes: tuple[int, ...], columns: Tensor) -> Tensor:
-        """Return a copy with ``columns`` (B, K, s) of one axis, or of both axes of a mask."""
+        """Return a copy with only ``columns`` (B, K, s) of one axis, or of both axes of a mask."""
         rows_alike = columns.shape[1] == 1 and bool((columns == columns[0]).all())
         if len(tensor) == 1 and rows_alike:
             columns = columns[:1]  # one mask for all rows stays one
@@ -260,21 +263,21 @@ class RowColumns:
 
 
 def _real_columns(tensors: Mapping[Path, Tensor], rows: int, full: int) -> tuple[Tensor, Tensor]:
-    """Return the columns (B) of each row's first and (B) of its last token: 0 and S - 1 without a 2-D mask."""
+    """Return the columns of each row's first and last token, (B) each: 0 and S - 1 without a 2-D mask."""
     path = _find(tensors, "attention_mask")
     if path is None:
         return torch.zeros(rows, dtype=torch.long), torch.full((rows,), full - 1)
     if tensors[path].shape not in ((1, full), (rows, full)):
         raise _misfit(path, tensors[path], rows, full)
     padding = tensors[path].cpu().eq(0).long().expand(rows, full)  # (B, S)
-    # The running product of 1 1 0 0 1 is 1 1 0 0 0, whose sum is the number of ones that it starts with: 2.
+    # The running product of 1 1 0 0 1 is 1 1 0 0 0, whose sum is the number of leading ones: 2.
     return padding.cumprod(1).sum(1), full - 1 - padding.flip(1).cumprod(1).sum(1)
 
 
 def _misfit(path: Path, tensor: Tensor, rows: int, full: int) -> DataError:
     return DataError(
-        f"{_dotted(path)}: shape {tuple(tensor.shape)} doesn't fit a batch of {rows} rows of {full} tokens; give axis 0 "
-        f"{rows} rows (or 1, for all), and {full} values where there is one per token"
+        f"{_dotted(path)}: shape {tuple(tensor.shape)} doesn't fit a batch of {rows} rows of {full} tokens; axis 0 needs "
+        f"{rows} rows (or 1, for all), and an axis with one value per token needs {full}"
     )
 
 

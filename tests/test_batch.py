@@ -234,7 +234,9 @@ class TestAxes:
         ("name", "shape"), [("x", (2, 8, 8)), ("x", (2, 8, 4, 8)), ("x", (2, 8, 4, 4)), ("a_mask", (2, 1, 1, 8, 8))]
     )
     def test_what_can_not_be_known_is_an_error(self, name, shape):
-        with pytest.raises(DataError, match=rf"^{name}: shape \(.*leaves open which axes are the sequence of 8 tokens"):
+        with pytest.raises(
+            DataError, match=rf"^{name}: shape \(.*doesn't show which axes are the sequence of 8 tokens"
+        ):
             cut({"input_ids": ids(), name: torch.zeros(shape)}, 3)
 
     @pytest.mark.parametrize(
@@ -369,7 +371,7 @@ def test_lengths_that_are_none(seqlen):
 
 
 def test_segments_keep_no_end():
-    with pytest.raises(ConfigError, match="preserve_end_of_sequence: segments end where they are cut"):
+    with pytest.raises(ConfigError, match="preserve_end_of_sequence: segments can't keep"):
         set_batch_sequence_length({"input_ids": ids()}, 4, truncate=False, preserve_end_of_sequence=True)
 
 

@@ -62,7 +62,7 @@ BAD = {
     ),
     "stage outside": (
         block({"difficulty": [8, 4096], "max_step": [10]}, schedule_type="fixed_discrete"),
-        r"\[4096\] lie outside min_difficulty 8 to max_difficulty 1024",
+        r"\[4096\] are outside min_difficulty 8 to max_difficulty 1024",
     ),
     "turns don't match": (
         block({"difficulty": [8, 16], "steps": [5]}, schedule_type="fixed_mixed"),
@@ -70,7 +70,7 @@ BAD = {
     ),
     "turn outside": (
         block({"difficulty": [4, 16], "steps": [5, 5]}, schedule_type="fixed_mixed"),
-        r"\[4\] lie outside min_difficulty 8 to max_difficulty 1024",
+        r"\[4\] are outside min_difficulty 8 to max_difficulty 1024",
     ),
     "turn of no steps": (
         block({"difficulty": [8, 16], "steps": [5, 0]}, schedule_type="fixed_mixed"),

@@ -1,4 +1,4 @@
-"""Versions of what a run depends on, and the range of DeepSpeed's that this package is tested with."""
+"""Versions of the packages that a run depends on, and the tested range of DeepSpeed versions."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from seqlen_curriculum.launchers import global_rank
 __all__ = ["TESTED_DEEPSPEED", "check_deepspeed_version", "package_versions"]
 
 TESTED_DEEPSPEED = (0, 19)
-"""Major and minor version; setup.py has the same range. tests/test_deepspeed_internals.py lists what it is needed for."""
+"""Major and minor version; setup.py has the same range. tests/test_deepspeed_internals.py lists the reasons."""
 _PACKAGES = ("torch", "deepspeed", "transformers", "numpy", "seqlen-curriculum")
 
 
 @functools.cache  # once per process
 def check_deepspeed_version() -> None:
-    """Warn on rank 0, once, of a DeepSpeed that this package is not tested with."""
+    """Warn once on rank 0 if the version of DeepSpeed is outside the tested range."""
     major, minor = (int(part) for part in deepspeed.__version__.split(".")[:2])
     if (major, minor) == TESTED_DEEPSPEED or global_rank() != 0:
         return
@@ -34,11 +34,11 @@ def check_deepspeed_version() -> None:
 
 
 def package_versions() -> dict[str, str]:
-    """Return the versions of Python and of the packages that decide what a run computes, by name."""
+    """Return the versions of Python and of the packages that affect the results of a run, by name."""
     versions = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
             versions[package] = version(package)
-        except PackageNotFoundError:  # a checkout on the path that was never installed
+        except PackageNotFoundError:  # on the path, but not installed
             continue
     return versions
