@@ -152,7 +152,7 @@ def test_the_first_example(evaluated_place, evaluate_command):
     output = evaluate_command(*arguments)
     assert "slw60k/global_step1: float32, 48 tokens at once\n" in output
     assert re.search(r"accuracy +\d+\.\d\d% \(\d+ of 41 last words\)", output)
-    assert re.search(r"adjusted perplexity +\d+\.\d{4} a word", output)
+    assert re.search(r"adjusted perplexity +\d+\.\d{4} per word", output)
     assert "cut                  1 items were longer" in output
     assert "PARTIAL" not in output
 
@@ -223,7 +223,7 @@ def test_a_bare_hugging_face_folder_with_a_tokenizer_of_choice(evaluated_place, 
     [
         (["runs/gpt3"], "--task, --harness: neither is given"),
         (["runs/gpt3", "--task", "lambda=x"], "there is no task 'lambda'; did you mean 'lambada'?"),
-        (["runs/gpt3", "--task", "lambada"], "names no file; write --task lambada=PATH"),
+        (["runs/gpt3", "--task", "lambada"], "no file given; write --task lambada=PATH"),
         (["runs/gpt3", "--task", "lambada=no.jsonl"], "--task lambada=no.jsonl: can't be read"),
         (["runs/gpt3", "--task", "lambada=a", "--task", "lambada=b"], "lambada is given twice"),
         (["runs/none", "--task", "lambada=lambada_test.jsonl"], "runs/none"),
@@ -244,7 +244,7 @@ def test_a_bare_hugging_face_folder_with_a_tokenizer_of_choice(evaluated_place, 
         (["runs/gpt3", "--harness", "piqa", "--shots", "-1"], "--shots: -1 is not valid"),
         (
             ["runs/gpt3", "--task", "lambada=lambada_test.jsonl", "--device", "cuda"],
-            "--device cuda: no GPU is seen here; leave",
+            "--device cuda: no GPU is visible; leave",
         ),
         (
             ["runs/gpt3", "--task", "lambada=lambada_test.jsonl", "--out", "runs"],
@@ -257,7 +257,7 @@ def test_a_bare_hugging_face_folder_with_a_tokenizer_of_choice(evaluated_place, 
         (["runs/gpt3", "--harness", "gpt3", "piqa"], "--harness piqa: is given twice"),
         (
             ["runs/gpt3", "--harness", "piqa", "--include-path", "none"],
-            "--include-path none: no folder with task files",
+            "--include-path none: not a folder with task files",
         ),
     ],
 )

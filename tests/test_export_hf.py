@@ -267,7 +267,7 @@ def test_samples_follow_from_the_seed(run):
 def test_the_models_positions_are_the_limit(run, tmp_path):
     assert new_text(run, "a" * 12, max_new_tokens=4)[1:] == (4, False)
     assert new_text(run, "a" * 12, max_new_tokens=5)[1:] == (4, True)
-    with pytest.raises(ConfigError, match="is 16 tokens long, and the model reads 16 with what follows"):
+    with pytest.raises(ConfigError, match="is 16 tokens long, but the model has 16 positions"):
         new_text(run, "a" * 16)
     torch.manual_seed(0)
     config = BloomConfig(n_layer=1, n_head=2, hidden_size=16, vocab_size=257, eos_token_id=None, bos_token_id=None)

@@ -98,11 +98,11 @@ def test_a_word_longer_than_the_model_reads_is_refused(lines, tokenizer):
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        ('{"text": "a b"}\n{"text": "a', "line 2: no object with a text"),
-        ('{"text": "a b"}\n\n{"txt": "a b"}', "line 3: no object with a text"),
-        ("[1]", "line 1: no object with a text"),
+        ('{"text": "a b"}\n{"text": "a', "line 2: not an object with a text"),
+        ('{"text": "a b"}\n\n{"txt": "a b"}', "line 3: not an object with a text"),
+        ("[1]", "line 1: not an object with a text"),
         ('{"text": 5}', "line 1: its text is 5"),
-        ('{"text": "word"}', "line 1: 'word' has nothing before its last word"),
+        ('{"text": "word"}', "line 1: 'word' has no context before its last word"),
         ("\n", "is empty"),
     ],
 )

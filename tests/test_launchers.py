@@ -119,7 +119,7 @@ def test_a_port_in_use_is_named_by_rank_0(started_by):
         port = str(server.getsockname()[1])
         started_by(**launchers.mpirun(0), MASTER_PORT=port)
         (problem,) = port_problem()
-        assert problem.startswith(f"MASTER_PORT: {port} can't be listened at (Address already in use")
+        assert problem.startswith(f"MASTER_PORT: can't listen at port {port} (Address already in use")
         assert "--master_port" in problem
         started_by(**launchers.mpirun(1), MASTER_PORT=port)
         assert list(port_problem()) == []
@@ -129,15 +129,15 @@ def test_a_port_in_use_is_named_by_rank_0(started_by):
     assert list(port_problem()) == []
     started_by(**launchers.torchrun(1), MASTER_PORT="0", TORCHELASTIC_USE_AGENT_STORE="True")
     (problem,) = port_problem()
-    assert problem.startswith("MASTER_PORT: 0 is no port to meet at")
+    assert problem.startswith("MASTER_PORT: 0 is not a valid port")
 
 
 def test_each_rank_has_a_device_of_its_own(monkeypatch):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert [device_number(rank, 8) for rank in (0, 7)] == [0, 7]
-    with pytest.raises(ConfigError, match=r"LOCAL_RANK 1: 1 GPUs are seen .* no more than 1"):
+    with pytest.raises(ConfigError, match=r"LOCAL_RANK 1: this node has 1 visible GPUs.* at most 1 ranks"):
         device_number(1, 1)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
     assert device_number(3, 1) == 0  # Slurm shows each task its own GPU alone
-    with pytest.raises(ConfigError, match=r"LOCAL_RANK 8: 8 GPUs are seen .* no more than 8"):
+    with pytest.raises(ConfigError, match=r"LOCAL_RANK 8: this node has 8 visible GPUs.* at most 8 ranks"):
         device_number(8, 8)

@@ -196,7 +196,7 @@ def test_mistakes_are_reported_in_one_line(tmp_path, arguments, message):
 def test_a_damaged_run_json_is_named(tmp_path, text):
     written(tmp_path, BASE)
     (tmp_path / "run.json").write_text(text)
-    with pytest.raises(DataError, match=r"run\.json: .*move it away to do without"):
+    with pytest.raises(DataError, match=r"run\.json: .*move it away to continue without it"):
         load_run(tmp_path)
 
 

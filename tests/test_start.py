@@ -58,7 +58,7 @@ def test_a_precision_that_the_device_lacks_is_named_with_the_alternatives(monkey
 )
 def test_what_only_gpus_do_is_refused_without_one(accelerator, config):
     (problem,) = problems(config, ["deepspeed_shm_comm"])
-    assert "needs a GPU, and none is seen" in problem
+    assert "needs a GPU, and none is visible" in problem
 
 
 def test_a_writer_of_deepspeeds_needs_its_launcher(monkeypatch, accelerator):
@@ -73,11 +73,9 @@ def test_a_writer_of_deepspeeds_needs_its_launcher(monkeypatch, accelerator):
 def test_a_missing_compiler_matters_where_something_is_to_be_compiled(monkeypatch, accelerator):
     monkeypatch.setenv("PATH", "/nowhere")
     on_cpu, adam = problems(ADAM)
-    assert on_cpu.startswith("c++: no C++ compiler is found")
+    assert on_cpu.startswith("c++: no C++ compiler found")
     assert adam.startswith("optimizer.params.torch_adam: not set")
-    assert (
-        "no C++ compiler is found; set it to true (torch's AdamW), or install one (Debian: apt-get install g++)" in adam
-    )
+    assert "no C++ compiler found; set it to true (torch's AdamW), or install one (Debian: apt-get install g++)" in adam
     assert problems({"optimizer": {"type": "Adam", "params": {"torch_adam": True}}}, ["deepspeed_shm_comm"]) == []
     assert problems(ADAM, ["fused_adam"]) == []
 
@@ -112,7 +110,7 @@ def test_too_little_shared_memory_is_said_with_what_is_needed(monkeypatch, accel
     assert problems({}, ["deepspeed_shm_comm"]) == []
     monkeypatch.setattr(machine.shutil, "disk_usage", lambda *_: usage(64 << 20))  # a container's default
     (problem,) = problems({})
-    assert problem.startswith("/dev/shm: 64 MiB are free, and DeepSpeed needs 268 MiB for 4 CPU ranks")
+    assert problem.startswith("/dev/shm: 64 MiB free, but DeepSpeed needs 268 MiB for 4 CPU ranks")
     monkeypatch.setenv("LOCAL_SIZE", "2")  # on two nodes DeepSpeed takes none
     assert problems({}) == []
 

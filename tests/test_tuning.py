@@ -187,7 +187,7 @@ def test_a_damaged_state_is_reported(config_file, tmp_path, damage):
     (tmp_path / "tuning.json").write_text(damage)
     result = subprocess.run(tune_command(config_file, tmp_path, *SEARCH), capture_output=True, text=True, cwd=ROOT)
     assert result.returncode == 1
-    assert "tuning.json: can't be read as the state of a search" in result.stderr
+    assert "tuning.json: is not the state of a search" in result.stderr
     assert "Traceback" not in result.stderr
     assert (tmp_path / "tuning.json").read_text() == damage
 

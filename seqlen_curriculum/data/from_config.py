@@ -1,4 +1,4 @@
-"""The data of a run's configuration, opened and checked before any work."""
+"""Open and check the data of a run's configuration before any work is done."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ __all__ = ["corpora_of", "open_run_data", "open_samples", "open_training_data"]
 
 
 def open_run_data(config: RunConfig) -> tuple[TrainingData, Samples | None]:
-    """Open (training data, validation samples) of a file with model, data and training sections; None if it never evaluates.
+    """Open (training data, validation samples) of a file with model, data and training sections.
 
-    Raises ConfigError, DataError.
+    The validation samples are None if the run never evaluates. Raises ConfigError, DataError.
     """
     assert config.model is not None
     assert config.data is not None
@@ -36,7 +36,7 @@ def open_run_data(config: RunConfig) -> tuple[TrainingData, Samples | None]:
 
 
 def open_training_data(config: RunConfig) -> TrainingData:
-    """Open the training data of a file with data and training sections; no token is read yet."""
+    """Open the training data of a file with data and training sections, without reading tokens."""
     assert config.data is not None
     data, timeline = config.data, config.plan.timeline
     sources = [data.prefixes] if data.weights is None else [[prefix] for prefix in data.prefixes]
@@ -45,7 +45,7 @@ def open_training_data(config: RunConfig) -> TrainingData:
 
 
 def open_samples(config: RunConfig, which: str, prefixes: Sequence[str] | None = None) -> Samples:
-    """Open the samples of the ``which`` (train, valid or test) split, or of its own corpora; or of ``prefixes``."""
+    """Open the samples of split ``which`` (train, valid or test) or of its own corpora, or the samples of ``prefixes``."""
     assert config.data is not None
     seed = config.training.seed if config.training else 0
     corpora, split = corpora_of(config, which)
@@ -54,7 +54,7 @@ def open_samples(config: RunConfig, which: str, prefixes: Sequence[str] | None =
 
 
 def corpora_of(config: RunConfig, which: str) -> tuple[list[str], str]:
-    """Return the corpora that ``which`` (train, valid or test) is taken from, and how each of them is split.
+    """Return the corpora that ``which`` (train, valid or test) is taken from, and the split of each of them.
 
     Raises ConfigError, and DataError for a corpus that is in none of the folders where it is looked up.
     """
@@ -63,7 +63,7 @@ def corpora_of(config: RunConfig, which: str) -> tuple[list[str], str]:
     own = {"train": None, "valid": data.valid, "test": data.test}[which]
     if which == "test" and own is None and data.valid is not None:
         raise ConfigError(
-            "data.test: not given; where valid names corpora of its own, train is read whole: name some for test"
+            "data.test: not given; data.valid has corpora of its own, so data.train is not split: give corpora for data.test"
         )
     whole = own is not None or (which == "train" and data.valid is not None)
     corpora = own or data.prefixes
@@ -94,7 +94,7 @@ def _check_vocabulary(corpus: IndexedCorpus, model: ModelConfig) -> None:
 
 
 def _check_tokenizers(corpora: Sequence[IndexedCorpus], model: ModelConfig) -> None:
-    """Each token of ``hf_checkpoint``'s tokenizer has the same id in those beside the corpora, which may add others."""
+    """Raise ConfigError unless each token of ``hf_checkpoint``'s tokenizer has the same id in the corpora's tokenizers."""
     if model.initial is None:
         return
     from seqlen_curriculum.data.tokenizer import tokenizer_files  # an optional package, which only this check needs

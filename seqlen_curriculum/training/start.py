@@ -1,4 +1,4 @@
-"""The start of a run: what the machine lacks is said, then this process takes its device and joins the others."""
+"""The start of a run: check the machine, set this process's device, and join the other ranks."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ DEFAULT_PORT = 29500
 
 
 def join_ranks(deepspeed_config: Mapping[str, Any], distributed_port: int = DEFAULT_PORT) -> None:
-    """Join the ranks of this launch, each on its own device, if they haven't met yet; call it on all of them.
+    """Join the ranks of this launch, each on its own device, unless that is already done; call it on all ranks.
 
     A process that no launcher started becomes rank 0 of 1. ``deepspeed_config`` is DeepSpeed's part of the file. Raises
-    ConfigError for what it needs and the machine lacks.
+    ConfigError for requirements that the machine lacks.
     """
     if torch.distributed.is_initialized():
         return
@@ -39,8 +39,8 @@ def join_ranks(deepspeed_config: Mapping[str, Any], distributed_port: int = DEFA
     ):  # with it DeepSpeed finds ranks that an mpirun unknown to us started
         be_only_rank(None if distributed_port == DEFAULT_PORT else distributed_port)
         _warn_of_idle_devices()
-    # Before anything is put on the current device, as collectives of objects do with their bytes: NCCL refuses two ranks on
-    # one device, and a context on the first device takes memory there.
+    # Before any collective, which uses the current device: NCCL refuses two ranks on one device, and a context on device 0
+    # takes memory there.
     get_accelerator().set_device(_own_device(found.local_rank if found else 0))
     set_up_extensions(is_first_of_node=found is None or found.local_rank == 0)
     problems = list(machine_problems(deepspeed_config))
@@ -61,7 +61,7 @@ def _warn_of_idle_devices() -> None:
 
 
 def _own_device(local_rank: int) -> int:
-    """Return the number of this process's device, also as LOCAL_RANK, which DeepSpeed takes for it."""
+    """Return the index of this process's device, and set LOCAL_RANK to it, which DeepSpeed uses as the index."""
     accelerator = get_accelerator()
     if accelerator.device_name() == "cpu":
         return local_rank

@@ -1,4 +1,4 @@
-"""Versions of what a run depends on, and the range of DeepSpeed's that this package is tested with."""
+"""Versions of the packages that a run depends on, and the tested range of DeepSpeed versions."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from seqlen_curriculum.launchers import global_rank
 __all__ = ["TESTED_DEEPSPEED", "check_deepspeed_version", "package_versions", "untested_deepspeed"]
 
 TESTED_DEEPSPEED = (0, 19)
-"""Major and minor version, as in pyproject.toml. tests/test_deepspeed_internals.py lists what it is needed for."""
+"""Major and minor version, as in pyproject.toml. tests/test_deepspeed_internals.py lists the reasons."""
 _PACKAGES = ("torch", "deepspeed", "transformers", "numpy", "seqlen-curriculum")
 
 
 @functools.cache  # once per process
 def check_deepspeed_version() -> None:
-    """Warn on rank 0, once, of a DeepSpeed that this package is not tested with."""
+    """Warn once on rank 0 if the version of DeepSpeed is outside the tested range."""
     import deepspeed
 
     message = untested_deepspeed(deepspeed.__version__)
@@ -39,11 +39,11 @@ def untested_deepspeed(version: str) -> str:
 
 
 def package_versions() -> dict[str, str]:
-    """Return the versions of Python and of the packages that decide what a run computes, by name."""
+    """Return the versions of Python and of the packages that affect the results of a run, by name."""
     versions = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
             versions[package] = version(package)
-        except PackageNotFoundError:  # a checkout on the path that was never installed
+        except PackageNotFoundError:  # on the path, but not installed
             continue
     return versions
