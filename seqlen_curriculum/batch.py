@@ -165,12 +165,12 @@ class RowColumns:
     """
 
     full: int
-    """S."""
+    """Full length S."""
     segmenting: bool
     kept: Tensor
-    """(B, K, s)."""
+    """Columns of each segment, (B, K, s)."""
     window: Tensor
-    """(B, K, s)."""
+    """Columns of their position ids, (B, K, s)."""
 
     @classmethod
     def choose(
