@@ -155,7 +155,7 @@ def test_the_readme_has_these_numbers():
         spans = ["-".join(f"{value:,}" for value in sorted({*group[name]})) for name in ("seqlen", "rows", "tokens")]
         shares = f"{group['token_share']:.1%} | {group['speed']:.0%} | {group['hours']:.2f}".replace("%", " %")
         assert f"| {' | '.join(spans)} | {group['steps']:,} | {shares} |" in readme
-    assert f"{summary['hours']:.2f} hours, and {summary['hours_of_full_length']:.2f} for the same" in readme
+    assert f"{summary['hours']:.2f} hours, and {summary['hours_of_full_length']:.2f} for as many" in readme
     growth = ["curriculum_learning.batch_growth=true", "curriculum_learning.min_tokens_per_step=173056"]
     config = RunConfig.load(path, growth).for_ranks(128)
     summary = on_ranks(config, RankFlags(ranks=128, tflops=0.4 * 989.4))
