@@ -91,7 +91,7 @@ def _none(rows):
 def test_a_word_longer_than_the_model_reads_is_refused(lines, tokenizer):
     task = read_lambada(lines("a b", "a bcde"))
     assert len(task(tokenizer, Limits(seqlen=5)).rows[1].tokens) == 6  # " bcde" and one token of context
-    with pytest.raises(DataError, match=r"line 2: the last word ' bcde' is 5 tokens, the model reads 4"):
+    with pytest.raises(DataError, match=r"line 2: the last word ' bcde' is 5 tokens, but the context is 4"):
         task(tokenizer, Limits(seqlen=4))
 
 

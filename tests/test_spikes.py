@@ -245,7 +245,7 @@ def test_stops_before_anything_of_the_spike_is_saved(runs):
     message = (runs["stop"] / "error").read_text()
     assert message.startswith("step 25: the loss ")
     for part in (
-        "times the least before it",
+        "times the lowest before it",
         "training.spike_ratio 1.3",
         "seqlen 28",
         "lr 0.00265",

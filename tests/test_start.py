@@ -86,7 +86,7 @@ def test_deepspeeds_adam_needs_nvcc_on_a_gpu(monkeypatch, accelerator, tmp_path)
     monkeypatch.setattr("torch.utils.cpp_extension.CUDA_HOME", None)
     monkeypatch.setattr(accelerator, "device_name", lambda *_: "cuda")
     (problem,) = problems(ADAM, ["deepspeed_shm_comm"])
-    assert "no nvcc is found; set it to true (torch's AdamW), or install the CUDA toolkit" in problem
+    assert "no nvcc found; set it to true (torch's AdamW), or install the CUDA toolkit" in problem
     monkeypatch.setattr("torch.utils.cpp_extension.CUDA_HOME", "/usr/local/cuda")
     assert problems(ADAM) == []
 

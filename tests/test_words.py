@@ -47,6 +47,17 @@ def docstrings(tree):
                 yield statement.lineno, str(statement.value.value)
 
 
+def functions(tree):
+    """Yield (line, docstring) of each function that is not a property."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef) and (text := ast.get_docstring(node)) and not is_property(node):
+            yield node.lineno, text
+
+
+def is_property(function):
+    return any("property" in ast.unparse(decorator) for decorator in function.decorator_list)
+
+
 def paragraphs(page):
     """Yield the paragraphs, list items and table rows of a Markdown page, without its code."""
     prose = re.sub(r"^( *)```.*?^\1```", "", page, flags=re.DOTALL | re.MULTILINE)
@@ -61,6 +72,11 @@ def test_package_is_in_plain_english(path):
         f"line {line}: a docstring starts with {text.split()[0]!r}"
         for line, text in docstrings(tree)
         if text.split()[0] in FIRST_WORDS
+    ]
+    found += [
+        f"line {line}: the docstring of a function starts with {text.split()[0]!r}, not with a verb"
+        for line, text in functions(tree)
+        if text.split()[0] in {"A", "An", "The"} or not text[0].isupper()
     ]
     assert not found, f"{path}:\n" + "\n".join(found)
 

@@ -72,7 +72,7 @@ def _round(half: IntArray, values: int, modulus: int, keys: NDArray[np.uint64], 
     return _hash(half, modulus, keys, number)
 
 
-@lru_cache(maxsize=8 * _ROUNDS)  # four epochs, say of four corpora
+@lru_cache(maxsize=8 * _ROUNDS)  # four epochs, for example of four corpora
 def _table(values: int, modulus: int, key: int, number: int) -> IntArray:
     return _hash(np.arange(values, dtype=np.int64), modulus, np.array([key], dtype=np.uint64), number)
 

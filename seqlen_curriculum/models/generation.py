@@ -65,7 +65,7 @@ class Sampling(Flags):
 def generate(
     path: Path, prompts: Sequence[str], sampling: Sampling, tokenizer: Path | None = None
 ) -> Iterator[list[Sample]]:
-    """Yield the samples of each prompt in turn, from the checkpoint, run or Hugging Face folder at ``path``.
+    """Yield the samples of each prompt, from the checkpoint, run or Hugging Face folder at ``path``.
 
     A sample ends at the end of text, after ``max_new_tokens``, or at the model's last position. All prompts are checked
     before anything is generated. Raises CheckpointError, and ConfigError for a prompt that leaves no position.

@@ -243,7 +243,7 @@ def describe_ranks(summary: dict[str, Any]) -> str:
     if summary["hours"] is not None:
         lines += [
             f"assumed speed     {summary['tflops']:,.0f} TFLOP/s per rank ({summary['tflops_source']})",
-            f"estimated hours   {summary['hours']:,.2f}; {summary['hours_of_full_length']:,.2f} for as many tokens at full "
+            f"estimated hours   {summary['hours']:,.2f}; {summary['hours_of_full_length']:,.2f} for the same tokens at full "
             "length",
         ]
     return "\n".join([*lines, "", *_table(summary["lengths"])])

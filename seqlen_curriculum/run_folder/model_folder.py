@@ -59,7 +59,7 @@ class PretrainedModel:
 
     @property
     def is_plain_gpt2(self) -> bool:
-        """True if ``build_gpt2`` can build this architecture, whatever the sizes and activation."""
+        """True if ``build_gpt2`` can build this architecture, for any sizes and activation."""
         is_variant = self.config.get("add_cross_attention") or self.config.get("tie_word_embeddings") is False
         return self.model_type == "gpt2" and not is_variant
 

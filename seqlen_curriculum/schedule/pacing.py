@@ -132,7 +132,7 @@ class Root(_Ladder):
         raw = progress * (self.max_difficulty - self.min_difficulty) + self.min_difficulty
         return np.where(steps >= self.total_steps, self.max_difficulty, self._rounded(raw))
 
-    def changes(self, last_step: int) -> tuple[IntArray, IntArray]:  # noqa: ARG002 - the whole ramp costs no more
+    def changes(self, last_step: int) -> tuple[IntArray, IntArray]:  # noqa: ARG002 - listing the whole ramp costs the same
         """Return the first step of every length, by bisecting for all of them at once: O(log T) passes."""
         rungs = np.arange(self.lowest, self.max_difficulty, self.difficulty_step, dtype=np.int64)
         rungs = np.append(rungs, self.max_difficulty)
@@ -180,7 +180,7 @@ class Discrete(_Levels):
         level = np.searchsorted(np.asarray(self.max_step, np.int64), steps, side="left")
         return np.asarray(self.difficulty, np.int64)[level]
 
-    def changes(self, last_step: int) -> tuple[IntArray, IntArray]:  # noqa: ARG002 - the lists are the whole run
+    def changes(self, last_step: int) -> tuple[IntArray, IntArray]:  # noqa: ARG002 - the lists cover the whole run
         first_steps = np.asarray([1, *(step + 1 for step in self.max_step)], np.int64)
         return lengths_by_run(first_steps, np.asarray(self.difficulty, np.int64))
 

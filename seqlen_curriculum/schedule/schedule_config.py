@@ -28,7 +28,7 @@ DURATIONS = ("total_curriculum_step", "total_curriculum_tokens", "curriculum_fra
 
 
 class LinearSchedule(Section):
-    """``schedule_config`` of ``fixed_linear``."""
+    """The ``schedule_config`` of ``fixed_linear``."""
 
     total_curriculum_step: Count | None = None
     """Steps from the minimum to the maximum (DeepSpeed's key; *T* in the paper). Exactly one of the three durations."""
@@ -49,21 +49,21 @@ class LinearSchedule(Section):
 
 
 class AdaptiveSchedule(LinearSchedule):
-    """``schedule_config`` of ``adaptive``."""
+    """The ``schedule_config`` of ``adaptive``."""
 
     perplexity_ratio: float = Field(default=SIGNIFICANT, gt=1)
     """The ramp pauses for ``training.eval_interval`` steps whenever perplexity exceeds this multiple of the best so far."""
 
 
 class RootSchedule(LinearSchedule):
-    """``schedule_config`` of ``fixed_root``."""
+    """The ``schedule_config`` of ``fixed_root``."""
 
     root_degree: float = Field(gt=0)
     """DeepSpeed's key: the exponent is ``1 / root_degree``. 1 is linear, 2 is a square root, which grows fast at first."""
 
 
 class DiscreteSchedule(Section):
-    """``schedule_config`` of ``fixed_discrete``."""
+    """The ``schedule_config`` of ``fixed_discrete``."""
 
     difficulty: list[Seqlen] = Field(min_length=1)
     """Lengths, one per stage."""
@@ -84,7 +84,7 @@ class DiscreteSchedule(Section):
 
 
 class MixedSchedule(Section):
-    """``schedule_config`` of ``fixed_mixed``."""
+    """The ``schedule_config`` of ``fixed_mixed``."""
 
     difficulty: list[Seqlen] = Field(min_length=1)
     """Lengths that alternate until the end of the run."""
@@ -101,7 +101,7 @@ class MixedSchedule(Section):
 
 
 class CustomSchedule(Section):
-    """``schedule_config`` of ``custom``."""
+    """The ``schedule_config`` of ``custom``."""
 
     function: ImportPath | None = None
     """Import path ``package.module:function`` of a ``function(step) -> length``. Without it the script must call

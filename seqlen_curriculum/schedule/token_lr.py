@@ -124,7 +124,7 @@ class TokenCosine:
         progress = np.clip(decayed / (self.decay_tokens - self.warmup_tokens), 0.0, 1.0)
         cosine = 0.5 * (1.0 + elementwise(lambda x: math.cos(math.pi * x), progress))
         rate = self.params.min_lr + (self.max_lr - self.params.min_lr) * cosine
-        rate = np.where(progress >= 1.0, self.params.min_lr, rate)  # whatever the C library's cos(pi) is
+        rate = np.where(progress >= 1.0, self.params.min_lr, rate)  # exactly, independent of the C library's cos(pi)
         # The cosine starts after the warmup: a step that ends exactly with the warmup has exactly max_lr.
         rate = np.where(warmup <= 1.0, self.max_lr * np.minimum(warmup, 1.0), rate)
         return float(rate[0]) if isinstance(steps, int) else rate

@@ -121,7 +121,7 @@ class SpikeGuard:
         if not self._so_far.spiking:
             return None
         height = f"{loss / before.least:.3f} times" if before.least else "above"
-        what = f"the loss {loss:.4f} is {height} the least before it, {before.least:.4f} (training.spike_ratio {threshold})"
+        what = f"the loss {loss:.4f} is {height} the lowest before it, {before.least:.4f} (training.spike_ratio {threshold})"
         if self._settings.on_spike != "log":
             self.stop_or_roll_back(what, loss, is_finite=True)
         # A spike of 50 steps is one event: only its first step is reported.

@@ -110,7 +110,7 @@ class Trainer:
             log_rank0(f"finished: {step} steps, {self.plan.timeline.consumed_tokens(step):,} tokens")
             return "finished"
         if step < first_step:
-            log_rank0(f"nothing to do: step {step} is done, and --until-step is not later")
+            log_rank0(f"nothing to do: step {step} is already done, and --until-step is not above it")
         else:
             reason = "by a signal" if stop else "because of --until-step"
             log_rank0(f"stopped after step {step} {reason}, and saved; rerun the same command to resume")
@@ -235,8 +235,8 @@ class Trainer:
             return None
         self._follow(self.plan.holding(step))
         log_rank0(
-            f"step {step}: the perplexity is {perplexity_ratio:.3f} times its best before; lengths stay for "
-            f"{self.settings.eval_interval} steps"
+            f"step {step}: the validation perplexity is {perplexity_ratio:.3f} times the best before it; the ramp pauses "
+            f"for {self.settings.eval_interval} steps"
         )
         return step
 

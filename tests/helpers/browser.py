@@ -1,4 +1,4 @@
-"""A page opened in headless Chromium, at a phone's and at a desk's width, in light and in dark, and measured from inside."""
+"""Open a page in headless Chromium, at phone and desktop width, in light and dark mode, and measure it by a script."""
 
 import html
 import json
@@ -70,7 +70,7 @@ addEventListener('message', event => {{
 
 
 def measured(page, folder, dark):
-    """What ``MEASURE`` finds in the page, by width."""
+    """Return the results of ``MEASURE`` in the page, by width."""
     copy, frames = folder / "measured.html", folder / "frames.html"
     copy.write_text(page.read_text() + MEASURE)
     boxes = "".join(f'<iframe width="{width}" height="900" style="border: 0"></iframe>' for width in WIDTHS)
