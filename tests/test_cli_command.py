@@ -1,5 +1,6 @@
 """The command slw: its overview, version, mistakes, broken pipes, completion, and the scripts that run its subcommands."""
 
+import ast
 import importlib
 import os
 import re
@@ -134,6 +135,13 @@ def test_a_missing_package_is_one_line_that_names_its_extra(module, extra):
 
 
 def test_an_old_python_is_one_line():
+    for name in (
+        "__init__.py",
+        "__main__.py",
+        "train.py",
+        "cli/__init__.py",
+    ):  # what is compiled before the line is printed
+        ast.parse((ROOT / "seqlen_curriculum" / name).read_text(), feature_version=(3, 8))
     code = "import sys; sys.version_info = (3, 9, 2); sys.version = '3.9.2 (main)'; import seqlen_curriculum.cli"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (result.returncode, result.stdout) == (1, "")
@@ -159,6 +167,13 @@ def test_a_broken_pipe_is_silent(command, unbuffered):
     assert result.stderr == ""
     # Unbuffered, argparse ignores the error as it prints its help.
     assert result.returncode == (0 if unbuffered and "--help" in command[1:] else 141)
+
+
+def test_another_broken_pipe_is_no_silent_end():
+    code = "from seqlen_curriculum.cli.common import run\ndef main(): raise BrokenPipeError('of a worker')\nrun(main)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 1
+    assert "BrokenPipeError: of a worker" in result.stderr
 
 
 def test_the_first_line_is_read_through_a_pipe():
@@ -200,6 +215,12 @@ def test_completion_in_bash(tmp_path):
         code = f"source {script}; {typed}; _shtab_slw; echo ${{COMPREPLY[@]}}"
         result = subprocess.run(["bash", "-c", code], capture_output=True, text=True, cwd=tmp_path)
         assert (result.stdout.strip(), result.stderr) == (completed, "")
+
+
+def test_completion_is_of_the_name_that_was_typed(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["/somewhere/bin/seqlen-curriculum"])
+    cli.main(["completion", "bash"])
+    assert "complete -o bashdefault -F _shtab_seqlen_curriculum seqlen-curriculum\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("shell", ["zsh", "tcsh"])

@@ -184,7 +184,7 @@ def test_a_script_without_a_launcher_trains_as_the_only_rank(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     # 8 rows of 672 columns in the ramp of 20 steps, and 64 in each of 19 steps after it
-    assert "39 steps, 15104 tokens, last length 64, loss 0." in done.stdout
+    assert "39 steps, 15104 tokens, last length 64, loss 1." in done.stdout
 
 
 def test_idle_devices_are_warned_of(monkeypatch, capsys):

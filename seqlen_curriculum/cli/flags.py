@@ -81,7 +81,7 @@ def add_run_file(
     group.add_argument(
         "config", nargs="?", default=argparse.SUPPRESS, metavar="FILE", help="the run's configuration file"
     )
-    group.add_argument("--config", *aliases, metavar="FILE", help="the same, given as a flag")
+    group.add_argument("--config", *aliases, metavar="FILE", help="the configuration file, given as a flag")
     add_set(parser)
     return group
 

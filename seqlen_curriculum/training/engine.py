@@ -104,7 +104,7 @@ def initialize(
     if run.adapts:
         raise ConfigError(
             "curriculum_learning.schedule_type: adaptive follows the evaluations of a run, which DeepSpeed's engine doesn't "
-            "do; train with scripts/train_gpt2.py, or use fixed_linear"
+            "do; train with slw train, or use fixed_linear"
         )
     run = run if run.keys.train_batch_size else run.for_ranks(_ranks(run, given))
     if run.scheduler is not None and lr_scheduler is not None:

@@ -24,7 +24,7 @@ _DIFFICULTY_STEP = 8  # the paper's, for tensor cores at 16 bits
 
 
 class Budget(Flags):
-    """Limits for all probes together (flags of ``scripts/tune.py``). Raises ConfigError for values out of range."""
+    """Limits for all probes together (flags of ``slw tune``). Raises ConfigError for values out of range."""
 
     max_share: float = Field(default=0.2, gt=0, lt=1e6)
     """Tokens as a fraction of the training tokens."""
@@ -33,7 +33,7 @@ class Budget(Flags):
 
 
 class Settings(Flags):
-    """Settings of the search (flags of ``scripts/tune.py``), with the paper's values as defaults where it gives them.
+    """Settings of the search (flags of ``slw tune``), with the paper's values as defaults where it gives them.
 
     Raises ConfigError for values out of range.
     """
