@@ -1,9 +1,9 @@
-"""Measure this machine: tokens/s at every length, how fast samples are located and read, or what the training loop costs.
+"""Measure this machine: throughput at every sequence length, data loading, or the overhead of the training loop.
 
 Example:
-  deepspeed --num_accelerators 1 scripts/benchmark.py throughput --config configs/throughput_cpu.json --rounds 5
-  python scripts/benchmark.py data --config configs/paper/gpt2_117m_bsz512_seqlen1k_slw60k.json --set data.leftovers=recycle
-  python scripts/benchmark.py loop --config configs/tiny_cpu.json --set model.num_layers=4
+  slw benchmark throughput run.json --rounds 5 --png throughput.png
+  slw benchmark data run.json --set data.leftovers=recycle
+  slw benchmark loop run.json --set model.num_layers=4
 """
 
 from __future__ import annotations
@@ -29,45 +29,54 @@ def parser() -> Parser:
     flags = Parser(prog="slw benchmark", description=__doc__)
     add_launcher_flags(flags)
     kinds = flags.add_subparsers(title="what to measure", required=True, metavar="throughput|data|loop")
-    throughput = kinds.add_parser("throughput", help="tokens/s at every length")
+    throughput = kinds.add_parser("throughput", help="measure tokens/s at every sequence length")
     throughput.set_defaults(measure=measure_throughput)
-    throughput.add_argument("--lengths", nargs="+", type=int, metavar="S", help="default: 8 and its doubles up to full")
+    throughput.add_argument(
+        "--lengths",
+        nargs="+",
+        type=int,
+        metavar="S",
+        help="sequence lengths (default: 8, 16, 32, ... up to data.seq_length)",
+    )
     throughput.add_argument(
         "--kinds",
         nargs="+",
         default=["fixed", "balanced"],
         choices=["fixed", "balanced", "segment", "window"],
-        help="truncated rows in fixed or balanced micro-batches, segments, windows (default: fixed balanced)",
+        help="how samples are shortened: truncated in fixed or balanced micro-batches, segments or windows (default: fixed "
+        "balanced)",
     )
-    throughput.add_argument("--device", default="auto", help="auto (default) or a DeepSpeed accelerator's name, as cpu")
+    throughput.add_argument(
+        "--device", default="auto", help="auto (default), or the name of a DeepSpeed accelerator, for example cpu"
+    )
     add_ranks(throughput)
-    throughput.add_argument("--png", type=Path, metavar="PATH", help="draw tokens/s against length (PNG, PDF or SVG)")
-    data = kinds.add_parser(
-        "data", help="locating samples at any corpus size, and reading them compared with numpy alone"
+    throughput.add_argument(
+        "--png", type=Path, metavar="PATH", help="plot tokens/s against sequence length to a .png, .pdf or .svg file"
     )
+    data = kinds.add_parser("data", help="measure how fast samples are located and read, compared with numpy")
     data.set_defaults(measure=measure_data)
     data.add_argument(
         "--find-tokens",
         type=float,
         default=157e9,
         metavar="N",
-        help="tokens of a sparse file to locate samples in (default: 157e9)",
+        help="size of the sparse file in which samples are located, in tokens (default: 157e9)",
     )
     data.add_argument(
         "--read-tokens",
         type=float,
         default=500e6,
         metavar="N",
-        help="tokens of a real file to read (default: 500e6, 1 GB)",
+        help="size of the file that is read, in tokens (default: 500e6, which is 1 GB)",
     )
     data.add_argument(
         "--folder",
         type=Path,
         metavar="PATH",
-        help="folder in which both files are made and removed (default: temporary)",
+        help="folder of both files, which are removed at the end (default: the system's temporary folder)",
     )
     loop = kinds.add_parser(
-        "loop", help="CPU time of our training loop compared with a bare DeepSpeed loop, on one rank"
+        "loop", help="compare the CPU time of the training loop with a bare DeepSpeed loop, on one rank"
     )
     loop.set_defaults(measure=measure_loop)
     loop.add_argument("--steps", type=int, default=1, metavar="N", help="steps of each loop in a round (default: 1)")
@@ -77,7 +86,7 @@ def parser() -> Parser:
             "--rounds", type=int, default=rounds, help=f"rounds whose median is reported (default: {rounds})"
         )
         add_json(kind)
-        kind.add_argument("--out", type=Path, metavar="FILE", help="write that object to a file")
+        kind.add_argument("--out", type=Path, metavar="FILE", help="write the object of --json to a file")
     return flags
 
 

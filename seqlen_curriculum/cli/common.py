@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import select
 import signal
 import sys
 import tempfile
@@ -41,7 +42,8 @@ def run(main: Callable[[], int | None], ranked: bool = False) -> None:
             if sys.stdout:
                 sys.stdout.flush()
     except BrokenPipeError:  # of `slw plan FILE | head`: silent, with the status of a process that SIGPIPE ended
-        _discard_output()
+        if not _discard_output():
+            raise
         status = 128 + signal.SIGPIPE
     if status:
         sys.exit(status)
@@ -73,13 +75,19 @@ def _call(main: Callable[[], int | None], ranked: bool) -> int:
         return 130
 
 
-def _discard_output() -> None:
-    """Send what is left of the output to /dev/null: Python flushes it once more as it exits, and would print an error."""
+def _discard_output() -> bool:
+    """Send the outputs whose readers have closed them to /dev/null, and return whether there are any.
+
+    Python flushes its outputs once more as it exits, and would print an error.
+    """
+    poll = select.poll()
     for stream in filter(None, (sys.stdout, sys.stderr)):
-        try:
-            stream.flush()
-        except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        with contextlib.suppress(OSError):  # no file, as in a notebook
+            poll.register(stream.fileno(), 0)
+    closed = [number for number, event in poll.poll(0) if event & select.POLLERR]
+    for number in closed:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), number)
+    return bool(closed)
 
 
 def usage_error(message: str) -> NoReturn:

@@ -1,12 +1,13 @@
-"""Evaluate a checkpoint zero-shot: WikiText-103 and LAMBADA as in Megatron, GPT-3's tasks with lm-evaluation-harness.
+"""Evaluate a checkpoint zero-shot: WikiText-103 and LAMBADA as Megatron does, GPT-3's tasks with lm-evaluation-harness.
 
 Example:
-  python scripts/evaluate.py runs/slw60k --task wikitext103=wiki.test.tokens --task lambada=lambada_test.jsonl
-  python scripts/evaluate.py runs/gpt3 --harness gpt3 --include-path tasks
-  deepspeed scripts/evaluate.py runs/gpt3 --task lambada=lambada_test.jsonl --harness lambada triviaqa --include-path tasks
+  slw evaluate runs/slw60k --task wikitext103=wiki.test.tokens --task lambada=lambada_test.jsonl
+  slw evaluate runs/gpt3 --harness gpt3 --include-path tasks
+  deepspeed --module seqlen_curriculum evaluate runs/gpt3 --task lambada=lambada_test.jsonl --harness lambada triviaqa \\
+      --include-path tasks
 
-CHECKPOINT is a run's folder (its newest complete checkpoint), a global_step<N> folder of it, or any folder that Hugging
-Face loads as a causal language model. On several ranks every window and item is scored once.
+CHECKPOINT is a run's folder (its newest complete checkpoint is used), a global_step<N> folder of it, or any folder that
+Hugging Face loads as a causal language model. Under a launcher, the ranks share the windows and items.
 """
 
 from __future__ import annotations
@@ -25,39 +26,42 @@ from seqlen_curriculum.launchers import global_rank
 
 def parser() -> Parser:
     flags = Parser(prog="slw evaluate", description=__doc__)
-    flags.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="what to evaluate")
+    flags.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="the checkpoint to evaluate")
     tasks = flags.add_argument_group("tasks")
     tasks.add_argument(
         "--task",
         action="append",
         default=[],
         metavar="NAME=PATH",
-        help="wikitext103=PATH (a .tokens file): perplexity per token, and per word to compare vocabularies; "
-        "lambada=PATH (JSON lines of {'text': ...}): share of passages whose last word is the model's first choice",
+        help="wikitext103=PATH (a .tokens file) measures perplexity per token, and per word to compare vocabularies; "
+        "lambada=PATH (JSON lines of {'text': ...}) measures the accuracy of the last word; may be repeated",
     )
     tasks.add_argument("--limit", type=int, metavar="N", help="read only the first N windows or items of each task")
     tasks.add_argument(
         "--overlap",
         type=int,
         metavar="N",
-        help="tokens from one window of wikitext103 to the next; smaller gives each target more context (default: 32)",
+        help="stride of the windows of wikitext103 in tokens; a smaller one gives each target more context (default: 32)",
     )
     harness = flags.add_argument_group("lm-evaluation-harness (pip install 'seqlen-curriculum[eval]')")
     harness.add_argument(
         "--harness",
+        "--tasks",
         nargs="+",
         default=[],
         metavar="NAME",
-        help="gpt3: the paper's eleven tasks (hellaswag lambada triviaqa webqs winogrande piqa arc_challenge arc_easy "
-        "anli_r1 anli_r2 anli_r3); or names of tasks, of these or of lm-eval's",
+        help="tasks of lm-eval, separated by spaces or commas, or gpt3 for the paper's eleven (hellaswag lambada triviaqa "
+        "webqs winogrande piqa arc_challenge arc_easy anli_r1 anli_r2 anli_r3)",
     )
     harness.add_argument(
         "--include-path",
         type=Path,
         metavar="FOLDER",
-        help="task files (.yaml) that replace lm-eval's own of the same name; they may read local data without a download",
+        help="folder of task files (.yaml) that replace lm-eval's own of the same name, for example to read local data",
     )
-    harness.add_argument("--shots", type=int, default=0, metavar="N", help="examples before each question (default: 0)")
+    harness.add_argument(
+        "--shots", "--num_fewshot", type=int, default=0, metavar="N", help="examples before each question (default: 0)"
+    )
     model = flags.add_argument_group("model")
     model.add_argument(
         "--tokenizer",
@@ -65,22 +69,21 @@ def parser() -> Parser:
         metavar="PATH",
         help="tokenizer.json, or the folder of GPT-2's encoder.json and vocab.bpe",
     )
+    model.add_argument("--seq-length", type=int, metavar="N", help="tokens per window (default: the model's positions)")
     model.add_argument(
-        "--seq-length", type=int, metavar="N", help="tokens read at once (default: the model's positions)"
+        "--dtype",
+        choices=["float32", "float16", "bfloat16"],
+        default="float32",
+        help="data type of the weights (default: float32)",
     )
-    model.add_argument(
-        "--dtype", choices=["float32", "float16", "bfloat16"], default="float32", help="default: float32"
-    )
-    model.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
-    model.add_argument(
-        "--batch-tokens", type=int, default=8192, metavar="N", help="tokens a batch reads (default: 8192)"
-    )
+    model.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda if there is one")
+    model.add_argument("--batch-tokens", type=int, default=8192, metavar="N", help="tokens per batch (default: 8192)")
     add_json(flags)
     flags.add_argument(
         "--out",
         type=Path,
         metavar="FILE",
-        help="write that object to a file (a launcher adds lines of its own to the printed one)",
+        help="write the object of --json to a file, without the lines that launchers print",
     )
     add_launcher_flags(flags)
     return flags
@@ -88,6 +91,7 @@ def parser() -> Parser:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parser().parse_args(argv)
+    args.harness = task_names(args.harness)
     check(args)
     is_first_rank = global_rank() == 0
     results = measure(args, print_lines if is_first_rank and not args.json else lambda *_: None)
@@ -95,6 +99,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(json.dumps(results, indent=2))
     if is_first_rank and args.out:
         write(args.out, results)
+
+
+def task_names(words: Sequence[str]) -> list[str]:
+    """Return the names in words that separate them by commas, as lm-eval's --tasks has them, or not."""
+    return [name for word in words for name in word.split(",") if name]
 
 
 def check(args: argparse.Namespace) -> None:

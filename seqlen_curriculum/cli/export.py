@@ -1,18 +1,18 @@
-"""Export a checkpoint as a complete Hugging Face folder: weights without padding, tokenizer, model card with curves.
+"""Export a checkpoint as a Hugging Face folder: weights without vocabulary padding, tokenizer, model card with plots.
 
 Example:
-  python scripts/export_hf.py runs/tiny --out exported/tiny
-  python scripts/export_hf.py runs/tiny/global_step610 --out exported/tiny-bf16 --dtype bfloat16
+  slw export runs/a --out exported/a
+  slw export runs/a/global_step610 --out exported/a-bf16 --dtype bfloat16
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from seqlen_curriculum.cli.flags import Parser
+from seqlen_curriculum.cli.flags import Parser, add_json
 from seqlen_curriculum.files import new_folder, writable_folder
-from seqlen_curriculum.run_folder.model_folder import model_folder
 
 
 def parser() -> Parser:
@@ -21,23 +21,33 @@ def parser() -> Parser:
         "source",
         type=Path,
         metavar="RUN_OR_CHECKPOINT",
-        help="a run's --save folder (its newest complete checkpoint), a checkpoint, or a Hugging Face folder",
+        help="a run's --save folder (its newest complete checkpoint is used), a checkpoint, or a Hugging Face folder",
     )
-    flags.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="a new folder; nothing is overwritten")
     flags.add_argument(
-        "--dtype", choices=["float32", "bfloat16", "float16"], help="type of the weights (default: as saved)"
+        "--out",
+        type=Path,
+        required=True,
+        metavar="FOLDER",
+        help="the folder to create; an existing one is never overwritten",
+    )
+    flags.add_argument(
+        "--dtype", choices=["float32", "bfloat16", "float16"], help="data type of the weights (default: as saved)"
     )
     flags.add_argument(
         "--tokenizer",
         type=Path,
         metavar="PATH",
-        help="a tokenizer.json, or a folder with one or with GPT-2's encoder.json and vocab.bpe (default: the checkpoint's)",
+        help="tokenizer.json, or a folder with it or with GPT-2's encoder.json and vocab.bpe (default: the checkpoint's)",
     )
+    add_json(flags)
     return flags
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parser().parse_args(argv)
+
+    from seqlen_curriculum.run_folder.model_folder import model_folder  # after --help: numpy and pydantic take a moment
+
     new_folder("--out", args.out)
     model_folder(args.source)
     writable_folder("--out", args.out.resolve().parent)
@@ -45,4 +55,5 @@ def main(argv: Sequence[str] | None = None) -> None:
     from seqlen_curriculum.export.huggingface import export  # takes seconds to import
 
     source = export(args.source, args.out, args.dtype, args.tokenizer)
-    print(f"{source} is exported to {args.out}")
+    facts = {"checkpoint": str(source), "out": str(args.out)}
+    print(json.dumps(facts, indent=2) if args.json else f"exported {source} to {args.out}")

@@ -44,6 +44,7 @@ class Parser(argparse.ArgumentParser):
         for pattern, plain in _MESSAGES.items():
             message = re.sub(pattern, plain, message)
         names, colon, text = message.partition(": ")
+        names = re.sub(r"/--[\w-]+", "", names)  # aliases
         usage_error(f"{re.sub(',? --', ', --', names)}{colon}{text}; see {self.prog} --help")
 
     def flags(self) -> set[str]:
@@ -80,7 +81,7 @@ def add_run_file(
     group.add_argument(
         "config", nargs="?", default=argparse.SUPPRESS, metavar="FILE", help="the run's configuration file"
     )
-    group.add_argument("--config", *aliases, metavar="FILE", help="the same, given as a flag")
+    group.add_argument("--config", *aliases, metavar="FILE", help="the configuration file, given as a flag")
     add_set(parser)
     return group
 
@@ -100,6 +101,6 @@ def add_json(parser: argparse.ArgumentParser) -> None:
 
 
 def add_launcher_flags(parser: argparse.ArgumentParser) -> None:
-    """Accept the flags that launchers add to a script's own, or that users of DeepSpeed are used to give."""
-    parser.add_argument("--deepspeed", action="store_true", help="accepted and without effect: DeepSpeed always trains")
+    """Accept the flags that launchers add, and those that scripts for DeepSpeed usually have."""
+    parser.add_argument("--deepspeed", action="store_true", help="accepted for compatibility; it has no effect")
     parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)

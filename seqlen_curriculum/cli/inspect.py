@@ -1,11 +1,12 @@
-"""Show what is in a corpus, how a run uses its corpora, or exactly what its ranks read at a step.
+"""Show what a corpus contains, how a run uses its corpora, or what its ranks read at one step.
 
 Example:
-  python scripts/inspect_data.py corpus/stdlib --seq-length 256
-  python scripts/inspect_data.py --config configs/tiny_cpu.json --set data.leftovers=recycle --png data.png
-  python scripts/inspect_data.py --config configs/tiny_cpu.json --step 100 --ranks 2 --rows 1
+  slw inspect corpus/texts --seq-length 256
+  slw inspect run.json --set data.leftovers=recycle --png data.png
+  slw inspect run.json --step 100 --ranks 2 --rows 1
 
-Needs neither torch nor a GPU. Epochs, samples and tokens of --step count from 0, as in samples.rank*.jsonl.
+It needs neither torch nor a GPU. Epochs, samples and tokens in the output of --step are counted from 0, as in
+samples.rank*.jsonl.
 """
 
 from __future__ import annotations
@@ -34,24 +35,38 @@ _ALLOWED_MODES = {  # of each flag; the modes are named after what selects them
 
 def parser() -> Parser:
     flags = Parser(prog="slw inspect", description=__doc__)
-    flags.add_argument("prefix", nargs="*", metavar="PREFIX", help="a corpus: its path without .bin or .idx")
-    flags.add_argument("--seq-length", type=int, metavar="N", help="also count samples of N tokens")
-    flags.add_argument("--config", metavar="FILE", help="a run's JSON file, instead of PREFIX")
+    flags.add_argument(
+        "prefix",
+        nargs="*",
+        metavar="PREFIX|FILE",
+        help="corpora (paths without .bin or .idx), or one run's configuration file",
+    )
+    flags.add_argument("--seq-length", type=int, metavar="N", help="also count the samples of N tokens")
+    flags.add_argument("--config", metavar="FILE", help="the run's configuration file, given as a flag")
     add_set(flags)
-    flags.add_argument("--png", type=Path, metavar="PATH", help="draw how the run uses its corpora (PNG, PDF or SVG)")
-    flags.add_argument("--step", type=int, metavar="STEP", help="show what is read at this step of the run instead")
+    flags.add_argument(
+        "--png", type=Path, metavar="PATH", help="plot how the run uses its corpora to a .png, .pdf or .svg file"
+    )
+    flags.add_argument("--step", type=int, metavar="STEP", help="show what the ranks read at this step")
     flags.add_argument("--ranks", type=int, metavar="R", help="data-parallel ranks that share the step (default: 1)")
     flags.add_argument("--rows", type=int, metavar="M", help="samples to show per rank (default: 4)")
-    flags.add_argument("--full", action="store_true", help="show whole texts, and all spans and rows of a sample")
+    flags.add_argument("--full", action="store_true", help="show complete texts, and all spans and rows of a sample")
     add_json(flags)
     return flags
 
 
+def is_run(path: str) -> bool:
+    """Return whether this argument names a run's file or folder, not a corpus."""
+    return path.endswith(".json") or (Path(path).is_dir() and not Path(f"{path}.bin").exists())
+
+
 def mode(args: argparse.Namespace) -> str:
     """Return the mode that the arguments select. Raises ConfigError for flags that don't go together."""
+    if len(args.prefix) == 1 and args.config is None and is_run(args.prefix[0]):
+        args.config = args.prefix.pop()
     if bool(args.prefix) == (args.config is not None):
         given = f"{args.prefix[0]} and --config {args.config} are both given" if args.prefix else "neither is given"
-        raise ConfigError(f"PREFIX, --config: {given}; give the corpora to inspect, or the file of a run")
+        raise ConfigError(f"PREFIX, --config: {given}; give the corpora to inspect, or the configuration file of a run")
     selected = "--config" if args.step is None else "--step"
     if args.prefix:
         selected = "PREFIX"

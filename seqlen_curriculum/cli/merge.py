@@ -1,21 +1,31 @@
-"""Merge finished corpora into the one that preparing all their texts at once gives, at the speed of the disk.
+"""Merge corpora into one, at the speed of the disk.
 
-example:
-  python scripts/merge_corpora.py corpus/books corpus/wiki --output-prefix corpus/all
+The result is byte-identical to preparing all their texts at once.
+
+Example:
+  slw merge corpus/books corpus/wiki --out corpus/all
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from seqlen_curriculum.cli.flags import Parser
+from seqlen_curriculum.cli.flags import Parser, add_json
+from seqlen_curriculum.cli.prepare import show_corpus
 
 
 def parser() -> Parser:
     flags = Parser(prog="slw merge", description=__doc__)
-    flags.add_argument("prefix", nargs="+", metavar="PREFIX", help="corpora that prepare_data.py made, in this order")
-    flags.add_argument("--output-prefix", required=True, metavar="P", help="writes P.bin .idx .tokenizer.json .json")
-    flags.add_argument("--overwrite", action="store_true", help="replace outputs of other corpora")
+    flags.add_argument("prefix", nargs="+", metavar="PREFIX", help="corpora made by slw prepare, in this order")
+    flags.add_argument(
+        "--out",
+        "--output-prefix",
+        required=True,
+        metavar="PREFIX",
+        help="write PREFIX.bin, .idx, .tokenizer.json and .json",
+    )
+    flags.add_argument("--overwrite", action="store_true", help="replace an existing corpus made from other inputs")
+    add_json(flags)
     return flags
 
 
@@ -24,4 +34,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from seqlen_curriculum.data.preparation.merge import merge  # after --help: numpy takes a moment
 
-    print(merge(args.prefix, args.output_prefix, args.overwrite))
+    show_corpus(merge(args.prefix, args.out, args.overwrite), args.json)

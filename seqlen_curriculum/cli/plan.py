@@ -1,11 +1,11 @@
-"""Plan a run before it starts: steps to the token budget, sequence lengths, learning rate, data and compute.
+"""Plan a run before it starts: training steps, sequence lengths, learning rate, data and compute.
 
 Example:
-  python scripts/plan.py configs/paper/gpt2_117m_bsz512_seqlen1k_slw60k.json --at 200000 --png plan.png
-  python scripts/plan.py --compare configs/paper/gpt2_1.5b_bsz4k_seqlen1k*.json --png plans.png
-  python scripts/plan.py configs/paper/gpt2_1.5b_bsz512_seqlen1k_slw270k.json --ranks 128
+  slw plan run.json --at 2000 --png plan.png
+  slw plan --compare baseline.json run.json --png plans.png
+  slw plan run.json --ranks 128
 
-Needs neither torch nor a GPU nor the corpus.
+It needs neither torch nor a GPU nor the corpus.
 """
 
 from __future__ import annotations
@@ -24,31 +24,29 @@ from seqlen_curriculum.files import picture_path
 def parser() -> Parser:
     flags = Parser(prog="slw plan", description=__doc__)
     add_run_file(flags).add_argument(
-        "--compare", nargs="+", default=[], metavar="FILE", help="compare several files instead, one line each"
+        "--compare", nargs="+", default=[], metavar="FILE", help="compare several files, one row per file"
     )
-    flags.add_argument(
-        "--at", nargs="+", type=int, default=[], metavar="STEP", help="further steps to list among the milestones"
-    )
+    flags.add_argument("--at", nargs="+", type=int, default=[], metavar="STEP", help="also list these steps")
     flags.add_argument(
         "--ranks",
         type=int,
         metavar="N",
-        help="also show what each of N ranks does at every length, and estimate the hours",
+        help="also show the work of each of N ranks at every length, and estimate the training time",
     )
-    flags.add_argument("--gpus-per-node", type=int, metavar="N", help="ranks of a node, with --ranks (default: 8)")
+    flags.add_argument("--gpus-per-node", type=int, metavar="N", help="ranks per node, used with --ranks (default: 8)")
     flags.add_argument(
         "--tflops",
         type=float,
         metavar="X",
-        help="model TFLOP/s that one GPU reaches at full length, for the hours (default: 40 %% of the peak of the GPU in "
-        "this machine, or else of an H100)",
+        help="model TFLOP/s of one GPU at full length, for the estimate of the training time (default: 40 %% of the peak of "
+        "this machine's GPU, or of an H100 if it has none)",
     )
     add_json(flags)
     flags.add_argument(
         "--png",
         type=Path,
         metavar="PATH",
-        help="draw sequence length, learning rate and rows into a .png, .pdf or .svg file",
+        help="plot sequence length, learning rate and rows to a .png, .pdf or .svg file",
     )
     return flags
 

@@ -1,11 +1,11 @@
-"""Report on runs from their folders: numbers of each, a comparison with the first, and a page with plots.
+"""Report on one run, or compare several with the first: numbers, and a page of plots and tables.
 
 Example:
-  python scripts/report.py runs/quickstart --png runs/quickstart/curves.png
-  python scripts/report.py runs/baseline runs/slw60k --out reports/slw60k
-  python scripts/report.py runs/slw60k --out reports/slw60k --watch 30
+  slw report runs/a --png curves.png
+  slw report runs/baseline runs/a --out reports/a
+  slw report runs/a --out reports/a --watch 30
 
-Works while a run trains. Without --out and --png nothing is written.
+It reads only the run folders and works while a run trains. It writes files only with --out or --png.
 """
 
 from __future__ import annotations
@@ -28,14 +28,21 @@ if TYPE_CHECKING:
 
 def parser() -> Parser:
     flags = Parser(prog="slw report", description=__doc__)
-    flags.add_argument("runs", nargs="+", metavar="RUN", help="--save folders of runs; all are compared with the first")
+    flags.add_argument(
+        "runs", nargs="+", metavar="RUN", help="--save folders of runs; the others are compared with the first"
+    )
     flags.add_argument(
         "--out", type=Path, metavar="FOLDER", help="write report.html, report.json and one PNG per plot to this folder"
     )
-    flags.add_argument("--png", type=Path, metavar="PATH", help="draw losses, seqlen and LR (PNG, PDF or SVG)")
+    flags.add_argument(
+        "--png",
+        type=Path,
+        metavar="PATH",
+        help="plot losses, sequence length and learning rate to a .png, .pdf or .svg file",
+    )
     add_json(flags)
     flags.add_argument(
-        "--watch", type=float, metavar="SECONDS", help="keep --out up to date until all runs have finished"
+        "--watch", type=float, metavar="SECONDS", help="update --out at this interval until all runs have finished"
     )
     return flags
 

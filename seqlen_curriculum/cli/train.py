@@ -1,12 +1,16 @@
-"""Pre-train a GPT-2 from one JSON file, or train on any Hugging Face causal model, under the DeepSpeed launcher.
+"""Pre-train a GPT-2, or train any causal language model of Hugging Face, from one configuration file.
 
 Example:
-  deepspeed scripts/train_gpt2.py --config configs/tiny_cpu.json --save runs/tiny
-  deepspeed scripts/train_gpt2.py --config configs/tiny_cpu.json --hf-checkpoint runs/tiny/global_step610 \\
-      --save runs/more
+  slw train run.json --save runs/a
+  slw train run.json --save runs/b --ranks 2 --set training.seed=2
+  slw train run.json --save runs/c --hf-checkpoint runs/a/global_step610
+
+Without a launcher it starts one rank per accelerator of this machine with DeepSpeed's launcher and prints that command. On
+several nodes, start it with a launcher, for example
+deepspeed --hostfile hostfile --module seqlen_curriculum.train run.json --save runs/a
 
 Rerun the same command to resume from the newest complete checkpoint in --save. The exit status is 0 after the last step or
---until-step, 75 after SIGTERM or SIGINT (saved), 3 if training diverged, 5 if a step hung, else 1.
+--until-step, 75 after SIGTERM or SIGINT (the run is saved), 3 if training diverged, 5 if a step hung, 1 for other errors.
 """
 
 from __future__ import annotations
@@ -27,24 +31,26 @@ from seqlen_curriculum.launchers import launch
 def parser() -> Parser:
     flags = Parser(prog="slw train", description=__doc__)
     add_run_file(flags, "--deepspeed_config")
-    flags.add_argument("--save", required=True, type=Path, metavar="FOLDER", help="checkpoints and run log go here")
+    flags.add_argument(
+        "--save", required=True, type=Path, metavar="FOLDER", help="folder of the checkpoints and the run log"
+    )
     flags.add_argument(
         "--resume",
         default="auto",
         metavar="auto|none|CHECKPOINT",
-        help="auto (default): continue from the newest complete checkpoint in --save; none: start anew in a folder "
-        "without a run; or a checkpoint folder of the same run",
+        help="auto (default): resume from the newest complete checkpoint in --save; none: start a new run, and refuse a "
+        "folder that holds one; CHECKPOINT: resume from this checkpoint of the same run",
     )
     flags.add_argument(
         "--until-step",
         type=int,
         metavar="STEP",
-        help="stop after this step, saved; the same command without it, or with a later one, resumes",
+        help="save and stop after this step; rerun the command without it, or with a later step, to resume",
     )
     flags.add_argument(
         "--hf-checkpoint",
         metavar="FOLDER",
-        help="start from the weights and the architecture in this Hugging Face folder: model.hf_checkpoint of the file",
+        help="start from the weights and architecture in this Hugging Face folder; sets model.hf_checkpoint",
     )
     add_ranks(flags)
     add_launcher_flags(flags)

@@ -1,48 +1,51 @@
-"""Find min_difficulty and T of a curriculum for a small part of the training's cost: the paper's low-cost tuning.
+"""Find min_difficulty and the ramp's length T by short probes: the low-cost tuning of the paper.
 
 Example:
-  python scripts/tune.py configs/tiny_cpu.json --save runs/tuning --dry-run
-  python scripts/tune.py configs/tiny_cpu.json --save runs/tuning --launcher "deepspeed --num_accelerators 2"
+  slw tune run.json --save runs/tuning --dry-run
+  slw tune run.json --save runs/tuning
+  slw tune run.json --save runs/tuning --launcher "deepspeed --hostfile hostfile"
 
-Each probe trains the first steps of a schedule with train_gpt2.py and stops where the validation perplexity fluctuates.
---save holds the answer as tuned.json, a report of all probes, and the state: rerun the same command to resume a search
-that was interrupted or killed.
+Each probe trains the first steps of a schedule with slw train and stops where the validation perplexity fluctuates. --save
+receives tuned.json (the file with the schedule that was found), a report of all probes, and the state of the search. Rerun
+the same command to resume a search that was interrupted or killed.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import shlex
 import shutil
 import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from seqlen_curriculum.cli.common import warn
-from seqlen_curriculum.cli.flags import Parser, add_run_file
+from seqlen_curriculum.cli.flags import Parser, add_json, add_run_file
 from seqlen_curriculum.cli.launching import local_launcher, local_ranks
 from seqlen_curriculum.errors import ConfigError, DivergenceError
 from seqlen_curriculum.files import writable_folder
 
 if TYPE_CHECKING:
     from seqlen_curriculum.tuning.probes import Trial
+    from seqlen_curriculum.tuning.search import Outcome
     from seqlen_curriculum.tuning.study import ProbeResult, Study
 
 TRAIN = Path(__file__).parents[1] / "train.py"
 """What launchers run for each probe."""
 SEARCH: dict[str, tuple[type, str, str]] = {
-    "--min-difficulty": (int, "LENGTH", "the first length to try; each next one is twice as long (8)"),
-    "--first-warmups": (float, "N", "the T that lengths are tried with, in LR warmups (4)"),
-    "--beginning-warmups": (float, "N", "how long the very beginning is, in LR warmups (1)"),
-    "--probe-warmups": (float, "N", "how long a T must be stable, in LR warmups (3)"),
-    "--resolution": (float, "RATIO", "ratio of each T to the next smaller one (1.25)"),
-    "--most-of-run": (float, "SHARE", "the largest T, as a share of its run's steps (0.8)"),
-    "--ratio": (float, "RATIO", "a perplexity above RATIO x the best so far is a fluctuation (1.3)"),
-    "--warmup-steps": (int, "STEPS", "steps of the LR warmup, if CONFIG has none"),
-    "--eval-interval": (int, "STEPS", "steps between evaluations of a probe (an eighth of the LR warmup)"),
-    "--eval-rows": (int, "ROWS", "rows of each evaluation of a probe (CONFIG's)"),
+    "--min-difficulty": (int, "LENGTH", "first min_difficulty to try; each further one is twice as long (default: 8)"),
+    "--first-warmups": (float, "N", "T used while searching min_difficulty, in LR warmups (default: 4)"),
+    "--beginning-warmups": (float, "N", "length of a probe of min_difficulty, in LR warmups (default: 1)"),
+    "--probe-warmups": (float, "N", "length of a probe of T, in LR warmups (default: 3)"),
+    "--resolution": (float, "RATIO", "ratio of each T to the next smaller one (default: 1.25)"),
+    "--most-of-run": (float, "SHARE", "largest T, as a share of its run's steps (default: 0.8)"),
+    "--ratio": (float, "RATIO", "a perplexity above RATIO x the best so far counts as a fluctuation (default: 1.3)"),
+    "--warmup-steps": (int, "STEPS", "steps of the LR warmup, if the file has none"),
+    "--eval-interval": (int, "STEPS", "steps between evaluations of a probe (default: an eighth of the LR warmup)"),
+    "--eval-rows": (int, "ROWS", "rows of each evaluation of a probe (default: training.eval_rows)"),
 }
 
 
@@ -68,35 +71,48 @@ def main(argv: Sequence[str] | None = None) -> None:
     assert config.train_tokens is not None  # required above
     most_tokens = int(budget.max_share * config.train_tokens)
     study = Study(raw, settings, args.save, launcher, TRAIN, most_tokens, budget.max_minutes * 60)
-    print(describe_space(study.space))
-    print(f"budget            {most_tokens:,} tokens, {budget.max_share:.0%} of the training's")
+    if not args.json:
+        print(describe_space(study.space))
+        print(f"budget            {most_tokens:,} tokens, {budget.max_share:.0%} of the training's tokens")
     if args.dry_run:
-        print(describe_costs(study))
+        space = {"lengths": study.space.lengths, "totals": study.space.totals, "most_tokens": most_tokens}
+        print(json.dumps(space, indent=2) if args.json else describe_costs(study))
         return
     study.launcher = launcher or local_launcher(local_ranks(None))
     open_run_data(study.run_of(study.first).config)
     writable_folder("--save", args.save)
     study.open()
-    search(study)
+    search(study, args.json)
 
 
 def parser() -> Parser:
     flags = Parser(prog="slw tune", description=__doc__)
     add_run_file(flags)
-    flags.add_argument("--save", required=True, type=Path, metavar="FOLDER", help="folder of the search and its answer")
+    flags.add_argument("--save", required=True, type=Path, metavar="FOLDER", help="folder of the search and its result")
     flags.add_argument(
         "--launcher",
         metavar="COMMAND",
-        help="launches each probe, for example 'deepspeed --hostfile hostfile' (default: deepspeed on this machine, one "
+        help="launcher of the probes, for example 'deepspeed --hostfile hostfile' (default: deepspeed on this machine, one "
         "rank per accelerator, or 1 on the CPU)",
     )
-    flags.add_argument("--dry-run", action="store_true", help="print the search and the cost of its probes, and exit")
+    flags.add_argument(
+        "--dry-run", action="store_true", help="print the search space and the cost of each probe, and exit"
+    )
+    add_json(flags)
     budget = flags.add_argument_group("budget")
     budget.add_argument(
-        "--max-share", type=float, default=0.2, metavar="SHARE", help="tokens of all probes, of the training's (0.2)"
+        "--max-share",
+        type=float,
+        default=0.2,
+        metavar="SHARE",
+        help="tokens of all probes, as a share of the training's tokens (default: 0.2)",
     )
     budget.add_argument(
-        "--max-minutes", type=float, default=float("inf"), metavar="N", help="minutes over all calls (no limit)"
+        "--max-minutes",
+        type=float,
+        default=float("inf"),
+        metavar="N",
+        help="minutes of all calls together (default: no limit)",
     )
     group = flags.add_argument_group("search")
     for flag, (kind, metavar, text) in SEARCH.items():
@@ -115,7 +131,7 @@ def read_launcher(command: str) -> list[str]:
     return words
 
 
-def search(study: Study) -> None:
+def search(study: Study, as_json: bool) -> None:
     from tqdm import tqdm
 
     from seqlen_curriculum.tuning.report import describe_cost, describe_outcome, describe_result, write_page
@@ -127,7 +143,7 @@ def search(study: Study) -> None:
     def watch(result: ProbeResult, trial: Trial) -> None:
         if result.trial is not None:
             bar.clear()
-            print(describe_result(result), flush=True)
+            print(describe_result(result), flush=True, file=sys.stderr if as_json else sys.stdout)
             return
         (length, total), bar.total = result.probe.candidate, result.probe.until_step
         bar.set_description_str(f"probe {result.number}: min_difficulty {length}, T {total:,}: step", refresh=False)
@@ -140,18 +156,35 @@ def search(study: Study) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with bar:
         outcome = study.run(watch)
-    print(describe_outcome(study, outcome))
-    print(describe_cost(study))
     page = write_page(study)
-    if page is not None:
-        print(f"report            {page}")
-    if outcome.best is not None:
-        print(f"configuration     {study.result}")
-    elif outcome.complete:
+    if as_json:
+        print(json.dumps(facts(study, outcome, page), indent=2))
+    else:
+        print(describe_outcome(study, outcome))
+        print(describe_cost(study))
+        if page:
+            print(f"report            {page}")
+        if outcome.best:
+            print(f"configuration     {study.result}")
+    if outcome.best is None and outcome.complete:
         raise DivergenceError(
             "no schedule is without fluctuation; lower optimizer.params.lr and tune in another --save"
         )
-    else:
+    if outcome.best is None:
         sys.exit(
             "error: the budget ended before a stable T was found; raise --max-share or --max-minutes, rerun the command"
         )
+
+
+def facts(study: Study, outcome: Outcome, page: Path | None) -> dict[str, Any]:
+    """Return the result of a search and its cost as --json prints them; what was not found is None."""
+    best = outcome.best
+    return {
+        "min_difficulty": best.min_difficulty if best else None,
+        "total_curriculum_step": best.total_steps if best else None,
+        "complete": outcome.complete,
+        "tokens": study.cost().tokens,
+        "seconds": study.seconds,
+        "configuration": str(study.result) if best else None,
+        "report": str(page) if page else None,
+    }
