@@ -20,15 +20,15 @@ def install_command(extra: str) -> str:
     return f"pip install 'seqlen-curriculum[{extra}]'"
 
 
-def missing_package(error: ImportError) -> str | None:
-    """Return the line for a package that an extra would have installed; None if no extra has it.
+def missing_package(module: str | None) -> str | None:
+    """Return the line for a module that is missing and that an extra installs; None if no extra does.
 
-    ``error`` is a ModuleNotFoundError of an import, for example of ``torch``. A submodule that is missing from an installed
-    package is a mistake of that package, and gives None.
+    Give it ``name`` of a ModuleNotFoundError. A submodule that is missing from an installed package gives None: that is a
+    mistake in that package.
     """
     for extra, modules in EXTRAS.items():
-        if error.name in modules:
-            return f"{error.name} is not installed; {install_command(extra)}"
+        if module in modules:
+            return f"{module} is not installed; {install_command(extra)}"
     return None
 
 

@@ -347,7 +347,7 @@ def test_on_the_command_line(folder, one, two, saved):
             "run.json.png: there are no steps",
         ),
         (["--config", "{saved}", "--seq-length", "8"], "--seq-length 8: goes with PREFIX alone"),
-        (["--config", "{saved}", "--set", 'data.train=["nowhere"]'], "nowhere: no corpus here"),
+        (["--config", "{saved}", "--set", 'data.train=["nowhere"]'], "nowhere: no corpus, neither in .* nor in "),
         (["--config", "{saved}", "--step", "0"], r"--step: 0 is not a step of this run; its steps are 1 to \d+"),
         (["--config", "{saved}", "--step", "3", "--ranks", "0"], "--ranks: 0 data-parallel ranks"),
         (["--config", "{saved}", "--step", "3", "--rows", "0"], "--rows: 0 is not a number of samples"),

@@ -100,7 +100,7 @@ def _start(words: Sequence[str]) -> int | None:
         command: Callable[[Sequence[str]], int | None] = importlib.import_module(f"{__name__}.{name}").main
         return command(arguments)
     except ModuleNotFoundError as error:
-        if message := missing_package(error):
+        if message := missing_package(error.name):
             raise ConfigError(message) from error
         raise
 

@@ -94,6 +94,7 @@ class RampCurriculum(_Curriculum):
     """``fixed_linear`` and ``fixed_root``."""
 
     schedule_config: LinearSchedule
+    """The duration of the ramp and the step between its lengths."""
 
     @property
     def difficulty_step(self) -> int:
@@ -136,16 +137,19 @@ class RampCurriculum(_Curriculum):
 
 
 class LinearCurriculum(RampCurriculum):
-    """The paper's pacing function."""
+    """Length grows linearly with the step: the paper's pacing function."""
 
     schedule_type: Literal["fixed_linear"]
+    """``min + (max - min) * t / T`` at step *t*, rounded down to a multiple of ``difficulty_step``; ``max`` from *T* on."""
 
 
 class RootCurriculum(RampCurriculum):
-    """Section 4's root function; no clear gain over linear in the paper."""
+    """Length grows with a root of the step (the paper's Section 4); no clear gain over linear in the paper."""
 
     schedule_type: Literal["fixed_root"]
+    """As ``fixed_linear``, with ``(t / T) ** (1 / root_degree)`` instead of ``t / T``."""
     schedule_config: RootSchedule
+    """The duration of the ramp, the step between its lengths, and the degree of the root."""
 
     @property
     def root_degree(self) -> float:
@@ -160,7 +164,9 @@ class AdaptiveCurriculum(RampCurriculum):
     """
 
     schedule_type: Literal["adaptive"]
+    """As ``fixed_linear``, but the ramp pauses while validation perplexity fluctuates."""
     schedule_config: AdaptiveSchedule
+    """The duration of the ramp, the step between its lengths, and what counts as a fluctuation."""
 
 
 class _PlainCurriculum(_Curriculum):
@@ -202,7 +208,9 @@ class DiscreteCurriculum(LevelsCurriculum):
     """Stages; Shortformer's two are ``{"difficulty": [128, 1024], "max_step": [20000]}``."""
 
     schedule_type: Literal["fixed_discrete"]
+    """``difficulty[i]`` up to step ``max_step[i]``; the last length has no end."""
     schedule_config: DiscreteSchedule
+    """The lengths of the stages and their last steps."""
 
     def _schedule(self) -> Discrete:
         return Discrete(tuple(self.schedule_config.difficulty), tuple(self.schedule_config.max_step))
@@ -212,7 +220,9 @@ class MixedCurriculum(LevelsCurriculum):
     """Lengths that alternate; the paper's Figure 2 is ``{"difficulty": [128, 1024], "steps": [900, 100]}``."""
 
     schedule_type: Literal["fixed_mixed"]
+    """Cycles through the lengths: ``difficulty[i]`` for ``steps[i]`` steps each."""
     schedule_config: MixedSchedule
+    """The lengths and the steps of each."""
 
     def _schedule(self) -> Mixed:
         return Mixed(tuple(self.schedule_config.difficulty), tuple(self.schedule_config.steps))
@@ -222,7 +232,9 @@ class CustomCurriculum(_PlainCurriculum):
     """A user's function, given by import path or set on the scheduler."""
 
     schedule_type: Literal["custom"]
+    """``function(t)``, clamped to the range and rounded down to a multiple of ``difficulty_step``."""
     schedule_config: CustomSchedule = CustomSchedule()
+    """The function, and the step between its lengths."""
 
     @property
     def difficulty_step(self) -> int:

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from seqlen_curriculum.config.data import DataConfig
 from seqlen_curriculum.config.run import RunConfig
 from seqlen_curriculum.data.from_config import corpora_of, open_training_data
 from seqlen_curriculum.data.leftovers import Epochs
@@ -42,7 +41,7 @@ def account(config: RunConfig) -> dict[str, Any]:
     trained. Raises ConfigError, DataError.
     """
     assert config.data is not None
-    summary: dict[str, Any] = {"seq_length": config.data.seq_length, "splits": _splits(config.data)}
+    summary: dict[str, Any] = {"seq_length": config.data.seq_length, "splits": _splits(config)}
     if config.training is None or config.keys.train_batch_size is None:
         return summary
     train_data = open_training_data(config)
@@ -60,12 +59,13 @@ def account(config: RunConfig) -> dict[str, Any]:
     }
 
 
-def _splits(data: DataConfig) -> dict[str, list[dict[str, Any]]]:
-    splits = {}
+def _splits(config: RunConfig) -> dict[str, list[dict[str, Any]]]:
+    assert config.data is not None
+    data, splits = config.data, {}
     for which in SPLITS:
         if which == "test" and data.valid is not None and data.test is None:
             continue  # the corpora of train are then read whole: none of them is left to test on
-        ranges = split_ranges(*corpora_of(data, which), which)
+        ranges = split_ranges(*corpora_of(config, which), which)
         splits[which] = [
             {
                 "prefix": corpus.prefix,
