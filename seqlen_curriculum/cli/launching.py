@@ -78,8 +78,8 @@ def _devices(ranks: int) -> list[str]:
     visible = os.environ[name].split(",")
     if not all(number.isdigit() for number in visible):
         raise ConfigError(
-            f"{name}: {os.environ[name]} are not all numbers, which DeepSpeed's launcher needs; give numbers, or launch with "
-            "torchrun"
+            f"{name}: {os.environ[name]} are not all numbers, which DeepSpeed's launcher needs; give numbers, or launch "
+            "with torchrun"
         )
     if ranks > len(visible):
         raise ConfigError(f"--ranks {ranks}: {name} shows {len(visible)} devices, {os.environ[name]}; give fewer ranks")

@@ -54,8 +54,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     launcher = [] if args.launcher is None else read_launcher(args.launcher)
 
     from seqlen_curriculum.config.run import RunConfig  # after --help: numpy and pydantic take a moment
+    from seqlen_curriculum.config.run_file import read_run_file
     from seqlen_curriculum.data.from_config import open_run_data
-    from seqlen_curriculum.files import apply_override, read_json
     from seqlen_curriculum.tuning.report import describe_costs, describe_space
     from seqlen_curriculum.tuning.space import Budget, Settings
     from seqlen_curriculum.tuning.study import Study
@@ -63,9 +63,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     budget = Budget(max_share=args.max_share, max_minutes=args.max_minutes)
     names = {flag.removeprefix("--").replace("-", "_") for flag in SEARCH}
     settings = Settings(**{name: value for name, value in vars(args).items() if name in names})
-    raw = read_json(Path(args.config))
-    for override in args.set:
-        apply_override(raw, override)
+    raw = read_run_file(args.config, args.set)
     config = RunConfig.from_dict(raw, where=args.config, require=("optimizer", "model", "data", "training"))
     warn(config.warnings())
     assert config.train_tokens is not None  # required above
