@@ -12,7 +12,7 @@ echo "1/5  this machine"
 slw doctor runs
 
 echo "2/5  corpus: the source of Python's standard library, as corpus/stdlib.bin and .idx"
-slw prepare --stdlib --train-vocab 512 --output-prefix corpus/stdlib
+slw prepare --stdlib --train-vocab 512 --out corpus/stdlib
 
 echo "3/5  plan: the lengths, tokens and learning rates of this run"
 slw plan configs/tiny_cpu.json

@@ -29,7 +29,7 @@ def config_file(tiny_run, tmp_path):
 @pytest.fixture
 def machine(monkeypatch):
     """No launcher, no settings of DeepSpeed, and a machine with that many accelerators."""
-    for name in ("DS_ACCELERATOR", "OMP_NUM_THREADS"):
+    for name in ("DS_ACCELERATOR", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "ZE_AFFINITY_MASK"):
         monkeypatch.setenv(name, "")  # so that it is put back after the test
         monkeypatch.delenv(name)
     monkeypatch.setattr(launching, "launch", lambda: None)
@@ -80,6 +80,23 @@ def test_the_launcher_takes_the_place_of_the_command(given, kept, monkeypatch, c
     words = ["--num_accelerators", "2", "--module", "seqlen_curriculum.train", *kept]
     assert started == [(sys.executable, [*launcher, *words])]
     assert capsys.readouterr().out == f"deepspeed {shlex.join(words)}\n"
+
+
+def test_the_devices_that_the_user_shows(machine, monkeypatch):
+    machine(2)
+    assert "--num_accelerators" in launching.local_launcher(2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")
+    for ranks, devices in ((2, "localhost:4,5"), (1, "localhost:4")):
+        command = launching.local_launcher(ranks)
+        assert "--num_accelerators" not in command
+        assert command[command.index("--include") + 1] == devices
+    with pytest.raises(ConfigError, match=r"--ranks 3: CUDA_VISIBLE_DEVICES shows 2 devices, 4,5"):
+        launching.local_launcher(3)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-1e0a,GPU-77b2")
+    with pytest.raises(ConfigError, match=r"CUDA_VISIBLE_DEVICES: GPU-1e0a,GPU-77b2 are not all numbers"):
+        launching.local_launcher(2)
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    assert "--num_accelerators" in launching.local_launcher(2)
 
 
 def test_a_busy_port_is_avoided(monkeypatch):

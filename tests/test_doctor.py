@@ -68,6 +68,7 @@ CHECKS = [
         (doctor.hub(""), "ok", "reachable", ""),
         (doctor.hub("no answer in 3 s"), "warning", "not reachable (no answer in 3 s); local files need none", ""),
         (doctor.extras({"train": True, "eval": True}), "ok", "train, eval", ""),
+        (doctor.extras({"train": False, "eval": True}), "ok", "eval", ""),
         (
             doctor.extras({"train": True, "eval": False, "monitor": False}),
             "ok",

@@ -312,6 +312,18 @@ def test_the_examples_in_the_help_work(name, run, tmp_path, monkeypatch, capfd):
         assert ("def main(" in out) if name == "generate.py" else (tmp_path / words[words.index("--out") + 1]).is_dir()
 
 
+def test_results_as_json(run, tmp_path, monkeypatch, capfd):
+    run_script(monkeypatch, "generate.py", [run, "--prompt", "a", "--prompt", "b", "--max-new-tokens", "3", "--json"])
+    samples = json.loads(capfd.readouterr().out)["samples"]
+    assert [(sample["prompt"], sample["text"][0], sample["new_tokens"]) for sample in samples] == [
+        ("a", "a", 3),
+        ("b", "b", 3),
+    ]
+    run_script(monkeypatch, "export_hf.py", [run, "--out", tmp_path / "out", "--json"])
+    exported = {"checkpoint": str(run / "global_step610"), "out": str(tmp_path / "out")}
+    assert json.loads(capfd.readouterr().out) == exported
+
+
 def test_prompts_are_utf8(run, monkeypatch, capfd):
     run_script(monkeypatch, "generate.py", [run, "--max-new-tokens", "1"], "Größe\r\n")
     assert capfd.readouterr().out.startswith("Größe")

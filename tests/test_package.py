@@ -226,7 +226,7 @@ print(scheduler.get_difficulty(1), scheduler.get_difficulty(10))
     assert (result.returncode, result.stdout) == (0, "8 64\n"), result.stderr
 
 
-@pytest.mark.parametrize("name", sorted(COMMANDS.keys() - {"schema", "completion"}))
+@pytest.mark.parametrize("name", sorted(COMMANDS.keys() - {"schema"}))
 def test_help_needs_no_extra(name):
     result = slw(name, "--help")
     assert result.returncode == 0, result.stderr
@@ -239,7 +239,7 @@ def test_help_needs_no_extra(name):
         (["train", "{run_file}", "--save", "{folder}/run"], "deepspeed"),
         (["tune", "{run_file}", "--save", "{folder}/tuning", "--warmup-steps", "5"], "deepspeed"),
         (["benchmark", "loop", "{run_file}", "--rounds", "2"], "deepspeed"),
-        (["prepare", "--stdlib", "--train-vocab", "512", "--output-prefix", "{folder}/corpus"], "tokenizers"),
+        (["prepare", "--stdlib", "--train-vocab", "512", "--out", "{folder}/corpus"], "tokenizers"),
         (["evaluate", "{folder}", "--task", "lambada=test.jsonl"], "torch"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else value,

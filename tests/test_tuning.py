@@ -285,6 +285,15 @@ def test_a_dry_run_reports_costs_and_writes_nothing(config_file, tmp_path):
     assert not (tmp_path / "x").exists()
 
 
+def test_a_dry_run_as_json(config_file, tmp_path):
+    command = [*TUNE, "--config", str(config_file), "--save", str(tmp_path / "x"), "--dry-run", "--json"]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    space = json.loads(result.stdout)
+    assert space["lengths"][0] == 8
+    assert space["totals"] == sorted(space["totals"])
+    assert space["most_tokens"] == RunConfig.load(config_file).train_tokens // 5  # --max-share is 0.2
+
+
 @pytest.fixture
 def checkout(tmp_path):
     """What the examples in the help find beside them: scripts, configurations, and a small corpus of the name they use."""

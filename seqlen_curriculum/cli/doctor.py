@@ -44,8 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for finding in examine(args.folder):
         findings.append(finding)
         if not args.json:
-            fix = f"; to fix: {finding.fix}" if finding.fix else ""
-            print(f"{finding.state:<9}{finding.name:<14}{finding.found}{fix}", flush=True)
+            text = f"{finding.found}; {finding.fix}" if finding.fix else finding.found
+            print(f"{finding.state:<9}{finding.name:<14}{text}", flush=True)
     ready = can_train(findings)
     if args.json:
         print(json.dumps({"can_train": ready, "findings": [finding._asdict() for finding in findings]}, indent=2))

@@ -18,6 +18,8 @@ __all__ = ["add_ranks", "local_launcher", "local_ranks", "start_ranks"]
 
 _PORT = 29500
 """Where ranks meet unless the launcher names another port."""
+_VISIBLE_DEVICES = ("CUDA_VISIBLE_DEVICES", "ZE_AFFINITY_MASK")
+"""The variables by which users choose devices that DeepSpeed's launcher reads."""
 
 
 def add_ranks(parser: argparse.ArgumentParser) -> None:
@@ -51,10 +53,10 @@ def local_ranks(ranks: int | None) -> int:
 
 def local_launcher(ranks: int) -> list[str]:
     """Return the words that begin DeepSpeed's launch of ``ranks`` processes on this machine, on a port that is free."""
-    # Not the script `deepspeed`: it is not on PATH where the environment of this Python is not activated.
     port = _free_port()
     on_port = [] if port == _PORT else ["--master_port", str(port)]
-    return [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", str(ranks), *on_port]
+    # Not the script `deepspeed`: it is not on PATH where the environment of this Python is not activated.
+    return [sys.executable, "-m", "deepspeed.launcher.runner", *_devices(ranks), *on_port]
 
 
 def start_ranks(ranks: int, module: str, arguments: Sequence[str]) -> NoReturn:
@@ -65,6 +67,23 @@ def start_ranks(ranks: int, module: str, arguments: Sequence[str]) -> NoReturn:
     command = [*local_launcher(ranks), "--module", module, *_without_ranks(arguments)]
     print(shlex.join(["deepspeed", *command[3:]]), flush=True)
     os.execv(sys.executable, command)
+
+
+def _devices(ranks: int) -> list[str]:
+    """Return the launcher's flags for the first ``ranks`` devices that this process may see. Raises ConfigError."""
+    name = next((name for name in _VISIBLE_DEVICES if os.environ.get(name)), "")
+    if not name or os.environ.get("DS_ACCELERATOR") == "cpu":
+        return ["--num_accelerators", str(ranks)]
+    # With --num_accelerators 2 the launcher ignores CUDA_VISIBLE_DEVICES=4,5 and takes devices 0 and 1.
+    visible = os.environ[name].split(",")
+    if not all(number.isdigit() for number in visible):
+        raise ConfigError(
+            f"{name}: {os.environ[name]} are not all numbers, which DeepSpeed's launcher needs; give numbers, or launch "
+            "with torchrun"
+        )
+    if ranks > len(visible):
+        raise ConfigError(f"--ranks {ranks}: {name} shows {len(visible)} devices, {os.environ[name]}; give fewer ranks")
+    return ["--include", f"localhost:{','.join(visible[:ranks])}"]
 
 
 def _accelerators() -> int:

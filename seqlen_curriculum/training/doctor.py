@@ -212,7 +212,7 @@ def launchers(found: dict[str, str | None]) -> Finding:
 
 def extras(installed: dict[str, bool]) -> Finding:
     there = [name for name, is_there in installed.items() if is_there]
-    absent = [name for name, is_there in installed.items() if not is_there]
+    absent = [name for name, is_there in installed.items() if not is_there and name != "train"]  # see packages
     found = ", ".join(there) or "none"
     if not absent:
         return Finding("extras", "ok", found)
