@@ -14,6 +14,9 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["seqlen_curriculum", "seqlen_curriculum.*"]),
     package_data={"seqlen_curriculum": ["py.typed", "analysis/templates/*"]},
+    entry_points={
+        "console_scripts": [f"{name}=seqlen_curriculum.cli:main" for name in ("seqlen-curriculum", "slw")],
+    },
     install_requires=[
         "deepspeed>=0.19,<0.20",
         "jinja2>=3.1",

@@ -103,7 +103,7 @@ FUNCTIONS = [  # (owner, name, the parameters that we give), and who relies on i
     (compile_callbacks.callback_handler, "remove_start_callback", "callback", "watchdog.py"),
     (compile_callbacks.callback_handler, "remove_end_callback", "callback", "watchdog.py"),
     (os, "_exit", "status", "watchdog.py"),
-    (distributed_c10d, "_get_default_store", "", "preflight.py, cli.py, checkpoint.py"),
+    (distributed_c10d, "_get_default_store", "", "preflight.py, cli/common.py, checkpoint.py"),
     (type(get_accelerator()), "default_generator", "device_index", "seeding.py"),
     (type(get_accelerator()), "set_device", "device_index", "prefetch.py"),
     (torch._dynamo, "reset", "", "compile.py"),

@@ -59,7 +59,7 @@ def initialize(*args: Any, curriculum_kwarg: str | None = None, **kwargs: Any) -
     if run.adapts:
         raise ConfigError(
             "curriculum_learning.schedule_type: adaptive follows the evaluations of a run, which DeepSpeed's engine doesn't "
-            "do; train with scripts/train_gpt2.py, or use fixed_linear"
+            "do; train with slw train, or use fixed_linear"
         )
     run = run if run.keys.train_batch_size else run.for_ranks(_ranks(run, given))
     if run.scheduler is not None and given.get("lr_scheduler") is not None:
