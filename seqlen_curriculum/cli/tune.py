@@ -13,6 +13,7 @@ the same command to resume a search that was interrupted or killed.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import shlex
 import shutil
@@ -54,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     launcher = [] if args.launcher is None else read_launcher(args.launcher)
 
     from seqlen_curriculum.config.run import RunConfig  # after --help: numpy and pydantic take a moment
-    from seqlen_curriculum.config.run_file import read_run_file
+    from seqlen_curriculum.config.run_file import folder_of, read_run_file
     from seqlen_curriculum.data.from_config import open_run_data
     from seqlen_curriculum.tuning.report import describe_costs, describe_space
     from seqlen_curriculum.tuning.space import Budget, Settings
@@ -77,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(json.dumps(space, indent=2) if args.json else describe_costs(study))
         return
     study.launcher = launcher or local_launcher(local_ranks(None))
-    open_run_data(study.run_of(study.first).config)
+    open_run_data(dataclasses.replace(study.run_of(study.first).config, folder=folder_of(args.config)))
     writable_folder("--save", args.save)
     study.open()
     search(study, args.json)
