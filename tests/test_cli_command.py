@@ -17,7 +17,7 @@ from seqlen_curriculum import cli
 
 SLW = [sys.executable, "-m", "seqlen_curriculum"]
 CONFIG = str(ROOT / "configs" / "tiny_cpu.json")
-MODULES = sorted(path.stem for path in (ROOT / "seqlen_curriculum" / "cli").glob("*.py") if path.stem in cli.COMMANDS)
+MODULES = sorted(cli.COMMANDS)
 SCRIPTS = {"export": "export_hf", "inspect": "inspect_data", "merge": "merge_corpora", "prepare": "prepare_data"}
 SCRIPTS |= {
     "train": "train_gpt2",

@@ -11,7 +11,7 @@ from seqlen_curriculum import cli
 from seqlen_curriculum.cli import evaluate, inspect
 from seqlen_curriculum.cli.flags import Parser
 
-MODULES = sorted(path.stem for path in (ROOT / "seqlen_curriculum" / "cli").glob("*.py") if path.stem in cli.COMMANDS)
+MODULES = sorted(cli.COMMANDS)
 # Their output is a log, a JSON schema, a script, a configuration file, and the path of one.
 WITHOUT_JSON = {"train", "schema", "completion", "configs show", "configs copy"}
 REQUIRED = {"train": ["--save", "x"], "tune": ["--save", "x"]}

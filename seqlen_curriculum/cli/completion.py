@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import importlib.util
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -54,10 +53,8 @@ def whole_parser(name: str) -> Parser:
     whole.add_argument("--version", action="store_true", help="print the version")
     commands = whole.add_subparsers()
     for command, about in COMMANDS.items():
-        module = f"{__package__}.{command}"
-        if importlib.util.find_spec(module):
-            own = importlib.import_module(module).parser()
-            commands.add_parser(command, parents=[own], add_help=False, help=about.summary, description=about.summary)
+        own = importlib.import_module(f"{__package__}.{command}").parser()
+        commands.add_parser(command, parents=[own], add_help=False, help=about.summary, description=about.summary)
     for action in _actions(whole):
         if any(word in str(action.metavar) for word in _FILE_METAVARS):
             action.complete = _FILES  # type: ignore[attr-defined]
