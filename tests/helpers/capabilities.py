@@ -44,7 +44,8 @@ def _bf16() -> str:
 
 
 def _compiler() -> str:
-    return " ".join(compiler_problem())
+    problem, fix = compiler_problem()
+    return f"{problem}: {fix}" if problem else ""
 
 
 def _browser() -> str:
