@@ -147,7 +147,7 @@ class RootCurriculum(RampCurriculum):
     """The root function of the paper's Section 4, which found no clear gain over linear."""
 
     schedule_type: Literal["fixed_root"]
-    """As ``fixed_linear``, with ``(t / T) ** (1 / root_degree)`` instead of ``t / T``."""
+    """``fixed_linear`` with ``(t / T) ** (1 / root_degree)`` instead of ``t / T``."""
     schedule_config: RootSchedule
     """The duration of the ramp, the step between its lengths, and the degree of the root."""
 
@@ -164,7 +164,7 @@ class AdaptiveCurriculum(RampCurriculum):
     """
 
     schedule_type: Literal["adaptive"]
-    """As ``fixed_linear``, but the ramp pauses while validation perplexity fluctuates."""
+    """``fixed_linear`` whose ramp pauses while validation perplexity fluctuates."""
     schedule_config: AdaptiveSchedule
     """The duration of the ramp, the step between its lengths, and what counts as a fluctuation."""
 

@@ -1,4 +1,4 @@
-"""Which errors of ``deepspeed.initialize`` are about the configuration."""
+"""Errors of ``deepspeed.initialize`` that are about the configuration."""
 
 from __future__ import annotations
 

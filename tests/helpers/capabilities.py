@@ -45,7 +45,8 @@ def _bf16() -> str:
 
 def _compiler() -> str:
     """Probe ninja, a C++ compiler and Python's headers, with which DeepSpeed compiles."""
-    return " ".join(compiler_problem())
+    problem, fix = compiler_problem()
+    return f"{problem}: {fix}" if problem else ""
 
 
 def _browser() -> str:
