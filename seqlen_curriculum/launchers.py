@@ -16,7 +16,16 @@ from typing import NamedTuple
 
 from seqlen_curriculum.errors import ConfigError
 
-__all__ = ["Launch", "device_number", "fill_environment", "global_rank", "launch", "port_problem", "read_launch"]
+__all__ = [
+    "Launch",
+    "be_only_rank",
+    "device_number",
+    "fill_environment",
+    "global_rank",
+    "launch",
+    "port_problem",
+    "read_launch",
+]
 
 
 _COMM_WORLD = ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")
@@ -120,6 +129,25 @@ def fill_environment() -> None:
         )
     known: dict[str, int | str] = {"RANK": found.rank, "LOCAL_RANK": found.local_rank, "WORLD_SIZE": found.ranks}
     known |= {"MASTER_ADDR": address or "127.0.0.1", "MASTER_PORT": _port(found.common)}
+    for name, value in known.items():
+        if not os.environ.get(name):
+            os.environ[name] = str(value)
+
+
+def be_only_rank(port: int | None = None) -> None:
+    """Set torch's five variables for a process that no launcher started: rank 0 of 1, listening at ``port`` or a free one.
+
+    Raises ConfigError if WORLD_SIZE says that there are other ranks, because RANK is then missing.
+    """
+    ranks = os.environ.get("WORLD_SIZE") or "1"
+    if ranks != "1":
+        raise ConfigError(
+            f"RANK: not set, but WORLD_SIZE is {ranks}; start the script with deepspeed, torchrun, mpirun or srun, or set "
+            "RANK, LOCAL_RANK, MASTER_ADDR and MASTER_PORT too, for each process"
+        )
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        known: dict[str, int | str] = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1"}
+        known["MASTER_PORT"] = port or free.getsockname()[1]
     for name, value in known.items():
         if not os.environ.get(name):
             os.environ[name] = str(value)

@@ -35,7 +35,8 @@ def examples():
     help_text = subprocess.run(
         [sys.executable, str(SCRIPT), "--help"], capture_output=True, text=True, check=True
     ).stdout
-    return [shlex.split(line) for line in help_text.split("Example:")[1].split("\n\n")[0].strip().splitlines()]
+    lines = help_text.split("Example:")[1].split("\n\n")[0].replace("\\\n", "").strip().splitlines()
+    return [shlex.split(line) for line in lines]
 
 
 # --- the arithmetic of batches
@@ -146,8 +147,8 @@ def test_weights_that_diverged_are_reported(evaluated_place):
 
 
 def test_the_first_example(evaluated_place, evaluate_command):
-    (program, script, *arguments) = examples()[0]
-    assert [program, script] == ["python", "scripts/evaluate.py"]
+    (program, command, *arguments) = examples()[0]
+    assert [program, command] == ["slw", "evaluate"]
     output = evaluate_command(*arguments)
     assert "slw60k/global_step1: float32, 48 tokens at once\n" in output
     assert re.search(r"accuracy +\d+\.\d\d% \(\d+ of 41 last words\)", output)
@@ -157,8 +158,9 @@ def test_the_first_example(evaluated_place, evaluate_command):
 
 
 def test_two_ranks_come_to_the_numbers_of_one(evaluated_place, evaluate_command, tmp_path):
-    (program, script, *arguments) = examples()[2]
-    assert [program, script] == ["deepspeed", "scripts/evaluate.py"]
+    words = examples()[2]
+    assert words[:4] == ["deepspeed", "--module", "seqlen_curriculum", "evaluate"]
+    arguments = words[4:]
     arguments += ["--task", "wikitext103=wiki.test.tokens", "--json"]
     out = tmp_path / "new" / "two.json"
     folder = evaluated_place.folder

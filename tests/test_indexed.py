@@ -143,7 +143,7 @@ def test_one_file_missing_says_which(prefix: str, missing: str) -> None:
 
 
 def test_both_files_missing(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"nothing: no corpus here, neither .*nothing.bin nor .*prepare_data.py"):
+    with pytest.raises(DataError, match=r"nothing: no corpus here, neither .*nothing.bin nor .*slw prepare"):
         IndexedCorpus(tmp_path / "nothing")
 
 

@@ -1,7 +1,6 @@
 """inspect_data.py: what is in a corpus, what a run reads of it, and what its ranks read, by hand and by brute force."""
 
 import json
-import runpy
 import subprocess
 import sys
 import time
@@ -11,6 +10,7 @@ import numpy as np
 import pytest
 
 from seqlen_curriculum import ConfigError, DataError, RunConfig
+from seqlen_curriculum.cli import inspect
 from seqlen_curriculum.data.from_config import open_training_data
 from seqlen_curriculum.data.indexed import IndexedCorpus
 from seqlen_curriculum.data.inspection import corpus as inspection
@@ -355,7 +355,6 @@ def test_on_the_command_line(folder, one, two, saved):
         (["--config", "{saved}", "--step", "3", "--set", "train_batch_size=null"], "train_batch_size: required"),
     ],
 )
-def test_mistakes_are_reported_before_any_work(arguments, message, one, saved, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["inspect_data.py", *(part.format(one=one, saved=saved) for part in arguments)])
+def test_mistakes_are_reported_before_any_work(arguments, message, one, saved):
     with pytest.raises((ConfigError, DataError), match=message):
-        runpy.run_path(str(SCRIPT))["main"]()
+        inspect.main([part.format(one=one, saved=saved) for part in arguments])

@@ -7,7 +7,7 @@ import pytest
 from helpers import launchers
 
 from seqlen_curriculum import ConfigError
-from seqlen_curriculum.launchers import device_number, fill_environment, launch, port_problem, read_launch
+from seqlen_curriculum.launchers import be_only_rank, device_number, fill_environment, launch, port_problem, read_launch
 
 
 @pytest.fixture
@@ -95,6 +95,23 @@ def test_mpirun_over_nodes_needs_the_host_of_rank_0(started_by):
     started_by(**launchers.mpirun(2, 4, 2), MASTER_ADDR="n1")
     fill_environment()
     assert os.environ["MASTER_ADDR"] == "n1"
+
+
+def test_a_process_without_a_launcher_is_the_only_rank(started_by):
+    started_by(MASTER_ADDR="localhost")
+    be_only_rank()
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR")
+    assert [os.environ[name] for name in names] == ["0", "0", "1", "localhost"]
+    with socket.create_server(("127.0.0.1", int(os.environ["MASTER_PORT"]))):
+        pass  # it is free
+    started_by()
+    be_only_rank(port=31234)
+    assert os.environ["MASTER_PORT"] == "31234"
+    started_by(WORLD_SIZE="4")
+    with pytest.raises(
+        ConfigError, match="RANK: not set, but WORLD_SIZE is 4; start the script with deepspeed, torchrun"
+    ):
+        be_only_rank()
 
 
 def test_a_port_in_use_is_named_by_rank_0(started_by):

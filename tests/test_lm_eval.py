@@ -9,15 +9,14 @@ from types import SimpleNamespace
 import lm_eval.tasks
 import pytest
 from helpers.evaluated import ITEMS, POSITIONS, WORDS, ids, logits_of, tail
-from helpers.launching import ROOT
 from transformers import AutoModelForCausalLM
 
+from seqlen_curriculum.cli import evaluate
 from seqlen_curriculum.errors import ConfigError
 from seqlen_curriculum.evaluation.distributed import Ranks
 from seqlen_curriculum.evaluation.lm_eval_model import HarnessModel
 from seqlen_curriculum.evaluation.lm_eval_tasks import GPT3_TASKS, read_harness_tasks, task_names
 
-SCRIPT = ROOT / "scripts" / "evaluate.py"
 OWN = ["--include-path", "tasks"]
 
 
@@ -158,7 +157,7 @@ def test_the_papers_names():
 
 def test_the_example_of_the_eleven(evaluate_command):
     output = evaluate_command("runs/gpt3", "--harness", "gpt3", *OWN)
-    assert "python scripts/evaluate.py runs/gpt3 --harness gpt3 --include-path tasks\n" in SCRIPT.read_text()
+    assert "  slw evaluate runs/gpt3 --harness gpt3 --include-path tasks\n" in evaluate.__doc__
     table = output.split("\n\n")[1].splitlines()
     assert [line.split()[0] for line in table[1:-1]] == list(GPT3_TASKS)
     shares = [float(line.split()[1].rstrip("%")) for line in table[1:-1]]

@@ -20,6 +20,8 @@ from seqlen_curriculum.files import read_json
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 SHIPPED = sorted(path for path in CONFIGS.rglob("*.json") if not path.name.endswith(".schema.json"))
+PAGES = [CONFIGS.parent / "README.md", *sorted((CONFIGS.parent / "docs").glob("*.md"))]
+BLOCK = re.compile(r"^```jsonc\n(\{.*?)^```", re.DOTALL | re.MULTILINE)
 SCHEMA = run_schema()
 VALIDATOR = Draft202012Validator(SCHEMA)
 WRONG = {
@@ -90,6 +92,18 @@ def test_every_shipped_file_names_the_schema_and_follows_it(path):
     assert (path.parent / raw["$schema"]).resolve() == CONFIGS / "run.schema.json"
     assert problem(raw) is None
     assert problem(json.loads(json.dumps(RunConfig.load(path).as_file()))) is None
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_configurations_of_the_documentation_can_be_pasted_as_they_stand(page, tmp_path):
+    for block in BLOCK.findall(page.read_text()):
+        (tmp_path / "run.json").write_text(block)
+        RunConfig.load(tmp_path / "run.json")
+        assert problem(read_json(tmp_path / "run.json", comments=True)) is None
+
+
+def test_the_documentation_has_a_whole_configuration_with_comments():
+    assert any("//" in block for page in PAGES for block in BLOCK.findall(page.read_text()))
 
 
 @pytest.mark.parametrize("file", RIGHT.values(), ids=RIGHT)

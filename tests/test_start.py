@@ -1,5 +1,6 @@
 """What the machine lacks is said before the ranks meet; a rank takes its device before it talks to others."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -10,9 +11,9 @@ import pytest
 from deepspeed.accelerator import get_accelerator
 from helpers import launchers
 from helpers.capabilities import require_launches
-from helpers.launching import TESTS, limit
+from helpers.launching import ROOT, TESTS, limit
 
-from seqlen_curriculum.training import machine
+from seqlen_curriculum.training import machine, start
 from seqlen_curriculum.training.machine import SHM_BYTES, machine_problems
 
 ON = {"enabled": True}
@@ -166,3 +167,34 @@ def test_the_device_is_set_before_the_first_collective(tiny_run, tmp_path):
 
 if __name__ == "__main__":
     note_calls(*sys.argv[1:])
+
+
+def test_a_script_without_a_launcher_trains_as_the_only_rank(tmp_path):
+    """As in a notebook. DeepSpeed's own ``initialize`` stops here, for want of mpi4py."""
+    require_launches()
+    if importlib.util.find_spec("mpi4py"):
+        pytest.skip("with mpi4py DeepSpeed looks for the ranks of an mpirun")
+    environment = {**launchers.without_launcher(), "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, ROOT / "examples" / "own_loop.py"],
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=tmp_path,
+        timeout=limit(300),
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    # 8 rows of 672 columns in the ramp of 20 steps, and 64 in each of 19 steps after it
+    assert "39 steps, 15104 tokens, last length 64, loss 0." in done.stdout
+
+
+def test_idle_devices_are_warned_of(monkeypatch, capsys):
+    accelerator = get_accelerator()
+    for name, devices, words in (("cuda", 8, "one of 8 devices"), ("cuda", 1, ""), ("cpu", 4, "")):
+        monkeypatch.setattr(accelerator, "device_name", lambda *_, name=name: name)
+        monkeypatch.setattr(accelerator, "device_count", lambda devices=devices: devices)
+        start._warn_of_idle_devices()
+        printed = capsys.readouterr().err
+        assert words in printed
+        assert bool(printed) == bool(words)

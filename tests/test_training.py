@@ -358,7 +358,7 @@ MISTAKES = {
     "foreign tokens": (["--set", "model.vocab_size=100"], "outside the vocabulary of 100"),
     "unwritable": (["--save", "/dev/null/run"], "--save /dev/null/run: can't be written to"),
     "no such step": (["--until-step", "0"], "--until-step: 0 is no step of a run"),
-    "no launcher": ([], "no launcher has started it; begin the command with deepspeed"),
+    "no such rank": (["--ranks", "3"], "train_batch_size: 8"),
     "malformed": (["--set", "curriculum_learning.min_difficulty=0"], "min_difficulty: 0 is not valid"),
 }
 

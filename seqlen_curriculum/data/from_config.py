@@ -11,7 +11,6 @@ from seqlen_curriculum.config.run import RunConfig
 from seqlen_curriculum.config.run_file import is_corpus, places
 from seqlen_curriculum.data.indexed import IndexedCorpus
 from seqlen_curriculum.data.samples import SPLITS, Samples, check_token_ids, open_split
-from seqlen_curriculum.data.tokenizer import read_tokenizer, tokenizer_files
 from seqlen_curriculum.data.training_data import TrainingData
 from seqlen_curriculum.errors import ConfigError, DataError
 
@@ -96,7 +95,11 @@ def _check_vocabulary(corpus: IndexedCorpus, model: ModelConfig) -> None:
 
 def _check_tokenizers(corpora: Sequence[IndexedCorpus], model: ModelConfig) -> None:
     """Each token of ``hf_checkpoint``'s tokenizer has the same id in those beside the corpora, which may add others."""
-    if model.initial is None or not tokenizer_files(model.initial.folder):
+    if model.initial is None:
+        return
+    from seqlen_curriculum.data.tokenizer import tokenizer_files  # an optional package, which only this check needs
+
+    if not tokenizer_files(model.initial.folder):
         return
     theirs = _ids(model.initial.folder)
     for path in (Path(f"{corpus.prefix}.tokenizer.json") for corpus in corpora):
@@ -110,5 +113,7 @@ def _check_tokenizers(corpora: Sequence[IndexedCorpus], model: ModelConfig) -> N
 
 
 def _ids(tokenizer: Path) -> dict[str, int]:
+    from seqlen_curriculum.data.tokenizer import read_tokenizer
+
     found: dict[str, int] = read_tokenizer(tokenizer).get_vocab(with_added_tokens=True)
     return found

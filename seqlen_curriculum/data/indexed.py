@@ -119,7 +119,7 @@ class IndexedCorpus:
         if len(missing) == 2:
             raise DataError(
                 f"{self.prefix}: no corpus here, neither {bin_path} nor {idx_path} exists; "
-                "give the prefix of a .bin/.idx pair, or make one with scripts/prepare_data.py"
+                "give the prefix of a .bin/.idx pair, or make one with slw prepare"
             )
         if missing:
             raise DataError(

@@ -15,7 +15,7 @@ from deepspeed.git_version_info import installed_ops
 
 from seqlen_curriculum.launchers import port_problem
 
-__all__ = ["machine_problems"]
+__all__ = ["SHM_BYTES", "machine_problems", "must_compile", "on_cpu", "supported_precisions"]
 
 SHM_BYTES = 67 * 2**20
 """What DeepSpeed takes of /dev/shm for each CPU rank, rounded up to whole MiB."""
@@ -36,7 +36,8 @@ def machine_problems(deepspeed_config: Mapping[str, Any]) -> Iterator[str]:
     yield from _shared_memory()
 
 
-def _on_cpu() -> bool:
+def on_cpu() -> bool:
+    """Return whether DeepSpeed trains on the CPU here."""
     return str(get_accelerator().device_name()) == "cpu"
 
 
@@ -45,14 +46,20 @@ def _enabled(config: Mapping[str, Any], section: str) -> bool:
     return isinstance(value, Mapping) and bool(value.get("enabled"))
 
 
-def _precision(config: Mapping[str, Any]) -> Iterator[str]:
+def supported_precisions() -> dict[str, bool]:
+    """Return whether the accelerator at hand trains in fp16 and in bf16."""
     accelerator = get_accelerator()
-    supported = {"fp16": accelerator.is_fp16_supported(), "bf16": accelerator.is_bf16_supported()}
+    supported = {"fp16": bool(accelerator.is_fp16_supported()), "bf16": bool(accelerator.is_bf16_supported())}
     if accelerator.device_name() == "cuda":  # DeepSpeed counts what torch emulates, many times slower than fp16
         supported["bf16"] = torch.cuda.is_bf16_supported(including_emulation=False)
+    return supported
+
+
+def _precision(config: Mapping[str, Any]) -> Iterator[str]:
+    supported = supported_precisions()
     for name, is_supported in supported.items():
         if _enabled(config, name) and not is_supported:
-            device = "no GPU is seen, and this CPU" if _on_cpu() else f"this {accelerator.device_name()} device"
+            device = "no GPU is seen, and this CPU" if on_cpu() else f"this {get_accelerator().device_name()} device"
             others = [f'"{other}": {{"enabled": true}}' for other in supported if supported[other]]
             yield (
                 f"{name}.enabled: true, but {device} has no {name}; set it to false (fp32)"
@@ -61,7 +68,7 @@ def _precision(config: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _gpu(config: Mapping[str, Any]) -> Iterator[str]:
-    if not _on_cpu():
+    if not on_cpu():
         return
     optimizer = str((config.get("optimizer") or {}).get("type", ""))
     if optimizer.lower() in _GPU_OPTIMIZERS:
@@ -79,11 +86,11 @@ def _compilers(config: Mapping[str, Any]) -> Iterator[str]:
     adam = "CPUAdamBuilder" if offload.get("device", "none") != "none" else "FusedAdamBuilder"
     missing = "C++ compiler" if shutil.which(os.environ.get("CXX", "c++")) is None else ""
     install = "install one (Debian: apt-get install g++) or name it in CXX"
-    if missing and _must_compile("ShareMemCommBuilder"):
+    if missing and must_compile("ShareMemCommBuilder"):
         yield f"c++: no C++ compiler is found, and DeepSpeed compiles a part of its own at the first run on a CPU; {install}"
-    if not is_adam or not _must_compile(adam):
+    if not is_adam or not must_compile(adam):
         return
-    if not missing and not _on_cpu() and shutil.which("nvcc") is None:
+    if not missing and not on_cpu() and shutil.which("nvcc") is None:
         from torch.utils.cpp_extension import CUDA_HOME
 
         missing, install = ("", "") if CUDA_HOME else ("nvcc", "install the CUDA toolkit")
@@ -94,7 +101,7 @@ def _compilers(config: Mapping[str, Any]) -> Iterator[str]:
         )
 
 
-def _must_compile(builder_name: str) -> bool:
+def must_compile(builder_name: str) -> bool:
     """Return whether DeepSpeed compiles this part on the accelerator at hand, and hasn't before."""
     builder = get_accelerator().create_op_builder(builder_name)
     if builder is None or builder.__class__.__name__ == "NotImplementedBuilder" or installed_ops.get(builder.name):
@@ -121,7 +128,7 @@ def _checkpoint_writer(config: Mapping[str, Any]) -> Iterator[str]:
 def _shared_memory() -> Iterator[str]:
     # DeepSpeed takes it only where its launcher says by LOCAL_SIZE that all ranks are on this node.
     ranks, local_ranks = os.environ.get("WORLD_SIZE", "1"), os.environ.get("LOCAL_SIZE", "")
-    if not _on_cpu() or ranks != local_ranks:
+    if not on_cpu() or ranks != local_ranks:
         return
     needed = int(ranks) * SHM_BYTES
     free = shutil.disk_usage("/dev/shm").free if os.path.isdir("/dev/shm") else 0

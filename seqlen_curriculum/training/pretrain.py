@@ -218,7 +218,7 @@ def _data_settings(train: TrainingData) -> dict[str, Any]:
 
 
 def tokenizer_of(train: TrainingData, model: ModelConfig) -> Path | None:
-    """Return the tokenizer's path: what ``prepare_data.py`` left beside the first corpus, else ``model.hf_checkpoint``'s.
+    """Return the tokenizer's path: what ``slw prepare`` left beside the first corpus, else ``model.hf_checkpoint``'s.
 
     None without either. Raises ConfigError if it is damaged.
     """

@@ -68,7 +68,7 @@ def check_sharded(model: nn.Module) -> None:
         if any(re.fullmatch(pattern, name) for pattern in patterns) and not is_sharded(parameter):
             raise RuntimeError(
                 f"{name}: this version of DeepSpeed doesn't mark weights that AutoTP shards as tensor_model_parallel; "
-                "install one in the range of setup.py"
+                "install one in the range of pyproject.toml"
             )
 
 

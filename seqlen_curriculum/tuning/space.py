@@ -24,7 +24,7 @@ _DIFFICULTY_STEP = 8  # the paper's, for tensor cores at 16 bits
 
 
 class Budget(Flags):
-    """Limits of all probes together; the flags of ``scripts/tune.py``. Raises ConfigError for values out of range."""
+    """Limits of all probes together; flags of ``slw tune``. Raises ConfigError for values out of range."""
 
     max_share: float = Field(default=0.2, gt=0, lt=1e6)
     """Tokens, as a share of the training's."""
@@ -33,7 +33,7 @@ class Budget(Flags):
 
 
 class Settings(Flags):
-    """How to search; the flags of ``scripts/tune.py``, with the paper's values as defaults where it gives them.
+    """How to search; flags of ``slw tune``, with the paper's values as defaults where it gives them.
 
     Raises ConfigError for values out of range.
     """

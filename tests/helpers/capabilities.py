@@ -14,7 +14,6 @@ import shutil
 import socket
 import subprocess
 import sys
-import sysconfig
 from collections.abc import Iterator
 from fnmatch import fnmatch
 from pathlib import Path
@@ -24,6 +23,7 @@ import psutil
 import pytest
 
 from seqlen_curriculum.training.extensions import extensions_folder
+from seqlen_curriculum.training.facts import compiler_problem
 
 ANSWERS = "SEQLEN_TEST_CAPABILITIES"
 """The environment variable that hands the answers down: JSON, name to what is missing, empty if nothing is."""
@@ -44,14 +44,7 @@ def _bf16() -> str:
 
 
 def _compiler() -> str:
-    """DeepSpeed compiles with ninja, a C++ compiler and Python's headers."""
-    compiler = os.environ.get("CXX", "c++")
-    for command in (compiler, "ninja"):
-        if not shutil.which(command):
-            return f"no {command} (Debian: apt-get install g++ ninja-build)"
-    check = [compiler, "-x", "c++", "-fsyntax-only", f"-I{sysconfig.get_path('include')}", "-"]
-    done = subprocess.run(check, input="#include <vector>\n#include <Python.h>\n", text=True, capture_output=True)
-    return "" if done.returncode == 0 else f"{compiler} can't compile a file with Python.h: {done.stderr.strip()[:200]}"
+    return " ".join(compiler_problem())
 
 
 def _browser() -> str:

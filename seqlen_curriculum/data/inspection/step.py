@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from tokenizers import Tokenizer
 
-from seqlen_curriculum.data.tokenizer import read_tokenizer
 from seqlen_curriculum.data.training_data import TrainingData
 from seqlen_curriculum.errors import ConfigError
+from seqlen_curriculum.extras import missing_package
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 __all__ = ["check_step", "describe_step", "read_step"]
 
@@ -104,7 +107,11 @@ def _spans_by_sample(train_data: TrainingData, step: int, first: int, count: int
 @lru_cache  # a step has many samples of one corpus
 def _tokenizer_beside(prefix: str) -> Tokenizer | None:
     path = Path(prefix + ".tokenizer.json")
-    return read_tokenizer(path) if path.is_file() else None
+    if not path.is_file() or find_spec("tokenizers") is None:
+        return None
+    from seqlen_curriculum.data.tokenizer import read_tokenizer
+
+    return read_tokenizer(path)
 
 
 def describe_step(step: dict[str, Any], full: bool = False) -> str:
@@ -124,6 +131,8 @@ def describe_step(step: dict[str, Any], full: bool = False) -> str:
         hidden = rank["samples"] - len(rank["shown"])
         if hidden:
             lines.append(f"  and {hidden:,} more")
+    if find_spec("tokenizers") is None:
+        lines += ["", f"Token ids are shown instead of text: {missing_package('tokenizers')}"]
     return "\n".join(lines)
 
 

@@ -76,7 +76,7 @@ def require_record(prefix: str) -> dict[str, Any]:
     IndexedCorpus(prefix)  # raises for a damaged pair
     record = read_record(prefix)
     if not {"settings", "inputs", "left_out"} <= record.keys() or not os.path.exists(prefix + ".tokenizer.json"):
-        raise DataError(f"{prefix}: no {prefix}.json and .tokenizer.json of prepare_data.py; prepare its text again")
+        raise DataError(f"{prefix}: no {prefix}.json and .tokenizer.json of slw prepare; prepare its text again")
     return record
 
 
