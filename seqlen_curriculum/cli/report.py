@@ -4,8 +4,9 @@ Example:
   slw report runs/a --png curves.png
   slw report runs/baseline runs/a --out reports/a
   slw report runs/a --out reports/a --watch 30
+  slw report runs/baseline runs/a --tensorboard events
 
-It reads only the run folders and works while a run trains. It writes files only with --out or --png.
+It reads only the run folders and works while a run trains. It writes files only with --out, --png or --tensorboard.
 """
 
 from __future__ import annotations
@@ -40,6 +41,12 @@ def parser() -> Parser:
         metavar="PATH",
         help="plot losses, sequence length and learning rate to a .png, .pdf or .svg file",
     )
+    flags.add_argument(
+        "--tensorboard",
+        type=Path,
+        metavar="FOLDER",
+        help="write the logs as event files, one folder per run; then: tensorboard --logdir FOLDER",
+    )
     add_json(flags)
     flags.add_argument(
         "--watch", type=float, metavar="SECONDS", help="update --out at this interval until all runs have finished"
@@ -50,7 +57,7 @@ def parser() -> Parser:
 def main(argv: Sequence[str] | None = None) -> None:
     args = parser().parse_args(argv)
     names = short_names("RUN", args.runs)
-    check_outputs(args)
+    check_outputs(args, names)
 
     from seqlen_curriculum.analysis.read_run import load_run  # after --help: numpy and pydantic take a moment
     from seqlen_curriculum.analysis.report import report
@@ -73,12 +80,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         from seqlen_curriculum.analysis.write_report import write_report
 
         written["report"] = write_report(runs, args.out, numbers=numbers)
+    if args.tensorboard:
+        from seqlen_curriculum.analysis.event_files import write_event_files
+
+        write_event_files(runs, args.tensorboard)
+        written["event files"] = args.tensorboard
     if not args.json:
         for what, path in written.items():
             print(f"{what:<17}{path}")
 
 
-def check_outputs(args: argparse.Namespace) -> None:
+def check_outputs(args: argparse.Namespace, names: dict[str, str]) -> None:
     """Raise ConfigError for outputs that can't be written, before anything is read."""
     if args.watch is not None and (not 0 < args.watch < 1e6 or args.out is None or args.json):
         raise ConfigError("--watch: give seconds above 0 and below 1e6, and with it --out FOLDER, without --json")
@@ -89,6 +101,10 @@ def check_outputs(args: argparse.Namespace) -> None:
 
         check_folder(args.out)
         writable_folder("--out", args.out)
+    if args.tensorboard:
+        from seqlen_curriculum.analysis.event_files import check_event_folders
+
+        check_event_folders(args.tensorboard, list(names))
 
 
 def print_runs(runs: list[Run], numbers: dict[str, Any]) -> None:
