@@ -97,8 +97,7 @@ class Plot {
 
   draw() {
     this.width = this.box.clientWidth
-    this.height = Math.round(this.width * 0.64)
-    this.box.style.height = `${this.height}px`
+    this.height = this.box.clientHeight
     const { left, right, top, bottom } = MARGIN
     const length = { x: this.width - left - right, y: -(this.height - top - bottom) }
     const start = { x: left, y: this.height - bottom }
