@@ -32,7 +32,10 @@ def events(folder):
     from tensorboard.backend.event_processing.event_accumulator import SCALARS, EventAccumulator
 
     read = EventAccumulator(str(folder), size_guidance={SCALARS: 0}).Reload()
-    return {tag: [(event.wall_time, event.step, event.value) for event in read.Scalars(tag)] for tag in read.Tags()["scalars"]}
+    return {
+        tag: [(event.wall_time, event.step, event.value) for event in read.Scalars(tag)]
+        for tag in read.Tags()["scalars"]
+    }
 
 
 def expected(run, start):

@@ -67,7 +67,9 @@ def _write(run: Run, folder: Path) -> None:
         for record, hours in zip(run.records, run.ends[2].tolist(), strict=True):
             values = [Summary.Value(tag=tag, simple_value=value) for tag, value in _scalars(record).items()]
             if not record.get("skipped"):  # nor does the monitor of a training run get these steps
-                writer.add_event(Event(wall_time=start + 3600 * hours, step=record["step"], summary=Summary(value=values)))
+                writer.add_event(
+                    Event(wall_time=start + 3600 * hours, step=record["step"], summary=Summary(value=values))
+                )
     finally:
         writer.close()
 

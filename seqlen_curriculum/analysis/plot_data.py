@@ -21,7 +21,7 @@ _POINTS_OF_A_PAGE = 100_000
 
 
 def plot_data(runs: Sequence[Run]) -> dict[str, Any]:
-    """Return the object that ``templates/report.js`` reads.
+    """Return the object that ``templates/report.js`` unpacks and ``plot.js`` draws.
 
     ``runs`` [{``name``, ``group``, ``colour``, ``dashes``, ``series``}]: ``group`` is the number of the legend's entry,
     ``series`` {key: {``y``: values to five digits, and ``step``, ``tokens`` or ``hours``: a ``_column``}}.

@@ -101,7 +101,7 @@ PLOTS = (
         "loss_ratio",
         "Loss ratio",
         "loss_ratio",
-        label="loss ratio (loss / lowest earlier loss)",
+        label="loss ratio",
         group="stability",
         note=f"A step above the dashed line, {SPIKE}, is a spike.",
         threshold=SPIKE,

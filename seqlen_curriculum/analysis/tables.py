@@ -172,7 +172,7 @@ class ReportTables:
         for n, run in enumerate(self.runs):
             spikes, count = run["stability"]["spikes_listed"], run["stability"]["spikes"]
             place, caption = f"runs/{n}/stability/spikes_listed", f"Spikes of {run['name']}"
-            listed = range(len(spikes))
+            listed = list(range(len(spikes)))
             if count > 2 * each:
                 others = sorted(listed[each:], key=lambda k: -spikes[k]["ratio"])[:each]
                 listed = sorted([*listed[:each], *others])
