@@ -9,6 +9,7 @@ from typing import Any
 
 from seqlen_curriculum.analysis.run import Run
 from seqlen_curriculum.errors import ConfigError, DataError
+from seqlen_curriculum.extras import missing_package
 from seqlen_curriculum.files import writable_folder
 from seqlen_curriculum.run_folder.run_log import MACHINE_KEYS
 
@@ -29,9 +30,7 @@ def check_event_folders(folder: Path, names: Sequence[str]) -> None:
     try:
         import tensorboard  # noqa: F401
     except ModuleNotFoundError as error:
-        raise ConfigError(
-            "--tensorboard: tensorboard is not installed; pip install 'seqlen-curriculum[monitor]'"
-        ) from error
+        raise ConfigError(f"--tensorboard: {missing_package('tensorboard')}") from error
     for name in names:
         # TensorBoard shows all event files of a folder as one run: a second one would mix two sets of curves.
         if any((folder / name).glob("*tfevents*")):

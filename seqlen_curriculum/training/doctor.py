@@ -1,4 +1,4 @@
-"""What this machine can do, found without a launch: the checks of ``slw doctor``. Without torch it reports what is left."""
+"""Checks of the machine for ``slw doctor``, without a launch. Without torch, the checks that need it are left out."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ __all__ = ["Finding", "can_train", "examine"]
 
 _GIB = 2**30
 _PORT = 29500
-"""Where the ranks of a launch meet, unless the launcher names another port."""
+"""The port at which the ranks of a launch meet, unless the launcher gives another one."""
 
 
 class Finding(NamedTuple):
@@ -45,7 +45,7 @@ class Finding(NamedTuple):
     """``warning``: some runs need it; ``missing``: no training without it."""
     found: str
     fix: str = ""
-    """What to install or to type; empty where nothing is to be done."""
+    """The package to install or the command to type; empty if there is nothing to do."""
 
 
 def examine(folder: Path) -> Iterator[Finding]:
@@ -126,7 +126,7 @@ def precisions(supported: dict[str, bool]) -> Finding:
 
 
 def compiler(problem: str, fix: str, must_compile: bool, on_cpu: bool) -> Finding:
-    """Judge the compiler. DeepSpeed compiles a part at the first run on a CPU, and its own Adam where a file asks for it."""
+    """Judge the compiler. DeepSpeed compiles a part at the first run on a CPU, and its own Adam if a file selects it."""
     if not problem:
         use = "DeepSpeed compiles a C++ part at the first run" if must_compile else "nothing is left to compile"
         return Finding("compiler", "ok", f"C++ compiler and ninja; {use}")
