@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# Make .venv in the repository root and install the package in it. Does nothing if setup.py and constraints.txt are unchanged.
-# usage: bash scripts/install.sh [EXTRA]     EXTRA: dev, for the tests
+# Make .venv in the repository root and install the package in it. Does nothing if pyproject.toml, setup.py and constraints.txt are
+# unchanged. On a machine with NVIDIA GPUs this installs torch's CUDA build.
+# usage: bash scripts/install.sh [EXTRA]     EXTRA: train (default), or dev for the tests
 set -euo pipefail
 cd "$(dirname "$0")/.."
-extra=${1:+[$1]}
-made_for=".venv/installed$extra"
-wanted=$(cat setup.py constraints.txt | cksum)
+extra=${1:-train}
+made_for=".venv/installed-$extra"
+wanted=$(cat pyproject.toml setup.py constraints.txt | cksum)
 if [ "$(cat "$made_for" 2>/dev/null)" = "$wanted" ]; then
     exit 0
 fi
@@ -18,5 +19,5 @@ echo "installing into .venv (a few minutes the first time)"
     echo "error: python3 can't make virtual environments; on Debian and Ubuntu: apt-get install python3-venv" >&2
     exit 1
 }
-.venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".$extra"
+.venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[$extra]"
 echo "$wanted" > "$made_for"

@@ -6,16 +6,20 @@ cd "$(dirname "$0")/.."
 bash scripts/install.sh
 . scripts/environment.sh
 ranks=$((accelerators > 0 ? accelerators : 2))
+mkdir -p runs
 
-echo "1/4  corpus: the source of Python's standard library, as corpus/stdlib.bin and .idx"
-python scripts/prepare_data.py --stdlib --train-vocab 512 --output-prefix corpus/stdlib
+echo "1/5  this machine"
+slw doctor runs
 
-echo "2/4  plan: the lengths, tokens and learning rates of this run"
-python scripts/plan.py configs/tiny_cpu.json
+echo "2/5  corpus: the source of Python's standard library, as corpus/stdlib.bin and .idx"
+slw prepare --stdlib --train-vocab 512 --out corpus/stdlib
 
-echo "3/4  training on $ranks ranks with DeepSpeed (the first run compiles DeepSpeed's C++ parts for a minute)"
+echo "3/5  plan: the lengths, tokens and learning rates of this run"
+slw plan configs/tiny_cpu.json
+
+echo "4/5  training on $ranks ranks with DeepSpeed (the first run compiles DeepSpeed's C++ parts for a minute)"
 deepspeed --num_accelerators "$ranks" scripts/train_gpt2.py --config configs/tiny_cpu.json --save runs/quickstart
 
-echo "4/4  result"
-python scripts/report.py runs/quickstart --png runs/quickstart/curves.png --out runs/quickstart/report
+echo "5/5  result"
+slw report runs/quickstart --png runs/quickstart/curves.png --out runs/quickstart/report
 echo "checkpoint       $(ls -d runs/quickstart/global_step* | sort -V | tail -n 1) (loads with transformers too)"

@@ -1,13 +1,15 @@
 """Sequence length warmup for GPT pre-training with DeepSpeed.
 
 Importing this package loads neither torch nor DeepSpeed: planning works on a laptop. ``initialize``, ``TokenCosineLR``,
-``pretrain`` and ``set_batch_sequence_length`` load them when first used.
+``pretrain`` and ``set_batch_sequence_length`` load them when first used, and need the extra ``train``.
 """
 
 from __future__ import annotations
 
 import importlib
 from typing import TYPE_CHECKING, Any
+
+from seqlen_curriculum.extras import missing_package
 
 if TYPE_CHECKING:
     from seqlen_curriculum.batch import set_batch_sequence_length
@@ -56,10 +58,15 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Load a public name from its module when it is first used (PEP 562)."""
+    """Load a public name from its module when it is first used (PEP 562). Raises ImportError for a missing extra."""
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+    try:
+        return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+    except ModuleNotFoundError as error:
+        if message := missing_package(error.name):
+            raise ImportError(f"seqlen_curriculum.{name}: {message}") from error
+        raise
 
 
 def __dir__() -> list[str]:

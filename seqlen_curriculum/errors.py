@@ -7,7 +7,7 @@ SeqlenCurriculumError
 └── DivergenceError   the loss stopped being finite, or spiked in a run that stops at spikes
 
 Each message names the field or file, its value and the fix. Programs catch the base class. Scripts print the message
-without a traceback and exit with status 1, or 3 for a DivergenceError. A run that a signal stopped is no error, but exits
+without a traceback and exit with status 1, or 3 for a DivergenceError. A run stopped by a signal raises no error and exits
 with status 75.
 """
 
@@ -27,12 +27,12 @@ __all__ = [
 ]
 
 DIVERGED = 3
-"""Exit status of a run that diverged. A launcher that restarts failed runs can distinguish it from a mistake, status 1."""
+"""Exit status of a run that diverged. A launcher that restarts failed runs can distinguish it from status 1, a mistake."""
 HUNG = 5
 """Exit status of a rank whose step did not end within ``training.hang_seconds``."""
 
 STOPPED = 75
-"""Exit status of a run that SIGTERM or SIGINT stopped and that is saved, to be resumed: EX_TEMPFAIL of sysexits.h."""
+"""Exit status of a run that was stopped by SIGTERM or SIGINT after saving a checkpoint (EX_TEMPFAIL in sysexits.h)."""
 
 
 class SeqlenCurriculumError(Exception):
@@ -40,7 +40,7 @@ class SeqlenCurriculumError(Exception):
 
 
 class ConfigError(SeqlenCurriculumError, ValueError):
-    """One or more problems of a configuration, all reported at once in ``problems``."""
+    """One or more problems in a configuration, listed in ``problems``."""
 
     def __init__(self, problems: str | Sequence[str], where: str = "") -> None:
         self.problems: list[str] = [problems] if isinstance(problems, str) else list(problems)
@@ -54,7 +54,7 @@ class ConfigError(SeqlenCurriculumError, ValueError):
 
 
 class DataError(SeqlenCurriculumError, ValueError):
-    """A corpus that is missing, damaged, or doesn't fit the model or the run; a batch of unknown shapes."""
+    """A corpus that is missing, damaged, or doesn't fit the model or the run, or a batch of unknown shapes."""
 
 
 class CheckpointError(SeqlenCurriculumError, RuntimeError):
@@ -62,4 +62,4 @@ class CheckpointError(SeqlenCurriculumError, RuntimeError):
 
 
 class DivergenceError(SeqlenCurriculumError, RuntimeError):
-    """The loss, its gradient or the validation loss is NaN or infinite, or it spiked; the last checkpoint is intact."""
+    """A loss, gradient or validation loss that is NaN or infinite, or a spike. The last checkpoint is intact."""

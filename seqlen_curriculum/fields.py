@@ -64,14 +64,19 @@ def _importable(path: str) -> str:
     return path
 
 
-ImportPath = Annotated[str, AfterValidator(_importable)]
+ImportPath = Annotated[str, AfterValidator(_importable), Field(json_schema_extra={"pattern": "^[^:]+:[^:]+$"})]
 """Imported once when the configuration is checked, so that a wrong path is an error before the run starts."""
 
 
 class Section(BaseModel):
-    """Base of a configuration section: strict types, unknown keys forbidden, immutable."""
+    """Base of a configuration section: strict types, unknown keys forbidden, immutable.
 
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
+    The docstring below a field is its description in the JSON schema and in the documentation.
+    """
+
+    model_config = ConfigDict(
+        strict=True, extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
 
 class Flags(Section):

@@ -1,4 +1,4 @@
-"""Files and folders: strict JSON, durable writes and renames, locks, and checks before any work starts."""
+"""Files and folders: JSON without surprises, durable writes and renames, locks, and checks before any work starts."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ import functools
 import glob
 import itertools
 import json
+import math
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -36,6 +38,7 @@ __all__ = [
     "sync",
     "sync_tree",
     "try_lock",
+    "without_comments",
     "writable_folder",
 ]
 
@@ -46,14 +49,18 @@ _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 """How flock fails where a file system has no locks: Lustre without ``-o flock``, NFS without a lock daemon."""
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the object in a JSON file. Duplicate keys are errors. Raises ConfigError with the file and the line."""
+def read_json(path: Path, comments: bool = False) -> dict[str, Any]:
+    """Return the object in a JSON file; with ``comments`` also from JSON as people write it (``without_comments``).
+
+    Duplicate keys and numbers that aren't finite are errors. Raises ConfigError with the file, the line and the column.
+    """
     try:
-        text = path.read_text(encoding="utf-8")
+        # "utf-8-sig" skips the byte order mark that some editors on Windows put first.
+        text = path.read_text(encoding="utf-8-sig" if comments else "utf-8")
     except (OSError, ValueError) as error:
         raise ConfigError(f"can't be read ({error}); give the path of a run's JSON file", str(path)) from error
     try:
-        value = _loads(text)
+        value = _loads(without_comments(text) if comments else text)
     except json.JSONDecodeError as error:
         raise ConfigError(
             f"not valid JSON: {error.msg} at line {error.lineno}, column {error.colno}", str(path)
@@ -65,20 +72,54 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+_STRING = r'"[^"\\\n]*+(?:\\.[^"\\\n]*+)*+"?'
+_COMMENT = re.compile(rf"{_STRING}|(?://|#)[^\n]*|/\*.*?(?P<end>\*/|\Z)", re.DOTALL)
+_LAST_COMMA = re.compile(rf'(?:{_STRING}|[^\s\[{{,:"])\s*+(?P<comma>,)(?=\s*+[\]}}])|{_STRING}')
+
+
+def without_comments(text: str) -> str:
+    """Return ``text`` with spaces in place of ``// ...``, ``# ...``, ``/* ... */`` and commas after a last element.
+
+    Every other character stays where it is, so that an error in the result has its line and column in ``text``. This is
+    the part of Hjson that can't hide a mistake: strings without quotes, which Hjson reads too, would make a text of
+    ``tru``. Raises json.JSONDecodeError for a comment without an end.
+    """
+
+    def blank(found: re.Match[str]) -> str:
+        if found[0].startswith('"'):
+            return found[0]
+        if found["end"] == "":
+            raise json.JSONDecodeError("Comment without its end '*/'", text, found.start())
+        return re.sub(r"[^\n]", " ", found[0])
+
+    def without_comma(found: re.Match[str]) -> str:
+        return found[0][:-1] + " " if found["comma"] else found[0]
+
+    return _LAST_COMMA.sub(without_comma, _COMMENT.sub(blank, text))
+
+
 def _loads(text: str) -> Any:
-    return json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_no_constant)
+    return json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_no_constant, parse_float=_finite)
 
 
 def _no_constant(name: str) -> None:
     raise ConfigError(f"{name} is no JSON number; write a finite one")
 
 
+def _finite(digits: str) -> float:
+    number = float(digits)
+    if math.isinf(number):
+        raise ConfigError(f"{digits[:20]} is too large for a number; write a smaller one")
+    return number
+
+
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    keys = [key for key, _ in pairs]
-    twice = sorted({key for key in keys if keys.count(key) > 1})
-    if twice:
-        raise ConfigError(f"key '{twice[0]}' is given twice in one object; keep one")
-    return dict(pairs)
+    keys: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in keys:
+            raise ConfigError(f"key '{key}' is given twice in one object; keep one")
+        keys[key] = value
+    return keys
 
 
 def apply_override(raw: dict[str, Any], override: str) -> None:

@@ -1,7 +1,7 @@
-"""Which launcher started this process: its rank, and where the ranks meet, by the one convention that torch reads.
+"""The launcher that started this process: its rank, the world size, and the address of rank 0.
 
-``deepspeed`` and ``torchrun`` set RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT. ``mpirun`` and ``srun`` have
-variables of their own, from which ``launch`` fills in what is missing of the five.
+``deepspeed`` and ``torchrun`` set RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, which torch reads. ``mpirun``
+and ``srun`` set other variables; ``fill_environment`` derives the five from them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,16 @@ from typing import NamedTuple
 
 from seqlen_curriculum.errors import ConfigError
 
-__all__ = ["Launch", "device_number", "fill_environment", "global_rank", "launch", "port_problem", "read_launch"]
+__all__ = [
+    "Launch",
+    "be_only_rank",
+    "device_number",
+    "fill_environment",
+    "global_rank",
+    "launch",
+    "port_problem",
+    "read_launch",
+]
 
 
 _COMM_WORLD = ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")
@@ -25,34 +34,34 @@ _MPI_VARIABLES = (
     tuple(f"MV2_COMM_WORLD_{name}" for name in _COMM_WORLD),  # MVAPICH
     ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),  # MPICH, Intel MPI
 )
-"""Where each mpirun puts the rank, the ranks, and both among the processes of the node."""
+"""Variables in which each mpirun stores the rank, the world size, the local rank and the local world size."""
 
 _VISIBLE_DEVICES = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "ZE_AFFINITY_MASK")
-"""What shows a process some of the node's devices."""
+"""Variables that limit the devices a process sees."""
 
 
 class Launch(NamedTuple):
-    """The place of this process among those that one command has started."""
+    """The rank of this process in the launch that started it."""
 
     launcher: str
     rank: int
     ranks: int
     local_rank: int
-    """The rank among those of this node."""
+    """The rank within this node."""
     local_ranks: int
-    """The ranks of this node."""
+    """Number of ranks on this node."""
     address: str
-    """The host of rank 0; empty where the launcher doesn't say."""
+    """The host of rank 0; empty if the launcher doesn't set it."""
     common: str
-    """What all ranks of this launch have in common, and no other launch on the host of rank 0."""
+    """A string shared by all ranks of this launch and unique among the launches on the host of rank 0."""
 
 
 def read_launch(environment: Mapping[str, str]) -> Launch | None:
-    """Return the launch that the variables in ``environment`` describe; None without a launcher.
+    """Return the launch described by the variables in ``environment``, or None without a launcher.
 
-    The one that started the process directly counts: ``deepspeed`` in a Slurm job, ``mpirun`` over nodes that it reached by
-    ``srun``. A Slurm step of one task is no launch, because an interactive shell is one too, and neither is a batch script,
-    which has SLURM_PROCID=0 and no step.
+    If launchers are nested, the innermost one is returned: ``deepspeed`` in a Slurm job, ``mpirun`` whose daemons were
+    started by ``srun``. A Slurm step with one task is not treated as a launch, because an interactive shell is one too.
+    Neither is a batch script, which has SLURM_PROCID=0 and no step.
     """
 
     def number(*names: str, default: int = 0) -> int:
@@ -82,40 +91,40 @@ def read_launch(environment: Mapping[str, str]) -> Launch | None:
 
 
 def _first_host(nodes: str) -> str:
-    """Return the first host of Slurm's list, which runs rank 0."""
-    # gpu[03-05,9],login1: gpu03. SLURM_LAUNCH_NODE_IPADDR is where srun runs instead, which may be a login node.
+    """Return the first host of Slurm's node list, which runs rank 0: gpu03 for ``gpu[03-05,9],login1``."""
+    # SLURM_LAUNCH_NODE_IPADDR is the host that runs srun, which may be a login node.
     return re.sub(r"\[(\w+)[^]]*\]", r"\1", nodes).partition(",")[0]
 
 
 def _tasks_of_node(tasks: str, node: int) -> int:
-    """Return how many tasks Slurm's list gives to the node of this number: ``4(x2),3`` are 4, 4 and 3."""
+    """Return the number of tasks on node number ``node`` in Slurm's list: ``4(x2),3`` means 4, 4 and 3."""
     counts: list[int] = []
     for count, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", tasks):
         counts += [int(count)] * int(times or 1)
     return counts[node] if node < len(counts) else 1
 
 
-@functools.cache  # DeepSpeed and fill_environment change the variables
+@functools.cache  # DeepSpeed and fill_environment change the variables later
 def launch() -> Launch | None:
-    """Return the launch of this process as its environment had it when first asked; None without a launcher."""
+    """Return the launch of this process, read from its environment at the first call, or None without a launcher."""
     return read_launch(os.environ)
 
 
 def global_rank() -> int:
-    """Return this process's rank among all, 0 without a launcher."""
+    """Return the global rank of this process, 0 without a launcher."""
     found = launch()
     return found.rank if found else 0
 
 
 def fill_environment() -> None:
-    """Set those of torch's five variables that the launcher has not set. Raises ConfigError where it can't be known."""
+    """Set those of torch's five variables that the launcher left unset. Raises ConfigError if the host is unknown."""
     found = launch()
     if found is None:
         return
     address = os.environ.get("MASTER_ADDR") or found.address
     if not address and found.ranks > 1:
         raise ConfigError(
-            f"MASTER_ADDR: not set, and {found.launcher} doesn't say where rank 0 of {found.ranks} is; name its host: "
+            f"MASTER_ADDR: not set, and {found.launcher} doesn't give the host of rank 0 of {found.ranks} ranks; set it: "
             "mpirun -x MASTER_ADDR=HOST (MPICH, Intel MPI: -genv MASTER_ADDR HOST), and MASTER_PORT the same way"
         )
     known: dict[str, int | str] = {"RANK": found.rank, "LOCAL_RANK": found.local_rank, "WORLD_SIZE": found.ranks}
@@ -125,13 +134,32 @@ def fill_environment() -> None:
             os.environ[name] = str(value)
 
 
+def be_only_rank(port: int | None = None) -> None:
+    """Set torch's five variables for a process that no launcher started: rank 0 of 1, listening at ``port`` or a free one.
+
+    Raises ConfigError if WORLD_SIZE says that there are other ranks, because RANK is then missing.
+    """
+    ranks = os.environ.get("WORLD_SIZE") or "1"
+    if ranks != "1":
+        raise ConfigError(
+            f"RANK: not set, but WORLD_SIZE is {ranks}; start the script with deepspeed, torchrun, mpirun or srun, or set "
+            "RANK, LOCAL_RANK, MASTER_ADDR and MASTER_PORT too, for each process"
+        )
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        known: dict[str, int | str] = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1"}
+        known["MASTER_PORT"] = port or free.getsockname()[1]
+    for name, value in known.items():
+        if not os.environ.get(name):
+            os.environ[name] = str(value)
+
+
 def port_problem() -> Iterator[str]:
-    """Yield a line if this is rank 0 and the ranks can't meet at MASTER_PORT, where it listens."""
+    """Yield an error line if this is rank 0 and it can't listen at MASTER_PORT."""
     found, port = launch(), os.environ.get("MASTER_PORT", "")
-    if found and port == "0":  # torchrun gives its ranks this very number, and they never meet
-        yield "MASTER_PORT: 0 is no port to meet at; give another (torchrun: --standalone finds a free one on one node)"
+    if found and port == "0":  # torchrun passes 0 to its ranks unchanged, and they never connect
+        yield "MASTER_PORT: 0 is not a valid port; give another (torchrun: --standalone finds a free one on one node)"
         return
-    # torchrun's own process listens there.
+    # Under torchrun the agent itself listens at that port.
     if not found or found.rank or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" or not port.isdigit():
         return
     try:
@@ -139,26 +167,26 @@ def port_problem() -> Iterator[str]:
             pass
     except (OSError, OverflowError) as error:
         yield (
-            f"MASTER_PORT: {port} can't be listened at ({getattr(error, 'strerror', None) or error}); choose another "
-            "(deepspeed --master_port N; else set MASTER_PORT on all ranks), or end the run that has it"
+            f"MASTER_PORT: can't listen at port {port} ({getattr(error, 'strerror', None) or error}); choose another "
+            "(deepspeed --master_port N; else set MASTER_PORT on all ranks), or end the run that uses it"
         )
 
 
 def _port(common: str) -> int:
-    """Return a port below those that systems hand out by themselves (32768 and up on Linux): 29500 without ``common``."""
+    """Return a port below the ephemeral range (32768 and up on Linux), derived from ``common``; 29500 if that is empty."""
     digest = hashlib.blake2b(common.encode(), digest_size=8).digest()
     return 15_000 + int.from_bytes(digest, "little") % 14_000 if common else 29_500
 
 
 def device_number(local_rank: int, devices: int) -> int:
-    """Return which of the ``devices`` that this process sees is its own. Raises ConfigError if there are too few.
+    """Return the index of this rank's device among the visible ``devices``. Raises ConfigError if there are too few.
 
-    A launcher may show each process its own device alone (Slurm's ``--gpus-per-task``): then it is number 0.
+    It is 0 if the launcher makes only one device visible to each process (Slurm's ``--gpus-per-task``).
     """
     is_shown_one = devices == 1 and any(os.environ.get(name) for name in _VISIBLE_DEVICES)
     if local_rank >= devices and not is_shown_one:
         raise ConfigError(
-            f"LOCAL_RANK {local_rank}: {devices} GPUs are seen on this node, numbers 0 to {devices - 1}; start no more than "
-            f"{devices} ranks a node"
+            f"LOCAL_RANK {local_rank}: this node has {devices} visible GPUs, numbers 0 to {devices - 1}; start at most "
+            f"{devices} ranks per node"
         )
     return 0 if is_shown_one else local_rank

@@ -1,4 +1,4 @@
-"""Capabilities and environment of the machine; the tiny corpus, the tiny run, and evaluate.py."""
+"""Fixtures: capabilities and environment of the machine, a tiny corpus, a tiny run, and evaluate.py."""
 
 import contextlib
 import json
@@ -19,14 +19,14 @@ from hypothesis import settings
 
 from seqlen_curriculum.data.writer import CorpusWriter
 
-settings.register_profile("untimed", deadline=None)  # a shared machine has its pauses
+settings.register_profile("untimed", deadline=None)  # a shared machine may pause
 settings.load_profile("untimed")
 capabilities.set_up_environment()
 resources = contextlib.ExitStack()
 
 
 def pytest_configure(config):
-    """Find out once what the machine has and how slow it is. A worker of xdist has its controller's answers."""
+    """Probe capabilities and speed of the machine once. Workers of xdist inherit the controller's results."""
     if hasattr(config, "workerinput"):
         return
     try:
@@ -51,7 +51,7 @@ def pytest_runtest_setup(item):
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory):
-    """The prefix of a corpus of bytes: the sources of a few standard library modules, 256 as end of text."""
+    """Return the prefix of a corpus of bytes: sources of a few standard library modules, with 256 as end of text."""
     prefix = tmp_path_factory.mktemp("corpus") / "bytes"
     modules = (json, socket, subprocess, textwrap, resource, signal, os)
     sources = [Path(module.__file__).read_bytes() for module in modules if str(module.__file__).endswith(".py")]
@@ -63,7 +63,7 @@ def corpus(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tiny_run(corpus):
-    """A run of 46 steps: lengths 8 to 32, two micro-batches a step, dropout, evaluations and checkpoints on the way."""
+    """Return a run of 46 steps: lengths 8 to 32, two micro-batches per step, dropout, evaluations and checkpoints."""
     return {
         "train_batch_size": 8,
         "train_micro_batch_size_per_gpu": 2,
@@ -100,7 +100,7 @@ def tiny_run(corpus):
 
 @pytest.fixture(scope="session")
 def evaluated_place(tmp_path_factory):
-    """What the examples of evaluate.py name, with a small trained model."""
+    """Return the folder with the files of evaluate.py's examples, and a small trained model."""
     from helpers.evaluated import make
 
     return make(tmp_path_factory.mktemp("evaluated"))
@@ -115,7 +115,7 @@ def evaluated_model(evaluated_place):
 
 @pytest.fixture
 def evaluate_command(evaluated_place, monkeypatch, capsys):
-    """Run evaluate.py in this process, in the folder that its examples are for; what it printed."""
+    """Return a function that runs evaluate.py in this process, in the folder of its examples, and returns its output."""
     script = str(ROOT / "scripts" / "evaluate.py")
 
     def command(*arguments):
@@ -129,7 +129,7 @@ def evaluate_command(evaluated_place, monkeypatch, capsys):
 
 @pytest.fixture
 def evaluate_error(evaluate_command, capsys):
-    """The error of evaluate.py, which must end with status 1."""
+    """Return a function that returns the error of evaluate.py, which must exit with status 1."""
 
     def command(*arguments):
         with pytest.raises(SystemExit) as end:

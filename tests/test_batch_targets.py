@@ -61,6 +61,7 @@ class TestShiftLabels:
     def test_given_ones_are_not_replaced(self):
         new, _ = emit(inside(shift_labels=ids() + 50), 2)
         assert new["shift_labels"].tolist() == [[51, 52], [61, 62]]
+        assert emit({"input_ids": ids(), "shift_labels": ids() + 50}, 2)[1] == 4
 
     def test_rows_keep_their_own_columns(self):
         mask = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1], [1] * 8])
@@ -97,7 +98,7 @@ class TestShiftLabels:
         assert targets == int(is_target.sum())
 
     def test_labels_that_are_shifted_already(self):
-        with pytest.raises(ConfigError, match="emit_shift_labels: labels_shifted=True means that labels are shifted"):
+        with pytest.raises(ConfigError, match="emit_shift_labels: the labels are shifted already"):
             set_batch_sequence_length(inside(), 4, emit_shift_labels=True)
 
     @pytest.mark.parametrize("batch", [(ids(), ids()), {"input_ids": ids()}, {"labels": torch.ones(2)}, [inside()]])

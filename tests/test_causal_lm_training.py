@@ -154,7 +154,7 @@ def test_the_flag_continues_on_one_rank(trained, run_file, folders, tmp_path):
 def test_another_start_is_refused_by_name(trained, run_file, folders):
     message = (trained["refused"] / "error").read_text()
     (line,) = [line for line in message.splitlines() if "model.initial_weights" in line]
-    assert "now; set model.hf_checkpoint to the folder that the run began from, its files as they were" in line
+    assert "now; set model.hf_checkpoint to the folder that the run started from, with unchanged files" in line
     saved = read_checkpoint(trained["llama-zero3"] / "global_step9").run
     other = RunConfig.load(run_file, [f"model.hf_checkpoint={folders / 'neox'}"]).settings()
     model = {key: value for key, value in saved.items() if key in other}

@@ -183,7 +183,7 @@ def test_no_run_writes_over_anothers_log(tmp_path, resume, start, log_begins, re
         )
     )
     if refused:
-        with pytest.raises(CheckpointError, match=f"began with step {log_begins}"):
+        with pytest.raises(CheckpointError, match=f"started at step {log_begins}"):
             refuse_other_run(tmp_path, resume, checkpoint)
     else:
         refuse_other_run(tmp_path, resume, checkpoint)
@@ -203,7 +203,7 @@ def test_a_folder_with_unusable_checkpoints_only_is_not_begun_anew(tmp_path):
 
     (tmp_path / "runlog.jsonl").write_text('{"step": 1}\n')
     (tmp_path / "global_step6").mkdir()
-    with pytest.raises(CheckpointError, match="no checkpoint to continue it"):
+    with pytest.raises(CheckpointError, match="no checkpoint to resume it"):
         refuse_other_run(tmp_path, "auto", None)
 
 

@@ -1,51 +1,17 @@
 """The one JSON file: strictness, overrides, conflicts between sections, and every file the project ships."""
 
-import copy
 import json
 from pathlib import Path
 
 import pytest
+from helpers.wrong_files import GOOD, WARMUP, WRONG_RUNS, changed
 
 from seqlen_curriculum import ConfigError, RunConfig
 from seqlen_curriculum.config.deepspeed import batch_shape
 
-CONFIGS = sorted((Path(__file__).parent.parent / "configs").rglob("*.json"))
-GOOD = {
-    "train_batch_size": 8,
-    "train_micro_batch_size_per_gpu": 2,
-    "optimizer": {"type": "Adam", "params": {"lr": 1e-3}},
-    "zero_optimization": {"stage": 1},
-    "curriculum_learning": {
-        "enabled": True,
-        "curriculum_type": "seqlen",
-        "min_difficulty": 8,
-        "max_difficulty": 64,
-        "schedule_type": "fixed_linear",
-        "schedule_config": {"total_curriculum_step": 10, "difficulty_step": 8},
-    },
-    "scheduler": {"type": "TokenCosineLR", "params": {"warmup_steps": 3, "min_lr": 1e-5}},
-    "model": {"preset": "tiny-200k"},
-    "data": {"train": ["corpus/x"], "seq_length": 64},
-    "training": {"train_tokens": 1e5},
-}
-
-
-WARMUP = {"start": 2, "increment": 2, "tokens": 1e4}
-
-
-def changed(**values):
-    """GOOD with ``section__key=value`` changes; a value of None removes the key."""
-    config = copy.deepcopy(GOOD)
-    for path, value in values.items():
-        *parents, key = path.split("__")
-        target = config
-        for parent in parents:
-            target = target[parent]
-        if value is None:
-            del target[key]
-        else:
-            target[key] = value
-    return config
+CONFIGS = sorted(
+    path for path in (Path(__file__).parent.parent / "configs").rglob("*.json") if path.name != "run.schema.json"
+)
 
 
 def written(tmp_path, text):
@@ -104,107 +70,13 @@ def test_bad_overrides(tmp_path, override):
         RunConfig.load(written(tmp_path, GOOD), [override])
 
 
-BAD = {
-    "seq_length typo": (changed(data__seq_lenght=64), "data.seq_lenght: unknown key; did you mean 'seq_length'?"),
-    "section typo": (changed(curriculum_learing={}), "unknown section; did you mean 'curriculum_learning'?"),
-    "scheduler typo": (changed(scheduler__type="TokenCosineLr"), "scheduler.type: 'TokenCosineLr' is not valid"),
-    "curriculum above data": (changed(data__seq_length=32), "max_difficulty: 64 is above data.seq_length 32"),
-    "data above model": (changed(data__seq_length=4096), "data.seq_length: 4096 is above the model's 1024 positions"),
-    "curriculum above model": (
-        changed(data=None, curriculum_learning__max_difficulty=4096),
-        "max_difficulty: 4096 is above the model's 1024 positions",
-    ),
-    "enabled missing": (changed(curriculum_learning__enabled=None), "curriculum_learning.enabled: required"),
-    "lr missing": (changed(optimizer={"type": "Adam"}), "optimizer.params.lr: required"),
-    "lr zero": (changed(optimizer__params__lr=0), "optimizer.params.lr: 0 is not valid"),
-    "warmup over budget": (changed(scheduler__params__warmup_steps=10_000), "scheduler.params.decay_tokens"),
-    "two warmups": (changed(scheduler__params__warmup_tokens=5), "warmup_steps and warmup_tokens are given"),
-    "budget below a step": (changed(training__train_tokens=7), "less than one token for each of the 8 rows"),
-    "unknown preset": (changed(model__preset="gpt2-117"), "did you mean 'gpt2-117m'?"),
-    "no batch size": (changed(train_batch_size="auto"), "train_batch_size: 'auto' is not valid"),
-    "keep none": (changed(training__keep_last=0), "training.keep_last: 0 is not valid"),
-    "spike ratio of one": (changed(training__spike_ratio=1), "training.spike_ratio: 1 is not valid"),
-    "on spike": (changed(training__on_spike="roll"), "training.on_spike: 'roll' is not valid"),
-    "unknown leftovers": (changed(data__leftovers="keep"), "data.leftovers: 'keep' is not valid"),
-    "no corpus": (changed(data__train=[]), "data.train: [] is not valid: give a list of corpus prefixes"),
-    "no list of corpora": (changed(data__train="a"), "data.train: 'a' is not valid"),
-    "no prefix": (changed(data__train=["a", 3]), "data.train: ['a', 3] is not valid"),
-    "some weights": (changed(data__train=[[1, "a"], "b"]), "data.train: 'b' is not a [weight, prefix]"),
-    "weight of 0": (changed(data__train=[[0, "a"], [1, "b"]]), "data.train: [0, 'a'] is not a [weight, prefix]"),
-    "weight as text": (changed(data__train=[["1", "a"]]), "data.train: ['1', 'a'] is not a [weight, prefix]"),
-    "blended twice": (changed(data__train=[[1, "a"], [2, "a"]]), "train names 'a' twice"),
-    "valid twice": (changed(data__valid=["a", "a"]), "valid names 'a' twice"),
-    "valid of nothing": (changed(data__valid=[]), "data.valid: [] is not valid"),
-    "valid and split": (changed(data__valid=["a"], data__split="9,1"), "isn't used where valid names corpora"),
-    "windows compiled": (
-        changed(curriculum_learning__method="window", training__compile=True),
-        'training.compile: true compiles one graph per length with curriculum_learning.method "window"',
-    ),
-    "optimizer list": (changed(optimizer=[]), "optimizer: [] is not an object"),
-    "params string": (changed(optimizer__params="x"), "optimizer.params: 'x' is not an object"),
-    "optimizer type": (changed(optimizer__type=None), "optimizer.type: required"),
-    "zero null": (changed(zero_optimization=7), "zero_optimization: 7 is not an object"),
-    "zero stage": (changed(zero_optimization__stage=9), "zero_optimization.stage: 9 is not valid"),
-    "fp16 list": (changed(fp16=[]), "fp16: [] is not an object"),
-    "clipping": (changed(gradient_clipping=-1), "gradient_clipping: -1 is not valid"),
-    "lr infinite": (changed(optimizer__params__lr=1e300), "optimizer.params.lr: 1e+300 is not valid"),
-    "scheduler case": (changed(scheduler__type="tokencosinelr"), "scheduler.type: 'tokencosinelr' is not valid"),
-    "schedule type list": (changed(curriculum_learning__schedule_type=[]), "schedule_type: [] is not a schedule type"),
-    "budget huge": (changed(training__train_tokens=1e19), "training.train_tokens: 1e+19 is not valid"),
-    "ramp huge": (
-        changed(curriculum_learning__schedule_config__total_curriculum_step=1e30),
-        "total_curriculum_step: 1e+30 is not valid",
-    ),
-    "sum too large": (
-        changed(
-            data=None,
-            model=None,
-            training__train_tokens=1e15,
-            curriculum_learning__min_difficulty=1,
-            curriculum_learning__max_difficulty=2**24,
-            curriculum_learning__schedule_config__difficulty_step=2**10,
-            curriculum_learning__schedule_config__total_curriculum_step=1e12,
-        ),
-        "can't be counted in 64 bits",
-    ),
-    "seed huge": (changed(training__seed=10**30), "training.seed: "),
-    "bad split": (changed(data__split="abc"), "data.split: 'abc' is not valid"),
-    "corpus twice": (changed(data__train=["x", "x"]), "train names 'x' twice"),
-    "zero rows": (
-        changed(
-            train_batch_size=0, curriculum_learning__schedule_config={"curriculum_fraction": 0.3, "difficulty_step": 8}
-        ),
-        "train_batch_size: 0 is not valid",
-    ),
-    "zero typo": (changed(zero_optimizaton={"stage": 3}), "did you mean 'zero_optimization'?"),
-    "scheduler without type": (changed(scheduler={"params": {}}), "scheduler.type: required"),
-    "scheduler type number": (changed(scheduler__type=5), "scheduler.type: 5 is not valid"),
-    "model list": (changed(model=[]), "model: [] is not an object"),
-    "warmup typo": (changed(batch_size_warmp=WARMUP), "unknown section; did you mean 'batch_size_warmup'?"),
-    "warmup key": (changed(batch_size_warmup={**WARMUP, "samples": 3}), "batch_size_warmup.samples: unknown key"),
-    "warmup incomplete": (changed(batch_size_warmup={"start": 2}), "batch_size_warmup.increment: required"),
-    "warmup of nothing": (
-        changed(batch_size_warmup={**WARMUP, "tokens": 0}),
-        "batch_size_warmup.tokens: 0 is not valid",
-    ),
-    "warmup start": (changed(batch_size_warmup={**WARMUP, "start": 8}), "start: 8 is not below train_batch_size 8"),
-    "warmup increment": (
-        changed(batch_size_warmup={**WARMUP, "increment": 4}, training=None, data=None),
-        "increment: 4 doesn't divide the 6 rows from start 2 to train_batch_size 8",
-    ),
-    "bucket above": (changed(training__seqlen_bucket=65), "training.seqlen_bucket: 65 is above the longest length 64"),
-    "bucket zero": (changed(training__seqlen_bucket=0), "training.seqlen_bucket: 0 is not valid"),
-    "clip twice": (changed(optimizer__params__max_grad_norm=2.0, gradient_clipping=1.0), "max_grad_norm: 2.0 differs"),
-}
-
-
 def test_the_guard_is_no_part_of_the_run():
     settings = {"on_spike": "rollback", "keep_last": 1, "spike_ratio": 3, "spike_skip_steps": 5000}
     guarded = changed(training={**GOOD["training"], **settings})
     assert RunConfig.from_dict(guarded).settings() == RunConfig.from_dict(GOOD).settings()
 
 
-@pytest.mark.parametrize(("bad", "message"), BAD.values(), ids=BAD)
+@pytest.mark.parametrize(("bad", "message"), WRONG_RUNS.values(), ids=WRONG_RUNS)
 def test_malformed_files_are_refused_by_name(bad, message):
     with pytest.raises(ConfigError) as caught:
         RunConfig.from_dict(bad)
@@ -433,7 +305,7 @@ def test_max_grad_norm_of_old_files_becomes_gradient_clipping():
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_what_a_run_records_of_its_file_is_the_same_run(path):
-    weights = json.dumps([[0.7, "wiki"], [0.3, "books"]])
+    weights = json.dumps([[0.7, "/corpora/wiki"], [0.3, "/corpora/books"]])
     config = RunConfig.load(path, ["training.seed=7", f"data.train={weights}"])
     written = json.loads(json.dumps(config.as_file(), allow_nan=False))
     assert RunConfig.from_dict(written) == config

@@ -59,7 +59,7 @@ def test_corpora_of_their_own_for_validation_and_test(folder):
     train, valid = open_run_data(config)
     assert spans(train.sources[0]) == [(0, 100), (0, 200)]
     assert spans(valid) == [(0, 300)]
-    with pytest.raises(ConfigError, match=r"data.test: not given; .* name some for test"):
+    with pytest.raises(ConfigError, match=r"data.test: not given; .* give corpora for data.test"):
         open_samples(config, "test")
     config = run(folder, test=[str(folder / "c")], split="80,20")
     assert spans(open_run_data(config)[0].sources[0]) == [(0, 80), (0, 160)]

@@ -48,7 +48,7 @@ from seqlen_curriculum.training.machine import SHM_BYTES
 PACKAGE = Path(seqlen_curriculum.__file__).parent
 
 FUNCTIONS = [  # (owner, name, the parameters that we give), and who relies on it
-    (deepspeed, "initialize", "args model model_parameters mpu lr_scheduler config config_params", "engine.py"),
+    (deepspeed, "init_distributed", "distributed_port", "start.py"),
     (DeepSpeedEngine, "set_gradient_accumulation_boundary", "is_boundary", "accumulate.py, executor.py"),
     (DeepSpeedEngine, "set_train_micro_batch_size", "micro_batch_size", "accumulate.py"),
     (DeepSpeedEngine, "set_train_batch_size", "train_batch_size", "accumulate.py"),
@@ -103,7 +103,7 @@ FUNCTIONS = [  # (owner, name, the parameters that we give), and who relies on i
     (compile_callbacks.callback_handler, "remove_start_callback", "callback", "watchdog.py"),
     (compile_callbacks.callback_handler, "remove_end_callback", "callback", "watchdog.py"),
     (os, "_exit", "status", "watchdog.py"),
-    (distributed_c10d, "_get_default_store", "", "preflight.py, cli.py, checkpoint.py"),
+    (distributed_c10d, "_get_default_store", "", "preflight.py, cli/common.py, checkpoint.py"),
     (type(get_accelerator()), "default_generator", "device_index", "seeding.py"),
     (type(get_accelerator()), "set_device", "device_index", "prefetch.py"),
     (torch._dynamo, "reset", "", "compile.py"),
@@ -175,6 +175,11 @@ SOURCES = [  # (owner, what must occur in its source), and who relies on it
         "optimizer_parameters.pop(TORCH_ADAM_PARAM",
         "configs: torch_adam; the other parameters, as fused, are torch.optim.AdamW's",
     ),
+    (
+        deepspeed.comm.comm,
+        "from mpi4py import MPI",
+        "start.py: without it a process of its own is the only rank",
+    ),
     (TorchBackend, "os.environ.get('LOCAL_RANK', 0)", "start.py: DeepSpeed takes it for the number of the device"),
     (TorchBackend, 'create_op_builder("ShareMemCommBuilder")', "machine.py: what is compiled on a CPU"),
     (file_baton, "os.O_CREAT | os.O_EXCL", "extensions.py: a lock is a file"),
@@ -202,6 +207,15 @@ def test_a_function_is_there_and_takes_what_we_give(owner, name, parameters, use
     assert function is not None, f"{user} relies on {owner.__name__}.{name}"
     missing = set(parameters.split()) - inspect.signature(function).parameters.keys()
     assert not missing, f"{user} gives {owner.__name__}.{name} {missing}"
+
+
+def test_initialize_takes_what_deepspeeds_does_in_its_order():
+    theirs = inspect.signature(deepspeed.initialize).parameters
+    ours = inspect.signature(seqlen_curriculum.initialize).parameters
+    assert list(ours) == [*theirs, "curriculum_kwarg"]
+    for name, parameter in theirs.items():
+        assert (ours[name].default, ours[name].kind) == (parameter.default, parameter.kind), name
+        assert f"\n        {name}: " in seqlen_curriculum.initialize.__doc__
 
 
 @pytest.mark.parametrize(("owner", "text", "user"), SOURCES, ids=identify)

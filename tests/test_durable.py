@@ -135,7 +135,7 @@ def test_a_flipped_bit_is_noticed_on_all_ranks_and_the_checkpoint_before_is_take
     folder, results = durable
     _ = results["flipped"]
     save = folder / "flipped"
-    warning = f"warning: passing over an unusable checkpoint: {save}/global_step46: {RANK_1S} has other bytes"
+    warning = f"warning: skipping an unusable checkpoint: {save}/global_step46: {RANK_1S} has other bytes"
     assert results.output.count(warning) == 1
     assert "kept as global_step46.damaged" in results.output
     assert sorted(path.name for path in save.glob("global_step4*")) == [
@@ -150,7 +150,7 @@ def test_all_checkpoints_damaged_is_an_error(durable):
     folder, results = durable
     _ = results["all-flipped"]
     error = (folder / "all-flipped" / "error").read_text()
-    assert f"{folder}/all-flipped: none of its 2 checkpoints is whole" in error
+    assert f"{folder}/all-flipped: all of its 2 checkpoints are damaged" in error
     names = sorted(path.name for path in (folder / "all-flipped").glob("global_step*"))
     assert names == ["global_step42.damaged", "global_step46.damaged"]
 
@@ -160,7 +160,7 @@ def test_a_damaged_checkpoint_that_is_named_is_an_error(durable):
     _ = results["named"]
     error = (folder / "named" / "error").read_text()
     assert f"{folder}/named/global_step46: {RANK_1S} has other bytes than were written" in error
-    assert "name another checkpoint" in error
+    assert "give another checkpoint" in error
     assert (folder / "named" / "global_step46" / RANK_1S).exists()
 
 

@@ -639,6 +639,10 @@ def test_misuse_is_problem_before_deepspeed_starts():
     ours = {"scheduler": {"type": "TokenCosineLR"}, "curriculum_learning": {"enabled": False, "max_difficulty": 8}}
     with pytest.raises(ConfigError, match="lr_scheduler= is given too"):
         initialize(None, None, lr_scheduler=object(), config={**config, **ours, "training": {"train_tokens": 1e4}})
+    with pytest.raises(ConfigError, match="model: required, but not given"):
+        initialize(config=config)
+    with pytest.raises(TypeError, match="modell"):
+        initialize(modell=None, config=config)
 
 
 class Truncating(torch.nn.Linear):

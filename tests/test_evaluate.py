@@ -35,7 +35,8 @@ def examples():
     help_text = subprocess.run(
         [sys.executable, str(SCRIPT), "--help"], capture_output=True, text=True, check=True
     ).stdout
-    return [shlex.split(line) for line in help_text.split("Example:")[1].split("\n\n")[0].strip().splitlines()]
+    lines = help_text.split("Example:")[1].split("\n\n")[0].replace("\\\n", "").strip().splitlines()
+    return [shlex.split(line) for line in lines]
 
 
 # --- the arithmetic of batches
@@ -146,19 +147,20 @@ def test_weights_that_diverged_are_reported(evaluated_place):
 
 
 def test_the_first_example(evaluated_place, evaluate_command):
-    (program, script, *arguments) = examples()[0]
-    assert [program, script] == ["python", "scripts/evaluate.py"]
+    (program, command, *arguments) = examples()[0]
+    assert [program, command] == ["slw", "evaluate"]
     output = evaluate_command(*arguments)
     assert "slw60k/global_step1: float32, 48 tokens at once\n" in output
     assert re.search(r"accuracy +\d+\.\d\d% \(\d+ of 41 last words\)", output)
-    assert re.search(r"adjusted perplexity +\d+\.\d{4} a word", output)
+    assert re.search(r"adjusted perplexity +\d+\.\d{4} per word", output)
     assert "cut                  1 items were longer" in output
     assert "PARTIAL" not in output
 
 
 def test_two_ranks_come_to_the_numbers_of_one(evaluated_place, evaluate_command, tmp_path):
-    (program, script, *arguments) = examples()[2]
-    assert [program, script] == ["deepspeed", "scripts/evaluate.py"]
+    words = examples()[2]
+    assert words[:4] == ["deepspeed", "--module", "seqlen_curriculum", "evaluate"]
+    arguments = words[4:]
     arguments += ["--task", "wikitext103=wiki.test.tokens", "--json"]
     out = tmp_path / "new" / "two.json"
     folder = evaluated_place.folder
@@ -221,7 +223,7 @@ def test_a_bare_hugging_face_folder_with_a_tokenizer_of_choice(evaluated_place, 
     [
         (["runs/gpt3"], "--task, --harness: neither is given"),
         (["runs/gpt3", "--task", "lambda=x"], "there is no task 'lambda'; did you mean 'lambada'?"),
-        (["runs/gpt3", "--task", "lambada"], "names no file; write --task lambada=PATH"),
+        (["runs/gpt3", "--task", "lambada"], "no file given; write --task lambada=PATH"),
         (["runs/gpt3", "--task", "lambada=no.jsonl"], "--task lambada=no.jsonl: can't be read"),
         (["runs/gpt3", "--task", "lambada=a", "--task", "lambada=b"], "lambada is given twice"),
         (["runs/none", "--task", "lambada=lambada_test.jsonl"], "runs/none"),
@@ -242,7 +244,7 @@ def test_a_bare_hugging_face_folder_with_a_tokenizer_of_choice(evaluated_place, 
         (["runs/gpt3", "--harness", "piqa", "--shots", "-1"], "--shots: -1 is not valid"),
         (
             ["runs/gpt3", "--task", "lambada=lambada_test.jsonl", "--device", "cuda"],
-            "--device cuda: no GPU is seen here; leave",
+            "--device cuda: no GPU is visible; leave",
         ),
         (
             ["runs/gpt3", "--task", "lambada=lambada_test.jsonl", "--out", "runs"],
@@ -255,7 +257,7 @@ def test_a_bare_hugging_face_folder_with_a_tokenizer_of_choice(evaluated_place, 
         (["runs/gpt3", "--harness", "gpt3", "piqa"], "--harness piqa: is given twice"),
         (
             ["runs/gpt3", "--harness", "piqa", "--include-path", "none"],
-            "--include-path none: no folder with task files",
+            "--include-path none: not a folder with task files",
         ),
     ],
 )

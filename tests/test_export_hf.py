@@ -267,7 +267,7 @@ def test_samples_follow_from_the_seed(run):
 def test_the_models_positions_are_the_limit(run, tmp_path):
     assert new_text(run, "a" * 12, max_new_tokens=4)[1:] == (4, False)
     assert new_text(run, "a" * 12, max_new_tokens=5)[1:] == (4, True)
-    with pytest.raises(ConfigError, match="is 16 tokens long, and the model reads 16 with what follows"):
+    with pytest.raises(ConfigError, match="is 16 tokens long, but the model has 16 positions"):
         new_text(run, "a" * 16)
     torch.manual_seed(0)
     config = BloomConfig(n_layer=1, n_head=2, hidden_size=16, vocab_size=257, eos_token_id=None, bos_token_id=None)
@@ -297,19 +297,31 @@ def run_script(monkeypatch, name, arguments, stdin=None):
 
 @pytest.mark.parametrize("name", ["export_hf.py", "generate.py"])
 def test_the_examples_in_the_help_work(name, run, tmp_path, monkeypatch, capfd):
-    shutil.copytree(run, tmp_path / "runs" / "tiny")
+    shutil.copytree(run, tmp_path / "runs" / "a")
     monkeypatch.chdir(tmp_path)
     run_script(monkeypatch, name, ["--help"])
-    lines = [line.strip() for line in capfd.readouterr().out.split("Example:")[1].splitlines() if name in line]
+    lines = [line.strip() for line in capfd.readouterr().out.split("Example:")[1].splitlines() if "slw" in line]
     assert len(lines) == 2
     for line in lines:
         echoed, pipe, command = line.rpartition(" | ")
         words = shlex.split(command)
-        assert words[:2] == ["python", f"scripts/{name}"]
+        assert words[:2] == ["slw", name.removesuffix(".py").removesuffix("_hf")]
         run_script(monkeypatch, name, words[2:], echoed[5:] if pipe else None)
         out, error = capfd.readouterr()
         assert not re.search("error|Traceback|transformers", error), error
         assert ("def main(" in out) if name == "generate.py" else (tmp_path / words[words.index("--out") + 1]).is_dir()
+
+
+def test_results_as_json(run, tmp_path, monkeypatch, capfd):
+    run_script(monkeypatch, "generate.py", [run, "--prompt", "a", "--prompt", "b", "--max-new-tokens", "3", "--json"])
+    samples = json.loads(capfd.readouterr().out)["samples"]
+    assert [(sample["prompt"], sample["text"][0], sample["new_tokens"]) for sample in samples] == [
+        ("a", "a", 3),
+        ("b", "b", 3),
+    ]
+    run_script(monkeypatch, "export_hf.py", [run, "--out", tmp_path / "out", "--json"])
+    exported = {"checkpoint": str(run / "global_step610"), "out": str(tmp_path / "out")}
+    assert json.loads(capfd.readouterr().out) == exported
 
 
 def test_prompts_are_utf8(run, monkeypatch, capfd):

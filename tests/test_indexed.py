@@ -143,7 +143,7 @@ def test_one_file_missing_says_which(prefix: str, missing: str) -> None:
 
 
 def test_both_files_missing(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"nothing: no corpus here, neither .*nothing.bin nor .*prepare_data.py"):
+    with pytest.raises(DataError, match=r"nothing: no corpus here, neither .*nothing.bin nor .*slw prepare"):
         IndexedCorpus(tmp_path / "nothing")
 
 
@@ -151,7 +151,7 @@ def test_both_files_missing(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("position", "content", "problem"),
     [
-        (0, b"PARQUET", "starts with b'PARQUET.*is no MMIDIDX index"),
+        (0, b"PARQUET", "starts with b'PARQUET.*is not an MMIDIDX index"),
         (9, struct.pack("<Q", 2), "MMIDIDX version 2, only version 1"),
         (17, b"\x07", "dtype code 7, integers are 1, 2, 3, 4, 5, 8"),
         (17, b"\x63", "dtype code 99"),
@@ -254,7 +254,7 @@ def test_a_token_outside_the_vocabulary(tmp_path: Path, tokens: list[int], worst
 )
 def test_misuse_writes_nothing(tmp_path: Path, tokens: Any, ends: list[int]) -> None:
     with (
-        pytest.raises(ValueError, match=r"never ended|ascend|one row of integers"),
+        pytest.raises(ValueError, match=r"unfinished|ascend|one row of integers"),
         CorpusWriter(tmp_path / "c", 9) as w,
     ):
         w.add_tokens(tokens, ends)

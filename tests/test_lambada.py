@@ -91,18 +91,18 @@ def _none(rows):
 def test_a_word_longer_than_the_model_reads_is_refused(lines, tokenizer):
     task = read_lambada(lines("a b", "a bcde"))
     assert len(task(tokenizer, Limits(seqlen=5)).rows[1].tokens) == 6  # " bcde" and one token of context
-    with pytest.raises(DataError, match=r"line 2: the last word ' bcde' is 5 tokens, the model reads 4"):
+    with pytest.raises(DataError, match=r"line 2: the last word ' bcde' is 5 tokens, but the context is 4"):
         task(tokenizer, Limits(seqlen=4))
 
 
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        ('{"text": "a b"}\n{"text": "a', "line 2: no object with a text"),
-        ('{"text": "a b"}\n\n{"txt": "a b"}', "line 3: no object with a text"),
-        ("[1]", "line 1: no object with a text"),
+        ('{"text": "a b"}\n{"text": "a', "line 2: not an object with a text"),
+        ('{"text": "a b"}\n\n{"txt": "a b"}', "line 3: not an object with a text"),
+        ("[1]", "line 1: not an object with a text"),
         ('{"text": 5}', "line 1: its text is 5"),
-        ('{"text": "word"}', "line 1: 'word' has nothing before its last word"),
+        ('{"text": "word"}', "line 1: 'word' has no context before its last word"),
         ("\n", "is empty"),
     ],
 )

@@ -7,7 +7,7 @@ import pytest
 from helpers import launchers
 
 from seqlen_curriculum import ConfigError
-from seqlen_curriculum.launchers import device_number, fill_environment, launch, port_problem, read_launch
+from seqlen_curriculum.launchers import be_only_rank, device_number, fill_environment, launch, port_problem, read_launch
 
 
 @pytest.fixture
@@ -97,12 +97,29 @@ def test_mpirun_over_nodes_needs_the_host_of_rank_0(started_by):
     assert os.environ["MASTER_ADDR"] == "n1"
 
 
+def test_a_process_without_a_launcher_is_the_only_rank(started_by):
+    started_by(MASTER_ADDR="localhost")
+    be_only_rank()
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR")
+    assert [os.environ[name] for name in names] == ["0", "0", "1", "localhost"]
+    with socket.create_server(("127.0.0.1", int(os.environ["MASTER_PORT"]))):
+        pass  # it is free
+    started_by()
+    be_only_rank(port=31234)
+    assert os.environ["MASTER_PORT"] == "31234"
+    started_by(WORLD_SIZE="4")
+    with pytest.raises(
+        ConfigError, match="RANK: not set, but WORLD_SIZE is 4; start the script with deepspeed, torchrun"
+    ):
+        be_only_rank()
+
+
 def test_a_port_in_use_is_named_by_rank_0(started_by):
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = str(server.getsockname()[1])
         started_by(**launchers.mpirun(0), MASTER_PORT=port)
         (problem,) = port_problem()
-        assert problem.startswith(f"MASTER_PORT: {port} can't be listened at (Address already in use")
+        assert problem.startswith(f"MASTER_PORT: can't listen at port {port} (Address already in use")
         assert "--master_port" in problem
         started_by(**launchers.mpirun(1), MASTER_PORT=port)
         assert list(port_problem()) == []
@@ -112,15 +129,15 @@ def test_a_port_in_use_is_named_by_rank_0(started_by):
     assert list(port_problem()) == []
     started_by(**launchers.torchrun(1), MASTER_PORT="0", TORCHELASTIC_USE_AGENT_STORE="True")
     (problem,) = port_problem()
-    assert problem.startswith("MASTER_PORT: 0 is no port to meet at")
+    assert problem.startswith("MASTER_PORT: 0 is not a valid port")
 
 
 def test_each_rank_has_a_device_of_its_own(monkeypatch):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert [device_number(rank, 8) for rank in (0, 7)] == [0, 7]
-    with pytest.raises(ConfigError, match=r"LOCAL_RANK 1: 1 GPUs are seen .* no more than 1"):
+    with pytest.raises(ConfigError, match=r"LOCAL_RANK 1: this node has 1 visible GPUs.* at most 1 ranks"):
         device_number(1, 1)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
     assert device_number(3, 1) == 0  # Slurm shows each task its own GPU alone
-    with pytest.raises(ConfigError, match=r"LOCAL_RANK 8: 8 GPUs are seen .* no more than 8"):
+    with pytest.raises(ConfigError, match=r"LOCAL_RANK 8: this node has 8 visible GPUs.* at most 8 ranks"):
         device_number(8, 8)

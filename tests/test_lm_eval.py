@@ -9,15 +9,14 @@ from types import SimpleNamespace
 import lm_eval.tasks
 import pytest
 from helpers.evaluated import ITEMS, POSITIONS, WORDS, ids, logits_of, tail
-from helpers.launching import ROOT
 from transformers import AutoModelForCausalLM
 
+from seqlen_curriculum.cli import evaluate
 from seqlen_curriculum.errors import ConfigError
 from seqlen_curriculum.evaluation.distributed import Ranks
 from seqlen_curriculum.evaluation.lm_eval_model import HarnessModel
 from seqlen_curriculum.evaluation.lm_eval_tasks import GPT3_TASKS, read_harness_tasks, task_names
 
-SCRIPT = ROOT / "scripts" / "evaluate.py"
 OWN = ["--include-path", "tasks"]
 
 
@@ -139,7 +138,7 @@ def test_a_long_prompt_leaves_room_for_its_answer(evaluated_place, harness):
     assert ids(evaluated_place, kept) == ids(evaluated_place, prompt)[4 - POSITIONS :]
     assert found == greedy(evaluated_place, kept, 4)
     assert harness.truncated_requests == 1
-    with pytest.raises(ConfigError, match="asks for random samples"):
+    with pytest.raises(ConfigError, match="requires random samples"):
         harness.generate_until(requests((prompt, {"do_sample": True})))
 
 
@@ -158,7 +157,7 @@ def test_the_papers_names():
 
 def test_the_example_of_the_eleven(evaluate_command):
     output = evaluate_command("runs/gpt3", "--harness", "gpt3", *OWN)
-    assert "python scripts/evaluate.py runs/gpt3 --harness gpt3 --include-path tasks\n" in SCRIPT.read_text()
+    assert "  slw evaluate runs/gpt3 --harness gpt3 --include-path tasks\n" in evaluate.__doc__
     table = output.split("\n\n")[1].splitlines()
     assert [line.split()[0] for line in table[1:-1]] == list(GPT3_TASKS)
     shares = [float(line.split()[1].rstrip("%")) for line in table[1:-1]]
@@ -176,7 +175,7 @@ def test_mistakes_in_tasks_are_reported(evaluate_error, evaluated_place, tmp_pat
     flags = ["runs/gpt3", "--include-path", tmp_path, "--harness"]
     message = evaluate_error(*flags, "piqa")
     assert "--harness piqa: its data can't be read (FileNotFoundError" in message
-    assert "a task file 'piqa' that names local files" in message
+    assert "a task file 'piqa' for local files" in message
     assert "--harness piqua: there is no such task; did you mean 'piqa'? gpt3 is" in evaluate_error(*flags, "piqua")
     assert "--harness xyzzy: there is no such task; gpt3 is the paper's eleven" in evaluate_error(*flags, "xyzzy")
     for group in ("quizzes", "exams"):
@@ -193,8 +192,8 @@ def test_what_a_task_cannot_do_is_reported_before_the_weights_are_read(
     evaluate_command(*piqa, ITEMS)  # without examples of its own, lm-eval draws from the questions
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", None)
     message = evaluate_error("runs/gpt3", "--harness", "generate", "--include-path", tmp_path)
-    assert "--harness generate: its generation_kwargs ask for random samples" in message
-    assert f"--shots {ITEMS + 1}: piqa hasn't that many examples" in evaluate_error(*piqa, ITEMS + 1)
+    assert "--harness generate: its generation_kwargs require random samples" in message
+    assert f"--shots {ITEMS + 1}: piqa has fewer examples" in evaluate_error(*piqa, ITEMS + 1)
 
 
 def test_without_lm_eval_the_way_to_install_it_is_reported(monkeypatch):

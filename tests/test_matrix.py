@@ -155,13 +155,13 @@ def test_changes_the_number_of_ranks(matrix, engine, precision):
 
 def test_goes_on_under_other_keys_of_zero(matrix):
     assert_continues(matrix["reordered"], matrix["zero2-fp32"], 1e-4)
-    line = "saved by 2 data-parallel ranks under ZeRO stage 2, continuing on 2 under stage 2"
+    line = "saved by 2 data-parallel ranks under ZeRO stage 2, resuming on 2 under stage 2"
     assert f"zero2-fp32/global_step{MID_WARMUP}: {line}" in matrix.outputs["two"]
 
 
 def test_goes_on_under_another_zero_stage_on_another_number_of_ranks(matrix):
     assert_continues(matrix["zero2-to-zero3"], matrix["zero2-fp32"], 1e-4)
-    line = "saved by 2 data-parallel ranks under ZeRO stage 2, continuing on 1 under stage 3"
+    line = "saved by 2 data-parallel ranks under ZeRO stage 2, resuming on 1 under stage 3"
     assert f"zero2-fp32/global_step{MID_WARMUP}: {line}" in matrix.outputs["one"]
 
 

@@ -8,20 +8,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers.wrong_files import SIZES, WRONG_MODELS
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from seqlen_curriculum.config.model import PRESETS, ModelConfig
 from seqlen_curriculum.fields import describe_errors
-
-SIZES: dict[str, Any] = {
-    "num_layers": 2,
-    "hidden_size": 64,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 128,
-    "vocab_size": 1000,
-}
 
 
 def model(**keys: Any) -> ModelConfig:
@@ -66,20 +59,7 @@ def test_every_size_is_required_without_a_preset(missing: str) -> None:
     ]
 
 
-@pytest.mark.parametrize(
-    ("keys", "message"),
-    [
-        ({"preset": "gpt2-117"}, "model: preset 'gpt2-117' is unknown; did you mean 'gpt2-117m'?"),
-        ({"preset": "bert"}, "model: preset 'bert' is unknown; valid names: gpt2-1.5b, gpt2-117m,"),
-        (SIZES | {"hidden_size": 66}, "model: hidden_size 66 is not a multiple of num_attention_heads 4"),
-        (SIZES | {"num_layer": 3}, "model.num_layer: unknown key; did you mean 'num_layers'?"),
-        (SIZES | {"num_layers": 0}, "model.num_layers: 0 is not valid"),
-        (SIZES | {"dropout": 1.0}, "model.dropout: 1.0 is not valid"),
-        (SIZES | {"dropout": -0.1}, "model.dropout: -0.1 is not valid"),
-        (SIZES | {"hidden_size": "64"}, "model.hidden_size: '64' is not valid"),
-        ({"preset": 117}, "model.preset: 117 is not valid"),
-    ],
-)
+@pytest.mark.parametrize(("keys", "message"), WRONG_MODELS)
 def test_refusals_name_key_value_and_fix(keys: dict[str, Any], message: str) -> None:
     assert any(line.startswith(message) for line in refusals(keys))
 

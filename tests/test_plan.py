@@ -134,13 +134,13 @@ def test_plans_side_by_side(tmp_path):
     assert (tmp_path / "plans.png").read_bytes().startswith(b"\x89PNG")
     result = run_plan("--compare", *files, "--json", "--at", 5)
     assert [plan_["steps"] for plan_ in json.loads(result.stdout).values()] == [300_000, 330_000]
-    for arguments, problem in (
-        ([], "FILE, --compare: give either"),
-        ([files[0], "--compare", *files], "FILE, --compare: give either"),
-        (["--compare", *files, files[0]], "is given twice; name each once"),
+    for arguments, status, problem in (
+        ([], 2, "FILE, --config, --compare: one of these is required"),
+        ([files[0], "--compare", *files], 2, "--compare: not allowed with FILE"),
+        (["--compare", *files, files[0]], 1, "is given twice; name each once"),
     ):
         result = run_plan(*arguments)
-        assert (result.returncode, problem in result.stderr) == (1, True), result.stderr
+        assert (result.returncode, problem in result.stderr) == (status, True), result.stderr
 
 
 def test_compute_by_hand():

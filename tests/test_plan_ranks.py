@@ -199,7 +199,7 @@ def test_without_a_model_there_are_no_hours():
 @pytest.mark.parametrize(
     ("model", "precision", "tflops", "source"),
     [
-        ("NVIDIA A100-SXM4-80GB", "bf16", 0.4 * 312, "NVIDIA A100-SXM4-80GB in bf16, the card of this machine"),
+        ("NVIDIA A100-SXM4-80GB", "bf16", 0.4 * 312, "NVIDIA A100-SXM4-80GB in bf16, the GPU of this machine"),
         ("Quadro 1000", "bf16", 0.4 * 989.4, "40% of the 989 of one NVIDIA H100 in bf16, the default"),
         (None, "fp16", 0.4 * 989.4, "NVIDIA H100 in fp16, the default"),
         (None, None, 0.4 * 67, "NVIDIA H100 in fp32, the default"),
@@ -221,7 +221,7 @@ def test_on_the_command_line_as_text_json_and_side_by_side():
     text = run_plan(files[1], "--ranks", 128, "--tflops", 300)
     assert text.returncode == 0, text.stderr
     assert "ranks             128 on 16 nodes of 8, 128 data-parallel" in text.stdout
-    assert "assumed speed     300 TFLOP/s a rank (--tflops)" in text.stdout
+    assert "assumed speed     300 TFLOP/s per rank (--tflops)" in text.stdout
     assert text.stderr.startswith("warning: --ranks 128: some micro-batches at lengths 8 to 1016")
     summary = json.loads(run_plan(files[1], "--ranks", 128, "--tflops", 300, "--json").stdout)["on_ranks"]
     assert f"estimated hours   {summary['hours']:.2f}; {summary['hours_of_full_length']:.2f} for" in text.stdout

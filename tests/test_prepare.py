@@ -377,7 +377,7 @@ def test_missing_and_repeated_inputs(texts: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     for inputs, problem in (
         ([tmp_path / "absent.txt"], r"absent\.txt: no such file or folder"),
-        ([tmp_path / "empty"], r"empty: .*no file with a suffix"),
+        ([tmp_path / "empty"], r"empty: .*no file with a known suffix"),
         ([texts, texts / "a.txt"], r"a\.txt: given twice"),
     ):
         with pytest.raises(DataError, match=problem):
@@ -453,7 +453,7 @@ def test_the_flags_of_the_command(tmp_path: Path) -> None:
     assert record["settings"]["append_eod"] is False
     assert record["end_of_text_id"] not in IndexedCorpus(tmp_path / "c").tokens
     refused = script(*flags, "--on-empty", "stop", "--output-prefix", tmp_path / "d")
-    assert "x.jsonl, line 2: an empty document; --on-empty skip" in refused.stderr
+    assert "x.jsonl, line 2: an empty document; or give --on-empty skip" in refused.stderr
 
 
 def test_the_command_has_an_example() -> None:

@@ -41,7 +41,7 @@ def test_the_benchmark_of_data_finds_and_reads(tmp_path):
         "configs/tiny_cpu.json",
         "--set",
         "data.leftovers=recycle",
-        "--json",
+        "--out",
         str(tmp_path / "records.json"),
     ]
     command = [sys.executable, "scripts/benchmark.py", "data", *config, *sizes]
@@ -58,7 +58,7 @@ def test_the_benchmark_of_data_finds_and_reads(tmp_path):
 def test_the_benchmark_of_the_loop_trains_the_same_in_both(tmp_path, tiny_run):
     config, records = tmp_path / "run.json", tmp_path / "record.json"
     config.write_text(json.dumps(changed(tiny_run, model__dropout=0.0)))
-    arguments = ["--config", config, "--rounds", 2, "--steps", 3, "--json", records]
+    arguments = ["--config", config, "--rounds", 2, "--steps", 3, "--out", records]
     status, output = launch(tmp_path / "log", "scripts/benchmark.py", "loop", *arguments, launcher=forked)
     assert status == 0, output
     record = json.loads(records.read_text())
@@ -79,14 +79,14 @@ def test_the_benchmark_measures_every_length_and_draws_it(tmp_path):
         "pipeline.stages=2",
     ]
     sets = [part for size in sizes for part in ("--set", size)]
-    outputs = ["--json", tmp_path / "records.json", "--png", tmp_path / "picture.png"]
+    outputs = ["--out", tmp_path / "records.json", "--png", tmp_path / "picture.png"]
     kinds = ["--kinds", "fixed", "balanced", "segment", "window"]
     arguments = ["--config", "configs/throughput_cpu.json", "--lengths", 8, 200, "--rounds", 1, *kinds, *sets, *outputs]
     status, output = launch(
         tmp_path / "log", "scripts/benchmark.py", "throughput", *arguments, ranks=2, launcher=forked
     )
     assert status == 0, output
-    records = json.loads((tmp_path / "records.json").read_text())
+    records = json.loads((tmp_path / "records.json").read_text())["throughput"]
     rows = [(record["seqlen"], record["kind"], record["micro_batch_rows"]) for record in records]
     # 16 rows, 1024 tokens a micro-batch, 2 micro-batches at least: 5 rows of 200 would fit, 4 divide
     # 64 segments of 8 are 1024 rows in micro-batches of 128; of 200 there are 2 a sample, 32 in all
@@ -106,14 +106,6 @@ def test_every_file_that_is_named_exists():
     names |= {f"configs/paper/{name}.json" for name in re.findall(r"`(gpt[23]_[\w.]+)`", README)}
     assert len(names) > 12
     assert [name for name in sorted(names) if not (ROOT / name).exists()] == []
-
-
-@pytest.mark.parametrize("script", sorted((ROOT / "scripts").glob("*.py")), ids=lambda path: path.name)
-def test_every_command_has_help_with_an_example(script):
-    result = subprocess.run([sys.executable, str(script), "--help"], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    assert "example" in result.stdout.lower()
-    assert script.name in result.stdout.split("ample:")[1]
 
 
 @pytest.mark.parametrize("script", sorted((ROOT / "scripts").glob("*.sh")), ids=lambda path: path.name)

@@ -97,7 +97,7 @@ def test_kill_and_the_same_command(tmp_path: Path) -> None:
         process.send_signal(sent)
         _, stderr = process.communicate(timeout=60)
         assert process.returncode == (130 if sent == signal.SIGTERM else -signal.SIGKILL)
-        assert ("corpus.partial keeps what is done" in stderr) == (sent == signal.SIGTERM)
+        assert ("corpus.partial: rerun the same command" in stderr) == (sent == signal.SIGTERM)
         _, alive = psutil.wait_procs(children, timeout=20)
         assert alive == []
         done = journal.read_bytes().count(b"\n")
@@ -106,7 +106,7 @@ def test_kill_and_the_same_command(tmp_path: Path) -> None:
     whole = start("whole")
     stdout, stderr = last.communicate(timeout=60)
     assert last.returncode == 0, stderr
-    assert re.search(r"continuing killed/corpus\.partial: 0 documents, \d[\d,]{5,} tokens", stderr)
+    assert re.search(r"resuming killed/corpus\.partial: 0 documents, \d[\d,]{5,} tokens", stderr)
     assert "training the tokenizer" not in stderr
     assert "left out: 1 not_utf8" in stdout
     assert whole.wait(timeout=60) == 0
@@ -198,7 +198,7 @@ def test_refused_input_may_be_left_out_by_the_next_command(
         attempt("out", Rules())
     capsys.readouterr()
     attempt("out", SKIP)
-    assert "continuing" in capsys.readouterr().err
+    assert "resuming" in capsys.readouterr().err
     attempt("whole", SKIP)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
     with pytest.raises(DataError, match=r"corpus\.bin: exists"):

@@ -63,7 +63,7 @@ def test_what_is_no_block_or_no_function_is_refused():
 
 def test_a_state_of_another_schedule_is_refused():
     other = CurriculumScheduler(block(max_difficulty=512))
-    with pytest.raises(ConfigError, match="max_difficulty is 512 there, 1024 here"):
+    with pytest.raises(ConfigError, match="max_difficulty is 512 in the state, 1024 here"):
         CurriculumScheduler(LINEAR).set_state(other.get_state())
 
 

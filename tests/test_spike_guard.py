@@ -115,7 +115,7 @@ def test_a_spike_is_reported_once(tmp_path):
     one = guard("log", [4.0, 3.0])
     assert one.judge(4.5) is None  # 1.5 times the least, not above
     message = one.judge(4.8)
-    ratio = "1.600 times the least before it, 3.0000 (training.spike_ratio 1.5)"
+    ratio = "1.600 times the lowest before it, 3.0000 (training.spike_ratio 1.5)"
     assert message == f"step 7: the loss 4.8000 is {ratio}, at seqlen 32 and lr 0.001"
     assert one.judge(9.0) is None  # the same episode
     assert one.judge(3.0) is None

@@ -245,7 +245,7 @@ def test_stops_before_anything_of_the_spike_is_saved(runs):
     message = (runs["stop"] / "error").read_text()
     assert message.startswith("step 25: the loss ")
     for part in (
-        "times the least before it",
+        "times the lowest before it",
         "training.spike_ratio 1.3",
         "seqlen 28",
         "lr 0.00265",
@@ -262,7 +262,7 @@ def test_stops_before_anything_of_the_spike_is_saved(runs):
 
 def test_without_a_checkpoint_from_before_it_names_the_fixes(runs):
     message = (runs["too-new"] / "error").read_text()
-    assert "a rollback skips steps 18 to 25, and no checkpoint from before them is kept" in message
+    assert "a rollback skips steps 18 to 25, but there is no checkpoint from before them" in message
     assert 'Set training.spike_skip_steps to 7 or less, or training.on_spike to "log"' in message
     assert not (runs["too-new"] / ROLLBACKS).exists()
     (rollback,) = json.loads((runs["newer"] / ROLLBACKS).read_text())  # it was set to 7, in the same command

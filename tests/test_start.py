@@ -1,5 +1,6 @@
 """What the machine lacks is said before the ranks meet; a rank takes its device before it talks to others."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -10,9 +11,9 @@ import pytest
 from deepspeed.accelerator import get_accelerator
 from helpers import launchers
 from helpers.capabilities import require_launches
-from helpers.launching import TESTS, limit
+from helpers.launching import ROOT, TESTS, limit
 
-from seqlen_curriculum.training import machine
+from seqlen_curriculum.training import machine, start
 from seqlen_curriculum.training.machine import SHM_BYTES, machine_problems
 
 ON = {"enabled": True}
@@ -57,7 +58,7 @@ def test_a_precision_that_the_device_lacks_is_named_with_the_alternatives(monkey
 )
 def test_what_only_gpus_do_is_refused_without_one(accelerator, config):
     (problem,) = problems(config, ["deepspeed_shm_comm"])
-    assert "needs a GPU, and none is seen" in problem
+    assert "needs a GPU, and none is visible" in problem
 
 
 def test_a_writer_of_deepspeeds_needs_its_launcher(monkeypatch, accelerator):
@@ -72,11 +73,9 @@ def test_a_writer_of_deepspeeds_needs_its_launcher(monkeypatch, accelerator):
 def test_a_missing_compiler_matters_where_something_is_to_be_compiled(monkeypatch, accelerator):
     monkeypatch.setenv("PATH", "/nowhere")
     on_cpu, adam = problems(ADAM)
-    assert on_cpu.startswith("c++: no C++ compiler is found")
+    assert on_cpu.startswith("c++: no C++ compiler found")
     assert adam.startswith("optimizer.params.torch_adam: not set")
-    assert (
-        "no C++ compiler is found; set it to true (torch's AdamW), or install one (Debian: apt-get install g++)" in adam
-    )
+    assert "no C++ compiler found; set it to true (torch's AdamW), or install one (Debian: apt-get install g++)" in adam
     assert problems({"optimizer": {"type": "Adam", "params": {"torch_adam": True}}}, ["deepspeed_shm_comm"]) == []
     assert problems(ADAM, ["fused_adam"]) == []
 
@@ -87,7 +86,7 @@ def test_deepspeeds_adam_needs_nvcc_on_a_gpu(monkeypatch, accelerator, tmp_path)
     monkeypatch.setattr("torch.utils.cpp_extension.CUDA_HOME", None)
     monkeypatch.setattr(accelerator, "device_name", lambda *_: "cuda")
     (problem,) = problems(ADAM, ["deepspeed_shm_comm"])
-    assert "no nvcc is found; set it to true (torch's AdamW), or install the CUDA toolkit" in problem
+    assert "no nvcc found; set it to true (torch's AdamW), or install the CUDA toolkit" in problem
     monkeypatch.setattr("torch.utils.cpp_extension.CUDA_HOME", "/usr/local/cuda")
     assert problems(ADAM) == []
 
@@ -111,7 +110,7 @@ def test_too_little_shared_memory_is_said_with_what_is_needed(monkeypatch, accel
     assert problems({}, ["deepspeed_shm_comm"]) == []
     monkeypatch.setattr(machine.shutil, "disk_usage", lambda *_: usage(64 << 20))  # a container's default
     (problem,) = problems({})
-    assert problem.startswith("/dev/shm: 64 MiB are free, and DeepSpeed needs 268 MiB for 4 CPU ranks")
+    assert problem.startswith("/dev/shm: 64 MiB free, but DeepSpeed needs 268 MiB for 4 CPU ranks")
     monkeypatch.setenv("LOCAL_SIZE", "2")  # on two nodes DeepSpeed takes none
     assert problems({}) == []
 
@@ -166,3 +165,34 @@ def test_the_device_is_set_before_the_first_collective(tiny_run, tmp_path):
 
 if __name__ == "__main__":
     note_calls(*sys.argv[1:])
+
+
+def test_a_script_without_a_launcher_trains_as_the_only_rank(tmp_path):
+    """As in a notebook. DeepSpeed's own ``initialize`` stops here, for want of mpi4py."""
+    require_launches()
+    if importlib.util.find_spec("mpi4py"):
+        pytest.skip("with mpi4py DeepSpeed looks for the ranks of an mpirun")
+    environment = {**launchers.without_launcher(), "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, ROOT / "examples" / "own_loop.py"],
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=tmp_path,
+        timeout=limit(300),
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    # 8 rows of 672 columns in the ramp of 20 steps, and 64 in each of 19 steps after it
+    assert "39 steps, 15104 tokens, last length 64, loss 1." in done.stdout
+
+
+def test_idle_devices_are_warned_of(monkeypatch, capsys):
+    accelerator = get_accelerator()
+    for name, devices, words in (("cuda", 8, "one of 8 devices"), ("cuda", 1, ""), ("cpu", 4, "")):
+        monkeypatch.setattr(accelerator, "device_name", lambda *_, name=name: name)
+        monkeypatch.setattr(accelerator, "device_count", lambda devices=devices: devices)
+        start._warn_of_idle_devices()
+        printed = capsys.readouterr().err
+        assert words in printed
+        assert bool(printed) == bool(words)

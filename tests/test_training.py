@@ -277,8 +277,8 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_newest_complete_one(referen
     arguments = ("--config", run_file, "--save", "run")
     status, output = launch(tmp_path / "log", TRAIN, *arguments, launcher=forked, cwd=tmp_path)
     assert status == 0, output
-    assert f"passing over an unusable checkpoint: {save}/global_step{last}: mp_rank_00_model_states.pt has" in output
-    assert f"continuing after step {last // 6 * 6}" in output
+    assert f"skipping an unusable checkpoint: {save}/global_step{last}: mp_rank_00_model_states.pt has" in output
+    assert f"resuming after step {last // 6 * 6}" in output
     assert_same_run(save, reference)
 
 
@@ -345,7 +345,7 @@ def test_too_large_a_micro_batch_shows_before_step_1(run_file, tmp_path):
 
 
 def test_a_second_run_into_the_same_folder_is_refused(one_rank):
-    assert "holds the log of a run that began with step 1" in (one_rank["again"] / "error").read_text()
+    assert "contains the log of a run that started at step 1" in (one_rank["again"] / "error").read_text()
 
 
 MISTAKES = {
@@ -358,7 +358,7 @@ MISTAKES = {
     "foreign tokens": (["--set", "model.vocab_size=100"], "outside the vocabulary of 100"),
     "unwritable": (["--save", "/dev/null/run"], "--save /dev/null/run: can't be written to"),
     "no such step": (["--until-step", "0"], "--until-step: 0 is no step of a run"),
-    "no launcher": ([], "no launcher has started it; begin the command with deepspeed"),
+    "no such rank": (["--ranks", "3"], "train_batch_size: 8"),
     "malformed": (["--set", "curriculum_learning.min_difficulty=0"], "min_difficulty: 0 is not valid"),
 }
 

@@ -181,7 +181,7 @@ def test_blends_are_read_in_proportion(positions):
 def test_samples_outside_a_step_and_missing_weights(positions):
     data = TrainingData([Samples([(positions, 0, 1001)], 10, 1)], Timeline(Discrete((4,), ()), 8, 4000), False)
     assert data.read(3, 6)[0].shape == (2, 4)
-    with pytest.raises(IndexError, match=r"samples 6..9 are outside the 8 of step 3"):
+    with pytest.raises(IndexError, match=r"samples 6..9 are outside the 8 samples of step 3"):
         data.read(3, 6, 3)
     with pytest.raises(ConfigError, match=r"data.train: 1 sources and 2 weights"):
         TrainingData(data.sources, data.timeline, False, [1, 2])

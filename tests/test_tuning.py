@@ -176,7 +176,7 @@ def test_a_probe_that_fails_otherwise_is_no_verdict(tmp_path, tiny_run, launcher
     log.close()
     run.save.with_suffix(".log").write_text("error: of an earlier launch\n")
     with pytest.raises(CheckpointError, match=message) as raised:
-        run.train(9, launcher, ROOT / "scripts" / "train_gpt2.py", lambda _: None)
+        run.train(9, launcher, ROOT / "seqlen_curriculum" / "train.py", lambda _: None)
     assert "earlier launch" not in str(raised.value)
 
 
@@ -187,7 +187,7 @@ def test_a_damaged_state_is_reported(config_file, tmp_path, damage):
     (tmp_path / "tuning.json").write_text(damage)
     result = subprocess.run(tune_command(config_file, tmp_path, *SEARCH), capture_output=True, text=True, cwd=ROOT)
     assert result.returncode == 1
-    assert "tuning.json: can't be read as the state of a search" in result.stderr
+    assert "tuning.json: is not the state of a search" in result.stderr
     assert "Traceback" not in result.stderr
     assert (tmp_path / "tuning.json").read_text() == damage
 
@@ -285,11 +285,19 @@ def test_a_dry_run_reports_costs_and_writes_nothing(config_file, tmp_path):
     assert not (tmp_path / "x").exists()
 
 
+def test_a_dry_run_as_json(config_file, tmp_path):
+    command = [*TUNE, "--config", str(config_file), "--save", str(tmp_path / "x"), "--dry-run", "--json"]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    space = json.loads(result.stdout)
+    assert space["lengths"][0] == 8
+    assert space["totals"] == sorted(space["totals"])
+    assert space["most_tokens"] == RunConfig.load(config_file).train_tokens // 5  # --max-share is 0.2
+
+
 @pytest.fixture
 def checkout(tmp_path):
     """What the examples in the help find beside them: scripts, configurations, and a small corpus of the name they use."""
-    for name in ("scripts", "configs"):
-        (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / "run.json").symlink_to(ROOT / "configs" / "tiny_cpu.json")
     (tmp_path / "corpus").mkdir()
     text = (ROOT / "README.md").read_bytes()
     with CorpusWriter(tmp_path / "corpus" / "stdlib", vocab_size=512) as writer:
@@ -300,14 +308,14 @@ def checkout(tmp_path):
 
 def examples():
     message = subprocess.run([*TUNE, "--help"], capture_output=True, text=True, check=True).stdout
-    return [line.strip() for line in message.split("Example:")[1].splitlines() if "scripts/tune.py" in line]
+    return [line.strip() for line in message.split("Example:")[1].splitlines() if "slw tune" in line]
 
 
 def run_example(line, folder):
     words = shlex.split(line)
-    assert words[0] == "python"
+    assert words[:2] == ["slw", "tune"]
     environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
-    command = [sys.executable, *words[1:]]
+    command = [sys.executable, "-m", "seqlen_curriculum", *words[1:]]
     return subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment)
 
 

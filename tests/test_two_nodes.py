@@ -49,5 +49,5 @@ def test_two_nodes_train_the_run_of_two_ranks_and_survive_a_killed_node(tiny_run
     assert 15 <= len(records(killed)[0]) < len(records(one)[0])
     status, output = train(TWO_NODES, tmp_path / "log4", config, killed)
     assert status == 0, output
-    assert "continuing after step" in output
+    assert "resuming after step" in output
     assert_same_run(killed, one)

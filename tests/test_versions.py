@@ -49,8 +49,8 @@ def test_other_ranks_are_silent(monkeypatch):
 
 def test_the_range_is_that_of_the_packaging():
     major, minor = TESTED_DEEPSPEED
-    setup = (Path(__file__).parents[1] / "setup.py").read_text()
-    assert f'"deepspeed>={major}.{minor},<{major}.{minor + 1}"' in setup
+    pyproject = (Path(__file__).parents[1] / "pyproject.toml").read_text()
+    assert f'"deepspeed>={major}.{minor},<{major}.{minor + 1}"' in pyproject
 
 
 def test_the_versions_of_a_run_are_known():

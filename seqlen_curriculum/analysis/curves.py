@@ -27,8 +27,10 @@ def style_of(number: int) -> tuple[str, str]:
 class Curves:
     """Draws plots of the same runs. Runs that differ only in their seed share a colour and a legend entry."""
 
-    def __init__(self, runs: Sequence[Run]) -> None:
+    def __init__(self, runs: Sequence[Run], most_points: int = 2000) -> None:
+        """``most_points`` of one curve."""
         self.runs = runs
+        self.most_points = most_points
         self.groups = seed_groups(runs)
         longest = max(float(run.series("loss").hours[-1]) for run in runs)
         # The first unit in which the longest run takes at least 1.5: 2 h, 84 min, 72 s.
@@ -46,15 +48,18 @@ class Curves:
                     label = "_"  # matplotlib leaves it out of the legend: one entry for all seeds
         if plot.threshold is not None:
             axis.axhline(plot.threshold, color=axis.xaxis.label.get_color(), lw=0.9, ls="--")
-        x_labels = {"step": "step", "tokens": "tokens", "hours": f"training and evaluation time ({self.time_unit})"}
-        axis.set(xlabel=x_labels[plot.x], ylabel=plot.label)
-        scale_axes(axis, plot, plot.top(self.runs))
+        axis.set(xlabel=self.x_label(plot), ylabel=plot.label)
+        scale_axes(axis, plot)
+
+    def x_label(self, plot: Plot) -> str:
+        """Return the label of the x axis, with the unit of time."""
+        return f"training and evaluation time ({self.time_unit})" if plot.x == "hours" else plot.x
 
     def draw_curves(self, axis: Any, plot: Plot, run: Run, style: tuple[str, str], label: str) -> None:
         """Draw one run: its values, those of ``plot.second_key``, and its rollbacks."""
         colour, dashes = style
         for key in plot.keys:
-            x, y = self.points(run.series(key).thinned(), plot)
+            x, y = self.points(plot.series(run, key, self.most_points), plot)
             if key == plot.key:
                 options = {"color": colour, "ls": dashes, "alpha": 0.88}
             else:
@@ -104,15 +109,13 @@ def add_legend(figure: Any, title: str | None = None) -> None:
         line.set(linewidth=2.4, alpha=1)
 
 
-def scale_axes(axis: Any, plot: Plot, top: float | None) -> None:
+def scale_axes(axis: Any, plot: Plot) -> None:
     """Set few ticks at round numbers, without powers of ten beside the axis."""
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
     round_steps = {"steps": (1, 2, 2.5, 5, 10), "min_n_ticks": 3}
     if plot.log:
         axis.set_yscale("log")
-        if top:
-            axis.set_ylim(axis.dataLim.y0 / 1.08, top)
         low, high = axis.get_ylim()
         # Over less than a factor of 8 powers of ten would leave one tick or none; over more than 1000 they suffice.
         if high / low < 8:

@@ -1,4 +1,4 @@
-"""The report as one HTML page that needs nothing else: no network, no script."""
+"""The report as one HTML page: it needs no network, and without its script it shows static plots."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from seqlen_curriculum.analysis import formats
 from seqlen_curriculum.analysis.curves import style_of
 from seqlen_curriculum.analysis.drawing import svg
+from seqlen_curriculum.analysis.plot_data import packed, plot_data
 from seqlen_curriculum.analysis.plots import PLOTS, Plot
 from seqlen_curriculum.analysis.run import Run
 from seqlen_curriculum.analysis.seed_groups import seed_groups
@@ -58,6 +59,7 @@ def page(report: Mapping[str, Any], runs: Sequence[Run], refresh_seconds: float 
         legend=legend(runs),
         tables=ReportTables(report),
         groups={group: figures(runs, group) for group in ("cost", "stability", "schedule")},
+        curves=packed(plot_data(runs)),
         refresh_seconds=refresh_seconds,
         written=datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC"),
     )
@@ -114,8 +116,6 @@ def _figure_notes(plot: Plot, runs: Sequence[Run]) -> str:
     """Return the text below a plot's title."""
     shown = plot.runs(runs)
     parts = [plot.note] if plot.note else []
-    if plot.top(runs):
-        parts.append("The first descent begins above.")
     if plot.marks_rollbacks and any(run.rollbacks for run in shown):
         parts.append("Dotted: a rollback.")
     # A plot of two keys shows one run on purpose: the others are not missing from it.

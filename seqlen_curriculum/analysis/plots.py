@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from seqlen_curriculum.analysis.run import Run
+from seqlen_curriculum.analysis.run import Run, Series
 from seqlen_curriculum.analysis.stability import SPIKE
 
-__all__ = ["PLOTS", "SUMMARY", "Plot"]
+__all__ = ["PLOTS", "SUMMARY", "Plot", "points_per_curve"]
 
 
 @dataclass(frozen=True)
@@ -56,18 +56,16 @@ class Plot:
             return []
         return logged
 
-    def top(self, runs: Sequence[Run]) -> float | None:
-        """Return where the axis of a validation perplexity ends; None where nothing is cut off.
+    def series(self, run: Run, key: str, most: int) -> Series:
+        """Return the points of a curve to draw: at most ``most``, with every extreme; of a step function its changes."""
+        series = run.series(key)
+        return (series.changes() if self.steps else series).thinned(most)
 
-        A run's perplexity falls from tens of thousands to tens, which would flatten all that follows. The axis shows
-        everything after a run's first descent to three times its best: there the curves differ.
-        """
-        if self.key != "valid_ppl":
-            return None
-        columns = [run.series(self.key).values for run in self.runs(runs)]
-        # 900, 30, 40, 12, 10: 30 is the first value within 3 x 10, the largest from there on is 40, the axis ends at 42.
-        top = 1.05 * max(float(values[int((values <= 3 * values.min()).argmax()) :].max()) for values in columns)
-        return top if top < max(float(values.max()) for values in columns) else None
+
+def points_per_curve(runs: Sequence[Run], total: int) -> int:
+    """Return how many points a curve may have for all curves of a page to have ``total``; at least 50, at most 2000."""
+    curves = sum(len(plot.keys) * len(plot.runs(runs)) for plot in PLOTS)
+    return max(50, min(2000, total // max(1, curves)))
 
 
 def _perplexity(x: str, against: str) -> Plot:
@@ -103,7 +101,7 @@ PLOTS = (
         "loss_ratio",
         "Loss ratio",
         "loss_ratio",
-        label="loss / lowest earlier loss",
+        label="loss ratio",
         group="stability",
         note=f"A step above the dashed line, {SPIKE}, is a spike.",
         threshold=SPIKE,
@@ -118,7 +116,7 @@ PLOTS = (
         "seqlen",
         "Sequence length",
         "seqlen",
-        label="sequence length (tokens)",
+        label="sequence length",
         group="schedule",
         steps=True,
         from_zero=True,
@@ -147,9 +145,7 @@ PLOTS = (
 SUMMARY = (
     Plot("losses_tokens", "Loss against tokens", "loss", "tokens", "loss (nats/token)"),
     Plot("losses_step", "Loss against steps", "loss", "step", "loss (nats/token)"),
-    Plot(
-        "seqlen_tokens", "Sequence length", "seqlen", "tokens", "sequence length (tokens)", steps=True, from_zero=True
-    ),
+    Plot("seqlen_tokens", "Sequence length", "seqlen", "tokens", "sequence length", steps=True, from_zero=True),
     Plot("lr_tokens", "Learning rate", "lr", "tokens", "learning rate", from_zero=True),
 )
 """The four plots of the picture of a run."""

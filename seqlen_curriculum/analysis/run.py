@@ -48,6 +48,13 @@ class Series:
             kept |= {start + int(bucket.argmin()), start + int(bucket.argmax())}
         return self[np.array(sorted(kept))]
 
+    def changes(self) -> Series:
+        """Return the first point and the last point of every stretch of equal values."""
+        # 8, 8, 8, 16, 16 becomes 8, 8, 16: a value holds back to the point before it, so nothing is lost.
+        kept = np.append(self.values[1:] != self.values[:-1], True)[: len(self.values)]
+        kept[:1] = True
+        return self[kept]
+
     def __getitem__(self, chosen: NDArray[Any]) -> Series:
         return Series(self.values[chosen], self.step[chosen], self.tokens[chosen], self.hours[chosen])
 

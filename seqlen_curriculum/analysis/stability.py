@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from seqlen_curriculum.analysis.correlation import pearson
 from seqlen_curriculum.run_folder.ratios import perplexity_ratios, ratios_to_best
 from seqlen_curriculum.schedule.schedule_config import SIGNIFICANT
 
@@ -83,10 +84,8 @@ def correlations(steps: Sequence[dict[str, Any]], ratios: NDArray[np.float64]) -
         loss_ratios, variances = [ratio for ratio, _ in pairs], [variance for _, variance in pairs]
         if len(pairs) < 3 or len(set(loss_ratios)) == 1 or len(set(variances)) == 1:
             continue
-        from scipy.stats import pearsonr  # slow to import, and only needed here
-
-        result = pearsonr(loss_ratios, variances)
-        measured[name] = {"r": float(result.statistic), "p": float(result.pvalue), "steps": len(pairs)}
+        r, p = pearson(loss_ratios, variances)
+        measured[name] = {"r": r, "p": p, "steps": len(pairs)}
     return measured
 
 
@@ -105,9 +104,9 @@ def describe_stability(summary: dict[str, Any]) -> str:
             f"perplexity ratio over {SIGNIFICANT} at {fluctuations:,} of {evaluations:,} evaluations, at most "
             f"{summary['max_perplexity_ratio']:.3f}"
         )
-    for name, pearson in summary["correlations"].items():
+    for name, correlation in summary["correlations"].items():
         lines.append(
-            f"Pearson's r      {pearson['r']:.2f} of loss ratio and {name} "
-            f"(p = {pearson['p']:.2g}, {pearson['steps']:,} steps)"
+            f"Pearson's r      {correlation['r']:.2f} of loss ratio and {name} "
+            f"(p = {correlation['p']:.2g}, {correlation['steps']:,} steps)"
         )
     return "\n".join(lines)

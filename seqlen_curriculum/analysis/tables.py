@@ -161,17 +161,24 @@ class ReportTables:
         return formats.count(sum(run["stability"]["spikes"] for run in self.runs))
 
     def spikes(self) -> list[Table]:
-        """Return one table per run that has spikes; of many spikes the first and the largest are listed."""
+        """Return one table per run that has spikes; of many spikes the first and the largest are listed.
+
+        ``report.json`` lists up to 20 of each run; 24 runs would take 260 KB of the page, so they list 6 each.
+        """
         columns: dict[str, Format] = {"step": formats.count, "seqlen": formats.count, "lr": formats.significant}
         columns |= {"loss": formats.plain, "ratio": formats.plain}
         tables = []
+        each = max(3, min(10, 80 // len(self.runs)))
         for n, run in enumerate(self.runs):
-            listed, count = len(run["stability"]["spikes_listed"]), run["stability"]["spikes"]
+            spikes, count = run["stability"]["spikes_listed"], run["stability"]["spikes"]
             place, caption = f"runs/{n}/stability/spikes_listed", f"Spikes of {run['name']}"
-            if count > listed:
-                caption += f", the first {listed // 2} and the {listed // 2} largest others of {count:,}"
+            listed = list(range(len(spikes)))
+            if count > 2 * each:
+                others = sorted(listed[each:], key=lambda k: -spikes[k]["ratio"])[:each]
+                listed = sorted([*listed[:each], *others])
+                caption += f", the first {each} and the {each} largest others of {count:,}"
             # The step is the title of its row.
-            rows = [self.row("", f"{place}/{k}", columns)[1:] for k in range(listed)]
+            rows = [self.row("", f"{place}/{k}", columns)[1:] for k in listed]
             if rows:
                 tables.append(Table(caption, ["Step", "Seqlen", "Learning rate", "Loss", "Loss ratio"], rows))
         return tables

@@ -25,7 +25,7 @@ class RowColumns:
     rows: int
     """B."""
     full: int
-    """S."""
+    """Full length S."""
     segmenting: bool
     kept: Tensor
     """(B, K, s), or (1, K, s) if all rows keep the same columns."""

@@ -96,9 +96,9 @@ def set_batch_sequence_length(
 
     ``labels_shifted=True``: the label in a column is what that column predicts (shifted by the loader, or masked LM).
     ``False``: the model shifts the labels, as Hugging Face's causal models do, so the first label of each row and of each
-    segment is not a target. Labels of -100 are never targets. ``shift_labels``, which Hugging Face's loss takes as they
-    are, are the targets if the batch has them. Otherwise they are the 2-D ``labels``, or the second of two parts. Without
-    labels every column counts as a target.
+    segment is not a target. Labels of -100 are never targets. The targets are ``shift_labels``, which Hugging Face's loss
+    takes as they are, else the 2-D ``labels``, else the second tensor of a pair ``(inputs, labels)``. Without any of them
+    every column counts as a target.
 
     ``emit_shift_labels=True``, with ``labels_shifted=False``, adds ``shift_labels`` made from the full rows, so that the
     last kept column also has a target: a row of 8 tokens trains 8 targets, not 7. The last column of a full row has none.
@@ -128,9 +128,7 @@ def set_batch_sequence_length(
     if preserve_end_of_sequence and not truncate:
         raise ConfigError("preserve_end_of_sequence: segments can't keep a row's end; use it with truncate=True only")
     if emit_shift_labels and labels_shifted:
-        raise ConfigError(
-            "emit_shift_labels: labels_shifted=True means that labels are shifted; use labels_shifted=False"
-        )
+        raise ConfigError("emit_shift_labels: the labels are shifted already; use it with labels_shifted=False only")
     if emit_shift_labels:
         batch = _with_shift_labels(batch)
     values = dict(iter_values(batch))
@@ -148,13 +146,13 @@ def set_batch_sequence_length(
 
 def _with_shift_labels(batch: Batch) -> Batch:
     """Return a copy with ``shift_labels`` (B, S), which have the next column's label in each column and -100 in the last."""
+    if isinstance(batch, Mapping) and "shift_labels" in batch:
+        return batch
     labels = batch.get("labels") if isinstance(batch, Mapping) else None
     if not isinstance(batch, Mapping) or not isinstance(labels, Tensor) or labels.ndim != 2:
         raise DataError(
             f"emit_shift_labels: this {type(batch).__name__} is not a mapping with labels (rows, tokens); give it one"
         )
-    if "shift_labels" in batch:
-        return batch
     new: Any = copy.copy(batch) if isinstance(batch, (dict, UserDict)) else dict(batch)
     new["shift_labels"] = pad(labels[:, 1:], (0, 1), value=IGNORED)
     return cast(Batch, new)

@@ -36,19 +36,28 @@ def _corpora(value: object) -> list[str] | list[tuple[float, str]]:
     return [(float(weight), prefix) for weight, prefix in value]
 
 
-class DataConfig(Section):
-    """The ``data`` section."""
+_Weight = Annotated[float, Field(gt=0, lt=1e15)]
+_Prefixes = Annotated[list[str], Field(min_length=1)]
+_Blend = Annotated[list[tuple[_Weight, str]], Field(min_length=1)]
 
-    train: Annotated[list[str] | list[tuple[float, str]], BeforeValidator(_corpora)]
+
+class DataConfig(Section):
+    """The ``data`` section: the corpora, their proportions, and the full length of a sample."""
+
+    train: Annotated[
+        list[str] | list[tuple[float, str]],
+        BeforeValidator(_corpora, json_schema_input_type=_Prefixes | _Blend),
+    ]
     """Prefixes of Megatron ``.bin/.idx`` pairs; several are read as one corpus, in proportion to their sizes. Or
-    ``[[weight, prefix], ...]``: samples are taken in proportion to the weights, whatever the sizes."""
+    ``[[weight, prefix], ...]``: samples are taken in proportion to the weights, whatever the sizes. A relative path is
+    looked up in the current folder first, then in the folder of this file; so are those of ``valid`` and ``test``."""
     seq_length: Seqlen
     """Full length of a sample in tokens."""
     split: str = Field(default="949,50,1", pattern=r"^\s*(\d+\.?\d*|\.\d+)(\s*[,/]\s*(\d+\.?\d*|\.\d+)){0,2}\s*$")
     """Shares of the documents for training, validation and test, as in Megatron."""
-    valid: Annotated[list[str], Field(min_length=1)] | None = None
+    valid: _Prefixes | None = None
     """Prefixes of corpora for validation only. The corpora of ``train`` are then read whole and ``split`` isn't used."""
-    test: Annotated[list[str], Field(min_length=1)] | None = None
+    test: _Prefixes | None = None
     """Prefixes of corpora for testing only, instead of the last share of ``split``."""
     leftovers: Literal["drop", "recycle"] = "drop"
     """What happens to the tokens that shortening leaves over. ``drop`` skips them, as in the paper. ``recycle`` reads them

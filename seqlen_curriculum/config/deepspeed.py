@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
 from seqlen_curriculum.errors import ConfigError
 from seqlen_curriculum.fields import Count, CountOrZero, Section, suggest
 
-__all__ = ["DeepSpeedKeys", "batch_shape", "with_bf16", "without_max_grad_norm"]
+__all__ = ["DeepSpeedKeys", "OtherScheduler", "batch_shape", "with_bf16", "without_max_grad_norm"]
 
 
 class _Open(Section):
@@ -38,34 +38,56 @@ class _Nested(_Open):
         return data
 
 
-class _OptimizerParams(_Nested):
+class OptimizerParams(_Nested):
+    """The optimizer's arguments. All others go to the optimizer unchanged."""
+
     lr: Annotated[float, Field(gt=0, lt=1e30)] | None = None
     """The learning rate that a schedule warms up to."""
 
 
-class _Optimizer(_Nested):
+class OptimizerKeys(_Nested):
+    """The ``optimizer`` section."""
+
     type: str
-    params: _OptimizerParams = _OptimizerParams()
+    """A name that DeepSpeed or ``torch.optim`` knows, such as ``Adam``."""
+    params: OptimizerParams = OptimizerParams()
+    """The optimizer's arguments."""
 
 
-class _Scheduler(_Nested):
+class OtherScheduler(_Nested):
+    """A learning rate schedule of DeepSpeed's own, such as ``WarmupDecayLR``; it is passed to DeepSpeed unchanged."""
+
     type: str
+    """A name that DeepSpeed or ``torch.optim.lr_scheduler`` knows."""
 
 
-class _Zero(_Nested):
+class ZeroKeys(_Nested):
+    """The ``zero_optimization`` section. All other keys go to DeepSpeed unchanged."""
+
     stage: Annotated[int, Field(ge=0, le=3)] = 0
+    """What ZeRO shards over the data-parallel ranks. 1: optimizer states. 2: gradients too. 3: weights too."""
 
 
-class _Pipeline(_Nested):
+class PipelineKeys(_Nested):
+    """The ``pipeline`` section."""
+
     # "auto" is DeepSpeed's default, which is no pipeline here.
-    stages: Annotated[Count, BeforeValidator(lambda value: 1 if value == "auto" else value)] = 1
+    stages: Annotated[
+        Count,
+        BeforeValidator(lambda value: 1 if value == "auto" else value, json_schema_input_type=Count | Literal["auto"]),
+    ] = 1
+    """Stages that the layers are divided over, one rank each."""
 
 
-class _TensorParallel(_Nested):
+class TensorParallelKeys(_Nested):
+    """The ``tensor_parallel`` section."""
+
     autotp_size: CountOrZero = 0
     """Ranks that share each layer."""
     partition_config: dict[str, Any] | None = None
+    """How the layers of a model other than GPT-2 are cut."""
     preset_model: str | None = None
+    """A model whose partition DeepSpeed knows."""
 
 
 class DeepSpeedKeys(_Open):
@@ -78,18 +100,31 @@ class DeepSpeedKeys(_Open):
     gradient_accumulation_steps: Count | None = None
     """Micro-batches of a step on one rank."""
     gradient_clipping: Annotated[float, Field(ge=0)] | None = None
-    optimizer: _Optimizer | None = None
-    scheduler: _Scheduler | None = None
-    zero_optimization: _Zero | None = None
+    """The largest norm of a step's gradient. 0: gradients aren't clipped."""
+    optimizer: OptimizerKeys | None = None
+    """The optimizer and its arguments."""
+    scheduler: OtherScheduler | None = None
+    """The learning rate schedule."""
+    zero_optimization: ZeroKeys | None = None
+    """ZeRO: what ranks shard instead of copying."""
     fp16: dict[str, Any] | None = None
+    """Mixed precision in fp16 with loss scaling: ``{"enabled": true}``. A run has one precision."""
     bf16: dict[str, Any] | None = None
+    """Mixed precision in bf16: ``{"enabled": true}``. ``bfloat16`` is DeepSpeed's older name for it."""
     amp: dict[str, Any] | None = None
+    """Mixed precision by NVIDIA's Apex."""
     torch_autocast: dict[str, Any] | None = None
+    """Mixed precision by ``torch.autocast``."""
     data_types: dict[str, Any] | None = None
+    """``grad_accum_dtype``: the type in which gradients accumulate; fp32 by default under 16 bits with ZeRO."""
     communication_data_type: str | None = None
-    pipeline: _Pipeline | None = None
-    tensor_parallel: _TensorParallel | None = None
+    """The type in which gradients are reduced over the ranks."""
+    pipeline: PipelineKeys | None = None
+    """Pipeline parallelism."""
+    tensor_parallel: TensorParallelKeys | None = None
+    """Tensor parallelism (AutoTP)."""
     sequence_parallel_size: Count | None = None
+    """Ranks that share each sequence (Ulysses)."""
 
     @property
     def lr(self) -> float | None:

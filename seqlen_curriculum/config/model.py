@@ -63,7 +63,8 @@ class ModelConfig(Section):
 
     hf_checkpoint: str | None = None
     """Folder of any Hugging Face causal language model whose architecture and weights training starts from. It sets the
-    five sizes; those that are written out too must be the same."""
+    five sizes; those that are written out too must be the same. A relative path is looked up in the current folder first,
+    then in the folder of this file."""
 
     num_layers: Count
     """Transformer blocks."""

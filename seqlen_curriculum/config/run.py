@@ -7,7 +7,7 @@ Ours are ``curriculum_learning``, ``batch_size_warmup``, ``model``, ``data``, ``
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,10 @@ from seqlen_curriculum.config.data import DataConfig
 from seqlen_curriculum.config.deepspeed import DeepSpeedKeys, batch_shape, with_bf16, without_max_grad_norm
 from seqlen_curriculum.config.model import ModelConfig
 from seqlen_curriculum.config.plan import RunPlan
+from seqlen_curriculum.config.run_file import SCHEMA_KEY, absolute_paths, folder_of, read_run_file
 from seqlen_curriculum.config.training import TrainingConfig
 from seqlen_curriculum.errors import ConfigError
 from seqlen_curriculum.fields import Section, flat, misspelt_sections, parse_section
-from seqlen_curriculum.files import apply_override, read_json
 from seqlen_curriculum.schedule.batch_size_warmup import BatchSizeWarmup
 from seqlen_curriculum.schedule.curriculum_config import (
     AdaptiveCurriculum,
@@ -59,14 +59,18 @@ class RunConfig:
     batch_size_warmup: BatchSizeWarmup | None = None
     data_ranks: int = 1
     """Ranks that read rows of their own, set by ``for_ranks``; no file has it."""
+    folder: Path | None = field(default=None, compare=False)
+    """The folder of the file, where its relative paths are looked up second; None for a configuration in memory."""
 
     @classmethod
     def load(cls, path: str | Path, overrides: Sequence[str] = (), require: Sequence[str] = ()) -> RunConfig:
-        """Read a file, apply ``a.b=value`` overrides, check all of it. Raises ConfigError."""
-        raw = read_json(Path(path))
-        for override in overrides:
-            apply_override(raw, override)
-        return cls.from_dict(raw, where=str(path), require=require)
+        """Read a file, apply ``a.b=value`` overrides, check all of it. Raises ConfigError.
+
+        ``path`` is a JSON file, in which comments and trailing commas are allowed; or a run's folder or its ``run.json``,
+        for the configuration of that run's newest launch.
+        """
+        raw = read_run_file(path, overrides)
+        return replace(cls.from_dict(raw, where=str(path), require=require), folder=folder_of(path))
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any], where: str = "", require: Sequence[str] = ()) -> RunConfig:
@@ -81,6 +85,7 @@ class RunConfig:
             sections["scheduler"] = parse_section(TokenCosineConfig, raw["scheduler"], "scheduler", problems)
         sections["curriculum"] = _parse_curriculum(raw, problems)
         deepspeed = {name: value for name, value in raw.items() if value is not None and not _is_ours(name, raw)}
+        deepspeed.pop(SCHEMA_KEY, None)
         deepspeed = with_bf16(without_max_grad_norm(deepspeed, problems), problems)
         keys = parse_section(DeepSpeedKeys, deepspeed, "", problems)
         if keys is not None:
@@ -185,12 +190,15 @@ class RunConfig:
         return {**dict(flat(chosen)), **self.keys.model_cuts}  # a model that is cut over ranks is saved in parts
 
     def as_file(self) -> dict[str, Any]:
-        """Return the configuration as a file would have it, with defaults and overrides; reading it gives the same run."""
+        """Return the configuration as a file would have it, with defaults, overrides and absolute paths.
+
+        Reading it gives the same run, also in another folder.
+        """
         sections = {"curriculum_learning": self.curriculum, "scheduler": self.scheduler}
         sections |= {name: getattr(self, name) for name in OURS}
         given = {name: section for name, section in sections.items() if section is not None}
         dumped = {name: section.model_dump(mode="json", exclude_none=True) for name, section in given.items()}
-        return {**self.deepspeed, "curriculum_learning": {"enabled": False}, **dumped}
+        return absolute_paths({**self.deepspeed, "curriculum_learning": {"enabled": False}, **dumped})
 
     def warnings(self) -> list[str]:
         """Return one line for each setting that is allowed but ill-advised."""

@@ -1,6 +1,6 @@
-"""Corpora as one stream of tokens, addressed by arithmetic: read, write, order and sample them.
+"""Read, write, order and sample corpora, each addressed as one stream of tokens.
 
-Preparing a corpus from text is in ``seqlen_curriculum.data.preparation``, which alone needs ``tokenizers``.
+Preparing a corpus from text is in ``seqlen_curriculum.data.preparation``, the only part that needs ``tokenizers``.
 """
 
 from seqlen_curriculum.data.blend import Blend

@@ -1,4 +1,4 @@
-"""Measure how fast a run locates its samples at any corpus size, and reads them compared with numpy alone."""
+"""Measure how fast a run locates its samples at any corpus size, and how fast it reads them compared with plain numpy."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ _CHUNK_TOKENS = 2**24
 def measure_finding(config: RunConfig, folder: Path, tokens: int, count: int) -> dict[str, Any]:
     """Time how long it takes to locate the samples of ``count`` random steps in a corpus of ``tokens`` tokens.
 
-    The corpus is a sparse file in ``folder``, which takes no disk space. Returns ``start_seconds`` (opening the corpus, the
-    arithmetic of the whole run, the first step), ``milliseconds`` per step (median), ``most_milliseconds``,
-    ``milliseconds_at_the_end`` (median of the run's last hundredth), ``steps``, ``batch``, and ``memory_bytes``, the most
-    that this process has held.
+    The corpus is a sparse file in ``folder``, which takes no disk space. Returns ``start_seconds`` (opening the corpus,
+    computing the timeline, locating the first step), ``milliseconds`` per step (median), ``most_milliseconds``,
+    ``milliseconds_at_the_end`` (median over the last 1 % of the run), ``steps``, ``batch``, and ``memory_bytes``, the peak
+    memory of this process.
     """
     _write_corpus(folder / "sparse", tokens, lambda stream: stream.truncate(2 * tokens))
     started = time.perf_counter()
@@ -61,10 +61,10 @@ def measure_finding(config: RunConfig, folder: Path, tokens: int, count: int) ->
 def measure_reading(folder: Path, tokens: int, rows: int, seq_length: int, rounds: int) -> list[dict[str, Any]]:
     """Time reading batches of ``rows`` rows from a real file of ``tokens`` random tokens, at lengths that double up to full.
 
-    Returns a record per length: ``seqlen``, and for a file in memory (``warm``) and on disk (``cold``) the ``milliseconds``
-    of a batch, and what bare code takes for as many rows of ``seqlen + 1`` tokens: ``gather_milliseconds`` numpy, from a
-    memory map, and ``pread_milliseconds`` a loop of ``os.preadv``. Each is the median of ``rounds`` rounds (a quarter of
-    them for ``cold``) over all lengths.
+    Returns one record per length: ``seqlen``, and for a file in memory (``warm``) and on disk (``cold``) three times for as
+    many rows of ``seqlen + 1`` tokens: ``milliseconds`` of a batch, ``gather_milliseconds`` of a numpy gather from a memory
+    map, and ``pread_milliseconds`` of a loop over ``os.preadv``. Each is a median over ``rounds`` rounds (a quarter of them
+    for ``cold``).
     """
     random = np.random.default_rng(0)
 
@@ -76,13 +76,13 @@ def measure_reading(folder: Path, tokens: int, rows: int, seq_length: int, round
     lengths = [length for length in (seq_length >> shift for shift in range(24)) if length >= 8][::-1]
     records: list[dict[str, Any]] = [{"seqlen": length} for length in lengths]
     for state, count in (("warm", rounds), ("cold", -(-rounds // 4))):  # a cold batch may take a thousand times as long
-        # All lengths take turns in each round, so that a slow moment of the machine doesn't fall on one of them.
+        # Each round measures all lengths, so that a slowdown of the machine doesn't affect only one of them.
         readers = [BatchReader(folder / "real", rows, seq_length, length, state == "cold") for length in lengths]
         timings: list[list[tuple[float, float, float]]] = [[] for _ in lengths]  # (read, gather, pread) of each round
         for turn in tqdm(range(count + 1), desc=f"reading, {state}", unit="round"):
             for reader, timing in zip(readers, timings, strict=True):
                 timed = reader.read(turn + 1), reader.gather(), reader.pread()
-                if turn > 0:  # the first round only warms up
+                if turn > 0:  # the first round is a warmup
                     timing.append(timed)
         for record, timing in zip(records, timings, strict=True):
             names = ("milliseconds", "gather_milliseconds", "pread_milliseconds")
@@ -92,15 +92,15 @@ def measure_reading(folder: Path, tokens: int, rows: int, seq_length: int, round
 
 
 class BatchReader:
-    """Reads batches as a run does, with numpy alone, and with ``os.preadv`` alone; returns the milliseconds of each.
+    """Timed readers of a batch: as in a run, with plain numpy, and with ``os.preadv``. All return milliseconds.
 
-    ``cold`` drops the file from memory before each batch.
+    ``cold`` drops the file from the page cache before each batch.
     """
 
     def __init__(self, prefix: Path, rows: int, seq_length: int, seqlen: int, cold: bool) -> None:
         self._prefix, self._rows, self._seqlen, self._cold = prefix, rows, seqlen, cold
         self._random = np.random.default_rng(seqlen)
-        # A run of one length.
+        # A run with a constant length.
         self._config = RunConfig.from_dict(
             {
                 "train_batch_size": rows,
@@ -123,7 +123,7 @@ class BatchReader:
         return _milliseconds(self._train_data.read, step)
 
     def gather(self) -> float:
-        """Return the milliseconds of a numpy gather of as many random rows from a memory map."""
+        """Return the milliseconds of a numpy gather of the same number of random rows from a memory map."""
         self._open_anew_if_cold()
         shape = len(self._tokens) - self._seqlen, self._seqlen + 1  # overlapping windows of seqlen + 1 uint16 tokens
         starts = self._starts()
@@ -136,7 +136,7 @@ class BatchReader:
         return _milliseconds(gather)
 
     def pread(self) -> float:
-        """Return the milliseconds of reading as many random rows one by one into an array."""
+        """Return the milliseconds of reading the same number of random rows one by one into an array."""
         self._open_anew_if_cold()
         starts, rows = (2 * self._starts()).tolist(), np.empty((self._rows, self._seqlen + 1), np.uint16)
         with open(self._prefix.with_suffix(".bin"), "rb") as stream:
@@ -159,7 +159,7 @@ class BatchReader:
         if not self._cold:
             return
         del self._train_data, self._tokens
-        gc.collect()  # the system keeps pages that are still mapped
+        gc.collect()  # pages that are still mapped stay in the page cache
         with open(self._prefix.with_suffix(".bin"), "rb") as stream:
             os.fsync(stream.fileno())
             os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
@@ -167,17 +167,17 @@ class BatchReader:
 
 
 def describe_finding(record: dict[str, Any]) -> str:
-    """Return the record of ``measure_finding`` as text for a terminal."""
+    """Format the record of ``measure_finding`` for a terminal."""
     return (
         f"{record['tokens']:,} tokens, {record['steps']:,} steps of {record['batch']} samples: starts in "
         f"{record['start_seconds']:.3f} s, finds a step's samples in {record['milliseconds']:.2f} ms\n(at most "
-        f"{record['most_milliseconds']:.2f}; at the end of the run, of leftovers, {record['milliseconds_at_the_end']:.2f}), "
-        f"in a process of {record['memory_bytes'] / 1e6:.0f} MB"
+        f"{record['most_milliseconds']:.2f}; at the end of the run, in leftovers, {record['milliseconds_at_the_end']:.2f}), "
+        f"peak memory {record['memory_bytes'] / 1e6:.0f} MB"
     )
 
 
 def reading_table(records: list[dict[str, Any]]) -> str:
-    """Return the records of ``measure_reading`` as a table."""
+    """Format the records of ``measure_reading`` as a table."""
     states, ways = ("warm", "cold"), ("milliseconds", "gather_milliseconds", "pread_milliseconds")
     lines = [f"{'seqlen':>6}" + "".join(f" {state + ', ms':>9} {'gather':>8} {'pread':>8}" for state in states)]
     for record in records:
@@ -194,7 +194,7 @@ def _training_data(config: RunConfig, corpus: IndexedCorpus) -> TrainingData:
 
 
 def _write_corpus(prefix: Path, tokens: int, fill: Callable[[Any], object]) -> None:
-    """Write a pair of ``tokens`` uint16 tokens, whose .bin ``fill(stream)`` writes."""
+    """Write a corpus of ``tokens`` uint16 tokens; ``fill(stream)`` writes its .bin."""
     lengths = np.array(
         [min(_DOCUMENT_TOKENS, tokens - start) for start in range(0, tokens, _DOCUMENT_TOKENS)], dtype="<i4"
     )

@@ -1,16 +1,16 @@
-"""The data of a run's configuration, opened and checked before any work."""
+"""Open and check the data of a run's configuration before any work is done."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from seqlen_curriculum.config.data import DataConfig
 from seqlen_curriculum.config.model import ModelConfig
 from seqlen_curriculum.config.run import RunConfig
+from seqlen_curriculum.config.run_file import is_corpus, places
 from seqlen_curriculum.data.indexed import IndexedCorpus
 from seqlen_curriculum.data.samples import SPLITS, Samples, check_token_ids, open_split
-from seqlen_curriculum.data.tokenizer import read_tokenizer, tokenizer_files
 from seqlen_curriculum.data.training_data import TrainingData
 from seqlen_curriculum.errors import ConfigError, DataError
 
@@ -18,15 +18,17 @@ __all__ = ["corpora_of", "open_run_data", "open_samples", "open_training_data"]
 
 
 def open_run_data(config: RunConfig) -> tuple[TrainingData, Samples | None]:
-    """Open (training data, validation samples) of a file with model, data and training sections; None if it never evaluates.
+    """Open (training data, validation samples) of a file with model, data and training sections.
 
-    Raises ConfigError, DataError.
+    The validation samples are None if the run never evaluates. Raises ConfigError, DataError.
     """
     assert config.model is not None
     assert config.data is not None
     assert config.training is not None
     data = config.data
-    corpora = [IndexedCorpus(prefix) for prefix in [*data.prefixes, *(data.valid or [])]]
+    prefixes = [*data.prefixes, *(data.valid or [])]
+    _check_places(prefixes, config.folder)
+    corpora = [IndexedCorpus(prefix) for prefix in prefixes]
     for corpus in corpora:
         _check_vocabulary(corpus, config.model)
     _check_tokenizers(corpora, config.model)
@@ -34,7 +36,7 @@ def open_run_data(config: RunConfig) -> tuple[TrainingData, Samples | None]:
 
 
 def open_training_data(config: RunConfig) -> TrainingData:
-    """Open the training data of a file with data and training sections; no token is read yet."""
+    """Open the training data of a file with data and training sections, without reading tokens."""
     assert config.data is not None
     data, timeline = config.data, config.plan.timeline
     sources = [data.prefixes] if data.weights is None else [[prefix] for prefix in data.prefixes]
@@ -43,23 +45,41 @@ def open_training_data(config: RunConfig) -> TrainingData:
 
 
 def open_samples(config: RunConfig, which: str, prefixes: Sequence[str] | None = None) -> Samples:
-    """Open the samples of the ``which`` (train, valid or test) split, or of its own corpora; or of ``prefixes``."""
+    """Open the samples of split ``which`` (train, valid or test) or of its own corpora, or the samples of ``prefixes``."""
     assert config.data is not None
     seed = config.training.seed if config.training else 0
-    corpora, split = corpora_of(config.data, which)
+    corpora, split = corpora_of(config, which)
     vocab_size = config.model.vocab_size if config.model else None
     return open_split(prefixes or corpora, split, which, config.data.seq_length, seed, vocab_size)
 
 
-def corpora_of(data: DataConfig, which: str) -> tuple[list[str], str]:
-    """Return the corpora that ``which`` (train, valid or test) is taken from, and how each of them is split."""
+def corpora_of(config: RunConfig, which: str) -> tuple[list[str], str]:
+    """Return the corpora that ``which`` (train, valid or test) is taken from, and the split of each of them.
+
+    Raises ConfigError, and DataError for a corpus that is in none of the folders where it is looked up.
+    """
+    assert config.data is not None
+    data = config.data
     own = {"train": None, "valid": data.valid, "test": data.test}[which]
     if which == "test" and own is None and data.valid is not None:
         raise ConfigError(
-            "data.test: not given; where valid names corpora of its own, train is read whole: name some for test"
+            "data.test: not given; data.valid has corpora of its own, so data.train is not split: give corpora for data.test"
         )
     whole = own is not None or (which == "train" and data.valid is not None)
-    return own or data.prefixes, ",".join(str(int(name == which)) for name in SPLITS) if whole else data.split
+    corpora = own or data.prefixes
+    _check_places(corpora, config.folder)
+    return corpora, ",".join(str(int(name == which)) for name in SPLITS) if whole else data.split
+
+
+def _check_places(prefixes: Sequence[str], folder: Path | None) -> None:
+    """Raise DataError for a relative prefix without a corpus, if it was looked up in more than the current folder."""
+    looked_up = places(folder)
+    for prefix in prefixes:
+        if len(looked_up) > 1 and not os.path.isabs(prefix) and not is_corpus(prefix):
+            raise DataError(
+                f"{prefix}: no corpus, neither in {' nor in '.join(looked_up)}, the folder of the run's file; give the "
+                "prefix of a .bin/.idx pair relative to one of them, or make one with seqlen-curriculum prepare"
+            )
 
 
 def _check_vocabulary(corpus: IndexedCorpus, model: ModelConfig) -> None:
@@ -74,8 +94,12 @@ def _check_vocabulary(corpus: IndexedCorpus, model: ModelConfig) -> None:
 
 
 def _check_tokenizers(corpora: Sequence[IndexedCorpus], model: ModelConfig) -> None:
-    """Each token of ``hf_checkpoint``'s tokenizer has the same id in those beside the corpora, which may add others."""
-    if model.initial is None or not tokenizer_files(model.initial.folder):
+    """Raise ConfigError unless each token of ``hf_checkpoint``'s tokenizer has the same id in the corpora's tokenizers."""
+    if model.initial is None:
+        return
+    from seqlen_curriculum.data.tokenizer import tokenizer_files  # an optional package, which only this check needs
+
+    if not tokenizer_files(model.initial.folder):
         return
     theirs = _ids(model.initial.folder)
     for path in (Path(f"{corpus.prefix}.tokenizer.json") for corpus in corpora):
@@ -89,5 +113,7 @@ def _check_tokenizers(corpora: Sequence[IndexedCorpus], model: ModelConfig) -> N
 
 
 def _ids(tokenizer: Path) -> dict[str, int]:
+    from seqlen_curriculum.data.tokenizer import read_tokenizer
+
     found: dict[str, int] = read_tokenizer(tokenizer).get_vocab(with_added_tokens=True)
     return found

@@ -1,10 +1,10 @@
 """Megatron's indexed corpus, ``PREFIX.bin`` and ``PREFIX.idx`` (MMIDIDX version 1), read as one stream of tokens.
 
-The .bin holds the tokens and nothing else. The .idx holds a 34-byte header, then lengths in tokens (i32[N]), byte
-offsets (i64[N]) and document indices (i64[M]), all little-endian. 34 + 4 N bytes leave the 64-bit blocks unaligned.
+The .bin holds only tokens. The .idx holds a 34-byte header, then lengths in tokens (i32[N]), byte offsets (i64[N]) and
+document indices (i64[M]), all little-endian. The 64-bit blocks start after 34 + 4 N bytes, so they are unaligned.
 
 A document is one or more sequences: with document indices 0, 2, 4 document 0 is sequences 0 and 1, document 1 is
-sequences 2 and 3. This package writes one sequence per document, so that its indices are 0, 1, ... N.
+sequences 2 and 3. This package writes one sequence per document, with document indices 0, 1, ... N.
 
 Shapes: B rows, N sequences, M documents + 1.
 """
@@ -37,11 +37,11 @@ HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, N, M: 9 + 8 + 1
 DTYPES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}  # 6 and 7 are floats, which aren't token ids
 
 _FINGERPRINT_BLOCK = 1024  # tokens
-_PROBE = 16  # rows that show whether a batch lies on the disk
+_PROBE = 16  # rows that are probed to see whether a batch is on disk
 
 
 class CorpusIndex:
-    """An .idx file, whose three blocks are views of its memory map. Raises ``DataError`` for a damaged file."""
+    """An .idx file. Its three blocks are views of a memory map. Raises ``DataError`` for a damaged file."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -54,7 +54,7 @@ class CorpusIndex:
             magic, version, code, num_sequences, num_indices = HEADER.unpack(stream.read(HEADER.size))
         if magic != MAGIC:
             raise DataError(
-                f"{path}: starts with {magic!r}, not {MAGIC!r}; it is no MMIDIDX index: prepare the text again"
+                f"{path}: starts with {magic!r}, not {MAGIC!r}; it is not an MMIDIDX index: prepare the text again"
             )
         if version != VERSION:
             raise DataError(
@@ -62,7 +62,7 @@ class CorpusIndex:
             )
         if code not in DTYPES:
             raise DataError(f"{path}: dtype code {code}, integers are {', '.join(map(str, DTYPES))}; prepare it again")
-        # 34 + 12 N + 8 M bytes. Multimodal corpora append one more byte per sequence, which is refused here.
+        # 34 + 12 N + 8 M bytes. Multimodal corpora append one byte per sequence and are refused here.
         expected = HEADER.size + 12 * num_sequences + 8 * num_indices
         if size != expected:
             raise DataError(
@@ -82,9 +82,9 @@ class CorpusIndex:
         self.documents: IntArray = np.ndarray((num_indices,), "<i8", buffer, offsets_end)  # (M,) sequences
 
     def check_ends(self, bin_path: str) -> None:
-        """Raise ``DataError`` where the ends of the blocks contradict each other or the size of the .bin.
+        """Raise ``DataError`` if the ends of the blocks contradict each other or the size of the .bin.
 
-        Takes constant time: a truncated file and one of another pair are found without reading the blocks.
+        Detects truncated and mismatched files in constant time, without reading the blocks.
         """
         first, last, num_sequences = int(self.documents[0]), int(self.documents[-1]), len(self.lengths)
         if int(self.offsets[0]) != 0:
@@ -106,10 +106,10 @@ class CorpusIndex:
 
 
 class IndexedCorpus:
-    """A ``.bin/.idx`` pair as one stream of ``num_tokens`` tokens, memory-mapped; opening takes constant time.
+    """A memory-mapped ``.bin/.idx`` pair as one stream of ``num_tokens`` tokens. Opening takes constant time.
 
-    ``prefix`` is the pair's path without suffix (a ``.bin`` or ``.idx`` at its end is dropped). ``vocab_size`` is what
-    ``PREFIX.json`` records, ``None`` without one. Raises ``DataError`` for a missing, damaged or mismatched pair.
+    ``prefix`` is the path of the pair without its suffix (a final ``.bin`` or ``.idx`` is dropped). ``vocab_size`` is read
+    from ``PREFIX.json``, ``None`` without that file. Raises ``DataError`` for a missing, damaged or mismatched pair.
     """
 
     def __init__(self, prefix: str | os.PathLike[str]) -> None:
@@ -119,7 +119,7 @@ class IndexedCorpus:
         if len(missing) == 2:
             raise DataError(
                 f"{self.prefix}: no corpus here, neither {bin_path} nor {idx_path} exists; "
-                "give the prefix of a .bin/.idx pair, or make one with scripts/prepare_data.py"
+                "give the prefix of a .bin/.idx pair, or make one with slw prepare"
             )
         if missing:
             raise DataError(
@@ -131,7 +131,7 @@ class IndexedCorpus:
         self.num_documents = len(self.index.documents) - 1
         with open(bin_path, "rb") as stream:
             self._map = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
-        # Rows lie far apart. Without this, each of them would read 128 KiB and more around its 2 KiB from the disk.
+        # Rows are far apart. With read-ahead, each row of 2 KiB would read 128 KiB or more from the disk.
         self._map.madvise(mmap.MADV_RANDOM)
         self.tokens: NDArray[Any] = np.frombuffer(self._map, self.dtype)
         self.num_tokens = len(self.tokens)
@@ -141,11 +141,11 @@ class IndexedCorpus:
         return f"IndexedCorpus({self.prefix!r}, {self.num_documents} documents, {self.num_tokens} tokens)"
 
     def __reduce__(self) -> tuple[type[IndexedCorpus], tuple[str]]:
-        # A pickled memory map carries every token; another process opens the files again instead.
+        # A pickled memory map would contain every token. The other process opens the files again instead.
         return IndexedCorpus, (self.prefix,)
 
     def document_start(self, document: int) -> int:
-        """Return the token position where ``document`` starts; ``num_documents`` gives ``num_tokens``.
+        """Return the token position where ``document`` starts, and ``num_tokens`` for ``num_documents``.
 
         Raises ``IndexError`` for a document outside 0..num_documents.
         """
@@ -156,8 +156,8 @@ class IndexedCorpus:
         for document in (first, last):
             if not 0 <= document <= self.num_documents:
                 raise IndexError(f"{self.prefix}: no document {document}, it has {self.num_documents}")
-        # Document -> its first sequence -> byte offset -> token. With offsets 0, 4, 6, 12 and uint16 tokens the document
-        # indices 0, 2, 4 give tokens 0, 3 and num_tokens: index 4, one past the last sequence, is the end of the corpus.
+        # Document -> its first sequence -> byte offset -> token. With offsets 0, 4, 6, 12 and uint16 tokens, document
+        # indices 0, 2, 4 give tokens 0, 3 and num_tokens: index 4 is one past the last sequence.
         sequences, offsets = np.asarray(self.index.documents[first : last + 1]), self.index.offsets
         starts = np.where(sequences == len(offsets), self.num_tokens, -1)  # -1: not a start
         inside = (sequences >= 0) & (sequences < len(offsets))
@@ -171,13 +171,13 @@ class IndexedCorpus:
         return starts
 
     def document_at(self, position: int) -> int:
-        """Return the document that has the token at ``position``, by bisection."""
+        """Return the document that contains the token at ``position``, by bisection."""
         return bisect_right(range(self.num_documents + 1), position, key=self.document_start) - 1
 
     def fingerprint(self) -> str:
-        """Return a digest of the corpus, whatever its path, in constant time.
+        """Return a digest of the corpus that doesn't depend on its path, in constant time.
 
-        It covers the counts, the dtype and the tokens of 64 evenly spaced blocks, both ends included.
+        It covers the counts, the dtype and the tokens of 64 evenly spaced blocks, including both ends.
         """
         digest = hashlib.blake2b(f"{self.num_documents} {self.num_tokens} {self.dtype.str}".encode(), digest_size=16)
         for start in np.linspace(0, max(self.num_tokens - _FINGERPRINT_BLOCK, 0), 64, dtype=np.int64).tolist():
@@ -187,7 +187,7 @@ class IndexedCorpus:
     def gather(self, starts: ArrayLike, length: int) -> NDArray[Any]:
         """Return tokens ``[start, start + length)`` of each of ``starts`` (B,), as (B, length) in the corpus's dtype.
 
-        Raises ``IndexError`` where they are not all inside the corpus.
+        Raises ``IndexError`` if any of them is outside the corpus.
         """
         starts = np.asarray(starts, dtype=np.int64)
         num_windows = self.num_tokens - length + 1
@@ -195,8 +195,8 @@ class IndexedCorpus:
             raise IndexError(f"{self.prefix}: rows of {length} tokens outside its {self.num_tokens} tokens")
         if not starts.size:
             return np.empty((0, length), dtype=self.dtype)
-        # Overlapping windows of the memory map, (num_windows, length): with length 3, tokens 5 6 7 8 are the windows
-        # 5 6 7 and 6 7 8. One gather of rows copies them and touches only their pages.
+        # Overlapping windows of the memory map, (num_windows, length): with length 3, tokens 5 6 7 8 give the windows
+        # 5 6 7 and 6 7 8. One gather copies the rows and touches only their pages.
         step = self.dtype.itemsize
         windows = as_strided(self.tokens, (num_windows, length), (step, step), writeable=False)
         if len(starts) > _PROBE:
@@ -208,14 +208,14 @@ class IndexedCorpus:
         return tokens
 
     def block(self, start: int, length: int) -> NDArray[Any]:
-        """Return tokens ``[start, start + length)``, a view, which the disk reads in one piece and not page by page."""
+        """Return a view of tokens ``[start, start + length)``, read from disk in one piece instead of page by page."""
         self._read_ahead(np.array([start]), length)
         return self.tokens[start : start + length]
 
     def _read_ahead(self, starts: IntArray, length: int) -> None:
-        """Ask the system to read the rows from disk, all at once and without waiting for them."""
-        # Found by page faults, one after the other, 512 cold rows take 92 ms, and 72 ms by pread. Asked for together they
-        # take 12 ms, but asking costs a millisecond, ten times as long as rows in memory take: hence the probe.
+        """Request all rows from disk at once, without waiting for them."""
+        # 512 cold rows take 92 ms by page faults, one after the other, 72 ms by pread, and 12 ms if requested together.
+        # The request costs 1 ms, ten times as long as reading rows in memory, so a few rows are probed first.
         first = starts * self.dtype.itemsize
         page = first // mmap.PAGESIZE * mmap.PAGESIZE
         end = np.minimum(first + length * self.dtype.itemsize, len(self._map))
@@ -224,7 +224,7 @@ class IndexedCorpus:
 
 
 def _faults_from_disk() -> int:
-    """Return how often this thread has waited for the disk because it touched a page that was not in memory."""
+    """Return the number of major page faults of this thread: accesses that waited for the disk."""
     return resource.getrusage(getattr(resource, "RUSAGE_THREAD", resource.RUSAGE_SELF)).ru_majflt
 
 

@@ -1,17 +1,17 @@
-"""Which tokens the samples of an epoch are made of, once the tokens that short lengths left over are read as samples too.
+"""The tokens of each sample of an epoch when leftovers are recycled: tokens that short lengths left unused become samples.
 
-A stream has P tokens to train on (pairs of an input and the token after it): N whole samples of L, and a rest. Its rows
-are numbered from 0 over the whole run. Row m uses the first ``used(m)`` tokens of its sample and leaves the others. An
-epoch reads the N fresh samples first; its row N + j is made of the leftovers ``[j * L, j * L + L)``, laid end to end as they
-were left: the stream's rest before all, then those of each row, also of rows that were made of leftovers themselves. The
-epoch ends when what is left doesn't fill a sample. As each token read was either used or left, that is exactly when
+A stream has P target tokens (pairs of an input and the next token): N whole samples of L tokens, and a rest. Rows are
+numbered from 0 over the whole run. Row m uses the first ``used(m)`` tokens of its sample and leaves the others. An epoch
+reads the N fresh samples first. Its row N + j consists of leftovers ``[j * L, j * L + L)``, where the leftovers are
+concatenated in this order: the rest of the stream, then those of each row, including rows made of leftovers. The epoch
+ends when the remaining leftovers don't fill a sample. Every token is either used or left, so that is exactly when
 
     tokens used in the epoch > P - L
 
-so epochs follow from a running sum alone. A token's way back from row to row is a bisection in another running sum, of one
-entry for each change of length: nothing is recorded, and any row of a run is resolved by itself.
+and epochs follow from a running sum. The origin of a leftover is found by bisection in a second running sum, with one entry
+per change of length. Nothing is recorded, and any row of a run is resolved independently.
 
-Shapes: n rows asked for; R runs of neighbouring tokens.
+Shapes: n requested rows, R runs of neighbouring tokens.
 """
 
 from __future__ import annotations
@@ -31,24 +31,24 @@ _NEVER = 2**62
 
 
 class Epochs:
-    """The rows where the epochs of a stream begin.
+    """The rows where the epochs of a stream start.
 
-    ``used`` are the tokens that each row uses of its sample (the first row is 1) where leftovers are recycled; with None
-    they are dropped, and an epoch has ``fresh`` rows. While the length stays the same all epochs have as many rows, so
-    that two entries for each change of length hold them all.
+    ``used`` gives the tokens that each row uses of its sample (the first row is 1). With None leftovers are dropped, and an
+    epoch has ``fresh`` rows. Epochs at a constant length have the same number of rows, so two entries per change of length
+    describe all epochs.
     """
 
     def __init__(self, fresh: int, tokens: int, seq_length: int, used: Piecewise | None) -> None:
         self._used, self._all_but_a_sample = used, tokens - seq_length
-        # From row starts[i] on, epoch epochs[i] and those after it have rows[i] rows each.
+        # Epochs from epochs[i] on, which starts at row starts[i], have rows[i] rows each.
         self._starts, self._epochs, self._rows = [0], [0], [fresh]
-        self._next = _NEVER, 0  # the row where the next entry begins, and its epoch
+        self._next = _NEVER, 0  # the row where the next entry starts, and its epoch
         if used is not None:
             self._starts, self._epochs, self._rows = [], [], []
             self._next = 0, 0
 
     def of(self, rows: IntArray) -> tuple[IntArray, IntArray]:
-        """Return the epoch of each of ``rows`` (n,), ascending, and the row where that epoch began."""
+        """Return the epoch of each of ``rows`` (n,), ascending, and the first row of that epoch."""
         while self._next[0] <= rows[-1]:
             self._add_entry()
         entries = slice(bisect_right(self._starts, rows[0]) - 1, bisect_right(self._starts, rows[-1]))
@@ -58,13 +58,13 @@ class Epochs:
         return epochs[entry] + further, starts[entry] + further * length[entry]
 
     def _add_entry(self) -> None:
-        """Add the epochs that lie within a piece of one length, or the one that reaches out of it."""
+        """Add the epochs within a piece of constant length, or the one epoch that extends beyond it."""
         assert self._used is not None
         start, epoch = self._next
         piece = int(np.searchsorted(self._used.first_steps, start + 1, side="right")) - 1
-        # An epoch ends with the row that takes the tokens used above P - L: of P = 20 tokens in samples of L = 8, rows
-        # that use 3 make epochs of 12 // 3 + 1 = 5 rows (15 > 12). If rows use 3 up to row 6 and 8 from row 7 on, the
-        # second epoch has two rows of 3 and one of 8 (14 > 12).
+        # An epoch ends with the row that raises the used tokens above P - L. With P = 20 and L = 8, rows that use 3 tokens
+        # give epochs of 12 // 3 + 1 = 5 rows (15 > 12). If rows 0 to 6 use 3 tokens and later ones 8, the second epoch has
+        # two rows of 3 and one of 8 (14 > 12).
         rows = self._all_but_a_sample // int(self._used.values[piece]) + 1
         is_last_piece = piece + 1 == len(self._used.values)
         count = _NEVER if is_last_piece else (int(self._used.first_steps[piece + 1]) - 1 - start) // rows
@@ -78,13 +78,13 @@ class Epochs:
 
 
 class Runs(NamedTuple):
-    """Neighbouring tokens: ``length`` pairs from column ``column`` of row ``row``, which come from ``id`` and ``start``.
+    """Runs of ``length`` neighbouring tokens at column ``column`` of row ``row``, and their origin.
 
-    ``id`` is a sample and ``start`` a column in it. Where ``rest`` is true they come from the stream's rest: ``id`` is -1
-    and ``start`` a position in the rest.
+    The origin is column ``start`` of sample ``id``. If ``rest`` is true it is position ``start`` in the rest of the stream,
+    and ``id`` is -1.
     """
 
-    row: IntArray  # (R,) index in the rows asked for
+    row: IntArray  # (R,) index among the requested rows
     column: IntArray
     length: IntArray
     id: IntArray
@@ -93,16 +93,16 @@ class Runs(NamedTuple):
 
 
 class Leftovers:
-    """Where the tokens of rows that are made of leftovers come from."""
+    """The origin of the tokens in rows that are made of leftovers."""
 
     def __init__(self, fresh: int, rest_tokens: int, seq_length: int, used: Piecewise) -> None:
         self._fresh, self._rest, self._seq_length = fresh, rest_tokens, seq_length
         left = used.map(lambda tokens: seq_length - tokens)
         self._left_before = left.total  # leftovers of the first m rows
-        leaves = left.values > 0  # pieces whose rows use whole samples leave nothing: they have no entry
+        leaves = left.values > 0  # pieces whose rows use whole samples have no leftovers and no entry
         num_rows = np.diff(left.first_steps, append=left.first_steps[-1])  # the last piece is never counted
-        # One entry per piece: its first row, what each of its rows leaves, leftovers and leaving rows before it. Rows that
-        # use 2, 4, 4, 2 of 4 tokens give the first rows 0 and 3, 2 and 2 a row, 0 and 2 leftovers, 0 and 1 rows before.
+        # One entry per piece: its first row, leftovers per row, and leftovers and rows with leftovers before it. Rows that
+        # use 2, 4, 4, 2 of 4 tokens give first rows 0 and 3, 2 and 2 per row, 0 and 2 leftovers and 0 and 1 rows before.
         self._first_row = left.first_steps[leaves] - 1
         self._per_row = left.values[leaves]
         self._before = left.total(self._first_row)
@@ -111,14 +111,15 @@ class Leftovers:
     def runs(
         self, number: IntArray, start: IntArray, tokens: int, sample: Callable[[IntArray, IntArray], IntArray]
     ) -> Runs:
-        """Return the origin of the first ``tokens`` of each row, number ``number`` of the epoch from row ``start`` on, (n,).
+        """Return the origin of the first ``tokens`` tokens of each row ``number`` of the epoch that starts at row ``start``.
 
-        ``sample(row, number)`` gives the sample read as fresh row ``number`` in the epoch of the ``row``-th row asked for.
+        Both are (n,). ``sample(row, number)`` returns the sample of fresh row ``number`` in the epoch of requested row
+        ``row``.
         """
-        # Samples of 4, each row uses 1, two fresh rows a and b, a rest r of 2 tokens. The leftovers are
-        # r0 r1 a1 a2 | a3 b1 b2 b3 | ..., and the epoch's row 2 is the first four: r0 and r1 are of the rest, a1 and a2
-        # are columns 1 and 2 of row 0, which is fresh, so its sample is known. Had row 0 been made of leftovers itself,
-        # these columns would be looked up in the same way: each turn of the loop goes back one generation.
+        # Samples of 4 tokens, each row uses 1, two fresh rows a and b, a rest r of 2 tokens. The leftovers are
+        # r0 r1 a1 a2 | a3 b1 b2 b3 | ..., and row 2 of the epoch is the first four: r0 and r1 from the rest, a1 and a2
+        # from columns 1 and 2 of row 0. Row 0 is fresh, so its sample is known. Columns of a row made of leftovers are
+        # looked up in the same way in the next iteration.
         zero = np.zeros_like(number)
         pending: tuple[IntArray, ...] = (np.arange(len(number)), zero, zero + tokens, number, zero)
         resolved: list[Runs] = []
@@ -129,9 +130,7 @@ class Leftovers:
             resolved.append(Runs(row[fresh], column[fresh], length[fresh], ids, at[fresh], np.zeros(len(ids), bool)))
             row, column, length = row[~fresh], column[~fresh], length[~fresh]
             place = (number[~fresh] - self._fresh) * self._seq_length + at[~fresh]  # among the leftovers of the epoch
-            of_rest = np.clip(
-                self._rest - place, 0, length
-            )  # how many of the tokens lie in the rest, which comes first
+            of_rest = np.clip(self._rest - place, 0, length)  # number of tokens in the rest, which is first
             some = of_rest > 0
             no_id = np.full(np.count_nonzero(some), -1)
             resolved.append(Runs(row[some], column[some], of_rest[some], no_id, place[some], np.ones(len(no_id), bool)))
@@ -141,14 +140,14 @@ class Leftovers:
     def _left_by(
         self, row: IntArray, column: IntArray, length: IntArray, place: IntArray, start: IntArray
     ) -> tuple[IntArray, ...]:
-        """Return the rows that left the leftovers ``[place, place + length)``, one part for each: as ``pending``."""
+        """Return the rows that left the leftovers ``[place, place + length)``, one part per row, as ``pending``."""
         some = length > 0
         row, column, length = row[some], column[some], length[some]
         begins = start[row]
         first = place[some] + self._left_before(begins)  # among the leftovers of the whole run
         first_leaver, last_leaver = self._leaver(first), self._leaver(first + length - 1)
-        # One part for each leaving row that [first, first + length) meets: rows that leave 3 tokens each and 5 tokens from
-        # place 2 on (2, 3 4 5, 6) are parts of 1, 3 and 1 tokens of the leavers 0, 1 and 2, all owned by the same row.
+        # One part per leaving row that overlaps [first, first + length): if rows leave 3 tokens each, the 5 tokens from
+        # place 2 (2, 3 4 5, 6) are parts of 1, 3 and 1 tokens of leavers 0, 1 and 2, all owned by the same row.
         num_parts = last_leaver - first_leaver + 1
         owner = np.repeat(np.arange(len(row)), num_parts)
         part = np.arange(len(owner)) - np.repeat(np.cumsum(num_parts) - num_parts, num_parts)  # 0, 1, ... of each owner
@@ -169,7 +168,7 @@ class Leftovers:
         )
 
     def _leaver(self, place: IntArray) -> IntArray:
-        """Return which row left the token at ``place`` of the run's leftovers, counting only rows that leave any."""
+        """Return the index of the row that left the token at ``place``, counting only rows with leftovers."""
         piece = np.searchsorted(self._before, place, side="right") - 1
         leaver: IntArray = self._rows_before[piece] + (place - self._before[piece]) // self._per_row[piece]
         return leaver

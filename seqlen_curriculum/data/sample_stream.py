@@ -1,6 +1,6 @@
-"""The endless order in which a run reads the samples of a split: fresh ones, their leftovers, then again in a new order.
+"""The order in which a run reads the samples of a split. Each epoch reads the fresh samples in a new order, then leftovers.
 
-A row is one sample in reading order. Shapes: n rows, of which the first ``tokens`` are trained on.
+A row is one sample in reading order. Shapes: n rows, of which the first ``tokens`` tokens are trained on.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from seqlen_curriculum.schedule.piecewise import IntArray, Piecewise
 
 __all__ = ["SampleStream", "TokenSpans"]
 
-_BLOCK = 2**13  # rows, located in a millisecond
+_BLOCK = 2**13  # rows, located in 1 ms
 _KEPT_BLOCKS = 4
 
 
 class TokenSpans(NamedTuple):
-    """Neighbouring tokens of a corpus that are neighbours in a row too, in no particular order; (spans,) each.
+    """Runs of tokens that are contiguous both in a corpus and in a row, in no particular order; (spans,) each.
 
-    Columns ``[column, column + length)`` of row ``row`` hold the inputs ``[start, start + length)`` of the corpus of range
-    ``range_index``. The target of each input is the token after it.
+    Columns ``[column, column + length)`` of row ``row`` hold the inputs ``[start, start + length)`` from the corpus of range
+    ``range_index``. The target of each input is the next token.
     """
 
     row: IntArray
@@ -36,13 +36,13 @@ class TokenSpans(NamedTuple):
 
     @classmethod
     def of_runs(cls, runs: Runs, samples: Samples) -> TokenSpans:
-        """Return where the tokens of ``runs`` lie in the corpora of ``samples``; a run of the rest may be several spans."""
+        """Return the positions of ``runs`` in the corpora of ``samples``; a run of the rest may give several spans."""
         row, column, length, sample, start = (part[~runs.rest] for part in runs[:5])
         range_index, first = samples.locate(sample)
         spans = [cls(row, column, length, range_index, first + start)]
         row, column, length, _, position = (part[runs.rest] for part in runs[:5])
-        # The rest is what each range has at its end, one after the other: a run that needs 5 tokens where its range has 2
-        # left takes these, and 3 from the range after it in the next turn.
+        # The rest is the concatenation of the ends of all ranges: a run of 5 tokens that starts 2 tokens before the end of
+        # a range takes these 2, and in the next iteration 3 from the next range.
         while len(row):
             range_index, first, available = samples.locate_rest(position)
             taken = np.minimum(length, available)
@@ -65,16 +65,16 @@ class TokenSpans(NamedTuple):
         rows = np.unique(self.row)
         for copied in (inputs[rows], targets[rows]):
             if samples.find_invalid_ids(copied).size:
-                # Which position of which corpus it has is known span by span: gathering them again raises at the first.
+                # The position of an invalid id is only known per span, so gather each span again: the first bad one raises.
                 for index, start, length in zip(self.range_index, self.start, self.length, strict=True):
                     samples.gather(index[None], start[None], int(length) + 1)
 
 
 class SampleStream:
-    """The rows that a run reads of ``samples``, numbered from 0.
+    """The rows that a run reads from ``samples``, numbered from 0.
 
-    ``used`` are the target tokens that each row uses of its sample (the first row is 1): what they leave over is read before
-    the next epoch. With None it is dropped.
+    ``used`` gives the target tokens that each row uses of its sample (the first row is 1). The unused tokens are read
+    before the next epoch. With None they are dropped.
     """
 
     def __init__(self, samples: Samples, used: Piecewise | None) -> None:
@@ -82,22 +82,22 @@ class SampleStream:
         rest = samples.num_tokens - samples.num_samples * samples.seq_length
         self._epochs = Epochs(samples.num_samples, samples.num_tokens, samples.seq_length, used)
         self._leftovers = Leftovers(samples.num_samples, rest, samples.seq_length, used) if used is not None else None
-        self._blocks: dict[tuple[int, int], tuple[IntArray, IntArray]] = {}  # of (epoch, block), the latest few
+        self._blocks: dict[tuple[int, int], tuple[IntArray, IntArray]] = {}  # the latest few, by (epoch, block)
 
     def locate(self, rows: IntArray) -> tuple[IntArray, IntArray]:
-        """Return the epoch of each of ``rows`` (n,), ascending, and its number in it: below ``num_samples`` it is fresh."""
+        """Return the epoch of each of ``rows`` (n,), ascending, and its index in the epoch; fresh below ``num_samples``."""
         epoch, start = self._epochs.of(rows)
         return epoch, rows - start
 
     def sample(self, epoch: IntArray, number: IntArray) -> IntArray:
-        """Return the samples read as fresh rows ``number`` of each ``epoch``, (n,) both."""
+        """Return the sample of fresh row ``number`` in ``epoch``, (n,) both."""
         return permute(number, self.samples.num_samples, self.samples.seed, epoch)
 
     def read(self, rows: IntArray, tokens: int) -> tuple[NDArray[Any], NDArray[Any]]:
-        """Return inputs and targets, both (n, tokens) in the corpora's dtype, of ``rows`` (n,), ascending neighbours."""
+        """Return inputs and targets of the consecutive ``rows`` (n,), both (n, tokens) in the corpora's dtype."""
         epoch, number = self.locate(rows)
         fresh = number < self.samples.num_samples
-        if fresh[-1] and epoch[0] == epoch[-1]:  # all of them are fresh, as numbers ascend within an epoch
+        if fresh[-1] and epoch[0] == epoch[-1]:  # all are fresh, because indices ascend within an epoch
             located = self._locate_fresh(int(epoch[0]), int(number[0]), len(rows))
         else:
             located = self.samples.locate(self.sample(epoch[fresh], number[fresh]))
@@ -111,8 +111,8 @@ class SampleStream:
 
     def _locate_fresh(self, epoch: int, first: int, count: int) -> tuple[IntArray, IntArray]:
         """Return range index and start of the fresh rows ``first`` to ``first + count`` of ``epoch``, (count,) each."""
-        # Whole blocks are located, and kept for the steps that follow: 8,192 rows are 16 steps of 512, and cost about a
-        # fifth per row, as most of a small call is numpy's overhead.
+        # Whole blocks are located and cached for the next steps. A block of 8,192 rows, 16 steps of 512, costs a fifth per
+        # row of a small call, which is mostly numpy's overhead.
         blocks = range(first // _BLOCK, (first + count - 1) // _BLOCK + 1)
         located = []
         for block in blocks:
@@ -130,7 +130,7 @@ class SampleStream:
         return range_index[begin : begin + count], start[begin : begin + count]
 
     def token_spans(self, rows: IntArray, tokens: int, some: NDArray[np.bool_] | None = None) -> TokenSpans:
-        """Return where the first ``tokens`` of ``rows`` (n,), ascending, come from; ``some`` (n,) selects a part of them."""
+        """Return the origin of the first ``tokens`` tokens of ``rows`` (n,), ascending; ``some`` (n,) selects rows."""
         epoch, number = self.locate(rows)
         asked = np.arange(len(rows)) if some is None else np.flatnonzero(some)
         epoch, number, epoch_start = epoch[asked], number[asked], (rows - number)[asked]

@@ -1,7 +1,7 @@
 """The samples of one split of a list of corpora.
 
-Sample k of a range is its tokens ``[k * L, k * L + L]``: L inputs and the token after them. Neighbouring samples share one
-token, the last target of one and the first input of the next. Nothing is stored: the position of a sample is arithmetic.
+Sample k of a range is its tokens ``[k * L, k * L + L]``: L inputs and the next token. Consecutive samples share one token,
+the last target of one and the first input of the next. Positions are computed, so no sample index is stored.
 
 Shapes: B rows, L ``seq_length``.
 """
@@ -23,16 +23,16 @@ from seqlen_curriculum.schedule.piecewise import IntArray
 __all__ = ["SPLITS", "Samples", "check_token_ids", "open_split", "split_bounds", "split_ranges"]
 
 SPLITS = ("train", "valid", "test")
-_CHECK_TOKENS = 2**24  # at most this many are checked before a run: 32 MiB of uint16, well under a second
+_CHECK_TOKENS = 2**24  # at most this many are checked before a run: 32 MiB of uint16, under a second
 _CHECK_BLOCK = 2**16
 
 
 class Samples:
     """Samples of ``seq_length`` tokens from ranges ``(corpus, first_token, end_token)``, concatenated.
 
-    ``num_tokens`` of them are targets: all but the first token of each range. A range too short for a sample gives none.
+    ``num_tokens`` tokens are targets: all except the first token of each range. A range too short for a sample gives none.
     With ``vocab_size``, reading a token id outside the vocabulary raises ``DataError``. ``seed`` keys the order in which a
-    run reads the samples. Raises ``DataError`` when no range gives a sample.
+    run reads the samples. Raises ``DataError`` if no range gives a sample.
     """
 
     def __init__(
@@ -47,8 +47,8 @@ class Samples:
         self.seed = seed
         self.vocab_size = vocab_size
         self._check_ranges()
-        # With L = 4, ranges of 5, 1, 3 and 6 tokens have 4, 0, 2 and 5 targets, thus 1, 0, 0 and 1 samples, and rests of
-        # 0, 0, 2 and 1 targets that fill no sample: bounds 0 1 1 1 2, rest bounds 0 0 0 2 3.
+        # With L = 4, ranges of 5, 1, 3 and 6 tokens have 4, 0, 2 and 5 targets, so 1, 0, 0 and 1 samples. The rests have
+        # 0, 0, 2 and 1 targets: bounds 0 1 1 1 2, rest bounds 0 0 0 2 3.
         tokens = np.array([max(end - first - 1, 0) for _, first, end in self.ranges], dtype=np.int64)
         self._bounds = np.cumsum([0, *(tokens // seq_length)], dtype=np.int64)  # (ranges + 1,) sample ids
         self._rest_bounds = np.cumsum(
@@ -60,7 +60,7 @@ class Samples:
         if not self.num_samples:
             sizes = ", ".join(f"{corpus.prefix} has {end - first} tokens" for corpus, first, end in self.ranges)
             raise DataError(
-                f"no sample in this split: {sizes}, and one sample needs seq_length + 1 = {seq_length + 1}; "
+                f"no sample in this split: {sizes}, and a sample needs seq_length + 1 = {seq_length + 1}; "
                 "prepare more text, set a smaller seq_length, or give this split a larger share"
             )
 
@@ -68,7 +68,7 @@ class Samples:
         if self.seq_length < 1:
             raise ConfigError(f"seq_length: {self.seq_length} is not valid: it must be 1 or more")
         if not self.ranges:
-            raise ConfigError("data: no corpus given; name at least one prefix")
+            raise ConfigError("data: no corpus given; give at least one prefix")
         for corpus, first, end in self.ranges:
             if not 0 <= first <= end <= corpus.num_tokens:
                 raise IndexError(f"{corpus.prefix}: tokens {first}..{end} are outside its {corpus.num_tokens}")
@@ -85,9 +85,10 @@ class Samples:
         return range_index, self._firsts[range_index] + (ids - self._bounds[range_index]) * self.seq_length
 
     def locate_rest(self, positions: ArrayLike) -> tuple[IntArray, IntArray, IntArray]:
-        """Return range index, token position, and tokens up to that range's end of each of ``positions`` in the rest, (B,).
+        """Return range index, token position, and tokens up to the end of the range, for ``positions`` in the rest, (B,).
 
-        The rest are the targets that no sample holds: fewer than ``seq_length`` at the end of each range, concatenated.
+        The rest is the concatenation of the targets that don't fill a sample: fewer than ``seq_length`` at the end of each
+        range.
         """
         positions = np.asarray(positions, dtype=np.int64)
         range_index = np.searchsorted(self._rest_bounds, positions, side="right") - 1
@@ -97,7 +98,7 @@ class Samples:
         return range_index, start, self._rest_bounds[range_index + 1] - positions
 
     def read(self, ids: ArrayLike, seqlen: int) -> NDArray[Any]:
-        """Return the first ``seqlen + 1`` tokens of each sample, (B, seqlen + 1); the others are not read from the disk."""
+        """Read only the first ``seqlen + 1`` tokens of each sample from the disk; return them, (B, seqlen + 1)."""
         if not 1 <= seqlen <= self.seq_length:
             raise ConfigError(f"seqlen: {seqlen} is outside 1..{self.seq_length}, the seq_length of the data")
         return self.gather(*self.locate(ids), seqlen + 1)
@@ -105,8 +106,8 @@ class Samples:
     def gather(self, range_index: IntArray, starts: IntArray, length: int) -> NDArray[Any]:
         """Return ``length`` tokens from each of ``starts`` (B,), positions in the corpora of ``range_index`` (B,).
 
-        (B, length), in the narrowest dtype that holds those of all corpora. Raises ``DataError`` for an id outside the
-        vocabulary.
+        The result is (B, length), in the narrowest dtype that holds the tokens of all corpora. Raises ``DataError`` for an
+        id outside the vocabulary.
         """
         if len(self.ranges) == 1:
             tokens = self.ranges[0][0].gather(starts, length)
@@ -123,7 +124,7 @@ class Samples:
 
     def find_invalid_ids(self, tokens: NDArray[Any]) -> IntArray:
         """Return the indices (count, axes) of the ids in ``tokens`` that are outside the vocabulary."""
-        # As unsigned numbers negative ids are huge (int32 -1 is 4,294,967,295): one maximum finds both kinds of bad id.
+        # As unsigned numbers negative ids are large (int32 -1 is 4,294,967,295), so one maximum finds both kinds of bad id.
         unsigned = tokens.view(f"u{tokens.itemsize}")
         if self.vocab_size is None or not tokens.size or int(unsigned.max()) < self.vocab_size:
             return np.empty((0, tokens.ndim), dtype=np.int64)
@@ -133,11 +134,10 @@ class Samples:
 def split_bounds(num_documents: int, split: str) -> list[int]:
     """Return the document bounds ``[0, a, b, num_documents]`` of train, valid and test for weights such as ``"949,50,1"``.
 
-    Rounded as Megatron does (``get_train_valid_test_split_``): each share is rounded by itself, then all bounds are
-    shifted by the surplus at the end. Ten documents split "949,50,1" give shares of 9, 0 and 0 (from 9.49, 0.5, 0.01) and
-    bounds 0, 9, 9, 9; one is missing, so they become 0, 10, 10, 10. A bound that the shift takes below 0, which leaves
-    Megatron without a usable range, is 0 here. Raises ``ConfigError`` for anything but one to three weights of 0 or more,
-    not all 0.
+    Rounded as in Megatron (``get_train_valid_test_split_``): each share is rounded separately, then all bounds are shifted
+    by the difference at the end. Ten documents split "949,50,1" give shares of 9, 0 and 0 (from 9.49, 0.5, 0.01) and bounds
+    0, 9, 9, 9. One document is missing, so they become 0, 10, 10, 10. A bound shifted below 0, which is unusable in
+    Megatron, becomes 0 here. Raises ``ConfigError`` unless there are one to three weights of 0 or more, not all 0.
     """
     parts = [part.strip() for part in re.split("[,/]", split)]
     is_valid = len(parts) <= 3 and all(re.fullmatch(r"\d+\.?\d*|\.\d+", part) for part in parts)
@@ -158,7 +158,7 @@ def split_bounds(num_documents: int, split: str) -> list[int]:
 def split_ranges(
     prefixes: Sequence[str | os.PathLike[str]], split: str, which: str
 ) -> list[tuple[IndexedCorpus, int, int]]:
-    """Return (corpus, first token, end token) of each corpus; each is split by itself, ``which`` is train, valid or test."""
+    """Return (corpus, first token, end token) of split ``which`` (train, valid or test) of each corpus."""
     if which not in SPLITS:
         raise ConfigError(f"split: there is no {which!r}; valid names: {', '.join(SPLITS)}")
     number = SPLITS.index(which)
@@ -178,7 +178,7 @@ def open_split(
     seed: int,
     vocab_size: int | None = None,
 ) -> Samples:
-    """Return the ``Samples`` of one split of the corpora; each is split by itself, ``which`` is train, valid or test."""
+    """Return the ``Samples`` of split ``which`` (train, valid or test); each corpus is split separately."""
     ranges = split_ranges(prefixes, split, which)
     try:
         return Samples(ranges, seq_length, seed, vocab_size)
@@ -189,7 +189,7 @@ def open_split(
 def check_token_ids(corpus: IndexedCorpus, vocab_size: int) -> None:
     """Raise ``DataError`` if a token id is outside ``0..vocab_size - 1``.
 
-    Checks every token of a corpus of up to 2**24 tokens, else 2**24 of them in evenly spaced blocks, both ends included.
+    Checks every token of a corpus of up to 2**24 tokens, else 2**24 of them in evenly spaced blocks, including both ends.
     """
     for start in _block_starts(corpus.num_tokens):
         block = corpus.block(start, _CHECK_BLOCK)
@@ -199,7 +199,7 @@ def check_token_ids(corpus: IndexedCorpus, vocab_size: int) -> None:
 
 
 def _block_starts(num_tokens: int) -> list[int]:
-    """Return the starts of the blocks to check; up to 2**24 tokens they leave no gap."""
+    """Return the starts of the blocks to check, without gaps up to 2**24 tokens."""
     # 150,000 tokens: 3 blocks of 65,536, the last from 84,464; starts 0, 42,232, 84,464. At most 256 blocks.
     count = min(-(-num_tokens // _CHECK_BLOCK), _CHECK_TOKENS // _CHECK_BLOCK)
     last = max(num_tokens - _CHECK_BLOCK, 0)

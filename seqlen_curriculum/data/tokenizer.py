@@ -1,4 +1,4 @@
-"""The tokenizer of a corpus: GPT-2's files, a ``tokenizer.json``, or byte-level BPE trained on the corpus itself."""
+"""The tokenizer of a corpus: GPT-2's files, a ``tokenizer.json``, or byte-level BPE trained on the corpus."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ __all__ = [
 ]
 
 END_OF_TEXT = "<|endoftext|>"
-_SMALLEST_VOCAB = 257  # 256 bytes and the end of text
+_SMALLEST_VOCAB = 257  # 256 bytes and the end-of-text token
 _LARGEST_VOCAB = 2**24
 _FILES = (("tokenizer.json",), ("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt"))
-"""The files that a folder may hold its tokenizer in: whole, or as GPT-2's vocabulary and merges, under two names."""
+"""Tokenizer files in a folder: a ``tokenizer.json``, or GPT-2's vocabulary and merges under either pair of names."""
 
 
 @dataclass(frozen=True)
 class TokenizerChoice:
-    """Where the tokenizer comes from; exactly one of three ways is given."""
+    """The source of the tokenizer; exactly one of three is given."""
 
     vocab_file: Path | None = None
     """GPT-2's ``encoder.json`` (token to id); needs ``merge_file``."""
@@ -48,7 +48,7 @@ class TokenizerChoice:
     """Vocabulary size of a byte-level BPE to train on the corpus, 257 or more."""
 
     def check(self) -> None:
-        """Raise ``ConfigError`` unless exactly one way is given, and given completely."""
+        """Raise ``ConfigError`` unless exactly one complete source is given."""
         if (self.vocab_file is None) != (self.merge_file is None):
             raise ConfigError("tokenizer: --vocab-file and --merge-file belong together; give both")
         ways = [self.vocab_file, self.tokenizer_file, self.train_vocab]
@@ -63,7 +63,7 @@ class TokenizerChoice:
             )
 
     def facts(self) -> dict[str, object]:
-        """Return what identifies the choice, for the record beside the corpus: files by path, size and time."""
+        """Return the facts that identify the choice, for the record of the corpus: files by path, size and time."""
         if self.train_vocab is not None:
             return {"train_vocab": self.train_vocab}
         files = {"vocab_file": self.vocab_file, "merge_file": self.merge_file, "tokenizer_file": self.tokenizer_file}
@@ -80,7 +80,7 @@ def file_facts(path: Path, error: type[Exception]) -> dict[str, object]:
 
 
 def build_tokenizer(choice: TokenizerChoice, texts: Iterable[str]) -> Tokenizer:
-    """Return the chosen tokenizer; ``texts`` are only read to train one. Raises ``ConfigError`` for unusable files."""
+    """Return the chosen tokenizer; ``texts`` are read only for training. Raises ``ConfigError`` for unusable files."""
     choice.check()
     if choice.train_vocab is not None:
         return train_tokenizer(choice.train_vocab, texts)
@@ -97,7 +97,7 @@ def build_tokenizer(choice: TokenizerChoice, texts: Iterable[str]) -> Tokenizer:
 
 
 def train_tokenizer(vocab_size: int, texts: Iterable[str]) -> Tokenizer:
-    """Train byte-level BPE of ``vocab_size`` tokens, ``<|endoftext|>`` included; the same texts give the same one."""
+    """Train byte-level BPE with ``vocab_size`` tokens, including ``<|endoftext|>``. The result is deterministic."""
     tokenizer = _byte_level(models.BPE())
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -110,7 +110,7 @@ def train_tokenizer(vocab_size: int, texts: Iterable[str]) -> Tokenizer:
 
 
 def tokenizer_files(folder: Path) -> list[Path]:
-    """Return the files that hold the tokenizer of ``folder``; none if it has no tokenizer."""
+    """Return the files of the tokenizer in ``folder``, or an empty result without one."""
     for names in _FILES:
         paths = [folder / name for name in names]
         if all(path.is_file() for path in paths):
@@ -119,7 +119,7 @@ def tokenizer_files(folder: Path) -> list[Path]:
 
 
 def read_tokenizer(path: Path) -> Tokenizer:
-    """Read a ``tokenizer.json``, or the tokenizer of a folder, see ``tokenizer_files``. Raises ``ConfigError``."""
+    """Read a ``tokenizer.json``, or the tokenizer of a folder (see ``tokenizer_files``). Raises ``ConfigError``."""
     files = tokenizer_files(path) if path.is_dir() else [path]
     if not files:
         names = ", ".join(" with ".join(names) for names in _FILES)
@@ -128,27 +128,27 @@ def read_tokenizer(path: Path) -> Tokenizer:
 
 
 def vocab_size(tokenizer: Tokenizer) -> int:
-    """Return one more than the largest id, because ids may have gaps."""
+    """Return the largest id plus 1; ids may have gaps."""
     return int(max(tokenizer.get_vocab(with_added_tokens=True).values())) + 1
 
 
 def end_of_text_id(tokenizer: Tokenizer) -> int:
-    """Return the id that closes each document."""
+    """Return the id of the token that ends each document."""
     token_id: int | None = tokenizer.token_to_id(END_OF_TEXT)
     assert token_id is not None  # build_tokenizer refuses a tokenizer without it
     return token_id
 
 
 def splits_at_spaces(tokenizer: Tokenizer) -> bool:
-    """Return whether text cut before a space that follows a non-space gives the same tokens in two parts as in one.
+    """Return whether cutting a text before a space that follows a non-space leaves its tokens unchanged.
 
-    True of GPT-2's pre-tokenizer, where no word crosses such a place; not assumed of any other.
+    True for GPT-2's pre-tokenizer, in which no word crosses such a place. False for any other.
     """
     parts = json.loads(tokenizer.to_str())
     if parts["normalizer"] or any(not token["special"] for token in parts["added_tokens"]):
-        return False  # a normalizer may look at both sides of a space, and an added token may hold one
+        return False  # a normalizer may read both sides of a space, and an added token may contain one
     # "one two" is split into "one" and " two", so a cut between them changes nothing. With add_prefix_space each part
-    # would get a space of its own in front.
+    # would get a leading space.
     words = parts["pre_tokenizer"] or {}
     return words.get("type") == "ByteLevel" and words.get("use_regex", True) and not words["add_prefix_space"]
 
@@ -160,7 +160,7 @@ def _read_saved(path: Path) -> Tokenizer:
         raise
     except Exception as error:  # the library raises nothing narrower
         raise ConfigError(f"{path}: not a tokenizer.json ({error}); save it again with tokenizers") from None
-    # A saved tokenizer may truncate or pad what it encodes; here every token counts.
+    # A saved tokenizer may truncate or pad. A corpus needs every token and no padding.
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
@@ -189,17 +189,19 @@ def _read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: not UTF-8 at byte {error.start}; check that this is the file you mean") from None
+        raise ConfigError(f"{path}: not UTF-8 at byte {error.start}; check that it is the right file") from None
     except OSError as error:
         raise ConfigError(f"{path}: can't be read ({error.strerror}); check the path") from None
 
 
 def read_vocab(path: Path) -> dict[str, int]:
-    """Read GPT-2's ``encoder.json``, {token: id}. Raises ``ConfigError`` for another content."""
+    """Read GPT-2's ``encoder.json``, {token: id}. Raises ``ConfigError`` for other content."""
     try:
         vocab = json.loads(_read_text(path))
     except json.JSONDecodeError as error:
-        raise ConfigError(f"{path}, line {error.lineno}: not valid JSON ({error.msg}); fetch the file again") from None
+        raise ConfigError(
+            f"{path}, line {error.lineno}: not valid JSON ({error.msg}); download the file again"
+        ) from None
     if not isinstance(vocab, dict) or not all(type(number) is int and number >= 0 for number in vocab.values()):
         raise ConfigError(f"{path}: not an object of token to id; give GPT-2's encoder.json")
     return vocab
@@ -219,13 +221,13 @@ def read_merges(path: Path) -> list[tuple[str, str]]:
 
 
 def _check_match(vocab: dict[str, int], merges: list[tuple[str, str]], names: str) -> None:
-    # GPT-2's 50,257 ids are 256 bytes, 50,000 merges and <|endoftext|>. A byte or merge without an id would lose text; a
-    # token that no merge makes would never be used, so its text would get other tokens than the pair's model knows.
+    # GPT-2's 50,257 ids are 256 bytes, 50,000 merges and <|endoftext|>. A byte or merge without an id would lose text. A
+    # token that no merge produces is never used, so its text would get other tokens than the model was trained with.
     made = {left + right for left, right in merges} | set(pre_tokenizers.ByteLevel.alphabet())
     missing = sorted(made - vocab.keys())
     if missing:
         raise ConfigError(f"{names}: don't belong together: {len(missing)} tokens without id, such as {missing[0]!r}")
-    # Special tokens are made by no merge; they are written <...> or [...].
+    # Special tokens, written <...> or [...], are not produced by merges.
     unmade = sorted(token for token in vocab.keys() - made if not token.startswith(("<", "[")))
     if unmade:
         raise ConfigError(

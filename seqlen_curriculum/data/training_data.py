@@ -1,6 +1,6 @@
-"""What each step of a run reads: a function of the step, on any number of ranks.
+"""The samples that each step of a run reads, as a function of the step, for any number of ranks.
 
-Shapes: n samples asked for, n * K rows of S tokens (K segments per sample, 1 for other methods).
+Shapes: n requested samples, n * K rows of S tokens (K segments per sample, 1 for other methods).
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ __all__ = ["SampleIds", "TrainingData"]
 
 
 class SampleIds(NamedTuple):
-    """Samples of a run, (n,) each: the source, which of its epochs, and the sample's number in that epoch, all from 0.
+    """Samples of a run, (n,) each: the source, its epoch, and the index of the sample in that epoch, all from 0.
 
-    Numbers below ``sources[source].num_samples`` are fresh samples; those from there on are made of leftovers.
+    Indices below ``sources[source].num_samples`` are fresh samples, the others are made of leftovers.
     """
 
     source: IntArray
@@ -33,10 +33,10 @@ class SampleIds(NamedTuple):
 
 
 class TrainingData:
-    """The training data of a run: ``sources``, drawn in proportion to ``weights`` (one each; None for a single source).
+    """The training data of a run: ``sources`` drawn in proportion to ``weights`` (one each, None for a single source).
 
-    ``recycle`` reads what shortened samples leave over before the next epoch of their source begins; else it is dropped.
-    Can be pickled: a process that unpickles it opens the corpora again.
+    With ``recycle`` the unused tokens of shortened samples are read before the next epoch of their source, else they are
+    dropped. Can be pickled: a process that unpickles it opens the corpora again.
     """
 
     def __init__(
@@ -56,19 +56,19 @@ class TrainingData:
         ]
 
     def along(self, timeline: Timeline) -> TrainingData:
-        """Return the same data along another timeline; both read the same for as long as the timelines are equal."""
+        """Return the same data for another timeline. Both read the same samples while the timelines are equal."""
         return TrainingData(self.sources, timeline, self.recycle, self._weights)
 
     def tokens_by_sample_of(self, source: int, used: Piecewise) -> Piecewise:
-        """Return ``used``, tokens by the run's samples, by the samples of ``source`` alone."""
-        # Two sources in turn, samples 1 to 5 of the run at 4 tokens and those from 6 on at 8: the first source has three of
-        # the five, so its pieces begin at samples 1 and 4. A piece too short for a sample of this source is left out.
+        """Convert ``used``, tokens by sample of the run, to tokens by sample of ``source``."""
+        # Two alternating sources, samples 1 to 5 of the run with 4 tokens and later ones with 8: the first source has three
+        # of the five, so its pieces start at samples 1 and 4. A piece without a sample of this source is removed.
         first = self.blend.count(source, used.first_steps - 1) + 1
         drawn = np.append(first[1:] > first[:-1], True)
         return Piecewise(first[drawn], used.values[drawn])
 
     def sample_ids(self, step: int, first: int = 0, count: int | None = None) -> SampleIds:
-        """Return which samples ``step`` reads: ``count`` of them from its ``first`` on (all by default)."""
+        """Return the samples that ``step`` reads: ``count`` of them, starting with its ``first`` (all by default)."""
         source, rows = self._source_rows(step, first, count)
         epoch, number = np.empty((2, len(rows)), dtype=np.int64)
         for index in np.unique(source).tolist():
@@ -77,10 +77,10 @@ class TrainingData:
         return SampleIds(source, epoch, number)
 
     def read(self, step: int, first: int = 0, count: int | None = None) -> tuple[NDArray[Any], NDArray[Any]]:
-        """Return inputs and targets of ``count`` samples of ``step`` from its ``first`` on (all by default).
+        """Return inputs and targets of ``count`` samples of ``step``, starting with its ``first`` (all by default).
 
-        Both are (n * K, S) in the narrowest dtype that holds those of all corpora. ``targets[:, i]`` follows
-        ``inputs[:, i]`` in its corpus, also where leftovers are joined.
+        Both are (n * K, S) in the narrowest dtype that holds the tokens of all corpora. ``targets[:, i]`` follows
+        ``inputs[:, i]`` in its corpus, even where leftovers are joined.
         """
         source, rows = self._source_rows(step, first, count)
         seqlen, shortening = self.timeline.seqlen(step), self.timeline.shortening
@@ -97,7 +97,7 @@ class TrainingData:
         return inputs.reshape(-1, row_tokens), targets.reshape(-1, row_tokens)  # (n, K * S) -> (n * K, S)
 
     def token_spans(self, step: int, first: int = 0, count: int | None = None) -> list[tuple[int, TokenSpans]]:
-        """Return where ``read`` finds the tokens of each sample: (source, its spans) for each source of these samples."""
+        """Return the origin of the tokens that ``read`` returns: (source, spans) for each source of these samples."""
         source, rows = self._source_rows(step, first, count)
         tokens = self.timeline.shortening.used_tokens_per_sample(self.timeline.seqlen(step))
         by_source = []
@@ -108,11 +108,11 @@ class TrainingData:
         return by_source
 
     def _source_rows(self, step: int, first: int, count: int | None) -> tuple[IntArray, IntArray]:
-        """Return the source of each sample, and its row: its number among all samples that the run draws of that source."""
+        """Return the source of each sample, and its row: its index among all samples drawn from that source."""
         step_samples = self.timeline.samples(step)
         count = step_samples - first if count is None else count
         if not 0 <= first <= first + count <= step_samples:
-            raise IndexError(f"samples {first}..{first + count} are outside the {step_samples} of step {step}")
+            raise IndexError(f"samples {first}..{first + count} are outside the {step_samples} samples of step {step}")
         begin = self.timeline.consumed_samples(step - 1) + first
         samples = np.arange(begin, begin + count, dtype=np.int64)
         return self.blend.locate(samples) if len(self._streams) > 1 else (np.zeros_like(samples), samples)

@@ -1,4 +1,4 @@
-"""Write Megatron's indexed corpus as a stream, byte-identical with megatron-core's ``IndexedDatasetBuilder``."""
+"""Write Megatron's indexed corpus as a stream, byte-identical to megatron-core's ``IndexedDatasetBuilder``."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ _COPY_BYTES = 2**20
 
 
 def token_dtype(vocab_size: int) -> np.dtype[np.uint16] | np.dtype[np.int32]:
-    """Return the dtype that Megatron chooses: uint16 for a vocabulary below 65,500, else int32."""
+    """Return Megatron's dtype: uint16 for a vocabulary below 65,500, else int32."""
     return np.dtype("<u2") if vocab_size < 65500 else np.dtype("<i4")
 
 
 class TokenFiles:
-    """A growing .bin, and a second file of the lengths of its documents; neither is held in memory.
+    """A .bin file and a file of its document lengths, both appended to on disk.
 
-    To continue earlier files, give what to keep of them: ``num_tokens`` and ``num_documents``; what follows these is
-    truncated. The last ``open_tokens`` of the tokens belong to a document that has no end yet. Raises ``DataError`` for a
-    token outside ``0..vocab_size - 1``.
+    To continue existing files, give the ``num_tokens`` and ``num_documents`` to keep. Everything after them is truncated.
+    The last ``open_tokens`` tokens belong to an unfinished document. Raises ``DataError`` for a token outside
+    ``0..vocab_size - 1``.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class TokenFiles:
         """
         ids = np.asarray(tokens)
         self._check_ids(ids)
-        # Three open tokens, then ends at 1 and 3 of four more: documents of 1 + 3 = 4 and 2 tokens; one token stays open.
+        # Three open tokens, then four more with ends at 1 and 3: documents of 3 + 1 = 4 and 2 tokens, one token stays open.
         lengths = np.diff(np.asarray(ends, dtype=np.int64), prepend=-self.open_tokens)
         if lengths.size and (int(lengths.min()) < 0 or int(ends[-1]) > len(ids)):
             raise ValueError("ends must ascend within the tokens")
@@ -83,7 +83,7 @@ class TokenFiles:
         corpus = IndexedCorpus(prefix)
         lengths = corpus.index.lengths
         if corpus.dtype != self.dtype or len(lengths) != corpus.num_documents:
-            raise DataError(f"{prefix}: not of {self.dtype.name} with one sequence a document; prepare it again")
+            raise DataError(f"{prefix}: not in {self.dtype.name} with one sequence per document; prepare it again")
         for first in range(0, len(lengths), _BLOCK):
             self._lengths.write(lengths[first : first + _BLOCK].tobytes())
         with open(prefix + ".bin", "rb") as tokens:
@@ -92,22 +92,22 @@ class TokenFiles:
         self.num_documents += corpus.num_documents
 
     def sync(self) -> None:
-        """Make everything that was added durable."""
+        """Flush all added data to disk."""
         for stream in (self._bin, self._lengths):
             stream.flush()
             os.fsync(stream.fileno())
 
     def write_index(self, path: str) -> None:
-        """Write the .idx of everything that was added, and make all three files durable."""
+        """Write the .idx of all added data, and flush all three files to disk."""
         if self.open_tokens:
-            raise ValueError(f"{self.open_tokens} tokens at the end belong to a document that never ended")
+            raise ValueError(f"the last {self.open_tokens} tokens belong to an unfinished document")
         self.sync()
         count = self.num_documents
         with open(path, "wb") as index:
             index.write(HEADER.pack(MAGIC, VERSION, _CODES[self.dtype], count, count + 1))
             for lengths in self._lengths_in_blocks():
                 index.write(lengths.tobytes())
-            # Byte offsets: documents of 4, 2 and 5 tokens end at 4, 6, 11, start at 0, 4, 6, as uint16 at bytes 0, 8, 12.
+            # Byte offsets: documents of 4, 2 and 5 tokens start at tokens 0, 4, 6, as uint16 at bytes 0, 8, 12.
             start = 0
             for lengths in self._lengths_in_blocks():
                 ends = start + np.cumsum(lengths, dtype="<i8")  # (block,) tokens
@@ -120,7 +120,7 @@ class TokenFiles:
     def close(self) -> None:
         """Close both files without raising."""
         for stream in (self._bin, self._lengths):
-            with suppress(OSError):  # a full disk has raised before
+            with suppress(OSError):  # a full disk has already raised
                 stream.close()
 
     def _lengths_in_blocks(self) -> Iterator[NDArray[np.int32]]:
@@ -138,11 +138,11 @@ class TokenFiles:
 
 
 class CorpusWriter:
-    """Context manager that writes ``PREFIX.bin`` and ``PREFIX.idx``; memory holds only what one call adds.
+    """Context manager that writes ``PREFIX.bin`` and ``PREFIX.idx``, holding only the data of one call in memory.
 
-    Files get temporary names in the same folder. They move into place when the block ends without an exception, the .idx
-    last, so that a pair with an .idx is complete. An exception removes them and leaves older files of that prefix as they
-    were. Raises ``DataError`` for a token outside ``0..vocab_size - 1`` and for a folder that can't be written.
+    Files have temporary names in the same folder until the block ends without an exception. Then they are renamed, the
+    .idx last, so that a pair with an .idx is complete. An exception removes them and leaves older files of that prefix
+    unchanged. Raises ``DataError`` for a token outside ``0..vocab_size - 1`` and for a folder that can't be written.
     """
 
     def __init__(self, prefix: str | os.PathLike[str], vocab_size: int) -> None:
@@ -171,7 +171,7 @@ class CorpusWriter:
         return self
 
     def add_document(self, tokens: ArrayLike) -> None:
-        """Append one document, its end-of-text token included; ``tokens`` (n,) integers."""
+        """Append one document, including its end-of-text token; ``tokens`` are (n,) integers."""
         flat = np.asarray(tokens)
         self.add_tokens(flat, [len(flat)])
 
@@ -191,7 +191,7 @@ class CorpusWriter:
         self._files.add_corpus(corpus_prefix(prefix))
 
     def add_file(self, suffix: str, content: bytes) -> None:
-        """Add a file ``PREFIX + suffix`` that moves into place with the pair, before the .idx."""
+        """Add a file ``PREFIX + suffix`` that is renamed with the pair, before the .idx."""
         if suffix not in self._beside:
             self._beside.append(suffix)
         replace(Path(self._temporary(suffix)), lambda unfinished: unfinished.write_bytes(content))
@@ -215,13 +215,13 @@ class CorpusWriter:
             raise DataError(f"{self.prefix}: can't be written ({failure.strerror}); free space or move it") from failure
 
     def _temporary(self, suffix: str) -> str:
-        # The process id keeps two processes with the same prefix from writing into each other's files.
+        # The process id keeps two processes with the same prefix from writing to each other's files.
         return f"{self.prefix}{suffix}.{os.getpid()}.tmp"
 
 
 def publish(files: Mapping[str, str], prefix: str) -> None:
-    """Move each of ``files`` {suffix: path} to ``prefix + suffix``, in order; skip those that were moved before."""
-    # An older .idx must never be beside the new .bin: together they would look like a complete pair.
+    """Move each of ``files`` {suffix: path} to ``prefix + suffix``, in order; skip those already moved."""
+    # An older .idx must never be beside the new .bin, because they would look like a complete pair.
     if os.path.exists(files[".bin"]):
         Path(prefix + ".idx").unlink(missing_ok=True)
     for suffix, path in files.items():
@@ -230,9 +230,9 @@ def publish(files: Mapping[str, str], prefix: str) -> None:
 
 
 def _open_at(path: str, size: int) -> BinaryIO:
-    """Open a file to append to after its first ``size`` bytes; what follows them is truncated."""
+    """Truncate a file to its first ``size`` bytes and open it for appending."""
     if size and (not os.path.exists(path) or os.path.getsize(path) < size):
-        raise DataError(f"{path}: has lost some of its {size} bytes; remove its folder and start again")
+        raise DataError(f"{path}: is shorter than the {size} bytes recorded for it; remove its folder and start again")
     stream = open(path, "r+b" if size else "wb")  # noqa: SIM115 - the caller closes it
     stream.truncate(size)
     stream.seek(size)

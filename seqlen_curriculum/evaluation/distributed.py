@@ -1,4 +1,4 @@
-"""The processes that share an evaluation, started by ``deepspeed`` or ``torchrun``, or this process alone."""
+"""The ranks that share an evaluation, started by ``deepspeed`` or ``torchrun``, or a single process."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Ranks:
-    """The number of this process, how many there are, and the device this one computes on."""
+    """The rank of this process, the world size, and the device of this rank."""
 
     rank: int = 0
     world: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     def total(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Return, on every rank, the sum of all ranks' ``values``, element by element."""
+        """Return the elementwise sum of ``values`` over all ranks, on every rank."""
         if self.world == 1:
             return values
         summed = torch.from_numpy(values).to(self.device)
@@ -37,7 +37,7 @@ class Ranks:
         return np.asarray(summed.cpu().numpy(), dtype=np.float64)
 
     def gather(self, value: T) -> list[T]:
-        """Return every rank's ``value``, on every rank."""
+        """Return the list of ``value`` from all ranks, on every rank."""
         if self.world == 1:
             return [value]
         values: list[Any] = [None] * self.world
@@ -46,17 +46,17 @@ class Ranks:
 
 
 def join(device: str | None = None) -> Ranks:
-    """Join the processes of the launcher, each on a GPU of its own if there are GPUs.
+    """Join the ranks of the launcher, each on its own GPU if there are GPUs.
 
-    ``device`` is ``"cpu"`` or ``"cuda"``. The default is ``"cuda"`` where there is a GPU and ``DS_ACCELERATOR`` isn't
-    ``cpu``. Raises ConfigError for a GPU that doesn't exist, and where the ranks can't meet.
+    ``device`` is ``"cpu"`` or ``"cuda"``. The default is ``"cuda"`` if there is a GPU and ``DS_ACCELERATOR`` isn't
+    ``cpu``. Raises ConfigError for a GPU that doesn't exist, and if the ranks can't connect.
     """
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     kind = device or ("cuda" if gpus and os.environ.get("DS_ACCELERATOR") != "cpu" else "cpu")
     found = launch()
     rank, world, local_rank = (found.rank, found.ranks, found.local_rank) if found else (0, 1, 0)
     if kind == "cuda" and not gpus:
-        raise ConfigError("--device cuda: no GPU is seen here; leave it out to compute on the CPU")
+        raise ConfigError("--device cuda: no GPU is visible; leave it out to use the CPU")
     own_device = torch.device(kind, device_number(local_rank, gpus) if kind == "cuda" else 0)
     if world > 1:
         fill_environment()
@@ -64,7 +64,7 @@ def join(device: str | None = None) -> Ranks:
             raise ConfigError(problem)
         if kind == "cuda":
             torch.cuda.set_device(own_device)
-        # Ranks score equal shares and meet once per task. The default of 10 minutes (NCCL) is too short for a rank that
-        # waits for one on a slower machine.
+        # Ranks score equal shares and synchronize once per task. The default of 10 minutes (NCCL) is too short for a rank
+        # that waits for one on a slower machine.
         dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=timedelta(hours=6))
     return Ranks(rank, world, own_device)

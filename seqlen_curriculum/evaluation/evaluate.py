@@ -1,4 +1,4 @@
-"""Evaluation of tasks on a model: everything is checked and tokenized before the first row is scored."""
+"""Evaluation of tasks on a model. Everything is checked and tokenized before the first row is scored."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ TASKS: dict[str, Callable[[Path], Task]] = {"lambada": read_lambada, "wikitext10
 
 
 def read_tasks(arguments: Iterable[str]) -> dict[str, Task]:
-    """Read the files of tasks given as ``NAME=PATH``. Raises ConfigError for a name, DataError for a file."""
+    """Read the files of tasks given as ``NAME=PATH``. Raises ConfigError for a bad name, DataError for a bad file."""
     paths: dict[str, Path] = {}
     for argument in arguments:
         name, equals, path = argument.partition("=")
         if name not in TASKS:
             raise ConfigError(f"--task {argument}: there is no task '{name}'" + nearest(name, TASKS))
         if not equals or not path:
-            raise ConfigError(f"--task {argument}: names no file; write --task {name}=PATH")
+            raise ConfigError(f"--task {argument}: no file given; write --task {name}=PATH")
         if name in paths:
-            raise ConfigError(f"--task {argument}: {name} is given twice; name each task once")
+            raise ConfigError(f"--task {argument}: {name} is given twice; give each task once")
         paths[name] = Path(path)
     return {name: TASKS[name](path) for name, path in paths.items()}
 
 
 def evaluation_seqlen(config: Mapping[str, Any], seq_length: int | None = None) -> int:
-    """Return the tokens read at once: the positions in a model's ``config.json``, or ``seq_length`` if that is given.
+    """Return the context length of an evaluation: ``seq_length`` if given, else the positions in ``config.json``.
 
     Raises ConfigError for a ``seq_length`` above the positions, or if neither is known.
     """
@@ -56,10 +56,10 @@ def evaluation_seqlen(config: Mapping[str, Any], seq_length: int | None = None) 
 def evaluate(
     model: Any, tasks: Mapping[str, TokenizedTask], ranks: Ranks, batch_tokens: int = BATCH_TOKENS
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield each task's name and numbers once they are known, on every rank.
+    """Yield the name and results of each task, on every rank.
 
-    ``model`` is in eval mode on ``ranks.device``. Losses are in nats for each target token. Raises ConfigError for batches
-    that don't fit into memory, CheckpointError for scores that aren't finite.
+    ``model`` is in eval mode on ``ranks.device``. Losses are in nats per target token. Raises ConfigError for batches that
+    don't fit in memory, CheckpointError for scores that aren't finite.
     """
     for name, task in tasks.items():
         start = time.perf_counter()
@@ -68,7 +68,7 @@ def evaluate(
 
 
 def describe(name: str, numbers: Mapping[str, Any]) -> str:
-    """Return a task's numbers as text for a terminal."""
+    """Format the results of a task for a terminal."""
     if "windows" in numbers:
         unit, rows = "windows", f"{numbers['windows']:,} windows, one every {numbers['overlap']:,}"
     else:
@@ -78,14 +78,14 @@ def describe(name: str, numbers: Mapping[str, Any]) -> str:
         right = f"{numbers['right']:,} of {numbers['items']:,} last words"
         lines.append(f"  accuracy             {numbers['accuracy']:.2%} ({right})")
     lines += [
-        f"  loss                 {numbers['loss']:.6f} nats a token",
-        f"  perplexity           {numbers['perplexity']:.4f} a token",
-        f"  adjusted perplexity  {numbers['adjusted_perplexity']:.4f} a word",
+        f"  loss                 {numbers['loss']:.6f} nats/token",
+        f"  perplexity           {numbers['perplexity']:.4f} per token",
+        f"  adjusted perplexity  {numbers['adjusted_perplexity']:.4f} per word",
         f"  scored               {numbers['targets']:,} tokens of {rows} in {numbers['seconds']:.1f} s",
     ]
     if numbers.get("items_cut"):
         lines.append(
-            f"  cut                  {numbers['items_cut']:,} items were longer than the model reads; their ends were kept"
+            f"  cut                  {numbers['items_cut']:,} items were longer than the context; their ends were kept"
         )
     if numbers["partial"]:
         part = f"only the first {numbers[unit]:,} of {numbers[unit + '_in_all']:,} {unit}"

@@ -1,7 +1,7 @@
-"""LAMBADA, strict, as Megatron measures it (tasks/zeroshot_gpt): is the last word of a passage the model's first choice?
+"""LAMBADA as in Megatron with ``--strict-lambada`` (tasks/zeroshot_gpt): greedy accuracy of a passage's last word.
 
-The last word is split off before anything is tokenized, and counts only if every one of its tokens is right. A passage
-that is longer than the model reads loses its beginning. Such items are counted.
+The last word is split off before tokenization, and counts only if all its tokens are right. A passage longer than the
+context loses its beginning, and such items are counted.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ __all__ = ["Item", "TokenizedLambada", "read_lambada", "split_last_word", "token
 
 
 class Item(NamedTuple):
-    """A passage, split."""
+    """A passage split before its last word."""
 
     where: str
     """File and line."""
@@ -33,7 +33,7 @@ class Item(NamedTuple):
 
 @dataclass(frozen=True)
 class TokenizedLambada:
-    """A row for each item that is read."""
+    """A tokenized task, with one row per item."""
 
     rows: list[Row]
     items_in_all: int
@@ -41,7 +41,7 @@ class TokenizedLambada:
     """Items that lost their beginning."""
 
     def result(self, scores: Scores) -> dict[str, Any]:
-        """Return accuracy over items, loss over tokens, and perplexity for each token and each word."""
+        """Return accuracy over items, loss over tokens, and perplexity per token and per word."""
         items, targets = len(self.rows), sum(row.targets for row in self.rows)
         right, nll = int(np.sum(scores.right)), float(np.sum(scores.nll))
         return {
@@ -49,7 +49,7 @@ class TokenizedLambada:
             "right": right,
             "loss": nll / targets,
             "perplexity": perplexity(nll / targets),
-            "adjusted_perplexity": perplexity(nll / items),  # one word in each item
+            "adjusted_perplexity": perplexity(nll / items),  # one word per item
             "targets": targets,
             "items": items,
             "items_in_all": self.items_in_all,
@@ -64,7 +64,7 @@ def read_lambada(path: Path) -> Task:
     lines = read_text(flag, path).split("\n")
     items = [_read_item(f"{flag}, line {number}", line) for number, line in enumerate(lines, 1) if line.strip()]
     if not items:
-        raise DataError(f"{flag}: is empty; give LAMBADA's test set, a {{'text': ...}} a line")
+        raise DataError(f"{flag}: is empty; give LAMBADA's test set, one {{'text': ...}} per line")
     return partial(tokenize, items)
 
 
@@ -72,37 +72,36 @@ def _read_item(where: str, line: str) -> Item:
     try:
         text = json.loads(line)["text"]
     except (ValueError, TypeError, KeyError) as error:
-        raise DataError(f"{where}: no object with a text ({error}); each line is {{'text': ...}}") from None
+        raise DataError(f"{where}: not an object with a text ({error}); each line is {{'text': ...}}") from None
     if not isinstance(text, str):
         raise DataError(f"{where}: its text is {text!r}, not a string; each line is {{'text': ...}}")
     context, target = split_last_word(text)
     if not context:
-        raise DataError(f"{where}: {text!r} has nothing before its last word to predict it from; remove the line")
+        raise DataError(f"{where}: {text!r} has no context before its last word; remove the line")
     return Item(where, context, target)
 
 
 def split_last_word(text: str) -> tuple[str, str]:
     """Split ``"He said: yes"`` into ``("He said:", " yes")``: the text before the last word, and a space with the word.
 
-    Words are separated by any white space. Of the word's occurrences in the text the last one is taken. Without words
-    both parts are empty or nearly so.
+    Words are separated by any white space. Without words both parts are empty or white space.
     """
-    # In "no, no" the word "no" is found at 0 and at 4: rfind takes the 4.
+    # In "no, no" the word "no" occurs at 0 and at 4; rfind returns 4.
     word = (text.split() or [""])[-1]
     return text[: text.rfind(word)].strip(), " " + word
 
 
 def tokenize(items: Sequence[Item], tokenizer: Any, limits: Limits) -> TokenizedLambada:
-    """Tokenize the first ``limits.limit`` items. Raises DataError for a word that the model can't read at once."""
+    """Tokenize the first ``limits.limit`` items. Raises DataError for a word longer than the context."""
     rows, items_cut = [], 0
     for item in items[: limits.limit]:
         context, target = encode(tokenizer, item.context), encode(tokenizer, item.target)
         if len(target) > limits.seqlen:
             raise DataError(
-                f"{item.where}: the last word {item.target!r} is {len(target)} tokens, the model reads {limits.seqlen} at "
-                "once; raise --seq-length or remove the line"
+                f"{item.where}: the last word {item.target!r} is {len(target)} tokens, but the context is {limits.seqlen}; "
+                "raise --seq-length or remove the line"
             )
-        # The model reads all tokens but the last: with a seqlen of 1024, a row has up to 1025.
+        # The model reads all tokens except the last: with a seqlen of 1024, a row has up to 1025 tokens.
         row_tokens = limits.seqlen + 1
         items_cut += len(context) + len(target) > row_tokens
         rows.append(Row(np.concatenate([context, target])[-row_tokens:], len(target)))

@@ -1,4 +1,4 @@
-"""A model for lm-evaluation-harness on top of this package's scoring: without padding, and shared by all ranks."""
+"""A model for lm-evaluation-harness that uses this package's scoring, without padding and on all ranks."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from seqlen_curriculum.evaluation.task import Row, encode
 
 __all__ = ["HarnessModel"]
 
-_NEW_TOKENS = 256  # lm-eval's own, where a task doesn't say
+_NEW_TOKENS = 256  # lm-eval's default
 
 
 class HarnessModel(TemplateLM):  # type: ignore[misc]
-    """Answer lm-eval's requests. Every rank asks all of them and gets all answers; ranks share the scoring beneath.
+    """The model for lm-eval's requests. Every rank gets all requests and returns all answers; ranks share the scoring.
 
-    A request longer than ``seqlen`` loses its beginning, as in lm-eval's own models. ``truncated_requests`` counts those.
+    A request longer than ``seqlen`` loses its beginning, as in lm-eval's models. ``truncated_requests`` counts them.
     """
 
     def __init__(self, model: Any, tokenizer: Any, seqlen: int, ranks: Ranks, batch_tokens: int) -> None:
@@ -39,26 +39,26 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
 
     @property
     def eot_token_id(self) -> int:
-        """The token before a text without context: the end of text, else the model's first token."""
+        """The token before a text without context: end of text, else the model's ``bos_token_id``."""
         config = self._model.config
         for number in (self._tokenizer.token_to_id(END_OF_TEXT), config.bos_token_id, config.eos_token_id):
             if isinstance(number, int):
                 return number
         raise ConfigError(
-            f"--harness: neither the tokenizer has {END_OF_TEXT} nor the model a bos_token_id; give a tokenizer"
+            f"--harness: the tokenizer has no {END_OF_TEXT} and the model no bos_token_id; give a tokenizer"
         )
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:  # noqa: ARG002
-        """Return the tokens of ``string``, none added."""
+        """Return the tokens of ``string``, without special tokens."""
         return [int(number) for number in encode(self._tokenizer, string)]
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
-        """Return (log likelihood in nats, whether greedy decoding gives it) of each continuation of its context."""
+        """Return (log likelihood in nats, whether it is the greedy choice) of the continuation in each request."""
         answers: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=disable_tqdm)
         return answers
 
     def _loglikelihood_tokens(self, requests: Sequence[Any], **_: Any) -> list[tuple[float, bool]]:
-        """Answer ((context, continuation), context tokens, continuation tokens): lm-eval's name and arguments."""
+        """Answer requests of ((context, continuation), context tokens, continuation tokens); lm-eval's signature."""
         rows = []
         for _texts, context, continuation in requests:
             tokens = np.array(context + continuation, dtype=np.int64)
@@ -68,8 +68,8 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         return [(-float(nll), bool(right)) for nll, right in zip(scores.nll, scores.right, strict=True)]
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[float]:  # noqa: ARG002
-        """Return the log likelihood in nats of each whole text, in windows that share no target."""
-        # A text of 100 tokens is 4 windows for a seqlen of 32: requests 0, 0, 0, 0, whose sum is the text's answer.
+        """Return the log likelihood in nats of each whole text, from windows that don't share targets."""
+        # A text of 100 tokens is 4 windows for a seqlen of 32: requests 0, 0, 0, 0, whose sum is the answer.
         window_texts: list[int] = []
         window_requests: list[tuple[None, list[int], list[int]]] = []
         for number, request in enumerate(requests):
@@ -82,8 +82,8 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         return [float(nats) for nats in sums]
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[str]:  # noqa: ARG002
-        """Return greedy continuations, up to the first of the request's ``until`` texts or the end of text."""
-        alike: defaultdict[str, list[int]] = defaultdict(list)  # numbers of the requests with the same settings
+        """Return greedy continuations, up to the first of the request's ``until`` strings or the end of text."""
+        alike: defaultdict[str, list[int]] = defaultdict(list)  # indices of the requests with the same settings
         for number, request in enumerate(requests):
             alike[json.dumps(request.args[1], sort_keys=True)].append(number)
         answers: dict[int, str] = {}
@@ -94,16 +94,16 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
 
     def _generate(self, prompts: Sequence[list[int]], settings: Mapping[str, Any]) -> list[str]:
         if settings.get("do_sample"):
-            raise ConfigError(f"--harness {self.name}: it asks for random samples; only greedy answers are given here")
+            raise ConfigError(f"--harness {self.name}: requires random samples; only greedy decoding is supported")
         until = settings.get("until") or []
         stops = [until] if isinstance(until, str) else list(until)
-        # A model with 48 positions that is to write 256 tokens writes 24, and reads the last 24 of the prompt.
+        # A model with 48 positions asked for 256 tokens generates 24, and reads the last 24 tokens of the prompt.
         new_tokens = min(int(settings.get("max_gen_toks", _NEW_TOKENS)), self._seqlen // 2)
         prompt_tokens = self._seqlen - new_tokens
         self.truncated_requests += sum(len(prompt) > prompt_tokens for prompt in prompts)
         kept = [(prompt or [self.eot_token_id])[-prompt_tokens:] for prompt in prompts]
 
-        # ``batches`` plans rows of S + 1 tokens, S of which are read: the 0 at the end stands for the token to predict.
+        # ``batches`` expects rows of S + 1 tokens, S of which are read: the 0 at the end is a placeholder.
         rows = [Row(np.array([*tokens, 0], dtype=np.int64), 1) for tokens in kept]
         answers: dict[int, str] = {}
         for batch in batches(rows, self._batch_tokens)[self._ranks.rank :: self._ranks.world]:
@@ -114,11 +114,11 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         return [answers[number] for number in range(len(prompts))]
 
     def _answer_batch(self, prompts: Sequence[list[int]], stops: list[str], new_tokens: int) -> list[str]:
-        """Return the texts that follow prompts of one length."""
+        """Return the continuations of prompts of equal length."""
         end, prompt_tokens = self.eot_token_id, len(prompts[0])
 
         def stopped(tokens: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-            """Return (B) bools for the tokens (B, S) so far."""
+            """Return (B) bools: which of the rows of tokens (B, S) are finished."""
             answers = tokens[:, prompt_tokens:].tolist()
             return torch.tensor([self._text_before(answer, stops)[1] for answer in answers], device=tokens.device)
 
@@ -133,7 +133,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         return [self._text_before(answer, stops)[0] for answer in tokens[:, prompt_tokens:].tolist()]
 
     def _text_before(self, tokens: list[int], stops: list[str]) -> tuple[str, bool]:
-        """Return the text before the first of ``stops`` or the end of text, and whether there is one."""
+        """Return the text before the first of ``stops`` or the end of text, and whether one occurs."""
         end = tokens.index(self.eot_token_id) if self.eot_token_id in tokens else len(tokens)
         text = self._tokenizer.decode(tokens[:end])
         places = [text.find(stop) for stop in stops if stop and stop in text]

@@ -40,34 +40,34 @@ GPT3_TASKS = {
     "anli_r2": "anli_r2",
     "anli_r3": "anli_r3",
 }
-"""The paper's tasks (Section 5.2) and their names in lm-eval."""
-_SEED = 1234  # lm-eval's own, of the examples it shows
+"""lm-eval's names of the paper's tasks (Section 5.2)."""
+_SEED = 1234  # lm-eval's seed for few-shot examples
 _COLUMNS = {"acc", "exact_match", "accuracy", "standard_error", "items", "items_in_all", "shots", "partial", "seconds"}
-"""Numbers that have a column in the table or no place in it; all others are listed under "others"."""
+"""Results with their own column in the table, or omitted from it. All others are listed under "others"."""
 
 
 def task_names(arguments: Sequence[str]) -> dict[str, str]:
-    """Return lm-eval's names by this package's: ``gpt3`` is the paper's eleven, any other is lm-eval's own.
+    """Return lm-eval's name of each task: ``gpt3`` selects the paper's eleven, other names are lm-eval's own.
 
     Raises ConfigError.
     """
     names = [name for argument in arguments for name in (GPT3_TASKS if argument == ALL else [argument])]
     twice = [name for name in names if names.count(name) > 1]
     if twice:
-        raise ConfigError(f"--harness {twice[0]}: is given twice; name each task once")
+        raise ConfigError(f"--harness {twice[0]}: is given twice; give each task once")
     return {name: GPT3_TASKS.get(name, name) for name in names}
 
 
 def read_harness_tasks(arguments: Sequence[str], include: Path | None = None, shots: int = 0) -> dict[str, Any]:
-    """Return lm-eval's task objects by this package's names, after reading their data and ``shots`` examples of it.
+    """Return lm-eval's task objects by name, after reading their data and ``shots`` examples.
 
-    ``include`` is a folder of task files (.yaml) that replace lm-eval's own of the same name. With ``dataset_path: json``
+    ``include`` is a folder of task files (.yaml) that replace lm-eval's files of the same name. With ``dataset_path: json``
     and ``dataset_kwargs: {data_files: ...}`` a task reads local files and downloads nothing. With ``include:`` and the path
-    of lm-eval's own file it keeps its prompts. Raises ConfigError or DataError.
+    of lm-eval's file it keeps its prompts. Raises ConfigError or DataError.
     """
     names = task_names(arguments)
     if include is not None and not any(include.rglob("*.yaml")):
-        raise ConfigError(f"--include-path {include}: no folder with task files (.yaml); check the path")
+        raise ConfigError(f"--include-path {include}: not a folder with task files (.yaml); check the path")
     if importlib.util.find_spec("lm_eval") is None:
         raise ConfigError("--harness: needs lm-eval; install it with: pip install 'seqlen-curriculum[eval]'")
     manager = _task_manager(set(names.values()), include)
@@ -76,7 +76,7 @@ def read_harness_tasks(arguments: Sequence[str], include: Path | None = None, sh
             continue
         if name in [*manager.all_groups, *manager.all_tags]:
             raise ConfigError(
-                f"--harness {name}: is a group of lm-eval, which can't be evaluated; name its tasks instead"
+                f"--harness {name}: is a group of lm-eval, which can't be evaluated; give its tasks instead"
             )
         close = suggest(name, [ALL, *GPT3_TASKS, *manager.all_subtasks])
         meant = f"did you mean '{close}'? " if close else ""
@@ -90,7 +90,7 @@ def read_harness_tasks(arguments: Sequence[str], include: Path | None = None, sh
 
 
 def _task_manager(names: set[str], include: Path | None) -> Any:
-    """Return a manager of the tasks in ``include`` if those are all, because listing lm-eval's 10,000 takes seconds."""
+    """Return a manager of only the tasks in ``include`` if possible, because listing lm-eval's 10,000 takes seconds."""
     from lm_eval.tasks import TaskManager
 
     if include is None:
@@ -102,12 +102,12 @@ def _task_manager(names: set[str], include: Path | None) -> Any:
 def _read_task(manager: Any, name: str, lm_eval_name: str) -> Any:
     try:
         (task,) = manager.load([lm_eval_name])["tasks"].values()
-        next(iter(task.eval_docs))  # some read their data only here
-    except Exception as error:  # a task file names functions to run and data to download, which may raise anything
+        next(iter(task.eval_docs))  # some tasks read their data only here
+    except Exception as error:  # a task file may run functions and download data, which may raise anything
         reason = str(error).strip().split("\n")[0]
         raise DataError(
-            f"--harness {name}: its data can't be read ({type(error).__name__}: {reason}); it is fetched once from the "
-            f"network, or give --include-path FOLDER with a task file '{lm_eval_name}' that names local files"
+            f"--harness {name}: its data can't be read ({type(error).__name__}: {reason}); connect to a network to fetch "
+            f"it once, or give --include-path FOLDER with a task file '{lm_eval_name}' for local files"
         ) from error
     return task
 
@@ -115,15 +115,15 @@ def _read_task(manager: Any, name: str, lm_eval_name: str) -> Any:
 def _check_task(name: str, task: Any, shots: int) -> None:
     if (task.config.generation_kwargs or {}).get("do_sample"):
         raise ConfigError(
-            f"--harness {name}: its generation_kwargs ask for random samples (do_sample); only greedy answers are given "
-            "here: set it to false in a task file of --include-path, or leave out the task"
+            f"--harness {name}: its generation_kwargs require random samples (do_sample), but only greedy decoding is "
+            "supported: set it to false in a task file of --include-path, or leave out the task"
         )
     if not shots:
         return
     try:
         task.fewshot_context(next(iter(task.eval_docs)), num_fewshot=shots)
-    except (AssertionError, ValueError) as error:  # of lm-eval's samplers
-        raise ConfigError(f"--shots {shots}: {name} hasn't that many examples ({error}); give fewer") from error
+    except (AssertionError, ValueError) as error:  # raised by lm-eval's samplers
+        raise ConfigError(f"--shots {shots}: {name} has fewer examples ({error}); lower it") from error
 
 
 def evaluate_harness(
@@ -135,7 +135,7 @@ def evaluate_harness(
     batch_tokens: int = BATCH_TOKENS,
     shots: int = 0,
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield each task's name and numbers once they are known, on every rank, with ``shots`` examples before each question.
+    """Yield the name and results of each task, on every rank, with ``shots`` examples before each question.
 
     ``model`` is in eval mode on ``ranks.device``. Raises ConfigError.
     """
@@ -171,7 +171,7 @@ def evaluate_harness(
 def plain_metrics(results: Mapping[str, Any], items: int) -> dict[str, float]:
     """Return lm-eval's ``{"acc,none": 0.5, "acc_stderr,none": "N/A", "alias": ...}`` as ``{"acc": 0.5, ...}``.
 
-    ``accuracy`` repeats ``acc`` or ``exact_match`` and has its ``standard_error``, where the task has one of them.
+    ``accuracy`` and ``standard_error`` are copied from ``acc`` or ``exact_match``, if the task has one of them.
     """
     metrics = {}
     for key, value in results.items():
@@ -181,17 +181,17 @@ def plain_metrics(results: Mapping[str, Any], items: int) -> dict[str, float]:
     share = metrics.get("acc", metrics.get("exact_match"))
     if share is None:
         return metrics
-    # Of n items each is right (1) or wrong (0): the mean's error is sqrt(p (1 - p) / (n - 1)). 60 % of 1,000 is +-1.55 %.
+    # Each of n items is right (1) or wrong (0): the standard error is sqrt(p (1 - p) / (n - 1)), 1.55 % at 60 % of 1,000.
     return {**metrics, "accuracy": share, "standard_error": math.sqrt(share * (1 - share) / max(items - 1, 1))}
 
 
 def describe_head(shots: int) -> str:
-    """Return the head of the table; ``describe_task`` returns its lines and ``describe_end`` the end."""
+    """Return the header of the table, followed by ``describe_task`` for each row and ``describe_end``."""
     return f"{f'lm-eval, {shots} shots':<24}{'accuracy':>10}{'+-':>9}{'items':>9}{'seconds':>9}  others"
 
 
 def describe_task(name: str, numbers: Mapping[str, Any]) -> str:
-    """Return the line of one task."""
+    """Return the table row of one task."""
     share = f"{numbers['accuracy']:.2%}" if "accuracy" in numbers else ""
     error = f"{numbers['standard_error']:.2%}" if "standard_error" in numbers else ""
     others = {key: value for key, value in numbers.items() if key not in _COLUMNS and (key != "requests_cut" or value)}

@@ -1,8 +1,8 @@
-"""Scores of rows by any causal language model of Hugging Face, on any number of ranks with the same result.
+"""Score rows with any causal language model of Hugging Face, on any number of ranks with the same result.
 
-A batch has rows of one length, so nothing is padded and no mask is needed: a row's score can't depend on the other rows.
-The batches are the same for any number of ranks, and a rank takes every ``world``-th. Logits are computed for the scored
-positions alone.
+The rows of a batch have equal lengths, so there is no padding and no mask, and a row's score doesn't depend on other rows.
+The batches are the same for any number of ranks, and a rank scores every ``world``-th batch. Logits are computed only for
+the scored positions.
 
 Shapes: ``B`` rows, ``S`` tokens read, ``K`` targets at their end, ``V`` vocabulary.
 """
@@ -27,18 +27,18 @@ from seqlen_curriculum.evaluation.task import Row, Scores
 __all__ = ["BATCH_TOKENS", "batches", "score"]
 
 BATCH_TOKENS = 8192
-"""Tokens a batch reads by default; a row that is longer is a batch of its own."""
+"""Default maximum tokens of a batch. A longer row is a separate batch."""
 _BATCH_LOGITS = 2048
-"""Positions whose logits are held at once: 2048 * 50257 * 4 bytes = 412 MB."""
+"""Maximum positions with logits in memory: 2048 * 50257 * 4 bytes = 412 MB."""
 _CHUNK = 256
-"""Positions whose softmax is held at once, in fp32: 51 MB."""
+"""Maximum positions with an fp32 softmax in memory: 51 MB."""
 
 
 def score(model: Any, rows: Sequence[Row], ranks: Ranks, batch_tokens: int = BATCH_TOKENS, name: str = "") -> Scores:
     """Return the scores of ``rows`` on every rank. ``model`` is in eval mode on the rank's device.
 
-    ``name`` labels the progress bar and errors. Raises ConfigError where a batch doesn't fit into the device's memory,
-    CheckpointError where a score isn't finite.
+    ``name`` labels the progress bar and errors. Raises ConfigError if a batch doesn't fit in the device's memory,
+    CheckpointError if a score isn't finite.
     """
     nll, right = np.zeros(len(rows)), np.zeros(len(rows))
     own_batches = batches(rows, batch_tokens)[ranks.rank :: ranks.world]
@@ -47,7 +47,7 @@ def score(model: Any, rows: Sequence[Row], ranks: Ranks, batch_tokens: int = BAT
         for batch in own_batches:
             nll[batch], right[batch] = _score_batch(model, [rows[number] for number in batch])
             bar.update(len(batch))
-    # A row is scored on one rank and 0 on all others, so the sum over ranks is its score.
+    # A row has its score on one rank and 0 on all others, so the sum over ranks is its score.
     nll, right = ranks.total(nll), ranks.total(right)
     bad = int(np.sum(~np.isfinite(nll)))
     if bad:
@@ -59,7 +59,7 @@ def score(model: Any, rows: Sequence[Row], ranks: Ranks, batch_tokens: int = BAT
 
 
 def batches(rows: Sequence[Row], batch_tokens: int) -> list[list[int]]:
-    """Return batches of row numbers: rows of one length together, the longest first, without rows that have no targets."""
+    """Return batches of row indices with equal lengths, longest first, without rows that have no targets."""
 
     def size(number: int) -> tuple[int, int]:
         return len(rows[number].tokens) - 1, rows[number].targets
@@ -71,8 +71,8 @@ def batches(rows: Sequence[Row], batch_tokens: int) -> list[list[int]]:
         seqlen, targets = size(number)
         if not room or seqlen != last_seqlen:
             batched.append([])
-            # With a seqlen of 1024, 8192 // 1024 = 8 rows are read. If all their positions are targets, the logits
-            # allow only 2048 // 1024 = 2. The first row of a batch has the most targets of it.
+            # With a seqlen of 1024 a batch has 8192 // 1024 = 8 rows. If all positions are targets, the logits allow only
+            # 2048 // 1024 = 2. The first row of a batch has the most targets.
             room, last_seqlen = max(min(batch_tokens // seqlen, _BATCH_LOGITS // targets), 1), seqlen
         batched[-1].append(number)
         room -= 1
@@ -81,7 +81,7 @@ def batches(rows: Sequence[Row], batch_tokens: int) -> list[list[int]]:
 
 @torch.inference_mode()
 def _score_batch(model: Any, rows: Sequence[Row]) -> tuple[Any, Any]:
-    """Return (B) sums of negative log likelihoods and (B) whether all targets are right, of rows of one length."""
+    """Return the summed negative log likelihood and whether all targets are right, (B) each, for rows of equal length."""
     tokens = torch.from_numpy(np.stack([row.tokens for row in rows])).to(model.device)  # (B, S + 1)
     counts = torch.tensor([row.targets for row in rows], device=model.device)  # (B)
     most = int(counts.max())
@@ -94,10 +94,8 @@ def _score_batch(model: Any, rows: Sequence[Row]) -> tuple[Any, Any]:
         losses = _token_losses(logits.flatten(0, 1), targets.flatten()).view_as(targets)  # (B, K)
     except torch.OutOfMemoryError as error:
         shape = f"{len(rows)} x {tokens.shape[1] - 1}"
-        raise ConfigError(
-            f"--batch-tokens: a batch of {shape} tokens doesn't fit into the memory; give less"
-        ) from error
-    # Of a row with 2 targets in a batch with K=5, only the last 2 of its 5 columns count: 5 - 2 = 3 is the first.
+        raise ConfigError(f"--batch-tokens: a batch of {shape} tokens doesn't fit in memory; lower it") from error
+    # For a row with 2 targets in a batch with K=5, only the last 2 of 5 columns count, starting at 5 - 2 = 3.
     counted = torch.arange(most, device=model.device) >= most - counts.unsqueeze(1)  # (B, K)
     nll = torch.where(counted, losses.double(), 0.0).sum(1)
     right = ((logits.argmax(-1) == targets) | ~counted).all(1)

@@ -1,4 +1,4 @@
-"""The parts of an evaluation task: rows of tokens of which the last ones are predicted, and numbers from their scores."""
+"""The interface of an evaluation task: rows of tokens whose last tokens are predicted, and results from their scores."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ _OVERLAP = 32  # Megatron's default
 
 
 class Row(NamedTuple):
-    """Tokens of which the last ``targets`` are predicted, each from all tokens before it."""
+    """Tokens; the last ``targets`` of them are predicted, each from all tokens before it."""
 
     tokens: IntArray
-    """One more than the model reads: the last is a target only."""
+    """One more than the model reads, because the last token is only a target."""
     targets: int
 
 
@@ -35,18 +35,18 @@ class Scores(NamedTuple):
     nll: NDArray[np.float64]
     """Negative log likelihood in nats, summed over a row's targets."""
     right: NDArray[np.bool_]
-    """Whether every target of a row is the model's first choice."""
+    """True if every target of a row is the greedy choice."""
 
 
 class Limits(Flags):
-    """How a text is split into rows, and how many of them are read. Raises ConfigError for values out of range."""
+    """The limits for splitting a text into rows. Raises ConfigError for values out of range."""
 
     seqlen: int = Field(ge=1)
-    """Tokens the model reads at once."""
+    """Context length in tokens."""
     overlap: int | None = Field(default=None, ge=1)
-    """Targets of each window of running text but the first: Megatron's ``--overlapping-eval``. None: see ``stride``."""
+    """Targets of each window of running text except the first (Megatron's ``--overlapping-eval``). None: see ``stride``."""
     limit: int | None = Field(default=None, ge=1)
-    """Windows or items to stop after; None for all."""
+    """Maximum number of windows or items; None for all."""
 
     @property
     def stride(self) -> int:
@@ -70,15 +70,15 @@ class TokenizedTask(Protocol):
         """The rows, in the order in which ``result`` expects their scores."""
 
     def result(self, scores: Scores) -> dict[str, Any]:
-        """Return the task's numbers by name, from the scores of ``rows``."""
+        """Return the task's results by name, from the scores of ``rows``."""
 
 
 Task = Callable[[Any, Limits], TokenizedTask]
-"""A task whose text is read and checked; called with a tokenizer and limits."""
+"""Function from tokenizer and limits to a tokenized task, whose text is already read and checked."""
 
 
 def encode(tokenizer: Any, text: str) -> IntArray:
-    """Return the tokens of ``text`` without special ones around it, as GPT-2 was trained."""
+    """Return the tokens of ``text`` without special tokens, as in the training of GPT-2."""
     return np.array(tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.int64)
 
 
@@ -88,7 +88,7 @@ def perplexity(loss: float) -> float:
 
 
 def read_text(flag: str, path: Path) -> str:
-    """Read a text file. Raises DataError that begins with ``flag``, and names the line of bytes that aren't UTF-8."""
+    """Read a UTF-8 text file. Raises DataError with ``flag`` and the line of an invalid byte."""
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -97,4 +97,4 @@ def read_text(flag: str, path: Path) -> str:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
-        raise DataError(f"{flag}, line {line}: not UTF-8; fetch the file again") from None
+        raise DataError(f"{flag}, line {line}: not UTF-8; download the file again") from None

@@ -1,8 +1,8 @@
-"""WikiText-103's adjusted perplexity, as Megatron measures it (tasks/zeroshot_gpt).
+"""WikiText-103's adjusted perplexity, as in Megatron (tasks/zeroshot_gpt).
 
-The words of the file, split at single spaces, are counted. Then the text is brought back to how people write it and
-tokenized. Perplexity for each token depends on the tokenizer. The adjusted perplexity spreads the same loss over the words,
-so it is comparable between vocabularies, even with those of bytes.
+The words of the file, split at single spaces, are counted. Then the text is detokenized and encoded. Perplexity per token
+depends on the tokenizer. The adjusted perplexity divides the same loss by the number of words, so it is comparable between
+vocabularies.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ __all__ = ["TokenizedWikiText", "Window", "detokenize", "read_wikitext103", "tok
 
 _SPACED_MARKS = {f" {mark} ": f"{mark} " for mark in ":;.!?,"}
 _JOINERS = {f" @{mark}@ ": mark for mark in "-,."}
-# Each removes the spaces inside a pair. They run in this order, each on the output of the one before.
+# Each removes the spaces inside a pair. They are applied in this order.
 _PAIRS = [
     (re.compile(r"\(\s*([^)]*?)\s*\)"), r"(\1)"),
     (re.compile(r"\[\s*([^\]]*?)\s*\]"), r"[\1]"),
@@ -30,7 +30,7 @@ _PAIRS = [
     (re.compile(r'"\s*([^"]*?)\s*"'), r'"\1"'),
     (re.compile(r"'\s*([^']*?)\s*'"), r"'\1'"),
 ]
-# Megatron's pattern has the slashes of another language in it, so it matches no real text. It is kept for equal results.
+# Megatron's pattern contains the slashes of another regex syntax and matches no real text. It is kept for equal results.
 _SLASHED = (re.compile(r"/' [0-9]/"), "/'[0-9]/")
 _REST = {
     "= = = =": "====",
@@ -45,7 +45,7 @@ _REST = {
 
 
 class Window(NamedTuple):
-    """Tokens ``[start, stop)`` of a text, of which the last ``targets`` are scored."""
+    """Tokens ``[start, stop)`` of a text; the last ``targets`` of them are scored."""
 
     start: int
     stop: int
@@ -54,7 +54,7 @@ class Window(NamedTuple):
 
 @dataclass(frozen=True)
 class TokenizedWikiText:
-    """A row for each window that is read."""
+    """A tokenized task, with one row per window."""
 
     rows: list[Row]
     words: int
@@ -63,11 +63,11 @@ class TokenizedWikiText:
     windows_in_all: int
 
     def result(self, scores: Scores) -> dict[str, Any]:
-        """Return loss and perplexity for each token, and the perplexity for each word."""
+        """Return loss and perplexity per token, and the adjusted perplexity per word."""
         targets = sum(row.targets for row in self.rows)
         loss = float(np.sum(scores.nll)) / targets
-        # WikiText-103's test set in GPT-2's tokens: 270,329 targets for 245,566 words. A loss of 3 nats a token is then
-        # 3 * 270,329 / 245,565 = 3.30 nats a word: neither the first token nor the first word counts, as in Megatron.
+        # WikiText-103's test set in GPT-2's tokens: 270,329 targets for 245,566 words. A loss of 3 nats per token is
+        # 3 * 270,329 / 245,565 = 3.30 nats per word. As in Megatron, the first token and the first word don't count.
         tokens_per_word = self.targets_in_all / (self.words - 1)
         return {
             "loss": loss,
@@ -93,7 +93,7 @@ def read_wikitext103(path: Path) -> Task:
 
 
 def detokenize(text: str) -> str:
-    """Turn ``"a 5 @-@ star film ."`` into ``"a 5-star film ."``, by Megatron's rules in Megatron's order."""
+    """Convert ``"a 5 @-@ star film ."`` to ``"a 5-star film ."``, with Megatron's rules in Megatron's order."""
     text = _SLASHED[0].sub(_SLASHED[1], text.replace("s '", "s'"))
     text = _replace(text, _JOINERS | _SPACED_MARKS)
     for pattern, inside in _PAIRS:
@@ -111,7 +111,7 @@ def tokenize(path: Path, text: str, words: int, tokenizer: Any, limits: Limits) 
     """Tokenize ``text`` and split it into windows. Raises DataError for a text of a single token."""
     tokens = encode(tokenizer, text)
     if len(tokens) < 2:
-        raise DataError(f"--task wikitext103={path}: is {len(tokens)} token to this tokenizer; give a longer text")
+        raise DataError(f"--task wikitext103={path}: has {len(tokens)} token; give a longer text")
     all_windows = windows(len(tokens), limits.seqlen, limits.stride)
     rows = [Row(tokens[window.start : window.stop], window.targets) for window in all_windows[: limits.limit]]
     return TokenizedWikiText(rows, words, len(tokens) - 1, limits.stride, len(all_windows))
@@ -120,9 +120,9 @@ def tokenize(path: Path, text: str, words: int, tokenizer: Any, limits: Limits) 
 def windows(tokens: int, seqlen: int, overlap: int) -> list[Window]:
     """Return windows of ``seqlen + 1`` tokens, one every ``overlap`` tokens.
 
-    All targets of the first window count, then the last ``overlap`` of each, so that each of the ``tokens - 1`` targets
-    counts once. As in Megatron there is one window for every ``overlap`` targets, though the last
-    ``ceil(seqlen / overlap) - 1`` of them have nothing left to score.
+    All targets of the first window and the last ``overlap`` targets of each other window are scored, so each of the
+    ``tokens - 1`` targets is scored once. As in Megatron there is one window per ``overlap`` targets, although the last
+    ``ceil(seqlen / overlap) - 1`` windows have no targets left.
     """
     # 11 tokens, seqlen 4, overlap 2:  start  0: tokens 0-4, targets 1-4     start 6: tokens 6-10, targets 9-10
     #                                  start  2: tokens 2-6, targets 5-6     start 8: tokens 8-10, none left

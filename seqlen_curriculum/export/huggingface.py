@@ -1,4 +1,4 @@
-"""Export of a checkpoint as a complete Hugging Face folder: weights without padding, tokenizer, model card."""
+"""Export a checkpoint as a complete Hugging Face folder: weights without padding, tokenizer, model card."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ _PICTURE = "curves.png"
 def export(source: Path, out: Path, dtype: str | None = None, tokenizer: Path | None = None) -> Path:
     """Write the model of ``model_folder(source)`` into the new folder ``out`` and return the model's folder.
 
-    ``dtype`` is a name of ``DTYPES``, None for the saved one. ``tokenizer`` is as in ``load_tokenizer``, None for the
-    source's own if it has one. ``out`` appears whole or not at all. Raises ConfigError, CheckpointError, and DataError
-    for a damaged run log.
+    ``dtype`` is a name in ``DTYPES``, None for the saved dtype. ``tokenizer`` is as in ``load_tokenizer``, None for the
+    source's tokenizer, if any. ``out`` is created completely or not at all. Raises ConfigError, CheckpointError, and
+    DataError for a damaged run log.
     """
     new_folder("--out", out)
     folder = model_folder(source)
@@ -50,11 +50,11 @@ def export(source: Path, out: Path, dtype: str | None = None, tokenizer: Path | 
     for name, weight in model.named_parameters():
         if dtype == "float16" and weight.isinf().any():
             raise ConfigError(
-                f"--dtype float16: {name} in {folder} has values beyond 65,504, its largest; give bfloat16, which holds them"
+                f"--dtype float16: {name} in {folder} has values above the maximum of 65,504; give bfloat16"
             )
     prepare_to_generate(model, end)
 
-    # Written beside ``out``, on the same disk, and renamed at the end: a rename happens whole or not at all.
+    # Written beside ``out``, on the same disk, and renamed at the end, because a rename is atomic.
     unfinished = out.resolve().with_name(f".{out.resolve().name}.tmp")
     try:
         shutil.rmtree(unfinished, ignore_errors=True)  # left by a kill
@@ -72,9 +72,9 @@ def export(source: Path, out: Path, dtype: str | None = None, tokenizer: Path | 
 
 
 def read_run_up_to(checkpoint: Checkpoint) -> Run | None:
-    """Return what the run had logged by the checkpoint's step, None if no log lies beside the checkpoint.
+    """Return the run's log up to the checkpoint's step, or None if there is no log beside the checkpoint.
 
-    The log may go on: a card for step 610 shows neither the losses after it nor rollbacks its weights haven't seen.
+    Later steps are excluded: a card for step 610 shows neither later losses nor later rollbacks.
     """
     save = checkpoint.folder.resolve().parent
     if not any((save / name).exists() for name in LOGS):
@@ -86,9 +86,9 @@ def read_run_up_to(checkpoint: Checkpoint) -> Run | None:
 
 
 def prepare_to_generate(model: Any, end_of_text: int | None) -> None:
-    """Switch the key-value cache on, and replace begin and end tokens that are missing or outside the vocabulary.
+    """Enable the key-value cache, and replace begin and end tokens that are missing or outside the vocabulary.
 
-    The default of ``GPT2Config`` is 50256. With a vocabulary of 8,192 tokens no text would end before its limit.
+    The default of ``GPT2Config`` is 50256, so with a vocabulary of 8,192 tokens no text would end before its limit.
     """
     for name in ("bos_token_id", "eos_token_id"):
         for config in (model.config, model.generation_config):

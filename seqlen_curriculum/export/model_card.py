@@ -1,4 +1,4 @@
-"""The ``README.md`` of an exported model: what was trained and how it went, as far as its folders record it."""
+"""The ``README.md`` of an exported model: its training settings and results, as recorded in its folders."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ _SETTINGS = (
     "data.leftovers",
     "training.",
 )
-"""Prefixes of the keys on the card: no paths, and no sizes of the model, which the card's first sentence has."""
+"""Prefixes of the keys on the card, without paths and without model sizes, which are in the first sentence."""
 
 
 @dataclass(frozen=True)
 class ModelCard:
-    """What is known of an exported model, and the card that says it."""
+    """The facts of an exported model, and the card that shows them."""
 
     name: str
     architecture: str
@@ -44,12 +44,12 @@ class ModelCard:
     settings: Mapping[str, Any] | None = None
     """The run's settings from its checkpoint, with flat keys such as ``optimizer.params.lr``."""
     run: Run | None = None
-    """The run's log up to the checkpoint's step, if it is there."""
+    """The run's log up to the checkpoint's step, if any."""
     picture: str | None = None
     """File name of the curves."""
 
     def markdown(self) -> str:
-        """Return the card with its YAML front matter. It names no licence, which is the owner's choice."""
+        """Return the card with its YAML front matter, without a licence, which the owner must choose."""
         parts = [self.front_matter(), f"# {self.name}", self.architecture_line()]
         if self.settings is not None:
             parts += ["## Training", self.training()]
@@ -74,7 +74,7 @@ class ModelCard:
         return f"---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags:\n{tag_lines}\n---"
 
     def architecture_line(self) -> str:
-        """Return one sentence with the class, parameters, type and sizes."""
+        """Return a sentence with the class, parameters, dtype and sizes."""
         sizes = ", ".join(f"`{name}` {count(size)}" for name, size in self.sizes.items())
         return f"A `{self.architecture}` of {count(self.parameters)} parameters in {self.dtype}: {sizes}."
 
@@ -85,7 +85,7 @@ class ModelCard:
         return bool(settings.get("curriculum_learning.enabled")) and shortest != longest
 
     def training(self) -> str:
-        """Return steps, tokens and final validation loss, and the lengths of a warmup."""
+        """Return a paragraph with steps, tokens, final validation loss, and the lengths of a warmup."""
         rows = [("steps", count(self.step or 0))]
         if self.run is not None and self.run.records:
             rows.append(("tokens", count(self.run.records[-1]["consumed_tokens"])))
@@ -99,10 +99,9 @@ class ModelCard:
         return f"Trained with [Sequence Length Warmup]({_PAPER}), {self.lengths()}.\n\n{table}"
 
     def lengths(self) -> str:
-        """Return the range of sequence lengths, from the log if it is whole, else from the schedule.
+        """Return the range of sequence lengths, from the log if it starts at step 1, else from the schedule.
 
-        A log is whole if it starts with step 1. The schedule's last length may not have been reached, because the token
-        budget can end a run before the ramp ends.
+        The run may not have reached the last length of the schedule, because the token budget can end it first.
         """
         if self.run is not None and self.run.steps and self.run.steps[0]["step"] == 1:
             trained = [record["seqlen"] for record in self.run.steps]
@@ -114,7 +113,7 @@ class ModelCard:
     def usage(self) -> str:
         """Return the code that loads the model."""
         lines = ["```python", "import transformers", ""]
-        folder = repr(self.name)  # may have quotes in it
+        folder = repr(self.name)  # may contain quotes
         if self.has_tokenizer:
             lines.append(f"tokenizer = transformers.AutoTokenizer.from_pretrained({folder})")
         lines += [f"model = transformers.AutoModelForCausalLM.from_pretrained({folder})", "```"]

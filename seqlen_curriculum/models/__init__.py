@@ -1,1 +1,1 @@
-"""Models to train: GPT-2 by way of Hugging Face."""
+"""Models to train: GPT-2 and other causal language models of Hugging Face."""

@@ -1,4 +1,4 @@
-"""The model a run starts from: a new GPT-2, a pretrained one, or any causal language model of Hugging Face's.
+"""The initial model of a run: a new GPT-2, a pretrained GPT-2, or any causal language model of Hugging Face.
 
 Shapes: ``B`` rows, ``S`` seqlen, ``V`` vocabulary, ``H`` hidden size.
 """
@@ -23,9 +23,9 @@ __all__ = ["AnyCausalLM", "build_model", "save_model"]
 
 
 class AnyCausalLM(nn.Module):
-    """Compute the mean loss as ``CausalLM`` does, with any of transformers' causal models.
+    """Any causal language model of transformers with the interface of ``CausalLM``.
 
-    It knows nothing of the model inside, so it holds the logits (B, S, V) of a micro-batch.
+    It holds the logits (B, S, V) of a micro-batch in memory, because it makes no assumptions about the model.
     """
 
     def __init__(self, lm: Any) -> None:
@@ -41,8 +41,8 @@ class AnyCausalLM(nn.Module):
 def build_model(config: ModelConfig, read_weights: bool = True) -> CausalLM | AnyCausalLM:
     """Build the model of the ``model`` section on the CPU in fp32, ready to train.
 
-    The weights are those of ``hf_checkpoint``. Without it, or without ``read_weights`` (when a checkpoint of the run brings
-    them), they follow from torch's global seed. Raises CheckpointError, ConfigError.
+    The weights are those of ``hf_checkpoint``. Without it, or without ``read_weights`` (if a checkpoint of the run is
+    loaded), they are initialised from torch's global seed. Raises CheckpointError, ConfigError.
     """
     if config.initial is None:
         return build_gpt2(config)
@@ -75,7 +75,7 @@ def _pretrained_gpt2(config: ModelConfig, lm_config: Any, folder: Path | None) -
     if folder is None:
         return lm
 
-    # A checkpoint of ours keeps its trained padding rows, so that training continues with exactly the loss it had.
+    # A checkpoint of this package keeps its trained padding rows, so that training continues with exactly the same loss.
     weights = load_model(folder, padding=True).state_dict()
     words = weights["lm_head.weight"][: config.padded_vocab_size]  # (V, H) of the folder
     # Missing rows are the mean of the existing ones. A padding token's logit is then the mean logit, which by Jensen is
@@ -88,7 +88,7 @@ def _pretrained_gpt2(config: ModelConfig, lm_config: Any, folder: Path | None) -
 
 
 def _pretrained_lm(config: ModelConfig, lm_config: Any, folder: Path | None) -> Any:
-    """Return any other causal language model, as transformers builds it."""
+    """Return any other causal language model, built by transformers."""
     assert config.initial is not None
     try:
         lm = load_model(folder) if folder is not None else AutoModelForCausalLM.from_config(lm_config).float()
@@ -103,9 +103,9 @@ def _pretrained_lm(config: ModelConfig, lm_config: Any, folder: Path | None) -> 
 
 @torch.no_grad()
 def _check_causal(lm: Any, config: ModelConfig) -> None:
-    """Raise ConfigError for a model whose logits depend on later tokens: it would learn to copy its targets.
+    """Raise ConfigError for a model whose logits depend on later tokens, because it would learn to copy its targets.
 
-    BERT and its like load as causal language models too, and attend in both directions unless their config says otherwise.
+    BERT and similar models also load as causal language models, but attend in both directions unless configured otherwise.
     """
     tokens = torch.arange(4).remainder(config.vocab_size).unsqueeze(0)  # (1, S): 0 1 2 3
     changed_end = torch.cat([tokens[:, :-1], tokens[:, :1]], dim=1)  # 0 1 2 0

@@ -1,11 +1,11 @@
-"""The mean cross entropy of the vocabulary's logits, at a bounded size of logits.
+"""Mean cross entropy over the vocabulary with bounded memory for logits.
 
 Shapes: ``N`` tokens, ``H`` hidden size, ``V`` padded vocabulary.
 
-On a GPU the logits are computed whole where they fit, otherwise in equal chunks of tokens whose gradients are taken in the
-forward pass. torch's ``linear_cross_entropy``, which serves on CPUs, would take chunks of 32 tokens there: 4,486 kernels
-for the first row of this table. Forward and backward for V=50304 in bf16, counted with tensors without data (each kernel
-reads and writes its operands once; tests/test_cross_entropy.py), not measured on a GPU:
+On a GPU the logits are computed at once if they fit, otherwise in equal chunks of tokens whose gradients are computed in
+the forward pass. torch's ``linear_cross_entropy``, used on CPUs, would use chunks of 32 tokens there: 4,486 kernels for the
+first row of this table. Forward and backward for V=50304 in bf16, counted with meta tensors (each kernel reads and writes
+its operands once; tests/test_cross_entropy.py), not measured on a GPU:
 
 ============ ======== ========= ================== =======================
 N x H        chunks   kernels   gigabytes moved    relative to one chunk
@@ -17,9 +17,9 @@ N x H        chunks   kernels   gigabytes moved    relative to one chunk
 65536 x 4096 7        92        166.1              1.18
 ============ ======== ========= ================== =======================
 
-Every chunk reads the head's weights and adds to their gradient, about 16 V H bytes beside 44 V bytes for each token. With
-wide models this share could only be lowered by more memory. There the matrix products matter more: 6 H FLOPs for each
-logit, at H=4096 and 8e14 FLOP/s 31 ps, where its 44 bytes take 13 ps at 3.35e12 byte/s.
+Every chunk reads the head's weights and adds to their gradient, about 16 V H bytes, in addition to 44 V bytes per token. In
+wide models only more memory could lower this share, but there the matrix products take longer: 6 H FLOPs per logit, 31 ps
+at H=4096 and 8e14 FLOP/s, while its 44 bytes take 13 ps at 3.35e12 byte/s.
 """
 
 from __future__ import annotations
@@ -33,18 +33,17 @@ from torch.nn import functional as F
 __all__ = ["mean_cross_entropy"]
 
 _CPU_CHUNK_TOKENS = 256
-"""Tokens whose logits a CPU holds at once. Measured at V=50304 in fp32: torch's own choice took 8 times as long."""
+"""Maximum tokens with logits in memory on a CPU. At V=50304 in fp32, torch's own choice took 8 times as long."""
 _MOST_LOGITS = 2**29
-"""Logits that a GPU holds at once: 10,672 tokens at V=50304. In bf16 they and their gradient take up to 12 bytes each, 6.4
-GB. Fewer would make the weights, which every chunk reads, a larger share of the traffic."""
+"""Maximum logits in memory on a GPU: 10,672 tokens at V=50304. In bf16 a logit and its gradient take up to 12 bytes, 6.4 GB
+in all. Smaller chunks would increase the share of the weights, which every chunk reads, in the traffic."""
 
 
 def mean_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """Return the mean cross entropy in nats, an fp32 scalar, of ``targets`` (N) int64.
 
-    The logits of ``hidden`` (N, H) and ``weight`` (V, H) are bounded: N=65536 and V=50304 would be
-    65536 * 50304 * 4 bytes = 13 GB in fp32, and their gradient as much again. Where there are chunks, second derivatives
-    aren't available.
+    Memory for the logits of ``hidden`` (N, H) and ``weight`` (V, H) is bounded. At N=65536 and V=50304 they would take
+    65536 * 50304 * 4 bytes = 13 GB in fp32, and their gradient the same. With chunks, second derivatives aren't available.
     """
     if hidden.device.type == "cpu" and hasattr(F, "linear_cross_entropy"):
         return _cpu_cross_entropy(hidden, weight, targets)
@@ -61,14 +60,14 @@ def _cpu_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tenso
         acc_policy="accurate",
         acc_dtype=torch.float32 if half else None,
     )
-    # torch's own mean of half precision losses is a half precision sum. bf16 keeps 8 binary digits: from 1024 on its
-    # values are 8 apart, and adding a loss of 3 changes nothing. So the losses are averaged here, in fp32.
+    # torch averages half precision losses by a half precision sum. bf16 has 8 significant bits: from 1024 on its values
+    # are 8 apart, so adding a loss of 3 changes nothing. Therefore the losses are averaged here in fp32.
     losses = F.linear_cross_entropy(hidden, weight, targets, reduction="none", options=options)  # (N)
     return losses.float().mean()
 
 
 def _chunked_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, chunks: int) -> Tensor:
-    """Return the mean cross entropy from the logits of one chunk of tokens at a time."""
+    """Return the mean cross entropy, computed from the logits of one chunk of tokens at a time."""
     if chunks <= 1:
         total = _summed(hidden, weight, targets)
     elif torch.is_grad_enabled():
@@ -80,7 +79,7 @@ def _chunked_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, chun
 
 
 def _summed(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """Return the summed cross entropy from whole logits; in half precision their softmax is an fp32 one."""
+    """Return the summed cross entropy from all logits at once, with an fp32 softmax in half precision."""
     return _loss_of(F.linear(hidden, weight), targets)
 
 
@@ -89,15 +88,15 @@ def _loss_of(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 class _ChunkedSum(torch.autograd.Function):
-    """``_summed`` chunk by chunk. Each chunk's gradient is taken at once, so its logits are computed once and not kept."""
+    """``_summed`` by chunks, with gradients computed in the forward pass so that logits aren't stored or recomputed."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunks: int) -> Tensor:
-        # The losses are summed, not averaged: in fp16 a gradient divided by N=16384 would be 0 or a rounded subnormal.
-        # The weight's gradient is added up in fp32: in bf16 each addition would round it by 0.2 %.
+        # The losses are summed, not averaged, because in fp16 a gradient divided by N=16384 would be 0 or subnormal. The
+        # weight's gradient is accumulated in fp32, because in bf16 each addition would round it by 0.2 %.
         weight_grad: Tensor | None = None  # (V, H)
-        # fp16 ends at 65504. 10,000 tokens with the same target and hidden states of 8 sum up to 80,000, but divided by 16
-        # to 5,000; a loss scale comes too late for it.
+        # The maximum of fp16 is 65504. 10,000 tokens with the same target and hidden states of 8 sum to 80,000, but to 5,000
+        # after division by 16. The loss scale is applied too late to help.
         divisor = 16.0 if hidden.dtype == torch.float16 else 1.0
         hidden_grads, total = [], torch.zeros((), device=hidden.device)
         for rows, wanted in zip(hidden.chunk(chunks), targets.chunk(chunks), strict=True):
@@ -118,7 +117,7 @@ class _ChunkedSum(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
         hidden_grad, weight_grad = ctx.saved_tensors
-        # Rounded to the weight's dtype as it is written, in one kernel.
+        # Rounded to the weight's dtype in the kernel that writes it.
         scaled = torch.empty_like(weight_grad, dtype=ctx.weight_dtype)
         torch.mul(weight_grad, grad * ctx.weight_scale, out=scaled)
         return hidden_grad * grad, scaled, None, None

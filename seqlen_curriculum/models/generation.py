@@ -1,4 +1,4 @@
-"""Text from a trained model, with transformers' own ``generate``."""
+"""Generate text from a trained model with transformers' ``generate``."""
 
 from __future__ import annotations
 
@@ -22,29 +22,29 @@ __all__ = ["Sample", "Sampling", "generate"]
 
 
 class Sample(NamedTuple):
-    """A prompt with its continuation."""
+    """A prompt and its continuation."""
 
     text: str
-    """The prompt and what follows."""
+    """The prompt and its continuation."""
     new_tokens: int
     full: bool
-    """Whether the text ends because the model has no further positions."""
+    """True if the text ends because the model has no more positions."""
 
 
 class Sampling(Flags):
-    """How tokens are drawn. Raises ConfigError for values out of range, all at once."""
+    """The sampling parameters. Raises one ConfigError for all values out of range."""
 
     max_new_tokens: int = Field(default=100, ge=1)
     temperature: float = Field(default=0.8, ge=0)
-    """Divides the logits; 0 takes the most likely token each time."""
+    """Divides the logits; 0 means greedy decoding."""
     top_p: float = Field(default=1.0, gt=0, le=1)
-    """Draw from the fewest most likely tokens that have this probability together."""
+    """Sample from the smallest set of most likely tokens with at least this total probability."""
     top_k: int = Field(default=0, ge=0)
-    """Draw from this many most likely tokens; 0 for all."""
+    """Sample from this many most likely tokens; 0 for all."""
     samples: int = Field(default=1, ge=1)
-    """Texts for each prompt."""
+    """Number of texts per prompt."""
     seed: int = Field(default=0, ge=0, lt=2**63)
-    """The same prompt and seed give the same texts."""
+    """Random seed; the same prompt and seed give the same texts."""
 
     @model_validator(mode="after")
     def _samples_differ(self) -> Sampling:
@@ -55,7 +55,7 @@ class Sampling(Flags):
         return self
 
     def generation_config(self, **stopping: Any) -> GenerationConfig:
-        """Return transformers' settings; ``stopping`` are those that depend on the model and the prompt."""
+        """Return transformers' settings; ``stopping`` has those that depend on the model and the prompt."""
         if self.temperature == 0:
             return GenerationConfig(do_sample=False, **stopping)
         drawing = {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
@@ -65,7 +65,7 @@ class Sampling(Flags):
 def generate(
     path: Path, prompts: Sequence[str], sampling: Sampling, tokenizer: Path | None = None
 ) -> Iterator[list[Sample]]:
-    """Yield the samples of each prompt in turn, from the checkpoint, run or Hugging Face folder at ``path``.
+    """Yield the samples of each prompt, from the checkpoint, run or Hugging Face folder at ``path``.
 
     A sample ends at the end of text, after ``max_new_tokens``, or at the model's last position. All prompts are checked
     before anything is generated. Raises CheckpointError, and ConfigError for a prompt that leaves no position.
@@ -84,7 +84,7 @@ def generate(
 def _check_utf8(prompt: str) -> None:
     """Raise ConfigError for a prompt that can't be encoded.
 
-    Python reads the byte 0xff, which no UTF-8 text has, from a command line or stdin as the lone surrogate U+DCFF.
+    Python reads a byte that is invalid in UTF-8, such as 0xff, from a command line or stdin as a lone surrogate, U+DCFF.
     """
     try:
         prompt.encode("utf-8")
@@ -100,25 +100,25 @@ class _Generator:
     tokenizer: Tokenizer
     sampling: Sampling
     positions: int | None
-    """Of the model; None where it has no last one (ALiBi, say)."""
+    """Number of positions of the model; None without a limit, as with ALiBi."""
 
     def encode(self, prompt: str) -> list[int]:
-        """Return the token ids of ``prompt``. Raises ConfigError if there are none, or too many for a further token."""
+        """Return the token ids of ``prompt``. Raises ConfigError if it is empty, or leaves no position for a new token."""
         ids: list[int] = self.tokenizer.encode(prompt).ids
         end = self.tokenizer.token_to_id(END_OF_TEXT)
         if not ids and end is not None:
-            return [end]  # in training each document but the first follows one
+            return [end]  # in training each document except the first follows one
         if not ids:
-            raise ConfigError(f"--prompt {prompt!r}: has no token to begin with; write some text")
+            raise ConfigError(f"--prompt {prompt!r}: has no tokens; write some text")
         if self.positions is not None and len(ids) >= self.positions:
             raise ConfigError(
-                f"--prompt {prompt[:30]!r}...: is {len(ids)} tokens long, and the model reads {self.positions} with what "
-                "follows; shorten it"
+                f"--prompt {prompt[:30]!r}...: is {len(ids)} tokens long, but the model has {self.positions} positions for "
+                "prompt and new tokens; shorten it"
             )
         return ids
 
     def end_tokens(self) -> list[int]:
-        """Return the ids that end a text: the end of documents in our corpora, and those that the model names itself."""
+        """Return the ids that end a text: the end-of-text token of prepared corpora, and those in the model's config."""
         named = self.model.generation_config.eos_token_id
         ends = [self.tokenizer.token_to_id(END_OF_TEXT), *(named if isinstance(named, list) else [named])]
         return sorted({end for end in ends if end is not None and end < self.model.config.vocab_size})
@@ -130,10 +130,10 @@ class _Generator:
         config = self.sampling.generation_config(
             max_new_tokens=room,
             eos_token_id=ends or None,
-            pad_token_id=ends[0] if ends else 0,  # fills rows that ended before others, and is never read
+            pad_token_id=ends[0] if ends else 0,  # pads rows that end before others, and is never read
         )
         inputs = torch.tensor([ids], device=self.model.device)  # (1, S)
-        # Seeded for each prompt, so that a prompt's samples don't depend on the prompts before it.
+        # Seeded for each prompt, so that its samples don't depend on earlier prompts.
         torch.manual_seed(self.sampling.seed)
         with quiet():
             rows = self.model.generate(inputs, attention_mask=torch.ones_like(inputs), generation_config=config)

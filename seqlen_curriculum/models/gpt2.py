@@ -1,4 +1,4 @@
-"""GPT-2 as Hugging Face has it, trained without ever holding the logits of a batch or an S x S mask.
+"""Hugging Face's GPT-2, trained without holding the logits of a batch or an S x S mask in memory.
 
 Shapes: ``B`` rows, ``S`` seqlen, ``H`` hidden size, ``V`` padded vocabulary, ``nh`` heads of size ``hs``, windows of ``s``.
 """
@@ -36,8 +36,8 @@ __all__ = [
 def build_gpt2(config: ModelConfig, bos_token_id: int | None = None, eos_token_id: int | None = None) -> CausalLM:
     """Build a freshly initialised GPT-2 on the CPU in fp32.
 
-    The init is GPT-2's: normal with 0.02, residual projections divided by sqrt(2 layers). Weights follow from torch's global
-    seed alone, so every rank must set the same seed. The token ids only go into the saved config.
+    The init is GPT-2's: normal with 0.02, residual projections divided by sqrt(2 layers). Weights depend only on torch's
+    global seed, so every rank must set the same seed. The token ids are only stored in the config.
     """
     hf_config = GPT2Config(
         vocab_size=config.padded_vocab_size,
@@ -61,17 +61,17 @@ def build_gpt2(config: ModelConfig, bos_token_id: int | None = None, eos_token_i
 
 
 def checkpoint_activations(lm: Any) -> None:
-    """Make a transformers model keep only each block's input and recompute the rest in the backward pass."""
-    # transformers 5.23 renamed the method; the old name still works there, but prints a warning.
+    """Enable activation checkpointing: store only each block's input and recompute the rest in the backward pass."""
+    # transformers 5.23 renamed the method. The old name still works there, but prints a warning.
     enable = getattr(lm, "activation_checkpointing_enable", None) or lm.gradient_checkpointing_enable
     enable({"use_reentrant": False})
 
 
 class CausalLM(nn.Module):
-    """Compute the mean loss from tokens and their next tokens; ``lm`` is the Hugging Face model that owns every parameter.
+    """GPT-2 whose forward returns the mean loss; ``lm`` is the Hugging Face model that owns every parameter.
 
-    ``model.lm(inputs).logits`` gives logits, without padding and without a key-value cache. To generate text, write the
-    model with ``save_hf`` and load the folder.
+    ``model.lm(inputs).logits`` are the logits, without support for padding and a key-value cache. To generate text, write
+    the model with ``save_hf`` and load the folder.
     """
 
     lm: Any
@@ -104,9 +104,9 @@ class CausalLM(nn.Module):
 
 
 class LossHead(nn.Module):
-    """The tied head. Its forward is the only place outside the embedding that touches the shared weight.
+    """The tied head. Its forward is the only place outside the embedding that uses the shared weight.
 
-    ZeRO-3 requires this: it gathers a module's parameters only while that module's own forward runs.
+    ZeRO-3 requires this, because it gathers a module's parameters only during the forward of that module.
     """
 
     def __init__(self, weight: nn.Parameter) -> None:
@@ -124,7 +124,7 @@ def set_window(model: CausalLM, window: int | None, restart_positions: bool = Fa
     """Restrict attention to aligned windows, tokens ``[k * window, (k + 1) * window)`` of a row; None for whole rows.
 
     Positions continue through the row, or with ``restart_positions`` start at 0 in each window, which makes a window
-    equivalent to a row of its own. Set it between steps and on every rank, because the backward pass may recompute the
+    equivalent to a separate row. Call it between steps and on every rank, because the backward pass may recompute the
     forward. Source: SkyLadder (Zhu et al. 2025), which masks short windows in full rows. Raises ConfigError if ``window``
     is below 1.
     """
@@ -136,12 +136,12 @@ def set_window(model: CausalLM, window: int | None, restart_positions: bool = Fa
 
 
 def _restart_positions(wpe: Any, inputs: tuple[Tensor]) -> tuple[Tensor]:
-    """Count the position ids (1, S) from 0 in each window: with s=4, ``0 1 2 3 4 5`` becomes ``0 1 2 3 0 1``."""
+    """Restart the position ids (1, S) at 0 in each window: with s=4, ``0 1 2 3 4 5`` becomes ``0 1 2 3 0 1``."""
     return inputs if wpe.window is None else (inputs[0] % wpe.window,)
 
 
 def _refuse_padding(_lm: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-    """Raise for padded rows: ``causal_attention`` gets no mask, so padding would be read as text without a warning."""
+    """Raise an error for padded rows; ``causal_attention`` gets no mask, so padding would silently be read as text."""
     mask = keywords.get("attention_mask", inputs[2] if len(inputs) > 2 else None)
     if mask is not None and not bool(torch.as_tensor(mask).all()):
         raise NotImplementedError("padding and masks: save_hf() the model and load the folder instead")
@@ -157,7 +157,7 @@ def causal_attention(
     scaling: float | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Attend causally in whole, unpadded rows, or in each ``module.window`` tokens of them (see ``set_window``).
+    """Compute causal attention in unpadded rows, or in each ``module.window`` tokens of them (see ``set_window``).
 
     Query, key and value are (B, nh, S, hs), the result (B, S, nh, hs).
     """
@@ -169,7 +169,7 @@ def causal_attention(
     if window is None or window >= seqlen:
         return attend(*qkv).transpose(1, 2), None
 
-    # Windows become rows of their own, so attention costs S * s and not S * S, and needs no mask. With S=10 and s=4,
+    # Windows become separate rows, so attention costs S * s instead of S * S and needs no mask. With S=10 and s=4,
     # tokens 0-3 and 4-7 are two rows of 4 for each row of the batch, and tokens 8-9 one row of 2.
     whole = seqlen - seqlen % window
     windows = [
@@ -186,17 +186,16 @@ def causal_attention(
     return out, None
 
 
-# transformers' own "sdpa" waits for the device in every forward, to see from the position ids whether rows are packed.
-# Under torch.compile it can't see that and builds the S x S mask. An attention under a name of our own gets no mask.
+# transformers' "sdpa" synchronizes the device in every forward, to detect packed rows by their position ids. Under
+# torch.compile it can't and builds the S x S mask. An attention registered under another name gets no mask.
 AttentionInterface.register("sdpa_causal", causal_attention)
 
 
 def save_hf(model: CausalLM, folder: str | Path, state_dict: Mapping[str, Tensor] | None = None) -> None:
     """Write ``config.json`` and ``model.safetensors`` for ``AutoModelForCausalLM.from_pretrained(folder)``.
 
-    ``state_dict`` has the keys of ``model.state_dict()`` or of ``model.lm.state_dict()``. It is required where ``model``
-    itself doesn't hold whole parameters (ZeRO-3). The embedding keeps its padding rows, so logits are
-    ``padded_vocab_size`` wide.
+    ``state_dict`` has the keys of ``model.state_dict()`` or of ``model.lm.state_dict()``. It is required if the parameters
+    of ``model`` are sharded (ZeRO-3). The embedding keeps its padding rows, so logits are ``padded_vocab_size`` wide.
     """
     whole = model.state_dict() if state_dict is None else state_dict
     tensors = {key.removeprefix("lm."): tensor.detach().cpu().contiguous() for key, tensor in whole.items()}
@@ -207,10 +206,10 @@ def save_hf(model: CausalLM, folder: str | Path, state_dict: Mapping[str, Tensor
 
 
 def save_config(model: CausalLM, folder: str | Path, dtype: torch.dtype) -> None:
-    """Write the ``config.json`` that belongs to weights of ``dtype``."""
+    """Write the ``config.json`` for weights of ``dtype``."""
     config = copy.deepcopy(model.lm.config)
     config.architectures = ["GPT2LMHeadModel"]
     config.dtype = dtype
-    config.use_cache = True  # off in training, needed to generate
+    config.use_cache = True  # disabled in training, needed for generation
     with quiet():
         config.save_pretrained(folder)

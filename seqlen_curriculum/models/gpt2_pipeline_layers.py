@@ -1,6 +1,6 @@
-"""GPT-2 as a list of layers, each taking the output of the one before: what pipeline parallelism cuts into stages.
+"""GPT-2 as a list of layers, which pipeline parallelism partitions into stages.
 
-The layers hold the parameters of a ``CausalLM``, not copies of them.
+The layers share the parameters of a ``CausalLM``.
 
 Shapes: ``B`` rows, ``S`` seqlen, ``H`` hidden size, ``V`` padded vocabulary.
 """
@@ -20,7 +20,7 @@ __all__ = ["WordEmbedding", "hidden_loss", "middle_layers", "with_head"]
 
 
 class WordEmbedding(nn.Module):
-    """The first layer and, through ``with_head``, the last one: both ends of a pipeline share its weight."""
+    """The first layer of a pipeline and, by ``with_head``, the last one, with a tied weight."""
 
     def __init__(self, weight: nn.Parameter) -> None:
         super().__init__()
@@ -32,14 +32,14 @@ class WordEmbedding(nn.Module):
 
 
 class _Positions(nn.Module):
-    """Add the position embeddings, then apply dropout."""
+    """Position embeddings and dropout."""
 
     def __init__(self, wpe: nn.Embedding, drop: nn.Dropout) -> None:
         super().__init__()
         self.wpe, self.drop = wpe, drop
 
     def forward(self, words: Tensor) -> Tensor:
-        """Return (B, S, H) for the word embeddings (B, S, H)."""
+        """Return hidden states (B, S, H) for word embeddings (B, S, H)."""
         position_ids = torch.arange(words.shape[1], device=words.device).unsqueeze(0)  # (1, S)
         embedded: Tensor = self.drop(words + self.wpe(position_ids))  # (B, S, H) + (1, S, H)
         return embedded
@@ -52,9 +52,9 @@ def middle_layers(model: CausalLM) -> list[nn.Module]:
 
 
 def with_head(words: WordEmbedding, hidden: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the last layer's output: hidden states (B, S, H) and the tied head (V, H).
+    """Return the output of the last layer: hidden states (B, S, H) and the tied head (V, H).
 
-    They are multiplied in ``hidden_loss``, chunk by chunk, so that the last stage never holds logits (B, S, V).
+    ``hidden_loss`` multiplies them in chunks, so that the last stage never holds the logits (B, S, V).
     """
     return hidden, words.weight
 

@@ -45,8 +45,9 @@ _TOKENIZER_FILES = (
 def load_model(path: Path, dtype: torch.dtype | None = torch.float32, padding: bool = False) -> Any:
     """Load the ``AutoModelForCausalLM`` of ``model_folder(path)`` on the CPU, in eval mode.
 
-    Padding rows of the vocabulary are removed unless ``padding``. The default ``dtype`` is float32 whatever was saved: it
-    holds every saved value exactly, and sums of logits need its digits. None keeps the saved one. Raises CheckpointError.
+    Padding rows of the vocabulary are removed unless ``padding``. The default ``dtype`` is float32 for any saved dtype: it
+    represents every saved value exactly, and sums of logits need its precision. None keeps the saved one. Raises
+    CheckpointError.
     """
     folder = model_folder(path)
     try:
@@ -54,16 +55,16 @@ def load_model(path: Path, dtype: torch.dtype | None = torch.float32, padding: b
             model, loading = AutoModelForCausalLM.from_pretrained(
                 folder, dtype=dtype or "auto", local_files_only=True, output_loading_info=True
             )
-    except Exception as error:  # damaged files make the libraries raise nearly anything
+    except Exception as error:  # damaged files make the libraries raise almost anything
         message = (str(error).strip().splitlines() or [""])[0]
         raise CheckpointError(
             f"{folder}: can't be loaded as a causal language model ({type(error).__name__}: {message})"
         ) from error
-    # transformers only warns of weights it doesn't find, and initialises them at random.
+    # transformers only warns about missing weights and initialises them randomly.
     lost = sorted({*loading["missing_keys"], *(key[0] for key in loading["mismatched_keys"])})
     if lost:
         raise CheckpointError(
-            f"{folder}: its files lack {len(lost)} of the model's weights, such as {lost[0]}; give a whole model with a head"
+            f"{folder}: {len(lost)} of the model's weights are missing, such as {lost[0]}; give a complete model with a head"
         )
     size = vocabulary(folder)
     if not padding and size is not None and size < model.get_input_embeddings().num_embeddings:
@@ -74,13 +75,13 @@ def load_model(path: Path, dtype: torch.dtype | None = torch.float32, padding: b
 
 
 def save_weights(weights: Mapping[str, torch.Tensor], path: Path) -> None:
-    """Write ``weights`` as safetensors for transformers, readable by those whom the umask allows."""
+    """Write ``weights`` as safetensors for transformers, with file modes that follow the umask."""
     save_file(dict(weights), path, metadata={"format": "pt"})
     follow_umask(path)
 
 
 def save_pretrained(model: Any, folder: Path, weights: Mapping[str, torch.Tensor] | None = None) -> None:
-    """Write transformers' ``model``, or ``weights`` in its place, into ``folder``, with modes that follow the umask."""
+    """Write transformers' ``model``, or ``weights`` instead of its own, to ``folder``, with modes that follow the umask."""
     with quiet():
         model.save_pretrained(folder, state_dict=weights)
     for path in folder.glob("*.safetensors"):
@@ -88,9 +89,9 @@ def save_pretrained(model: Any, folder: Path, weights: Mapping[str, torch.Tensor
 
 
 def replace_invalid_generation_config(model: Any) -> None:
-    """Replace a ``generation_config.json`` that contradicts itself by defaults.
+    """Replace an inconsistent ``generation_config.json`` by defaults.
 
-    transformers loads such a file, ``temperature`` without ``do_sample`` say, but refuses to save it again.
+    transformers loads such a file, for example ``temperature`` without ``do_sample``, but refuses to save it.
     """
     with quiet():
         try:
@@ -100,9 +101,9 @@ def replace_invalid_generation_config(model: Any) -> None:
 
 
 def load_tokenizer(path: Path, tokenizer: Path | None = None) -> Tokenizer:
-    """Load the tokenizer of ``model_folder(path)``, or the one at ``tokenizer``: a file, a folder, GPT-2's pair of files.
+    """Load the tokenizer of ``model_folder(path)``, or that at ``tokenizer``: a file, or a folder.
 
-    Raises CheckpointError, and ConfigError where there is none or it has more tokens than the model.
+    Raises CheckpointError, and ConfigError if there is none or it has more tokens than the model.
     """
     folder = model_folder(path)
     if tokenizer is None and not tokenizer_files(folder):
@@ -129,9 +130,9 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
 
 
 def copy_tokenizer(source: Path, folder: Path) -> None:
-    """Copy the tokenizer at ``source``, a file or folder as for ``load_tokenizer``, into ``folder``, for ``AutoTokenizer``.
+    """Copy the tokenizer at ``source``, a file or folder as in ``load_tokenizer``, to ``folder``, for ``AutoTokenizer``.
 
-    The files of a Hugging Face folder are copied unchanged, chat template included. Raises ConfigError.
+    The files of a Hugging Face folder are copied unchanged, including the chat template. Raises ConfigError.
     """
     if not (source / "tokenizer_config.json").exists():
         save_tokenizer(read_tokenizer(source), folder)
@@ -143,7 +144,7 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep the progress bars and warnings of transformers off the terminal. Its errors are raised as usual."""
+    """Disable the progress bars and warnings of transformers. Errors are raised as usual."""
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity(logging.CRITICAL)
     logging.disable_progress_bar()

@@ -1,1 +1,1 @@
-"""Plan a run before it starts: as numbers, as text and as a picture, and on any number of ranks. Needs no torch."""
+"""Plan a run before it starts, as numbers, text and a plot, for any number of ranks. Needs no torch."""

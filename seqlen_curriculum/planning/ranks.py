@@ -1,7 +1,7 @@
-"""Plan a run on a number of ranks: what each of them does at every length, and an estimate of the hours. Needs no torch.
+"""Plan a run on a number of ranks: micro-batches at every length, and an estimate of the hours. Needs no torch.
 
 The hours are model FLOPs over an assumed speed. A micro-batch with too few tokens to fill a device is assumed to take as
-long as one that just fills it. Communication, the optimizer, evaluations and checkpoints are left out.
+long as one that just fills it. Communication, the optimizer, evaluations and checkpoints are not included.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from seqlen_curriculum.schedule.piecewise import IntArray, ceil_div
 __all__ = ["RankFlags", "describe_ranks", "fill_tokens", "on_ranks", "rank_warnings"]
 
 MFU = 0.4
-"""The share of a card's peak assumed to be reached at full length."""
+"""Assumed model FLOPs utilization at full length."""
 DEFAULT_CARD = "NVIDIA H100"
-_MULTIPROCESSORS, _TILE = 132, 128  # of an H100; rows and columns of the output that one of them computes at a time
+_MULTIPROCESSORS, _TILE = 132, 128  # of an H100; rows and columns of the output tile that each computes at a time
 _DRIVER = Path("/proc/driver/nvidia/gpus")
 _COLUMNS = {
     "seqlen": "seqlen",
@@ -37,37 +37,37 @@ _COLUMNS = {
     "micro_batches": "micro-batches",
     "micro_batch_tokens": "tokens of each",
 }
-"""Keys of a group whose values are [least, most], and the heads of their columns."""
+"""Keys of a group with values [minimum, maximum], and the headers of their columns."""
 
 
 class RankFlags(Flags):
-    """Where a run is planned to train."""
+    """The machines for which a run is planned."""
 
     ranks: Count
-    """Ranks in all, one card each."""
+    """Total number of ranks, one GPU each."""
     gpus_per_node: Count = 8
-    """Cards of a node."""
+    """GPUs per node."""
     tflops: Annotated[float, Field(gt=0)] | None = None
-    """Model TFLOP/s that a card reaches at full length; None: ``MFU`` of the peak of the card that is present."""
+    """Model TFLOP/s of a GPU at full length. None: ``MFU`` times the peak of the local GPU."""
 
 
 class _Shapes(NamedTuple):
-    """What a rank does in the steps of a run, (n,) each: one entry per pair of rows and seqlen that the run has."""
+    """The steps of a run on one rank, (n,) each: one entry per pair of rows and seqlen."""
 
     seqlen: IntArray
     steps: IntArray
     rows: IntArray
     tokens: IntArray
-    """Target tokens of a rank's step; where ranks share sequences, those of its parts."""
+    """Target tokens of a rank per step, those of its own parts if ranks share sequences."""
     micro_batches: IntArray
     micro_batch_tokens: IntArray
 
     @classmethod
     def of(cls, config: RunConfig) -> _Shapes:
-        """Return the shapes of a run whose ranks are known."""
+        """Return the shapes of a run with a known number of ranks."""
         plan, timeline, parts = config.plan, config.plan.timeline, config.keys.sequence_ranks
         first_steps, counts = timeline.stretches()
-        # A schedule that alternates has each shape in many stretches.
+        # An alternating schedule has each shape in many stretches.
         both = np.stack([timeline.seqlen(first_steps), timeline.rows(first_steps)])
         (seqlen, rows), number = np.unique(both, axis=1, return_inverse=True)
         rows = rows // plan.data_ranks
@@ -80,35 +80,37 @@ class _Shapes(NamedTuple):
         return cls(seqlen, steps, rows, tokens, rows // micro_rows, micro_rows * row_tokens // parts)
 
     def seconds(self, model: ModelConfig, speed: float, least_tokens: int = 0) -> NDArray[np.float64]:
-        """Return the seconds of all steps of each shape, where a rank does ``speed`` model FLOP/s.
+        """Return the total seconds of all steps of each shape, if a rank reaches ``speed`` model FLOP/s.
 
-        A micro-batch of fewer than ``least_tokens`` tokens takes as long as one of so many.
+        A micro-batch with fewer than ``least_tokens`` tokens takes as long as one with ``least_tokens``.
         """
-        # 4 rows of 64 tokens are 256; a card that 2,816 tokens fill takes eleven times as long as for 256 at full speed.
+        # 4 rows of 64 tokens are 256 tokens. If 2,816 tokens fill the GPU, they take eleven times as long as at full speed.
         timed = self.steps * self.micro_batches * np.maximum(self.micro_batch_tokens, least_tokens)
         return np.asarray(timed * model.flops_per_token(self.seqlen) / speed, np.float64)
 
 
 def fill_tokens(model: ModelConfig) -> int:
-    """Return how many tokens of a micro-batch give all parts of an H100 work: an estimate, not measured on a GPU.
+    """Return the tokens of a micro-batch that occupy all of an H100: an estimate, not measured on a GPU.
 
-    The narrowest products of a block have ``hidden_size`` columns and a row per token. A multiprocessor computes 128 x 128
-    of them at a time, and an H100 has 132. (Below 295 rows, its 989 TFLOP/s over 3.35 TB/s, reading the weights would
-    set the pace; only at a ``hidden_size`` above 7,331 is that the larger of the two.)
+    The narrowest products of a block have ``hidden_size`` columns and one row per token. A multiprocessor computes a tile of
+    128 x 128, and an H100 has 132 of them. Below 295 rows (989 TFLOP/s over 3.35 TB/s) reading the weights is the limit, but
+    295 is the larger number only at a ``hidden_size`` above 7,331.
     """
     # GPT-2 117M, 768 columns: 6 tiles wide, so 22 tiles high, 2,816 tokens. GPT-2 1.5B, 1600 columns: 1,352 tokens.
     return max(ceil_div(_MULTIPROCESSORS * _TILE * _TILE, model.hidden_size), 295)
 
 
 def on_ranks(config: RunConfig, flags: RankFlags) -> dict[str, Any]:
-    """Return the run on ``flags.ranks`` ranks as one object that JSON can hold. Raises ConfigError where they don't fit.
+    """Return the plan for ``flags.ranks`` ranks as one JSON-able object. Raises ConfigError if the batch doesn't divide.
 
-    ``config`` is the result of ``for_ranks``. Always there: ``ranks, data_ranks, nodes, gpus_per_node``; ``lengths``
-    [{seqlen, rows, tokens, micro_batches, micro_batch_tokens, steps, token_share, speed, hours}], a group for each power of
-    two up to the next, the first five as [least, most] of a data-parallel rank. With a model section, else None:
-    ``fill_tokens``, ``tflops`` of a rank and where they are from (``tflops_source``), ``hours``,
-    ``hours_at_full_speed`` (if every micro-batch filled its device), ``hours_of_full_length`` (as many tokens without a
-    curriculum), and of each group ``hours`` and ``speed``, full speed being 1.
+    ``config`` is the result of ``for_ranks``.
+
+    - ``ranks, data_ranks, nodes, gpus_per_node``.
+    - ``lengths`` [{seqlen, rows, tokens, micro_batches, micro_batch_tokens, steps, token_share, speed, hours}]: one group
+      per power of two. The first five are [minimum, maximum] of a data-parallel rank; ``speed`` is relative to full speed.
+    - ``fill_tokens``, ``tflops`` of a rank, ``tflops_source``, ``hours``, ``hours_at_full_speed`` (if every micro-batch
+      filled its device), ``hours_of_full_length`` (the same tokens without a curriculum). These, and ``hours`` and ``speed``
+      of a group, are None without a model section.
     """
     shapes, model, least_tokens = _Shapes.of(config), config.model, None
     tflops, source = _speed(config.keys, flags.tflops)
@@ -123,11 +125,11 @@ def on_ranks(config: RunConfig, flags: RankFlags) -> dict[str, Any]:
     timed = ideal = np.full(len(shapes.seqlen), np.nan)
     hours: dict[str, float | None] = dict.fromkeys(("hours", "hours_at_full_speed", "hours_of_full_length"))
     if model:
-        # Full length sets the speed, so what its own micro-batches lack of filling a device is in it.
+        # The speed is that at full length, so it includes the effect of small micro-batches at full length.
         seq_length = config.shortening.seq_length
         full_tokens = config.plan.micro_batch * seq_length // config.keys.sequence_ranks
         least_tokens = min(fill_tokens(model), full_tokens)
-        # A rank that shares a model with others does its part of the work on the tokens of all of them.
+        # A rank that shares a model with others does a part of the work for the tokens of all of them.
         speed = tflops * 1e12 * flags.ranks / (config.data_ranks * config.keys.sequence_ranks)
         timed, ideal = shapes.seconds(model, speed, least_tokens), shapes.seconds(model, speed)
         constant = _Shapes.of(replace(config, curriculum=constant_curriculum(seq_length)))
@@ -139,7 +141,7 @@ def on_ranks(config: RunConfig, flags: RankFlags) -> dict[str, Any]:
 
 
 def _groups(shapes: _Shapes, timed: NDArray[np.float64], ideal: NDArray[np.float64]) -> list[dict[str, Any]]:
-    """Return the shapes in groups from one power of two to the next, shortest first."""
+    """Return the shapes in groups, one per power of two, shortest first."""
     exponents = np.frexp(shapes.seqlen)[1]
     total = int(np.sum(shapes.steps * shapes.tokens))
     groups = []
@@ -160,7 +162,7 @@ def _groups(shapes: _Shapes, timed: NDArray[np.float64], ideal: NDArray[np.float
 
 
 def _speed(keys: DeepSpeedKeys, tflops: float | None) -> tuple[float, str]:
-    """Return the TFLOP/s assumed of a card, and where they are from."""
+    """Return the assumed TFLOP/s of a GPU, and their source."""
     if tflops is not None:
         return tflops, "--tflops"
     enabled = keys.enabled_precisions
@@ -172,12 +174,12 @@ def _speed(keys: DeepSpeedKeys, tflops: float | None) -> tuple[float, str]:
         assert peak is not None
         reason = "the default; --tflops changes it"
     else:
-        reason = "the card of this machine; --tflops changes it"
+        reason = "the GPU of this machine; --tflops changes it"
     return MFU * peak / 1e12, f"{MFU:.0%} of the {peak / 1e12:,.0f} of one {card} in {precision}, {reason}"
 
 
 def _card_present() -> str | None:
-    """Return the model of an NVIDIA card of this machine, as its driver names it; None without one."""
+    """Return the driver's name of an NVIDIA GPU of this machine, None without one."""
     for path in sorted(_DRIVER.glob("*/information")):
         for line in path.read_text(errors="replace").splitlines():
             name, _, value = line.partition(":")
@@ -187,16 +189,16 @@ def _card_present() -> str | None:
 
 
 def rank_warnings(config: RunConfig, summary: dict[str, Any]) -> list[str]:
-    """Return one line for what makes these ranks slow; ``summary`` is from ``on_ranks``."""
+    """Return one warning per cause that makes this number of ranks slow; ``summary`` is the result of ``on_ranks``."""
     return [*_spanning(config.keys, summary), *_idle(config, summary)]
 
 
 def _spanning(keys: DeepSpeedKeys, summary: dict[str, Any]) -> list[str]:
-    """Warn of ranks that exchange every layer's activations over the network of the nodes."""
+    """Warn about ranks that exchange the activations of every layer over the network."""
     per_node = summary["gpus_per_node"]
-    # Such ranks are neighbours: 3 of them begin at 0, 3, 6, and on nodes of 8 the group of 6, 7 and 8 spans two.
+    # Such groups are contiguous: groups of 3 start at ranks 0, 3, 6, so on nodes of 8 the group 6, 7, 8 spans two.
     return [
-        f"{name}: {degree} neighbouring ranks work on each layer together, and with --gpus-per-node {per_node} some of "
+        f"{name}: {degree} neighbouring ranks share each layer, and with --gpus-per-node {per_node} some of "
         f"these groups span nodes, whose network is slower; give a divisor of {per_node}"
         for name, degree in keys.degrees.items()
         if name != "pipeline.stages" and per_node % degree and summary["nodes"] > 1
@@ -204,7 +206,7 @@ def _spanning(keys: DeepSpeedKeys, summary: dict[str, Any]) -> list[str]:
 
 
 def _idle(config: RunConfig, summary: dict[str, Any]) -> list[str]:
-    """Warn of micro-batches that don't fill a device, where they cost more than a hundredth of the hours."""
+    """Warn about micro-batches that don't fill a device, if they cost more than 1 % of the hours."""
     if config.model is None or summary["hours"] <= 1.01 * summary["hours_at_full_speed"]:
         return []
     fill = summary["fill_tokens"]
@@ -221,7 +223,7 @@ def _idle(config: RunConfig, summary: dict[str, Any]) -> list[str]:
 
 
 def _remedies(config: RunConfig, fill: int) -> Iterator[str]:
-    """Yield what a run can change so that its micro-batches have ``fill`` tokens."""
+    """Yield the settings to change so that micro-batches have ``fill`` tokens."""
     if not config.plan.balanced:
         yield 'training.micro_batch "balanced"'
     yield "fewer ranks"
@@ -235,13 +237,13 @@ def _remedies(config: RunConfig, fill: int) -> Iterator[str]:
 
 
 def describe_ranks(summary: dict[str, Any]) -> str:
-    """Return what ``on_ranks`` gave as text for a terminal: facts, then a table of lengths."""
+    """Format the result of ``on_ranks`` for a terminal: facts, then a table of lengths."""
     nodes = "one node" if summary["nodes"] == 1 else f"{summary['nodes']:,} nodes of {summary['gpus_per_node']:,}"
     lines = [f"ranks             {summary['ranks']:,} on {nodes}, {summary['data_ranks']:,} data-parallel"]
     if summary["hours"] is not None:
         lines += [
-            f"assumed speed     {summary['tflops']:,.0f} TFLOP/s a rank ({summary['tflops_source']})",
-            f"estimated hours   {summary['hours']:,.2f}; {summary['hours_of_full_length']:,.2f} for as many tokens at full "
+            f"assumed speed     {summary['tflops']:,.0f} TFLOP/s per rank ({summary['tflops_source']})",
+            f"estimated hours   {summary['hours']:,.2f}; {summary['hours_of_full_length']:,.2f} for the same tokens at full "
             "length",
         ]
     return "\n".join([*lines, "", *_table(summary["lengths"])])

@@ -1,4 +1,4 @@
-"""A run's milestones as numbers, as text and as a picture. Needs no torch."""
+"""The milestones of a run as numbers, text and a plot. Needs no torch."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from seqlen_curriculum.schedule.token_lr import TokenCosine
 __all__ = ["compare", "compute_use", "data_use", "describe", "draw", "milestones", "plan"]
 
 _LEFT_OVER = {"dropped_tokens": "dropped", "leftover_tokens": "read later"}
-"""The tokens that shortening leaves over: key in a plan, and what happens to them."""
+"""The leftover tokens: key in a plan, and description."""
 
 _STEP, _TOKENS, _SEQLEN, _RATE, _ROWS = (
     "step",
@@ -29,18 +29,20 @@ _STEP, _TOKENS, _SEQLEN, _RATE, _ROWS = (
     "rows per step",
 )
 _DRAWSTYLES = {_SEQLEN: "steps-pre", _RATE: "default", _ROWS: "steps-pre"}
-"""Drawn from top to bottom. Lengths and rows jump from one step to the next."""
+"""Axes from top to bottom. Lengths and rows are drawn as steps."""
 
 
 def plan(config: RunConfig, at: Iterable[int] = ()) -> dict[str, Any]:
-    """Return the run as one object that JSON can hold; ``at`` adds steps to ``milestones``. Raises ConfigError.
+    """Return the run as one JSON-able object; ``at`` adds steps to ``milestones``. Raises ConfigError.
 
-    Tokens are target tokens of all ranks. Always there: ``steps, consumed_tokens, full_length_step, full_batch_step,
-    lengths`` (how many), ``shapes`` (how many pairs of rows and tokens per row), ``milestones [{step, seqlen, rows,
-    consumed_tokens, lr}]``. With a data section: ``sample_tokens``, and ``dropped_tokens`` or ``leftover_tokens`` of them.
-    In half precision: ``gradient_dtype``, in which gradients accumulate and reduce.
-    With a model section: ``parameters, flops, flops_of_full_length`` (the same tokens at full length). With
-    ``training.seqlen_bucket``: ``without_seqlen_bucket {steps, lengths, flops}``.
+    Tokens are target tokens of all ranks.
+
+    - ``steps, consumed_tokens, full_length_step, full_batch_step, lengths`` (number of lengths), ``shapes`` (number of pairs
+      of rows and tokens per row), ``milestones [{step, seqlen, rows, consumed_tokens, lr}]``.
+    - With a data section: ``sample_tokens``, and ``dropped_tokens`` or ``leftover_tokens``.
+    - In half precision: ``gradient_dtype``, in which gradients accumulate and reduce.
+    - With a model section: ``parameters, flops, flops_of_full_length`` (the same tokens at full length).
+    - With ``training.seqlen_bucket``: ``without_seqlen_bucket {steps, lengths, flops}``.
     """
     timeline = config.timeline()
     rate = config.plan.learning_rate()
@@ -73,14 +75,14 @@ def plan(config: RunConfig, at: Iterable[int] = ()) -> dict[str, Any]:
 def milestones(timeline: Timeline, rate: TokenCosine | None, at: Iterable[int] = ()) -> list[dict[str, Any]]:
     """Return ``{step, seqlen, rows, consumed_tokens, lr}`` of the key steps of a run and of the steps ``at``.
 
-    Key steps are the first and the last one, the end of the learning rate warmup, and every tenth of the budget. Raises
-    ConfigError for a step outside the run.
+    Key steps are the first, the last, the end of the learning rate warmup, and every 10 % of the budget. Raises ConfigError
+    for a step outside the run.
     """
     asked = set(at)
     outside = sorted(step for step in asked if not 1 <= step <= timeline.steps)
     if outside:
         raise ConfigError(f"--at: {outside[0]} is not a step of this run; give steps from 1 to {timeline.steps}")
-    # A small budget has tenths of 0 tokens, at step 0, and a long warmup ends after the run: neither is a step of it.
+    # Without 0 and steps after the run: 10 % of a small budget may be 0 tokens, and a long warmup ends after the run.
     tenths = {timeline.steps_to(timeline.train_tokens * tenth // 10) for tenth in range(1, 10)}
     warmup = {timeline.steps_to(rate.warmup_tokens)} if rate else set()
     steps = {step for step in {1, timeline.steps} | tenths | warmup if 1 <= step <= timeline.steps} | asked
@@ -98,16 +100,16 @@ def _milestone(timeline: Timeline, rate: TokenCosine | None, step: int) -> dict[
 
 
 def data_use(timeline: Timeline, seq_length: int, recycle: bool) -> dict[str, int]:
-    """Return the tokens of the samples that a run reads, ``seq_length`` each, and how many of them it doesn't train on."""
-    # 4 samples of 1024 tokens at seqlen 256, truncated: 4096 tokens are read, 1024 trained on and 3072 left over.
+    """Return the tokens of the samples that a run reads, ``seq_length`` each, and those that it doesn't train on."""
+    # 4 samples of 1024 tokens, truncated to 256: 4096 tokens, 1024 of them trained on and 3072 left over.
     read = timeline.consumed_samples(timeline.steps) * seq_length
     left_over = read - timeline.consumed_tokens(timeline.steps)
     return {"sample_tokens": read, "leftover_tokens" if recycle else "dropped_tokens": left_over}
 
 
 def compute_use(timeline: Timeline, model: ModelConfig, full_length: int) -> dict[str, float]:
-    """Return the parameters of a model, the training FLOPs of a run, and those of as many tokens at full length."""
-    # Attention makes a token at a short length cheaper, so each length counts with its own tokens.
+    """Return the parameters of a model, the training FLOPs of a run, and those of the same tokens at full length."""
+    # A token at a short length needs fewer attention FLOPs, so the sum is over lengths.
     lengths, tokens = timeline.tokens_by_length()
     flops = float(np.sum(tokens * model.flops_per_token(lengths)))
     full = float(np.sum(tokens)) * model.flops_per_token(full_length)
@@ -115,7 +117,7 @@ def compute_use(timeline: Timeline, model: ModelConfig, full_length: int) -> dic
 
 
 def describe(summary: dict[str, Any]) -> str:
-    """Return a plan as text for a terminal: facts, then a table of milestones."""
+    """Format a plan for a terminal: facts, then a table of milestones."""
     rows = [f"{'step':>10} {'seqlen':>7} {'rows':>6} {'consumed tokens':>18} {'lr':>12}"]
     for m in summary["milestones"]:
         lr = "DeepSpeed's" if m["lr"] is None else f"{m['lr']:.4e}"
@@ -157,15 +159,15 @@ def _rows_line(summary: dict[str, Any]) -> str:
     full = summary["full_batch_step"]
     if full is None:
         reached = " (the full batch is never reached)"
-    elif full == 1:  # rows change only because samples are cut into segments
+    elif full == 1:  # rows change only because samples are segmented
         reached = ""
     else:
         reached = f" (from step {full:,})"
-    return f"rows of a step    {first:,} to {last:,}{reached}, {summary['shapes']} shapes of rows and their tokens"
+    return f"rows of a step    {first:,} to {last:,}{reached}, {summary['shapes']} shapes (rows, tokens per row)"
 
 
 def compare(plans: Mapping[str, dict[str, Any]]) -> str:
-    """Return plans by name as text for a terminal, one line per plan; with ``on_ranks`` also the estimated hours."""
+    """Format plans by name for a terminal, one line each; with ``on_ranks`` also the estimated hours."""
     width = max(map(len, plans))
     head = (
         f"{'':{width}} {'steps':>9} {'tokens':>17} {'full length at':>14} {'lengths':>7} {'left over':>9} {'FLOPs':>9}"
@@ -184,11 +186,11 @@ def compare(plans: Mapping[str, dict[str, Any]]) -> str:
 
 
 def draw(configs: Mapping[str, RunConfig], path: Path) -> None:
-    """Draw sequence length, learning rate and changing rows of runs against steps and consumed tokens.
+    """Plot sequence length, learning rate and changing rows of runs against steps and consumed tokens.
 
-    All runs share the axes. The suffix of ``path`` chooses the format of the picture.
+    All runs share the axes. The suffix of ``path`` selects the file format.
     """
-    from matplotlib.figure import Figure  # slow to import, and only needed here
+    from matplotlib.figure import Figure  # slow to import and only needed here
 
     runs = {name: _curves(config) for name, config in configs.items()}
     labels = [label for label in _DRAWSTYLES if any(label in run for run in runs.values())]
@@ -215,10 +217,10 @@ def draw(configs: Mapping[str, RunConfig], path: Path) -> None:
 
 
 def _curves(config: RunConfig) -> dict[str, NDArray[Any]]:
-    """Return the values to draw by the label of their axis, each (n,), at up to 2,000 steps of a run."""
+    """Return the values to plot by axis label, each (n,), at up to 2,000 steps of a run."""
     timeline = config.timeline()
     rate = config.plan.learning_rate()
-    # First and last step are always among them; a run of fewer than 2,000 steps has each step once.
+    # Always includes the first and the last step. A run of fewer than 2,000 steps has each step once.
     steps = np.unique(np.linspace(1, timeline.steps, 2000).astype(np.int64))
     curves: dict[str, NDArray[Any]] = {
         _STEP: steps,

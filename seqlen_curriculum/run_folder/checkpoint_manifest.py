@@ -1,7 +1,7 @@
-"""A checkpoint's ``complete.json``: what the folder ``global_step<N>`` holds.
+"""A checkpoint's ``complete.json``: the manifest of the folder ``global_step<N>``.
 
-It is written last of all. A folder without it, or with a file that is missing or of another size, is no checkpoint. One
-whose files have other bytes than were written, or can't be read from a bad disk, is damaged.
+It is written last. A folder without it, or with a file that is missing or has another size, is not a checkpoint. A
+checkpoint whose files have changed, or can't be read from a bad disk, is damaged.
 """
 
 from __future__ import annotations
@@ -41,31 +41,31 @@ class Manifest(Section):
     """The content of ``complete.json``."""
 
     step: CountOrZero
-    """The last step that was trained."""
+    """The last trained step."""
     data_ranks: Count
-    """Data-parallel ranks that the optimizer's state was sharded over."""
+    """Number of data-parallel ranks over which the optimizer's state was sharded."""
     zero_stage: Annotated[int, Field(ge=0, le=3)]
     zero: dict[str, Any]
     """The ``zero_optimization`` section."""
     run: dict[str, Any]
-    """The settings that decide what is trained, ``RunConfig.settings``."""
+    """The settings that determine the training, ``RunConfig.settings``."""
     rollbacks: list[Rollback] = Field(default_factory=list)
-    """Those whose skipped steps begin by ``step``: the weights depend on them."""
+    """Rollbacks whose skipped steps start by ``step``, on which the weights depend."""
     evaluations: Evaluations = Field(default_factory=Evaluations)
-    """Those up to ``step``."""
+    """The summary of evaluations up to ``step``."""
     files: dict[str, int]
-    """The size in bytes of each file below the folder but this one, by its path from there."""
+    """The size in bytes of each file in the folder except this one, by relative path."""
     crc32: dict[str, int] = Field(default_factory=dict)
-    """The CRC-32 of each of these files; a checkpoint of an earlier version has none."""
+    """The CRC-32 of each of these files. Checkpoints of earlier versions have none."""
 
 
 class Checkpoint(Manifest):
-    """A complete checkpoint on disk: its manifest, and the folder that it was read from."""
+    """A complete checkpoint on disk: its manifest and its folder."""
 
     folder: Path
 
     def includes_rollbacks(self, rollbacks: Iterable[Rollback]) -> bool:
-        """Return whether it was trained with the steps skipped that ``rollbacks`` skip up to it, and no others."""
+        """Return whether the checkpoint skipped exactly the steps that ``rollbacks`` skip up to it."""
         return skip_same_steps(self.rollbacks, begun_by(rollbacks, self.step))
 
 
@@ -76,8 +76,8 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     try:
         manifest = Manifest.model_validate_json(_checked((folder / MANIFEST).read_bytes()))
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder}: no readable {MANIFEST}, so it is no complete checkpoint") from error
-    # A file's size shows whether it is whole, without reading gigabytes. ``damage`` compares the bytes.
+        raise CheckpointError(f"{folder}: no readable {MANIFEST}, so it is not a complete checkpoint") from error
+    # The size detects truncated files without reading gigabytes. ``damage`` compares the bytes.
     for name, size in manifest.files.items():
         path = folder / name
         if not path.exists():
@@ -88,7 +88,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
 
 
 def _checked(text: bytes) -> str:
-    """Return a ``complete.json`` without its own CRC-32. Raises ValueError where it isn't what was written."""
+    """Return the content of a ``complete.json`` without its own CRC-32. Raises ValueError if it has changed."""
     content = json.loads(text)
     written = content.pop(_OWN_CRC32, None) if isinstance(content, dict) else None
     if written is not None and written != _crc32_of(content):
@@ -110,12 +110,12 @@ def crc32(path: Path) -> int:
 
 
 def damage(checkpoint: Checkpoint, part: int = 0, parts: int = 1, shards: bool = True) -> str:
-    """Read part ``part`` of ``parts`` of a checkpoint's files, and return how one of them is damaged; "" if none is.
+    """Verify part ``part`` of ``parts`` of a checkpoint's files, and return a description of the damage, "" if none.
 
-    Without ``shards`` only the Hugging Face files are read, which a model takes to write text.
+    Without ``shards`` only the Hugging Face files are verified, which suffice to generate text.
 
-    Neither torch nor safetensors would notice: a weight with a flipped bit loads as another number. Raises OSError, but
-    not for a disk that can't read what it holds: that is damage.
+    torch and safetensors don't detect changed bytes: a weight with a flipped bit loads as another number. A read error of
+    the disk counts as damage. Raises OSError for others.
     """
     names = [name for name in sorted(checkpoint.crc32) if shards or not name.endswith(".pt")]
     for name in names[part::parts]:
@@ -132,9 +132,9 @@ def damage(checkpoint: Checkpoint, part: int = 0, parts: int = 1, shards: bool =
 
 
 def seal(folder: Path, manifest: Manifest, written: Mapping[str, int]) -> None:
-    """Make all of ``folder`` durable and complete it with ``manifest``, given the sizes and CRC-32s of the files.
+    """Flush ``folder`` to disk and write ``manifest``, with the sizes and CRC-32s of the files.
 
-    ``written`` has the CRC-32 of the files that other ranks have made durable. Raises OSError.
+    ``written`` has the CRC-32 of the files that other ranks have flushed. Raises OSError.
     """
     crcs = dict(written)
     paths = sorted(folder.rglob("*"))
@@ -148,12 +148,12 @@ def seal(folder: Path, manifest: Manifest, written: Mapping[str, int]) -> None:
             sync(path)
     sizes = {name: path.stat().st_size for name, path in names.items()}
     content = manifest.model_copy(update={"files": sizes, "crc32": dict(sorted(crcs.items()))}).model_dump(mode="json")
-    # On return the disk has the folder's own names too.
+    # Also flush the names in the folder.
     replace_text(folder / MANIFEST, json.dumps({**content, _OWN_CRC32: _crc32_of(content)}, indent=2))
 
 
 def checkpoint_folders(save: Path) -> list[Path]:
-    """Return the folders in ``save`` that are named like checkpoints, oldest first, whole or not."""
+    """Return the folders in ``save`` that are named like checkpoints, oldest first, complete or not."""
 
     # By number: as text, global_step9 would come after global_step10. Not global_step9.damaged.
     folders = {folder.name.removeprefix(CHECKPOINT_PREFIX): folder for folder in save.glob(f"{CHECKPOINT_PREFIX}*")}
@@ -161,7 +161,7 @@ def checkpoint_folders(save: Path) -> list[Path]:
 
 
 def differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> dict[str, str]:
-    """Return each setting that differs between a checkpoint and the current run, and how."""
+    """Return the settings that differ between a checkpoint and the current run, each with both values."""
     keys = sorted({*saved, *current})
     return {
         key: f"{saved.get(key)!r} in the checkpoint, {current.get(key)!r} now"

@@ -15,9 +15,9 @@ T = TypeVar("T")
 
 
 def read_checked(path: Path, schema: TypeAdapter[T], fix: str) -> T | None:
-    """Return the content of the JSON file ``path``, None where there is no such file.
+    """Return the content of the JSON file ``path``, None if it doesn't exist.
 
-    Raises CheckpointError, which ends with ``fix``, for a file that can't be read or doesn't follow ``schema``.
+    Raises CheckpointError, ending with ``fix``, if it can't be read or doesn't match ``schema``.
     """
     try:
         return schema.validate_json(path.read_bytes())

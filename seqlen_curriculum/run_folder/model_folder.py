@@ -1,4 +1,4 @@
-"""A folder with a causal language model in Hugging Face's format: a checkpoint, a run's or anybody's; read without torch."""
+"""A folder with a causal language model in Hugging Face's format, such as a checkpoint or a download; read without torch."""
 
 from __future__ import annotations
 
@@ -30,27 +30,27 @@ SIZES = {
     "max_position_embeddings": ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length"),
     "vocab_size": ("vocab_size",),
 }
-"""The model section's names of a model's sizes, and the names that Hugging Face's architectures use."""
+"""Names of model sizes: those of the model section, and those of Hugging Face's architectures."""
 _CAUSAL = ("ForCausalLM", "LMHeadModel")
-"""Ends of the names of architectures."""
+"""Suffixes of the names of causal language models."""
 _BUFFERS = (".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias", ".inv_freq")
-"""Ends of the names of tensors that older folders hold beside the weights."""
+"""Suffixes of tensors in older folders that aren't weights."""
 _INCIDENTAL = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache")
-"""Keys of ``config.json`` that change without the model."""
+"""Keys of ``config.json`` that don't affect the model."""
 _BLOCK_BYTES, _BLOCKS = 4096, 64
 
 
 @dataclass(frozen=True)
 class PretrainedModel:
-    """A causal language model in ``folder``, as its files describe it; the weights' values are not read."""
+    """A causal language model in ``folder``, described by its files without reading the values of its weights."""
 
     folder: Path
     config: dict[str, Any]
     """``config.json``."""
     shapes: dict[str, tuple[int, ...]]
-    """Of the weights, by name."""
+    """Shapes of the weights, by name."""
     files: list[Path]
-    """That hold the weights."""
+    """Paths of the weight files."""
 
     @property
     def model_type(self) -> str:
@@ -59,12 +59,12 @@ class PretrainedModel:
 
     @property
     def is_plain_gpt2(self) -> bool:
-        """Whether ``build_gpt2`` builds this architecture; sizes and activation may differ."""
+        """True if ``build_gpt2`` can build this architecture, for any sizes and activation."""
         is_variant = self.config.get("add_cross_attention") or self.config.get("tie_word_embeddings") is False
         return self.model_type == "gpt2" and not is_variant
 
     def sizes(self) -> dict[str, int]:
-        """Return the sizes that ``config.json`` gives, by the names in ``SIZES``; the vocabulary without padding."""
+        """Return the sizes in ``config.json``, by the names in ``SIZES``, with the vocabulary without padding."""
         sizes, vocab_size = sizes_in(self.config), vocabulary(self.folder)
         return sizes if vocab_size is None else {**sizes, "vocab_size": vocab_size}
 
@@ -73,25 +73,25 @@ class PretrainedModel:
         return sum(math.prod(shape) for name, shape in self.shapes.items() if not name.endswith(_BUFFERS))
 
     def looked_up_count(self) -> int:
-        """Return the parameters of a word embedding that the head does not multiply with; 0 if the head is tied to it."""
+        """Return the parameters of a word embedding that isn't tied to the head, 0 if it is tied."""
         vocab_size, hidden_size = self.config.get("vocab_size"), self.sizes().get("hidden_size")
         if vocab_size is None or hidden_size is None:
             return 0
-        # An untied head is a second weight of the embedding's shape: Llama of 32,000 words by 4,096 has two, GPT-2 one.
+        # An untied head is a second weight with the embedding's shape: Llama (32,000 x 4,096) has two, GPT-2 one.
         is_untied = list(self.shapes.values()).count((vocab_size, hidden_size)) > 1
         return int(vocab_size * hidden_size) if is_untied else 0
 
     @cached_property
     def fingerprint(self) -> str:
-        """A digest of architecture and weights that does not depend on the path."""
+        """A digest of architecture and weights that doesn't depend on the path."""
         lasting = {key: value for key, value in self.config.items() if key not in _INCIDENTAL}
         digest = hashlib.blake2b(json.dumps(lasting, sort_keys=True).encode(), digest_size=16)
         for path in self.files:
             size = path.stat().st_size
             digest.update(f"{path.name} {size}".encode())
             with path.open("rb") as file:
-                # 64 blocks of 4 KiB, evenly spaced, the last one at the file's end: 256 KiB of any file, where hashing a
-                # 14 GB checkpoint whole would take minutes at every launch. Training changes every block of the weights.
+                # 64 evenly spaced blocks of 4 KiB, including the end of the file: hashing a 14 GB checkpoint would take
+                # minutes at every launch. Training changes every block of the weights.
                 for block in range(_BLOCKS):
                     file.seek(max(size - _BLOCK_BYTES, 0) * block // (_BLOCKS - 1))
                     digest.update(file.read(_BLOCK_BYTES))
@@ -99,14 +99,14 @@ class PretrainedModel:
 
 
 def read_pretrained(folder: Path) -> PretrainedModel:
-    """Read the causal language model in ``folder`` and check that the files of its weights are whole.
+    """Read the description of the causal language model in ``folder`` and check that its weight files are complete.
 
-    Raises CheckpointError, and ConfigError for a model of another kind.
+    Raises CheckpointError, and ConfigError for a model of another type.
     """
     newest = model_folder(folder)
     if newest != folder:
         raise ConfigError(
-            f"{folder}: the folder of a run, whose newest checkpoint changes; name one checkpoint, such as {newest}"
+            f"{folder}: is the folder of a run, whose newest checkpoint changes; give one checkpoint, such as {newest}"
         )
     config = read_json(folder / "config.json")
     _check_causal(folder, config)
@@ -115,16 +115,16 @@ def read_pretrained(folder: Path) -> PretrainedModel:
 
 
 def sizes_in(config: Mapping[str, Any]) -> dict[str, int]:
-    """Return the sizes that a model's configuration gives, by the names in ``SIZES``."""
-    # The first of the names wins where a configuration has several, because a later item of a dict replaces an earlier.
+    """Return the sizes in a model's configuration, by the names in ``SIZES``."""
+    # If a configuration has several of the names, the first is used, because later items of a dict replace earlier ones.
     sizes = {size: config[name] for size, names in SIZES.items() for name in reversed(names) if name in config}
     return {size: value for size, value in sizes.items() if type(value) is int}
 
 
 def no_size(size: str, config: dict[str, Any]) -> str:
-    """Return the message that ``config`` doesn't give ``size``, and the fix."""
+    """Return the error message for a ``config`` without ``size``."""
     if "text_config" in config and size != "max_position_embeddings":
-        return f"config.json has {size} only in the text_config of a model of several parts; give the folder of a text model"
+        return f"config.json has {size} only in the text_config of a multimodal model; give the folder of a text model"
     names = " or ".join(SIZES[size])
     return f"config.json has no {size} (as {names}); set model.{size} to the model's own"
 
@@ -133,9 +133,9 @@ def _check_causal(folder: Path, config: dict[str, Any]) -> None:
     architectures = config.get("architectures")
     name = ", ".join(map(str, architectures)) if isinstance(architectures, list) else ""
     if config.get("is_encoder_decoder"):
-        problem = f"{name or 'it'} is an encoder with a decoder"
+        problem = f"{name or 'it'} is an encoder-decoder model"
     elif not name.endswith(_CAUSAL):
-        problem = f"its config.json names the architecture {name or 'of no model'}"
+        problem = f"its config.json has the architecture {name or 'of no model'}"
     elif not isinstance(config.get("model_type"), str):
         problem = "its config.json has no model_type"
     else:
@@ -147,7 +147,7 @@ def _check_causal(folder: Path, config: dict[str, Any]) -> None:
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    # Large models are split over files, and the index says which weight is in which.
+    # Large models are split over files, and the index maps weights to files.
     index = folder / "model.safetensors.index.json"
     if not index.exists():
         return [folder / "model.safetensors"]
@@ -170,16 +170,16 @@ def _shapes(path: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 
 def model_folder(path: Path) -> Path:
-    """Return the folder with a ``config.json`` that ``path`` means: itself, or a run's newest complete checkpoint.
+    """Return the model folder for ``path``: itself if it has a ``config.json``, or a run's newest complete checkpoint.
 
-    The files of a checkpoint's model are compared with its manifest, byte by byte. Raises CheckpointError.
+    The files of a checkpoint's model are verified against its manifest. Raises CheckpointError.
     """
     if not path.is_dir():
         problem = (
             "is a file; give the folder it is in" if path.exists() else "there is no such folder; give one that exists"
         )
         raise CheckpointError(f"{path}: {problem}: a checkpoint, a run's --save folder or a Hugging Face model")
-    # .global_step<N>.tmp is a checkpoint that a kill left unfinished, with a config.json in it perhaps.
+    # .global_step<N>.tmp is an unfinished checkpoint left by a kill, which may have a config.json.
     if (path / MANIFEST).exists() or path.name.lstrip(".").startswith(CHECKPOINT_PREFIX):
         if problem := damage(read_checkpoint(path), shards=False):
             raise CheckpointError(f"{problem}; give another checkpoint, or restore this one from a copy")
@@ -199,11 +199,11 @@ def _newest_checkpoint(run: Path) -> Path:
             unusable.append(str(error))
             continue
         if rollbacks is not None and not checkpoint.includes_rollbacks(rollbacks):
-            unusable.append(f"{folder}: holds steps that a rollback discarded")
+            unusable.append(f"{folder}: contains steps that a rollback discarded")
         elif problem := damage(checkpoint, shards=False):
             unusable.append(problem)
             if global_rank() == 0:
-                print(f"warning: passing over an unusable checkpoint: {problem}", file=sys.stderr)
+                print(f"warning: skipping an unusable checkpoint: {problem}", file=sys.stderr)
         else:
             return folder
     if unusable:
@@ -217,7 +217,7 @@ def _newest_checkpoint(run: Path) -> Path:
 def vocabulary(folder: Path) -> int | None:
     """Return the vocabulary size of the model in ``folder``, without the padding rows of this package's checkpoints.
 
-    None where no file gives it. Raises CheckpointError, ConfigError.
+    None if no file has it. Raises CheckpointError, ConfigError.
     """
     if (folder / MANIFEST).exists():
         vocab_size = read_checkpoint(folder).run.get("model.vocab_size")

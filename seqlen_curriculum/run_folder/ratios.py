@@ -1,7 +1,7 @@
-"""How far a loss is above the best before it: the measures of stability of the paper's Tables 1 and 3.
+"""Ratios of a loss to the best before it: the stability measures in the paper's Tables 1 and 3.
 
-The loss ratio of a training step is its loss over the least of all earlier steps. The perplexity ratio of an evaluation
-is its perplexity over the least of all earlier evaluations.
+The loss ratio of a training step is its loss over the lowest of all earlier steps. The perplexity ratio of an evaluation
+is its perplexity over the lowest of all earlier evaluations.
 
 Shapes: ``n`` steps or evaluations.
 """
@@ -17,20 +17,20 @@ __all__ = ["loss_ratio", "perplexity_ratio", "perplexity_ratios", "ratios_to_bes
 
 
 def loss_ratio(loss: float, best: float) -> float | None:
-    """Return ``loss`` over the ``best`` before it; None where that is not finite, as for a run's first step (best inf)."""
+    """Return ``loss`` over the ``best`` before it; None if that is not finite, as for the first step (best inf)."""
     ratio = loss / best if 0 < best < math.inf else math.nan
     return ratio if math.isfinite(ratio) else None
 
 
 def ratios_to_best(values: ArrayLike) -> NDArray[np.float64]:
-    """Return each of ``values`` (n,) over the least before it, (n,); NaN for the first, which has none before it."""
+    """Return each of ``values`` (n,) over the lowest before it, (n,), with NaN for the first."""
     return np.asarray(values, dtype=np.float64) / _best_before(values)
 
 
 def perplexity_ratio(loss: float, best: float) -> float:
     """Return the ratio of the perplexities of two losses in nats per token."""
-    # exp(loss) / exp(best) = exp(loss - best), where neither can overflow: a diverged loss of 800 nats has a ratio too.
-    # exp(700) is 1e304; a float overflows above exp(709).
+    # exp(loss) / exp(best) = exp(loss - best), which avoids overflow of exp(loss) for a diverged loss of 800 nats. Floats
+    # overflow above exp(709), so the exponent is limited to 700.
     return math.exp(min(loss - best, 700))
 
 
@@ -41,6 +41,6 @@ def perplexity_ratios(losses: ArrayLike) -> NDArray[np.float64]:
 
 
 def _best_before(values: ArrayLike) -> NDArray[np.float64]:
-    """The least of the values before each, (n,): [4, 5, 2, 3] has [NaN, 4, 4, 2]."""
+    """Return the lowest of the values before each, (n,): [NaN, 4, 4, 2] for [4, 5, 2, 3]."""
     column = np.asarray(values, dtype=np.float64)
     return np.concatenate([[np.nan], np.minimum.accumulate(column)[:-1]]) if column.size else column

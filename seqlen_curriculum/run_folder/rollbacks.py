@@ -1,7 +1,7 @@
-"""A run's ``rollbacks.json``: which steps its rollbacks skip, and why.
+"""A run's ``rollbacks.json``: the steps that its rollbacks skip, and the spikes that caused them.
 
-A rollback returns to a checkpoint and skips the steps up to the spike, as Megatron's ``--iterations-to-skip`` does: their
-tokens are consumed, nothing is trained on them. So a run's weights are a function of the step and of the skipped steps.
+A rollback returns to a checkpoint and skips the steps up to the spike, like Megatron's ``--iterations-to-skip``: their
+tokens are consumed but not trained on. So a run's weights are a function of the step and of the skipped steps.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Rollback(Section):
     """A spike and the steps that were skipped because of it."""
 
     step: Count
-    """Of the spike."""
+    """The step of the spike."""
     loss: float | None
     """Its training loss; None if not finite."""
     ratio: float | None
@@ -45,10 +45,10 @@ class Rollback(Section):
     returned_to: CountOrZero
     """The step of the checkpoint."""
     skipped: tuple[Count, Count]
-    """The first and the last step that are skipped."""
+    """The first and the last skipped step."""
     seconds: Annotated[float, Field(ge=0)] = 0.0
-    """Spent on the logged steps and evaluations after ``returned_to`` that were discarded, without the step of the spike.
-    Differs from machine to machine, so no decision depends on it."""
+    """Seconds of the discarded steps and evaluations after ``returned_to``, without the step of the spike. Depends on the
+    machine, so it doesn't affect training."""
 
     @model_validator(mode="after")
     def _in_order(self) -> Rollback:
@@ -61,7 +61,7 @@ _SCHEMA = TypeAdapter(list[Rollback])
 
 
 def begun_by(rollbacks: Iterable[Rollback], step: int) -> list[Rollback]:
-    """Return those whose skipped steps begin at or before ``step``: the weights after ``step`` depend on no others."""
+    """Return the rollbacks whose skipped steps start at or before ``step``, on which the weights after ``step`` depend."""
     return [rollback for rollback in rollbacks if rollback.skipped[0] <= step]
 
 
@@ -76,19 +76,18 @@ def skipped_window(step: int, count: int) -> tuple[int, int]:
 
 
 def skip_same_steps(one: Iterable[Rollback], other: Iterable[Rollback]) -> bool:
-    """Return whether both skip the same steps: then weights trained under the one serve the other."""
+    """Return whether both skip the same steps, so that weights trained with one are valid for the other."""
     return [rollback.skipped for rollback in one] == [rollback.skipped for rollback in other]
 
 
 def steps_to_keep(steps: Sequence[int], keep_last: int, skip_steps: int, always: Iterable[int] = ()) -> set[int]:
-    """Return which of the checkpoints at ``steps``, ascending, to keep: the newest ``keep_last``, ``always``, and one to
-    roll back to.
+    """Return the checkpoints to keep of those at ``steps``, ascending: the newest ``keep_last``, ``always``, and one more.
 
-    The latter is the newest from before all steps that a spike at the very next step would skip. If there is none yet, the
-    oldest is kept.
+    The last one is for a rollback: the newest from before all steps that a spike at the next step would skip, or the oldest
+    if there is none.
     """
-    # With checkpoints at 12, 18 and 24 and skip_steps 8, a spike at 25 would skip 18 to 25: 12 has to stay. A later spike
-    # skips later steps, so what serves the next step serves all.
+    # With checkpoints at 12, 18 and 24 and skip_steps 8, a spike at 25 would skip 18 to 25, so 12 is kept. A later spike
+    # skips later steps, so it can use the same checkpoint.
     first, _ = skipped_window(steps[-1] + 1, skip_steps)
     old_enough = [step for step in steps if step < first]
     return {*always, *steps[-keep_last:], old_enough[-1] if old_enough else steps[0]}
@@ -100,7 +99,7 @@ def read_rollbacks(save: Path) -> list[Rollback] | None:
 
 
 def write_rollbacks(save: Path, rollbacks: Sequence[Rollback]) -> None:
-    """Replace ``rollbacks.json``; on return the disk has it. Raises CheckpointError, with the old file untouched."""
+    """Replace ``rollbacks.json`` and flush it to disk. Raises CheckpointError; the old file is then unchanged."""
     path = save / ROLLBACKS
     text = json.dumps([rollback.model_dump(mode="json") for rollback in rollbacks], indent=2, allow_nan=False)
     try:

@@ -1,4 +1,4 @@
-"""A run's ``run.json``: what the run was trained with, so that a report needs nothing but the folder."""
+"""A run's ``run.json``: its configuration and launches, so that a report needs only the run folder."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from seqlen_curriculum.run_folder.json_file import read_checked
 __all__ = ["Launch", "RunInfo", "read_run_info", "write_run_info"]
 
 
-# Another version of this package may have written further keys: they are accepted, and kept when a launch is added.
+# Keys written by another version of this package are accepted, and kept when a launch is added.
 _OPEN = ConfigDict(extra="allow", frozen=True)
 
 
@@ -30,9 +30,9 @@ class Launch(BaseModel):
     ranks: int
     first_step: int
     versions: dict[str, str]
-    """Of Python and the packages, by name."""
+    """Versions of Python and the packages, by name."""
     device: dict[str, Any]
-    """Of the node of rank 0: ``accelerator`` (None on a CPU), ``cpu``, ``cores``, ``memory_bytes``."""
+    """Devices of rank 0's node: ``accelerator`` (None on a CPU), ``cpu``, ``cores``, ``memory_bytes``."""
 
 
 class RunInfo(BaseModel):
@@ -41,7 +41,7 @@ class RunInfo(BaseModel):
     model_config = _OPEN
 
     config: dict[str, Any]
-    """The newest launch's configuration, with defaults and overrides filled in."""
+    """The configuration of the newest launch, with defaults and overrides."""
     launches: list[Launch]
     """Oldest first."""
 
@@ -50,8 +50,8 @@ _SCHEMA = TypeAdapter(RunInfo)
 
 
 def read_run_info(save: Path) -> RunInfo | None:
-    """Return ``SAVE/run.json``, None if there is none. Raises CheckpointError if it is damaged."""
-    return read_checked(save / RUN_INFO, _SCHEMA, "move it away to do without")
+    """Return the content of ``SAVE/run.json``, None without the file. Raises CheckpointError if it is damaged."""
+    return read_checked(save / RUN_INFO, _SCHEMA, "move it away to continue without it")
 
 
 def write_run_info(save: Path, info: RunInfo) -> None:

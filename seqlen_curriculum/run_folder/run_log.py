@@ -1,10 +1,10 @@
-"""A run's ``runlog.jsonl``: one JSON object per line, written as training goes, so that analysis needs no engine.
+"""A run's ``runlog.jsonl``: one JSON object per line, written during training.
 
 ======================  ===================================================================================
 training step           ``step, seqlen, rows, consumed_tokens, loss, lr, grad_norm``, and of ``MACHINE_KEYS``
                         ``seconds, data_seconds, mfu, peak_memory_bytes``, after a checkpoint
                         ``checkpoint_seconds``; every ``training.variance_interval`` steps Adam's moments
-step that was skipped   ``step, seqlen, rows, consumed_tokens, skipped`` (true)
+skipped step            ``step, seqlen, rows, consumed_tokens, skipped`` (true)
 evaluation              ``step, consumed_tokens, valid_loss, valid_ppl, seconds``
 ======================  ===================================================================================
 """
@@ -28,30 +28,32 @@ from seqlen_curriculum.files import sync
 __all__ = ["MACHINE_KEYS", "RunLog", "losses", "read_run_log", "records_after"]
 
 MACHINE_KEYS = ("seconds", "data_seconds", "checkpoint_seconds", "mfu", "peak_memory_bytes")
-"""Keys whose values depend on the machine and its load: two runs that train alike differ in them.
+"""Keys whose values depend on the machine and its load, and differ between runs that are otherwise identical.
 
-``seconds`` of the step or evaluation; ``data_seconds`` that it waited for its batch; ``checkpoint_seconds`` that training
-stood still for a checkpoint before the step; ``mfu``, the model FLOPs utilization (None where the peak speed of the card is
-unknown); ``peak_memory_bytes`` on rank 0's device since the last step (on a CPU: of the process since it started).
+- ``seconds``: duration of the step or evaluation.
+- ``data_seconds``: time that it waited for its batch.
+- ``checkpoint_seconds``: time that a checkpoint before the step blocked training.
+- ``mfu``: model FLOPs utilization (None if the peak speed of the device is unknown).
+- ``peak_memory_bytes``: on rank 0's device since the last step (on a CPU: of the process since its start).
 """
 _LOSS = re.compile(rb'"loss": (-?\d+(?:\.\d+)?(?:e[+-]?\d+)?)[,}]')
 _LINES_BYTES = 2**20
-_ENCODER = json.JSONEncoder(allow_nan=False)  # json.dumps would make a new one for each line
+_ENCODER = json.JSONEncoder(allow_nan=False)  # json.dumps would create one per line
 
 
 class RunLog:
-    """Appends records to ``path``. Each line goes to the system at once, so a kill loses no finished step."""
+    """Log that appends records to ``path``. Lines are unbuffered, so a kill doesn't lose finished steps."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        # Unbuffered: what Python holds back is lost with the process, what the system has been given is not.
+        # Unbuffered, because data in Python's buffer is lost with the process, data written to the system is not.
         self._file = self.path.open("ab", buffering=0)
 
     def write(self, record: dict[str, Any]) -> None:
-        """Append one record. Raises DataError when the disk is full."""
+        """Append one record. Raises DataError if the disk is full."""
         try:
             line = (_ENCODER.encode(record) + "\n").encode()
-            if self._file.write(line) != len(line):  # where the disk is full only now
+            if self._file.write(line) != len(line):  # the disk may be full only now
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
             raise DataError(
@@ -60,15 +62,15 @@ class RunLog:
 
     def close(self) -> None:
         """Flush to disk and close."""
-        with contextlib.suppress(OSError):  # not every file system can; a full disk was reported by write
+        with contextlib.suppress(OSError):  # not supported by every file system; a full disk was reported by write
             os.fsync(self._file.fileno())
         self._file.close()
 
     @staticmethod
     def rewind(path: str | Path, step: int) -> int:
-        """Drop the records after ``step`` and a last line cut short by a kill; return how many lines were dropped.
+        """Drop the records after ``step`` and a partial last line; return the number of dropped lines.
 
-        A run that resumes after ``step`` writes the same records again. A kill in between loses nothing.
+        A run that resumes after ``step`` writes the same records again.
         """
         path = Path(path)
         if not path.exists():
@@ -81,9 +83,9 @@ class RunLog:
 
 
 def _end_of(path: Path, step: int) -> tuple[int, int]:
-    """Return where the records up to ``step`` end, in bytes, and how many lines follow, records or not.
+    """Return the byte offset at which the records up to ``step`` end, and the number of lines after it.
 
-    Steps never decrease in a log, so it is read from the end, as far as need be: no other part of it is touched.
+    Steps never decrease in a log, so it is read backwards from the end, only as far as necessary.
     """
     later = 0
     with path.open("rb") as file:
@@ -101,15 +103,15 @@ def _end_of(path: Path, step: int) -> tuple[int, int]:
 
 
 def records_after(path: Path, step: int) -> Iterator[dict[str, Any]]:
-    """Yield the records after ``step`` without reading those before. Raises DataError on a damaged line among them."""
+    """Yield the records after ``step`` without reading earlier ones. Raises DataError for a damaged line among them."""
     return read_run_log(path, _end_of(path, step)[0])
 
 
 def losses(path: Path) -> Iterator[float]:
     """Yield the training loss of every step that has one, in order, without parsing whole records."""
     with path.open("rb") as file:
-        # 10 million records of 170 bytes: 9 s of a core, where json takes 70 s. The quotes keep "valid_loss" out; losses
-        # are finite JSON numbers, because write() refuses others.
+        # 10 million records of 170 bytes take 9 s, with json 70 s. The quotes exclude "valid_loss". Losses are finite JSON
+        # numbers, because write() refuses others.
         for lines in iter(partial(file.readlines, _LINES_BYTES), []):
             if not lines[-1].endswith(b"\n"):
                 lines.pop()
@@ -117,15 +119,15 @@ def losses(path: Path) -> Iterator[float]:
 
 
 def read_run_log(path: str | Path, start: int = 0) -> Iterator[dict[str, Any]]:
-    """Yield the records of a log from byte ``start`` on, in order, without a last line still being written.
+    """Yield the records of a log from byte ``start`` on, in order, without a partial last line.
 
-    Raises DataError on a damaged line, whose number counts from ``start``.
+    Raises DataError for a damaged line, whose number counts from ``start``.
     """
     with Path(path).open(encoding="utf-8", errors="replace") as file:
         file.seek(start)
         for number, line in enumerate(file, start=1):
             if not line.endswith("\n"):
-                return  # the writer may add the rest before the next read, which would look like a line of its own
+                return  # the writer may add the rest before the next read, which would look like a separate line
             record = _parsed(line)
             if record is None:
                 raise DataError(f"{path}: line {number} is not a run log record: {line[:80]!r}")
@@ -133,7 +135,7 @@ def read_run_log(path: str | Path, start: int = 0) -> Iterator[dict[str, Any]]:
 
 
 def _parsed(line: str) -> dict[str, Any] | None:
-    """Return the record in a whole ``line`` of the log, None if there is none."""
+    """Return the record in a complete ``line`` of the log, None if it isn't one."""
     try:
         record = json.loads(line)
     except json.JSONDecodeError:

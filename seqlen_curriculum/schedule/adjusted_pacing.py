@@ -1,4 +1,4 @@
-"""Pacing functions derived from others: with lengths rounded to a bucket, or with pauses."""
+"""Pacing functions that wrap another one: lengths rounded to a bucket, and a ramp with pauses."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Bucketed(StepFunction):
         return self._rounded(self.inner(steps))
 
     def _rounded(self, lengths: IntArray) -> IntArray:
-        # Bucket 64 of lengths 8 to 100: 8 -> 64 (lowest), 70 -> 64, 99 -> 64, and 100, the longest, stays 100.
+        # Lengths 8 to 100 in buckets of 64: 8 -> 64 (lowest), 70 -> 64, 99 -> 64, and the longest, 100, stays 100.
         down = np.maximum(lengths - lengths % self.bucket, self.lowest)
         return np.where(lengths == self.highest, self.highest, down)
 
@@ -50,7 +50,7 @@ class Bucketed(StepFunction):
 
 @dataclass(frozen=True)
 class Paused(StepFunction):
-    """``inner`` paused for ``interval`` steps after each step of ``held``; these are at least ``interval`` apart.
+    """``inner`` paused for ``interval`` steps after each step in ``held``, which are at least ``interval`` apart.
 
     With ``held`` (2,) and ``interval`` 3, steps 1 to 7 have the lengths of steps 1, 2, 2, 2, 2, 3, 4 of ``inner``.
     """
@@ -73,14 +73,14 @@ class Paused(StepFunction):
         return self.inner.highest
 
     def clock(self, steps: IntArray) -> IntArray:
-        """Return the step of ``inner`` whose length each step has."""
-        # (steps, held): how many steps of each pause are over, 0 before it and all of them after it.
+        """Return the step of ``inner`` that gives the length of each step."""
+        # (steps, held): the steps of each pause that are over, 0 before the pause and ``interval`` after it.
         paused = np.clip(steps[:, None] - np.asarray(self.held, np.int64), 0, self.interval)
         return np.asarray(steps - paused.sum(axis=1), np.int64)
 
     def _at_clock(self, times: IntArray) -> IntArray:
-        """Return the first step at which the clock shows each of ``times``."""
-        # A pause after the first step that shows the time doesn't count, so only holds at an earlier time do.
+        """Return the first step at which ``clock`` returns each of ``times``."""
+        # Only pauses at an earlier time delay that step: a pause after it has no effect.
         pauses_before = np.searchsorted(self.clock(np.asarray(self.held, np.int64)), times, side="left")
         return np.asarray(times + self.interval * pauses_before, np.int64)
 
@@ -88,18 +88,18 @@ class Paused(StepFunction):
         return self.inner(self.clock(steps))
 
     def changes(self, last_step: int) -> tuple[IntArray, IntArray]:
-        # Pauses only delay the changes of the inner pacing, so those up to last_step of it are enough.
+        # Pauses only delay changes, so the changes of the inner pacing up to last_step are enough.
         first_steps, lengths = self.inner.changes(last_step)
         return self._at_clock(first_steps), lengths
 
 
 def bucketed(pacing: Pacing, bucket: int | None) -> Pacing:
-    """Return ``pacing`` with lengths in multiples of ``bucket``, unchanged for None. ConfigError if no multiple fits."""
+    """Return ``pacing`` with lengths in multiples of ``bucket``; None changes nothing. ConfigError if no multiple fits."""
     if bucket is None:
         return pacing
     if bucket > pacing.highest:
         raise ConfigError(f"training.seqlen_bucket: {bucket} is above the longest length {pacing.highest}; lower it")
-    # Lengths 70 and 100 in buckets of 64: 70 becomes 128, above the longest length. A constant length is never rounded.
+    # Lengths 70 to 100 in buckets of 64: 70 is rounded up to 128, above 100. A constant length is never rounded.
     lowest = ceil_div(pacing.lowest, bucket) * bucket
     if lowest > pacing.highest > pacing.lowest:
         raise ConfigError(

@@ -1,7 +1,7 @@
 """Batch size warmup as in GPT-3, the paper's baseline: the rows of a step grow with consumed tokens.
 
 Source: Megatron-LM's ``--rampup-batch-size START INCREMENT SAMPLES``, counted in target tokens instead of samples. In
-Section 5.1 of the paper it makes training no more stable.
+Section 5.1 of the paper it does not improve stability.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ class BatchSizeWarmup(Section):
     increment: Count
     """Rows added at each level; a divisor of ``train_batch_size - start``."""
     tokens: Count
-    """Consumed target tokens from which on a step has ``train_batch_size`` rows (GPT-3: 4e9)."""
+    """Consumed target tokens after which every step has ``train_batch_size`` rows (GPT-3: 4e9)."""
 
     def rows(self, train_batch_size: int) -> BatchSizeRamp:
-        """Return the warmup that ends at ``train_batch_size``. ConfigError if no whole number of increments leads there."""
+        """Return the warmup to ``train_batch_size``. Raises ConfigError unless it is a whole number of increments."""
         if self.start >= train_batch_size:
             raise ConfigError(
                 f"{BLOCK}.start: {self.start} is not below train_batch_size {train_batch_size}, the end of the warmup; "
@@ -62,9 +62,9 @@ class BatchSizeWarmup(Section):
 
 @dataclass(frozen=True)
 class BatchSizeRamp:
-    """Rows that rise from ``start`` to ``final`` in equal shares of ``tokens`` consumed tokens, ``increment`` at a time.
+    """Rows that increase from ``start`` to ``final`` by ``increment``, evenly spaced over ``tokens`` consumed tokens.
 
-    GPT-3 125M: from 16 to 256 rows by 16 are 15 increments, one after each 4e9 / 15 = 266,666,666.7 tokens.
+    GPT-3 125M: 16 to 256 rows by 16 takes 15 increments, one after every 4e9 / 15 = 266,666,666.7 tokens.
     """
 
     start: int
@@ -74,25 +74,25 @@ class BatchSizeRamp:
 
     @property
     def increments(self) -> int:
-        """How often the rows rise."""
+        """The number of increments."""
         return (self.final - self.start) // self.increment
 
     def __call__(self, consumed_tokens: int) -> int:
-        """Return the rows of the step that begins after ``consumed_tokens``, in exact integers."""
+        """Return the rows of the step that starts after ``consumed_tokens``, in exact integers."""
         return self.start + self.increment * min(consumed_tokens * self.increments // self.tokens, self.increments)
 
     def by_step(self, lengths: Piecewise) -> Piecewise:
         """Return the rows of each step of a run with these ``lengths``, by one bisection per level.
 
-        Where samples are shortened in another way, ``lengths`` are the used tokens of a sample, and rows are samples.
+        If samples are not truncated, ``lengths`` are the used tokens of a sample, and the result counts samples.
         """
         # Rows 2, 4, 6 with 20 tokens per level, lengths 4, 4, 4, 8: steps of 8 tokens reach 20 at step 3, with 24 consumed;
         # step 4 has 4 rows of 8 tokens and reaches 56, past 40; step 5 has 6 rows.
         first_steps, rows, consumed = [1], [self.start], 0
         while rows[-1] < self.final:
             level = (rows[-1] - self.start) // self.increment
-            # The level ends with the first step at whose end its share of the tokens is consumed. All its steps have as
-            # many rows, so that is where one row has trained on a 1 / rows share of what is missing.
+            # The level ends with the first step that reaches its share of the tokens. All its steps have the same rows,
+            # so that is the step at which a single row has consumed 1 / rows of the missing tokens.
             level_ends_at = ceil_div((level + 1) * self.tokens, self.increments)  # consumed tokens
             row_tokens = lengths.total(first_steps[-1] - 1)  # of one row in all steps so far
             missing_row_tokens = ceil_div(level_ends_at - consumed, rows[-1])

@@ -38,7 +38,7 @@ BLOCK = "curriculum_learning"
 
 
 class _Curriculum(BatchGrowthKeys):
-    """The keys that every schedule type has."""
+    """The keys of every schedule type."""
 
     enabled: bool = True
     """``false`` trains at full length from the first step."""
@@ -82,11 +82,11 @@ class _Curriculum(BatchGrowthKeys):
 
     @property
     def difficulty_step(self) -> int:
-        """Every length but the longest is a multiple of this; 1 where lengths are listed."""
+        """Every length except the longest is a multiple of this; 1 if the lengths are listed."""
         return 1
 
     def shortening(self, seq_length: int | None = None) -> Shortening:
-        """Return how samples of ``seq_length`` tokens (default: the longest length) are shortened."""
+        """Return the method that shortens samples of ``seq_length`` tokens (default: the longest length)."""
         return Shortening(self.method, seq_length or self.max_difficulty)
 
 
@@ -94,6 +94,7 @@ class RampCurriculum(_Curriculum):
     """``fixed_linear`` and ``fixed_root``."""
 
     schedule_config: LinearSchedule
+    """The duration of the ramp and the step between its lengths."""
 
     @property
     def difficulty_step(self) -> int:
@@ -113,7 +114,7 @@ class RampCurriculum(_Curriculum):
     ) -> Pacing:
         """Return the ramp with lengths in multiples of ``bucket``.
 
-        A ramp given in tokens needs ``rows``, one given as a fraction ``train_tokens`` too. Raises ConfigError.
+        A ramp in tokens needs ``rows``, a ramp as a fraction needs ``rows`` and ``train_tokens``. Raises ConfigError.
         """
         schedule, shortening = self.schedule_config, self.shortening(seq_length)
 
@@ -121,10 +122,10 @@ class RampCurriculum(_Curriculum):
             bounds = (self.min_difficulty, self.max_difficulty, self.difficulty_step)
             return bucketed(Root(*bounds, total_steps=total_steps, root_degree=self.root_degree), bucket)
 
-        # T is solved with the bucketed ramp, whose lengths the run has: a coarser ramp needs more steps for as many tokens.
+        # T is solved with the bucketed ramp, which the run uses: a coarser ramp needs more steps for the same tokens.
         if schedule.total_curriculum_step is not None:
             return ramp(schedule.total_curriculum_step)
-        # A schedule has exactly one duration; what remains is whether the run gives what it depends on.
+        # A schedule has exactly one duration, so here only ``rows`` or ``train_tokens`` is missing.
         if rows is not None and schedule.total_curriculum_tokens is not None:
             return ramp(ramp_steps_for_tokens(ramp, rows, schedule.total_curriculum_tokens, shortening))
         if rows is not None and train_tokens is not None and schedule.curriculum_fraction is not None:
@@ -136,16 +137,19 @@ class RampCurriculum(_Curriculum):
 
 
 class LinearCurriculum(RampCurriculum):
-    """The paper's pacing function."""
+    """Length grows linearly with the step: the paper's pacing function."""
 
     schedule_type: Literal["fixed_linear"]
+    """``min + (max - min) * t / T`` at step *t*, rounded down to a multiple of ``difficulty_step``; ``max`` from *T* on."""
 
 
 class RootCurriculum(RampCurriculum):
-    """Section 4's root function; no clear gain over linear in the paper."""
+    """The root function of the paper's Section 4, which found no clear gain over linear."""
 
     schedule_type: Literal["fixed_root"]
+    """``fixed_linear`` with ``(t / T) ** (1 / root_degree)`` instead of ``t / T``."""
     schedule_config: RootSchedule
+    """The duration of the ramp, the step between its lengths, and the degree of the root."""
 
     @property
     def root_degree(self) -> float:
@@ -155,16 +159,18 @@ class RootCurriculum(RampCurriculum):
 class AdaptiveCurriculum(RampCurriculum):
     """The paper's linear function, paused while the validation perplexity fluctuates.
 
-    Section 4 tried pacing by losses and found it no better than linear, and in need of tuning. Without a pause this is
-    ``fixed_linear``. The pauses are state of a run (``RunPlan.held``).
+    Section 4 of the paper tried pacing by loss and found that it needs tuning and is not better than linear. Without a
+    pause this is ``fixed_linear``. The pauses are state of a run (``RunPlan.held``).
     """
 
     schedule_type: Literal["adaptive"]
+    """``fixed_linear`` whose ramp pauses while validation perplexity fluctuates."""
     schedule_config: AdaptiveSchedule
+    """The duration of the ramp, the step between its lengths, and what counts as a fluctuation."""
 
 
 class _PlainCurriculum(_Curriculum):
-    """Schedules that depend on the step alone, not on the rows or the budget of the run."""
+    """A schedule that depends only on the step, not on the rows or the token budget."""
 
     @abstractmethod
     def _schedule(self) -> Pacing:
@@ -192,37 +198,43 @@ class LevelsCurriculum(_PlainCurriculum):
         outside = [length for length in lengths if not self.min_difficulty <= length <= self.max_difficulty]
         if outside:
             raise ValueError(
-                f"schedule_config.difficulty: {outside} lie outside min_difficulty {self.min_difficulty} to "
+                f"schedule_config.difficulty: {outside} are outside min_difficulty {self.min_difficulty} to "
                 f"max_difficulty {self.max_difficulty}; widen the range or change the lengths"
             )
         return self
 
 
 class DiscreteCurriculum(LevelsCurriculum):
-    """Stages; Shortformer's two are ``{"difficulty": [128, 1024], "max_step": [20000]}``."""
+    """Stages. Shortformer's two stages are ``{"difficulty": [128, 1024], "max_step": [20000]}``."""
 
     schedule_type: Literal["fixed_discrete"]
+    """``difficulty[i]`` up to step ``max_step[i]``; the last length has no end."""
     schedule_config: DiscreteSchedule
+    """The lengths of the stages and their last steps."""
 
     def _schedule(self) -> Discrete:
         return Discrete(tuple(self.schedule_config.difficulty), tuple(self.schedule_config.max_step))
 
 
 class MixedCurriculum(LevelsCurriculum):
-    """Lengths that alternate; the paper's Figure 2 is ``{"difficulty": [128, 1024], "steps": [900, 100]}``."""
+    """Lengths that alternate. The paper's Figure 2 is ``{"difficulty": [128, 1024], "steps": [900, 100]}``."""
 
     schedule_type: Literal["fixed_mixed"]
+    """Cycles through the lengths: ``difficulty[i]`` for ``steps[i]`` steps each."""
     schedule_config: MixedSchedule
+    """The lengths and the steps of each."""
 
     def _schedule(self) -> Mixed:
         return Mixed(tuple(self.schedule_config.difficulty), tuple(self.schedule_config.steps))
 
 
 class CustomCurriculum(_PlainCurriculum):
-    """A user's function, given by import path or set on the scheduler."""
+    """A user-defined function, given by its import path or set on the scheduler."""
 
     schedule_type: Literal["custom"]
+    """``function(t)``, clamped to the range and rounded down to a multiple of ``difficulty_step``."""
     schedule_config: CustomSchedule = CustomSchedule()
+    """The function, and the step between its lengths."""
 
     @property
     def difficulty_step(self) -> int:
@@ -258,7 +270,7 @@ def curriculum_problems(block: object) -> tuple[CurriculumConfig | None, list[st
     """Return the parsed block, or None and one line for each of its problems."""
     if not isinstance(block, Mapping):
         return None, [f"{BLOCK}: {block!r} is not an object; write {{...}}"]
-    # The type is looked up here and not by a tagged union, so that a misspelt one is an error with a suggestion.
+    # Looked up here instead of by a tagged union, so that the error for a misspelt type has a suggestion.
     kind = block.get("schedule_type")
     if kind is None:
         return None, [f"{BLOCK}.schedule_type: required, but not given{nearest('', _TYPES)}"]
@@ -271,7 +283,7 @@ def curriculum_problems(block: object) -> tuple[CurriculumConfig | None, list[st
 
 
 def parse_curriculum(block: Mapping[str, Any]) -> CurriculumConfig:
-    """Return DeepSpeed's block as a checked object. Raises one ConfigError that lists all problems."""
+    """Parse and check DeepSpeed's block. Raises one ConfigError that lists all problems."""
     config, problems = curriculum_problems(block)
     if config is None:
         raise ConfigError(problems)
@@ -279,7 +291,7 @@ def parse_curriculum(block: Mapping[str, Any]) -> CurriculumConfig:
 
 
 def constant_curriculum(seqlen: int) -> DiscreteCurriculum:
-    """Return the curriculum that has ``seqlen`` at every step: training without a curriculum."""
+    """Return a curriculum with ``seqlen`` at every step, which is training without a curriculum."""
     stages = DiscreteSchedule(difficulty=[seqlen], max_step=[])
     return DiscreteCurriculum(
         min_difficulty=seqlen, max_difficulty=seqlen, schedule_type="fixed_discrete", schedule_config=stages

@@ -1,4 +1,4 @@
-"""The samples of each step over all ranks: constant, warmed up, or more of them at short lengths."""
+"""The number of samples in each step over all ranks: constant, warmed up, or increased at short lengths."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ _MULTIPLES = np.unique(
 
 @dataclass(frozen=True)
 class BatchGrowth:
-    """More samples at short lengths, so that no step has fewer than ``min_tokens`` target tokens; not in the paper.
+    """More samples at short lengths, so that every step has at least ``min_tokens`` target tokens. Not in the paper.
 
-    A step has 1, 2, 3, 4, 6, 8, 12, 16, ... times ``final`` samples: the first of these that is enough. Ranks that divide
-    ``final`` thus divide every step.
+    A step has 1, 2, 3, 4, 6, 8, 12, 16, ... times ``final`` samples: the smallest of these multiples that is enough. A
+    number of ranks that divides ``final`` therefore divides the samples of every step.
     """
 
     final: int
-    """Samples of a step that has ``min_tokens`` without growth, as at full length: ``train_batch_size``."""
+    """Samples of a step that needs no growth, as at full length: ``train_batch_size``."""
     min_tokens: int
 
     def samples(self, used: IntArray) -> IntArray:
         """Return the samples of steps that train on ``used`` tokens of each sample."""
-        # 4 samples of 8 tokens are 32: 100 tokens take 4 times as many, 128. At most half as many tokens again as needed
-        # are added: 5 times is 6, 9 is 12. Without that, 1 sample a rank times a prime number, 19, would be 19 rows that
-        # split into equal micro-batches of a single row.
+        # 4 samples of 8 tokens are 32 tokens, so 100 tokens need 4 times as many samples, 128 tokens. A multiple of 5 is
+        # raised to 6 and 9 to 12, at most half more than needed. Otherwise 1 sample per rank times a prime, 19, would be
+        # 19 rows, which only divide into micro-batches of 1 row.
         needed = -(-self.min_tokens // (self.final * used))
         return self.final * _MULTIPLES[np.searchsorted(_MULTIPLES, needed)]
 
@@ -68,7 +68,7 @@ class BatchGrowthKeys(Section):
         return self
 
     def global_batch(self, train_batch_size: int) -> int | BatchGrowth:
-        """Return the samples of every step: ``train_batch_size``, or its growth."""
+        """Return the rule for the samples of a step: a constant ``train_batch_size``, or its growth at short lengths."""
         return BatchGrowth(train_batch_size, self.min_tokens_per_step) if self.min_tokens_per_step else train_batch_size
 
 
@@ -80,15 +80,15 @@ def samples_by_step(batch: GlobalBatch, used: Piecewise) -> Piecewise:
 
 
 def least_tokens(batch: GlobalBatch, used: int) -> int:
-    """Return a lower bound of a step's tokens where every sample uses at least ``used``."""
+    """Return a lower bound for the tokens of a step in which every sample uses at least ``used`` tokens."""
     if isinstance(batch, BatchGrowth):
         return max(batch.final * used, batch.min_tokens)
     return used * (batch if isinstance(batch, int) else batch.start)
 
 
 def most_tokens(batch: GlobalBatch, used: int) -> int:
-    """Return an upper bound of a step's tokens where no sample uses more than ``used``."""
+    """Return an upper bound for the tokens of a step in which no sample uses more than ``used`` tokens."""
     if isinstance(batch, BatchGrowth):
-        # Rounded up to whole batches, and these to a multiple at most half as large again.
+        # Rounded up to whole batches, and then to a multiple that is at most 1.5 times as large.
         return 2 * (batch.final * used + batch.min_tokens)
     return used * (batch if isinstance(batch, int) else batch.final)

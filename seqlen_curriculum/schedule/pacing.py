@@ -26,14 +26,14 @@ __all__ = ["Custom", "Discrete", "Mixed", "Pacing", "Root", "StepFunction", "ele
 def elementwise(function: Callable[[float], float], values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     """Apply a ``function`` of the C library to each value.
 
-    numpy's own ``power`` and ``cos`` use SIMD code that may differ from the C library in the last bit, and a floor
-    would make that one bit a different length: a plan must equal its run.
+    numpy's ``power`` and ``cos`` use SIMD code that may differ from the C library in the last bit. After a floor, that bit
+    could change a length, and a plan must equal its run on every machine.
     """
     return np.fromiter(map(function, values.ravel().tolist()), np.float64, values.size).reshape(values.shape)
 
 
 class Pacing(Protocol):
-    """A function from step to length that can also list its changes."""
+    """Protocol of a function from step to length that can also list its changes."""
 
     @overload
     def __call__(self, steps: int) -> int: ...
@@ -41,7 +41,7 @@ class Pacing(Protocol):
     def __call__(self, steps: IntArray) -> IntArray: ...
 
     def changes(self, last_step: int) -> tuple[IntArray, IntArray]:
-        """Return first step and length of each run of equal lengths, for at least steps 1 to ``last_step``."""
+        """Return the first step and the length of each run of equal lengths, at least for steps 1 to ``last_step``."""
         ...
 
     @property
@@ -51,17 +51,17 @@ class Pacing(Protocol):
 
     @property
     def lowest(self) -> int:
-        """No length is shorter."""
+        """A lower bound of all lengths."""
         ...
 
     @property
     def highest(self) -> int:
-        """No length is longer."""
+        """An upper bound of all lengths."""
         ...
 
 
 class StepFunction(ABC):
-    """Base that derives calls with one step or an array of steps from one vectorised ``_lengths``."""
+    """Base class that implements calls with one step or an array of steps by a vectorised ``_lengths``."""
 
     @abstractmethod
     def _lengths(self, steps: IntArray) -> IntArray:
@@ -77,14 +77,14 @@ class StepFunction(ABC):
             raise ConfigError(f"step: {steps!r} is not a whole number; give steps counted from 1")
         if at.size and int(at.min()) < 0:
             raise ConfigError(f"step: {int(at.min())} is negative; give steps counted from 1")
-        # One step takes the same vectorised path as many, so a plan of all steps equals the run step by step.
+        # A single step takes the same vectorised path, so a plan of all steps equals the run step by step.
         lengths = self._lengths(np.atleast_1d(at))
         return int(lengths[0]) if at.ndim == 0 else lengths
 
 
 @dataclass(frozen=True)
 class _Ladder(StepFunction):
-    """Rounding to rungs: multiples of ``difficulty_step``, and the maximum itself whether it is a multiple or not."""
+    """Rounding to multiples of ``difficulty_step``, with the maximum kept even if it is not a multiple."""
 
     min_difficulty: int
     max_difficulty: int
@@ -100,9 +100,9 @@ class _Ladder(StepFunction):
         return self.max_difficulty
 
     def _rounded(self, raw: npt.NDArray[np.float64]) -> IntArray:
-        """Floor, round down to a multiple, never below ``lowest``; exactly the maximum where ``raw`` reaches it."""
-        # min 10, max 100, step 16: 10.0 -> 16 (lowest), 47.9 -> 32, 99.9 -> 96, 100.0 -> 100 (no multiple, but the maximum).
-        # With min 97 lowest would be 112, above the maximum; the last minimum keeps such a rung at 100.
+        """Floor and round down to a multiple, at least ``lowest``, and exactly the maximum where ``raw`` reaches it."""
+        # min 10, max 100, step 16: 10.0 -> 16 (lowest), 47.9 -> 32, 99.9 -> 96, 100.0 -> 100 (the maximum, not a multiple).
+        # With min 97 lowest would be 112, above the maximum. The last minimum limits it to 100.
         whole = np.floor(np.clip(raw, 0, self.max_difficulty)).astype(np.int64)
         rung = np.maximum(whole - whole % self.difficulty_step, self.lowest)
         return np.where(raw >= self.max_difficulty, self.max_difficulty, np.minimum(rung, self.max_difficulty))
@@ -128,15 +128,15 @@ class Root(_Ladder):
         if self.root_degree != 1:
             exponent = 1.0 / self.root_degree
             progress = elementwise(lambda x: x**exponent, progress)
-        # T 100, 8 to 1024: step 50 is half of 1016 above 8, 516.0, which rounds down to 512.
+        # T 100, 8 to 1024: step 50 gives 8 + 0.5 * 1016 = 516.0, which is rounded down to 512.
         raw = progress * (self.max_difficulty - self.min_difficulty) + self.min_difficulty
         return np.where(steps >= self.total_steps, self.max_difficulty, self._rounded(raw))
 
-    def changes(self, last_step: int) -> tuple[IntArray, IntArray]:  # noqa: ARG002 - the whole ramp costs no more
-        """Bisect for the first step of every rung at once: the cost grows with log(T), not with T."""
+    def changes(self, last_step: int) -> tuple[IntArray, IntArray]:  # noqa: ARG002 - listing the whole ramp costs the same
+        """Return the first step of every length, by bisecting for all of them at once: O(log T) passes."""
         rungs = np.arange(self.lowest, self.max_difficulty, self.difficulty_step, dtype=np.int64)
         rungs = np.append(rungs, self.max_difficulty)
-        # (before, at] holds the first step whose length reaches the rung; each pass halves it for all rungs together.
+        # (before, at] contains the first step whose length reaches the rung. Each pass halves it for all rungs.
         before, at = np.zeros_like(rungs), np.full_like(rungs, max(self.total_steps, 1))
         while np.any(at - before > 1):  # invariant: length(before) < rung <= length(at), step 0 counting as below
             middle = (before + at) // 2
@@ -149,7 +149,7 @@ class Root(_Ladder):
 
 @dataclass(frozen=True)
 class _Levels(StepFunction):
-    """Lengths listed one by one in ``difficulty``."""
+    """Lengths listed in ``difficulty``."""
 
     difficulty: tuple[int, ...]
 
@@ -166,7 +166,7 @@ class _Levels(StepFunction):
 class Discrete(_Levels):
     """``difficulty[i]`` up to and including step ``max_step[i]``, and the last length for all later steps.
 
-    ``difficulty`` has one entry more than ``max_step``. Two levels are Shortformer's two stages. Lengths may also fall.
+    ``difficulty`` has one entry more than ``max_step``. Lengths may also decrease. Shortformer uses two levels.
     """
 
     max_step: tuple[int, ...]
@@ -180,16 +180,16 @@ class Discrete(_Levels):
         level = np.searchsorted(np.asarray(self.max_step, np.int64), steps, side="left")
         return np.asarray(self.difficulty, np.int64)[level]
 
-    def changes(self, last_step: int) -> tuple[IntArray, IntArray]:  # noqa: ARG002 - the lists are the whole run
+    def changes(self, last_step: int) -> tuple[IntArray, IntArray]:  # noqa: ARG002 - the lists cover the whole run
         first_steps = np.asarray([1, *(step + 1 for step in self.max_step)], np.int64)
         return lengths_by_run(first_steps, np.asarray(self.difficulty, np.int64))
 
 
 @dataclass(frozen=True)
 class Mixed(_Levels):
-    """``steps[i]`` steps of ``difficulty[i]``, one after the other, repeated without end.
+    """A repeated cycle of ``steps[i]`` steps of length ``difficulty[i]``.
 
-    The paper's Figure 2: 900 steps of 128, then 100 of 1024, in every 1,000.
+    The paper's Figure 2: 900 steps of 128, then 100 steps of 1024, in every 1,000 steps.
     """
 
     steps: tuple[int, ...]
@@ -200,7 +200,7 @@ class Mixed(_Levels):
 
     def _lengths(self, steps: IntArray) -> IntArray:
         ends = np.cumsum(self.steps, dtype=np.int64)
-        # Steps 900 and 901 are 899 and 900 of the cycle; with ends [900, 1000] these are turns 0 and 1.
+        # Steps 900 and 901 are offsets 899 and 900 in the cycle: with ends [900, 1000] these are turns 0 and 1.
         step_in_cycle = np.maximum(steps - 1, 0) % ends[-1]  # step 0, before training, has the first length
         turn = np.searchsorted(ends, step_in_cycle, side="right")
         lengths: IntArray = np.asarray(self.difficulty, np.int64)[turn]
@@ -215,7 +215,7 @@ class Mixed(_Levels):
 
 @dataclass(frozen=True)
 class Custom(_Ladder):
-    """A user's ``function(step) -> length``, clamped to the range and rounded like a ramp."""
+    """A user-defined ``function(step) -> length``, clamped to the range and rounded like a ramp."""
 
     function: Callable[[int], float]
 
@@ -231,7 +231,7 @@ class Custom(_Ladder):
             value: Any = self.function(step)
         except Exception as error:
             raise ConfigError(f"custom schedule: raised {type(error).__name__} at step {step}: {error}") from error
-        # True would be a length of 1, and NaN passes every comparison of a clamp: both are mistakes of the function.
+        # True would count as length 1, and NaN passes every comparison of a clamp.
         number = isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
         if not number or not abs(value) < math.inf:
             raise ConfigError(f"custom schedule: returned {value!r} at step {step}; return a finite number")
@@ -243,6 +243,6 @@ class Custom(_Ladder):
 
 
 def lengths_by_run(steps: IntArray, lengths: IntArray) -> tuple[IntArray, IntArray]:
-    """Return only the entries at which the length changes: each run of equal lengths becomes one entry."""
+    """Return only the entries at which the length changes, one per run of equal lengths."""
     changed = np.append(True, lengths[1:] != lengths[:-1])
     return steps[changed], lengths[changed]

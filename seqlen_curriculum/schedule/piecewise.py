@@ -1,6 +1,6 @@
-"""A whole number for each step of a run, and its running sum, in as many entries as the number has changes.
+"""A piecewise constant integer function of the step and its running sum, stored as one entry per change.
 
-For example, lengths 8, 8, 16, 16, 16, ... are ``first_steps = [1, 3]`` and ``values = [8, 16]``, however long the run is.
+For example, lengths 8, 8, 16, 16, 16, ... are ``first_steps = [1, 3]`` and ``values = [8, 16]`` for any number of steps.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ def ceil_div(numerator: int, denominator: int) -> int:
 
 
 class Piecewise:
-    """``values[i]`` from step ``first_steps[i]`` (the first is 1, increasing) up to the next; the last value has no end.
+    """``values[i]`` from step ``first_steps[i]`` (increasing from 1) until the next piece; the last piece has no end.
 
-    Methods take one step or an array of steps and find its piece by bisection. Sums must fit 64 bits.
+    Methods take one step or an array of steps and find the piece by bisection. Sums must fit 64 bits.
     """
 
     def __init__(self, first_steps: IntArray, values: IntArray) -> None:
         self.first_steps, self.values = first_steps, values
-        # The sum before each piece: 8, 8, 16, ... has a first piece of 2 steps and 16 tokens, so _before is [0, 16].
+        # The sum before each piece: in 8, 8, 16, ... the first piece has 2 steps and the sum 16, so _before is [0, 16].
         sums = (first_steps[1:] - first_steps[:-1]) * values[:-1]  # all pieces but the last, which has no end
         self._before = np.concatenate(([0], np.cumsum(sums, dtype=np.int64)))
 
@@ -43,15 +43,15 @@ class Piecewise:
         return Piecewise(self.first_steps, function(self.values))
 
     def times(self, other: Piecewise) -> Piecewise:
-        """Return the product of both at every step."""
+        """Return the product with ``other`` at every step."""
         if len(other.values) == 1:
             return Piecewise(self.first_steps, self.values * other.values)
-        # The product changes only where one of the factors does.
+        # The product changes only where one of the factors changes.
         first_steps = np.union1d(self.first_steps, other.first_steps)
         return Piecewise(first_steps, self.at(first_steps) * other.at(first_steps))
 
     def _piece(self, steps: int | IntArray) -> IntArray:
-        # Step 0, before training, belongs to the first piece; total() then gives 0 for it.
+        # Step 0, before training, is assigned to the first piece, so that total() returns 0 for it.
         return np.maximum(np.searchsorted(self.first_steps, steps, side="right") - 1, 0)
 
     @overload
@@ -79,7 +79,7 @@ class Piecewise:
 
     def steps_to(self, total: int) -> int:
         """Return the first step at whose end the sum is at least ``total``; 0 for a total of 0."""
-        # side="left": a total that is exactly reached at the end of a piece is reached in that piece, not in the next one.
+        # side="left": a total reached exactly at the end of a piece belongs to that piece, not to the next one.
         piece = max(int(np.searchsorted(self._before, total, side="left")) - 1, 0)
         steps_in_piece = ceil_div(total - int(self._before[piece]), int(self.values[piece]))
         return int(self.first_steps[piece]) - 1 + steps_in_piece

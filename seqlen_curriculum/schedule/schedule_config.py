@@ -21,14 +21,14 @@ __all__ = [
 ]
 
 SIGNIFICANT = 1.3
-"""A significant fluctuation is a validation perplexity above this multiple of the best so far (the paper's Section 4)."""
+"""A validation perplexity above this multiple of the best so far is a significant fluctuation (the paper's Section 4)."""
 
 DURATIONS = ("total_curriculum_step", "total_curriculum_tokens", "curriculum_fraction")
 """The keys that set the length of a ramp; a ramp has exactly one of them."""
 
 
 class LinearSchedule(Section):
-    """``schedule_config`` of ``fixed_linear``."""
+    """The ``schedule_config`` of ``fixed_linear``."""
 
     total_curriculum_step: Count | None = None
     """Steps from the minimum to the maximum (DeepSpeed's key; *T* in the paper). Exactly one of the three durations."""
@@ -49,30 +49,30 @@ class LinearSchedule(Section):
 
 
 class AdaptiveSchedule(LinearSchedule):
-    """``schedule_config`` of ``adaptive``."""
+    """The ``schedule_config`` of ``adaptive``."""
 
     perplexity_ratio: float = Field(default=SIGNIFICANT, gt=1)
     """The ramp pauses for ``training.eval_interval`` steps whenever perplexity exceeds this multiple of the best so far."""
 
 
 class RootSchedule(LinearSchedule):
-    """``schedule_config`` of ``fixed_root``."""
+    """The ``schedule_config`` of ``fixed_root``."""
 
     root_degree: float = Field(gt=0)
-    """DeepSpeed's key: the exponent is ``1 / root_degree``. 1 is linear; 2 is a square root, which grows fast at first."""
+    """DeepSpeed's key: the exponent is ``1 / root_degree``. 1 is linear, 2 is a square root, which grows fast at first."""
 
 
 class DiscreteSchedule(Section):
-    """``schedule_config`` of ``fixed_discrete``."""
+    """The ``schedule_config`` of ``fixed_discrete``."""
 
     difficulty: list[Seqlen] = Field(min_length=1)
     """Lengths, one per stage."""
     max_step: list[Count]
-    """Last step of each stage but the last, increasing: one entry fewer than ``difficulty``."""
+    """Last step of each stage except the last, increasing: one entry fewer than ``difficulty``."""
 
     @model_validator(mode="after")
     def _stages_match(self) -> DiscreteSchedule:
-        # [128, 1024] needs [20000]: 128 up to step 20,000, and 1024 without an end.
+        # [128, 1024] needs [20000]: 128 up to step 20,000, then 1024 until the end of the run.
         if len(self.difficulty) != len(self.max_step) + 1:
             raise ValueError(
                 f"difficulty has {len(self.difficulty)} entries and max_step {len(self.max_step)}; "
@@ -84,12 +84,12 @@ class DiscreteSchedule(Section):
 
 
 class MixedSchedule(Section):
-    """``schedule_config`` of ``fixed_mixed``."""
+    """The ``schedule_config`` of ``fixed_mixed``."""
 
     difficulty: list[Seqlen] = Field(min_length=1)
-    """Lengths that alternate without end."""
+    """Lengths that alternate until the end of the run."""
     steps: list[Count]
-    """Steps of each turn, one entry per length."""
+    """Steps at each length in one cycle, one entry per length."""
 
     @model_validator(mode="after")
     def _turns_match(self) -> MixedSchedule:
@@ -101,7 +101,7 @@ class MixedSchedule(Section):
 
 
 class CustomSchedule(Section):
-    """``schedule_config`` of ``custom``."""
+    """The ``schedule_config`` of ``custom``."""
 
     function: ImportPath | None = None
     """Import path ``package.module:function`` of a ``function(step) -> length``. Without it the script must call

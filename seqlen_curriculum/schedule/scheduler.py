@@ -1,4 +1,4 @@
-"""The scheduler class that DeepSpeed 0.19.8 removed: a script that used it changes only its import line."""
+"""The scheduler class that DeepSpeed 0.19.8 removed. A script that used it only changes its import line."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ __all__ = ["CurriculumScheduler"]
 
 
 class CurriculumScheduler:
-    """DeepSpeed's class of this name, except that the length of a step depends on the step alone.
+    """DeepSpeed's class of this name, except that the length of a step depends only on the step.
 
     ``config`` is the ``curriculum_learning`` block (a mapping, as in DeepSpeed) or a parsed one. ``rows`` (the global
     batch, its warmup or its growth) and ``train_tokens`` are needed only if the ramp is given in tokens or as a fraction.
-    With ``bucket`` every length is rounded down to a multiple of it. ``seq_length`` is that of the data (default: the
-    longest length). Raises ConfigError.
+    ``bucket`` rounds every length down to a multiple of it. ``seq_length`` is the length of the data's samples (default:
+    the longest length). Raises ConfigError.
     """
 
     def __init__(
@@ -34,27 +34,27 @@ class CurriculumScheduler:
     ) -> None:
         self.config = config if isinstance(config, Section) else parse_curriculum(config)
         self._bucket = bucket
-        # A custom schedule may get its function after the scheduler is built, by set_custom_get_difficulty.
+        # The function of a custom schedule may be set later, by set_custom_get_difficulty.
         waits = isinstance(self.config, CustomCurriculum) and self.config.schedule_config.function is None
         self._pacing: Pacing | None = None if waits else self.config.pacing(rows, train_tokens, bucket, seq_length)
         self.current_difficulty: int = self.config.min_difficulty if waits else self.get_difficulty(1)
 
     @property
     def pacing(self) -> Pacing:
-        """The function from step to length. ConfigError while a custom schedule has no function."""
+        """The function from step to length. Raises ConfigError while a custom schedule has no function."""
         return self._pacing if self._pacing is not None else self.config.pacing()
 
     def hold(self, steps: Sequence[int], interval: int) -> None:
-        """Pause the ramp for ``interval`` steps after each of ``steps``, in place of all earlier pauses.
+        """Pause the ramp for ``interval`` steps after each of ``steps``; this replaces all earlier pauses.
 
-        ``steps`` (1-based, ascending) are at least ``interval`` apart: evaluations of an ``adaptive`` schedule.
+        ``steps`` (1-based, ascending, at least ``interval`` apart) are evaluations of an ``adaptive`` schedule.
         """
-        # Unwrapped first: pauses of pauses would count earlier ones twice.
+        # Unwrapped first, because wrapping a paused pacing would apply its pauses twice.
         inner = self._pacing.inner if isinstance(self._pacing, Paused) else self.pacing
         self._pacing = Paused(inner, tuple(steps), interval) if steps else inner
 
     def get_difficulty(self, global_steps: int) -> int:
-        """Return the length of step ``global_steps`` (1-based), whatever the current step is."""
+        """Return the length of step ``global_steps`` (1-based), independent of the current step."""
         return self.pacing(global_steps)
 
     def update_difficulty(self, global_steps: int) -> int:
@@ -74,7 +74,7 @@ class CurriculumScheduler:
         """Set the function of a ``custom`` schedule; its values are clamped and rounded. Raises ConfigError."""
         if not isinstance(self.config, CustomCurriculum):
             raise ConfigError(
-                f"{BLOCK}.schedule_type: {self.config.schedule_type!r} takes no function; set it to 'custom'"
+                f"{BLOCK}.schedule_type: {self.config.schedule_type!r} doesn't use a function; set it to 'custom'"
             )
         if not callable(schedule_function):
             raise ConfigError(f"{BLOCK}: {schedule_function!r} is not a function; give a function(step) -> length")
@@ -89,16 +89,14 @@ class CurriculumScheduler:
     def set_state(self, state: Mapping[str, Any]) -> None:
         """Load a state returned by ``get_state``. ConfigError if it belongs to another schedule."""
         if not isinstance(state.get("current_difficulty"), int):
-            raise ConfigError(f"{BLOCK}: {state!r} is not a state of this scheduler; give what get_state returned")
+            raise ConfigError(f"{BLOCK}: {state!r} is not a state of this scheduler; give the result of get_state")
         settings = self.get_state()
         del settings["current_difficulty"]
-        # Keys of other versions of DeepSpeed are ignored on either side; only shared ones must agree.
+        # Only keys that both have must agree: other versions of DeepSpeed have other keys.
         changed = [name for name in settings if name in state and state[name] != settings[name]]
         if changed:
-            details = "; ".join(f"{name} is {state[name]!r} there, {settings[name]!r} here" for name in changed)
-            raise ConfigError(
-                f"{BLOCK}: the saved state belongs to another schedule ({details}); load that of this one"
-            )
+            details = "; ".join(f"{name} is {state[name]!r} in the state, {settings[name]!r} here" for name in changed)
+            raise ConfigError(f"{BLOCK}: the saved state belongs to another schedule ({details}); load this schedule's")
         self.current_difficulty = state["current_difficulty"]
 
     def state_dict(self) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """The length, rows and consumed tokens of any step of a run, computed without training.
 
-Lengths and rows are piecewise constant, so a timeline stores one entry per change of either and finds any step by
-bisection. A 400,000-step run costs as much as its number of different shapes.
+Lengths and rows are piecewise constant, so a timeline stores one entry per change of either and finds a step by
+bisection. The cost depends on the number of changes, not on the number of steps.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ __all__ = ["Timeline", "ramp_steps_for_fraction", "ramp_steps_for_tokens"]
 class Timeline:
     """A run that reads ``rows`` samples per step and stops at ``train_tokens`` consumed target tokens.
 
-    ``rows`` is the global batch, its warmup or its growth, ``shortening`` how a sample is shortened. ``steps`` is the number
-    of steps: the first at whose end ``consumed_tokens >= train_tokens``. Methods take one step or an array of steps, from 1
-    to the end of the run. Raises ConfigError for a budget too large to count in 64 bits.
+    ``rows`` is the global batch, its warmup or its growth. ``shortening`` is the method that shortens a sample. The run has
+    ``steps`` steps: the last is the first one with ``consumed_tokens >= train_tokens``. Methods take one step or an array of
+    steps, from 1 to the end of the run. Raises ConfigError for a budget that doesn't fit 64 bits.
     """
 
     def __init__(self, pacing: Pacing, rows: GlobalBatch, train_tokens: int, shortening: Shortening = TRUNCATE) -> None:
         self.pacing, self.shortening = pacing, shortening
         self.global_batch = rows if isinstance(rows, int) else rows.final
         self.train_tokens = train_tokens
-        # How far the changes must be listed depends on the number of steps, which depends on the lengths. A pacing that
-        # settles lists all its changes at once; for others twice as many steps are tried until the run ends inside.
+        # The changes to list depend on the number of steps, which depends on the lengths. A pacing that settles lists all
+        # its changes at once. For others the number of steps is doubled until the run ends within them.
         last_step = 1 << 16
         while True:
             self._lengths = self._within_budget(*pacing.changes(last_step), rows)
-            # By step: tokens used of a sample, samples read, rows they are cut into, and tokens of all of them.
+            # Per step: tokens used of each sample, samples, rows made from them, and tokens in all rows.
             used = self._lengths.map(shortening.used_tokens_per_sample)
             self._samples = samples_by_step(rows, used)
             self._rows = self._samples.times(self._lengths.map(shortening.rows_per_sample))
@@ -49,13 +49,13 @@ class Timeline:
             last_step *= 2
 
     def _within_budget(self, first_steps: IntArray, lengths: IntArray, rows: GlobalBatch) -> Piecewise:
-        """Return the lengths without those that begin after any run of this budget has ended: their sums could overflow.
+        """Return the lengths without those that start after the end of the run, whose sums could overflow.
 
-        Raises ConfigError if the sums of the others could.
+        Raises ConfigError if the sums of the others could overflow.
         """
         used = self.shortening.used_tokens_per_sample(lengths)
         most_steps = ceil_div(self.train_tokens, least_tokens(rows, int(used.min())))
-        # The last step may overshoot the budget, hence one step more.
+        # One step more, because the last step may exceed the budget.
         if (most_steps + 1) * most_tokens(rows, int(used.max())) >= 2**63:
             raise ConfigError(
                 f"training.train_tokens: {self.train_tokens} in steps of {self.global_batch} samples of {used.min()} to "
@@ -70,7 +70,7 @@ class Timeline:
     def seqlen(self, steps: IntArray) -> IntArray: ...
     def seqlen(self, steps: int | IntArray) -> int | IntArray:
         """Return the sequence length of each step, in tokens."""
-        # The pieces end with the run and give one step in 5 us, a pacing function takes ten times as long.
+        # The pieces cover the run and take 5 us for one step. A pacing function takes ten times as long.
         return self._lengths.at(steps) if isinstance(steps, int) and 0 < steps <= self.steps else self.pacing(steps)
 
     @overload
@@ -86,7 +86,7 @@ class Timeline:
     @overload
     def rows(self, steps: IntArray) -> IntArray: ...
     def rows(self, steps: int | IntArray) -> int | IntArray:
-        """Return the rows that each step trains on, over all ranks: its samples, or their segments."""
+        """Return the rows that each step trains on, over all ranks: its samples or their segments."""
         return self._rows.at(steps)
 
     @overload
@@ -106,22 +106,22 @@ class Timeline:
         return self._tokens.total(steps)
 
     def steps_to(self, tokens: int) -> int:
-        """Return the first step at whose end at least ``tokens`` tokens are consumed."""
+        """Return the first step by whose end at least ``tokens`` tokens are consumed."""
         return self._tokens.steps_to(tokens)
 
     def steps_to_samples(self, samples: int) -> int:
-        """Return the first step at whose end at least ``samples`` samples are read."""
+        """Return the first step by whose end at least ``samples`` samples are read."""
         return self._samples.steps_to(samples)
 
     def first_step_at(self, seqlen: int) -> int | None:
-        """Return the first step of this length, or None if the run has none."""
+        """Return the first step with length ``seqlen``, or None if the run has none."""
         return self._within_run(self._lengths.first_step_of(seqlen))
 
     def first_step_of_samples(self, samples: int) -> int | None:
         """Return the first step that reads ``samples`` samples over all ranks, or None if the run has none."""
         return self._within_run(self._samples.first_step_of(samples))
 
-    # The pieces reach beyond the run, because its number of steps is known only after they are summed.
+    # The pieces extend beyond the run, because the number of steps is known only after they are summed.
     def _within_run(self, step: int | None) -> int | None:
         return step if step is not None and step <= self.steps else None
 
@@ -133,7 +133,7 @@ class Timeline:
         return self._lengths.values[reached], np.diff(self.consumed_tokens(last_steps), prepend=0)
 
     def stretches(self) -> tuple[IntArray, IntArray]:
-        """Return the first step of each stretch of steps with equal lengths and rows, and how many steps it has."""
+        """Return the first step and the number of steps of each stretch with constant length and rows."""
         first_steps = self._tokens.first_steps[self._tokens.first_steps <= self.steps]
         return first_steps, np.diff(first_steps, append=self.steps + 1)
 
@@ -143,15 +143,15 @@ class Timeline:
         return sorted(set(lengths.tolist()))
 
     def shapes(self) -> list[tuple[int, int]]:
-        """Return every (rows, tokens per row) that the run will use, shortest rows first."""
+        """Return every (rows, tokens per row) in the run, shortest rows first."""
         steps, _ = self.stretches()
         row_tokens = self.shortening.tokens_per_row(self._lengths.at(steps)).tolist()
         shapes = set(zip(self._rows.at(steps).tolist(), row_tokens, strict=True))
         return sorted(shapes, key=lambda shape: (shape[1], shape[0]))
 
     def tokens_by_sample(self) -> Piecewise:
-        """Return the target tokens of each sample in the order of reading; samples count from 1, as steps do."""
-        # Pieces by sample, not by step: 2 steps of 4 samples at 8 tokens, then 16, are 8 from sample 1 and 16 from sample 9.
+        """Return the target tokens of each sample in reading order; samples are numbered from 1, as steps are."""
+        # Indexed by sample: 2 steps of 4 samples of 8 tokens, then samples of 16, are 8 from sample 1 and 16 from sample 9.
         first_samples = self.consumed_samples(self._lengths.first_steps - 1) + 1
         return Piecewise(first_samples, self.shortening.used_tokens_per_sample(self._lengths.values))
 
@@ -159,12 +159,12 @@ class Timeline:
 def ramp_steps_for_tokens(
     pacing: Callable[[int], Pacing], rows: GlobalBatch, tokens: int, shortening: Shortening = TRUNCATE
 ) -> int:
-    """Return the smallest T whose ramp consumes at least ``tokens`` target tokens by its own end, step T.
+    """Return the smallest T whose ramp ``pacing(T)`` consumes at least ``tokens`` target tokens by its last step, T.
 
-    ``pacing(T)`` builds the ramp. Exact, also under a batch size warmup: each length of the longer ramp is at least that
-    of the shorter one a step earlier, so by induction are its consumed tokens and the rows that follow from them. The
-    tokens of a ramp thus grow with T, and bisection finds the one answer. Under ``segment`` and a batch growth the tokens of
-    a step jump up and down with the length; there it finds a T that consumes enough where T - 1 doesn't.
+    The result is exact, also under a batch size warmup: each length of the ramp of T + 1 steps is at least the length of
+    the ramp of T steps one step earlier. By induction the same holds for consumed tokens, and for the rows derived from
+    them. So the tokens of a ramp increase with T, and bisection finds the smallest T. Under ``segment`` and batch growth
+    the tokens of a step are not monotone in the length. Then the result is a T that consumes enough while T - 1 does not.
     """
 
     def enough(total_steps: int) -> bool:
@@ -180,11 +180,11 @@ def ramp_steps_for_fraction(
     fraction: float,
     shortening: Shortening = TRUNCATE,
 ) -> int:
-    """Return the largest T with ``T <= fraction * steps``, where ``steps`` is the length of the run that this T gives.
+    """Return the largest T with ``T <= fraction * steps``, where ``steps`` is the number of steps of the run with this T.
 
-    Composer's ``duration``. A longer ramp makes the run at most one step longer for each step of ramp (the induction of
-    ``ramp_steps_for_tokens``), so for ``fraction <= 1`` bisection finds the one answer, at least 1. Under ``segment`` and a
-    batch growth it finds a T that is within the fraction where T + 1 isn't.
+    This is Composer's ``duration``. One more step of ramp lengthens the run by at most one step (by the induction of
+    ``ramp_steps_for_tokens``), so for ``fraction <= 1`` bisection finds the largest T, at least 1. Under ``segment`` and
+    batch growth the result is a T within the fraction while T + 1 is not.
     """
 
     share = Fraction(str(fraction))  # the decimal as written: 0.29 of 100 steps is 29, in floats 28.999...
@@ -192,19 +192,19 @@ def ramp_steps_for_fraction(
     def too_long(total_steps: int) -> bool:
         return total_steps > share * Timeline(pacing(total_steps), rows, train_tokens, shortening).steps
 
-    # A ramp longer than the longest run is too long at any fraction, so the bisection has an end.
+    # A ramp longer than the longest run is too long at any fraction, so the bisection is bounded.
     longest_run = _most_steps(pacing, rows, train_tokens, shortening)
     return max(_smallest(too_long, 1, longest_run + 1) - 1, 1)
 
 
 def _most_steps(pacing: Callable[[int], Pacing], rows: GlobalBatch, tokens: int, shortening: Shortening) -> int:
-    """Return how many steps consume ``tokens`` even if all of them are as small as the smallest."""
+    """Return an upper bound for the steps that consume ``tokens``, with every step as small as the smallest."""
     smallest_step = least_tokens(rows, shortening.least_used_tokens(pacing(1).lowest))
     return max(ceil_div(tokens, smallest_step), 1)
 
 
 def _smallest(holds: Callable[[int], bool], low: int, high: int) -> int:
-    """Return the smallest value in [low, high] for which ``holds``; it must hold at ``high`` and stay true once true."""
+    """Return the smallest value in [low, high] for which the monotone ``holds`` is true; it must be true at ``high``."""
     while low < high:
         middle = (low + high) // 2
         low, high = (low, middle) if holds(middle) else (middle + 1, high)

@@ -1,8 +1,8 @@
 """Learning rate by tokens: linear warmup in steps, samples or tokens, then cosine decay over consumed tokens.
 
-Short steps consume few tokens, so a step-wise decay would fall too fast under a sequence length warmup: the paper
-decays over tokens instead (Section 5.1 and Appendix A.2). The rate of step t uses the counters *including* step t, so
-the first step's rate is above zero and the last one's is ``min_lr``.
+Short steps consume few tokens, so under a sequence length warmup a step-wise decay is too fast. The paper decays over
+tokens instead (Section 5.1 and Appendix A.2). The rate of step t uses the counters *including* step t, so the rate of the
+first step is above zero and that of the last step is ``min_lr``.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ __all__ = ["TokenCosine", "TokenCosineConfig", "TokenCosineParams", "is_token_co
 
 
 class TokenCosineParams(Section):
-    """``scheduler.params`` of ``TokenCosineLR``."""
+    """The ``scheduler.params`` of ``TokenCosineLR``."""
 
     warmup_steps: CountOrZero | None = None
     """Linear warmup over this many steps (the paper: 3000). At most one of the three warmups."""
@@ -48,7 +48,7 @@ class TokenCosineParams(Section):
 
 
 class TokenCosineConfig(Section):
-    """The ``scheduler`` section if its type is ``TokenCosineLR``; other types are left to DeepSpeed."""
+    """The ``scheduler`` section with type ``TokenCosineLR``. DeepSpeed handles all other types."""
 
     type: Literal["TokenCosineLR"]
     """The name that selects this schedule."""
@@ -57,13 +57,13 @@ class TokenCosineConfig(Section):
 
 
 def is_token_cosine(scheduler: object) -> bool:
-    """Return whether a ``scheduler`` section asks for ``TokenCosineLR``, also if the name is slightly misspelt."""
+    """Return whether a ``scheduler`` section has the type ``TokenCosineLR``, even if slightly misspelt."""
     kind = scheduler.get("type") if isinstance(scheduler, Mapping) else None
     return isinstance(kind, str) and suggest(kind.lower(), ["tokencosinelr"], cutoff=0.8) is not None
 
 
 class TokenCosine:
-    """The learning rate of any step of a timeline in closed form: Megatron's warmup and cosine, counted in tokens.
+    """The learning rate of any step of a timeline: Megatron's warmup and cosine decay, counted in tokens.
 
     ``max_lr`` is the optimizer's ``lr``. Raises ConfigError if the warmup isn't shorter than the decay, or if ``min_lr`` is
     above ``max_lr``.
@@ -84,25 +84,25 @@ class TokenCosine:
             )
 
     def _tokens_at_end_of_warmup(self) -> int:
-        """Return the consumed tokens at the end of the warmup, which may be inside a step if it is given in samples."""
+        """Return the consumed tokens at the end of the warmup. A warmup in samples may end inside a step."""
         params, timeline = self.params, self.timeline
-        # A warmup may be far longer than the run, as 1e15 steps are, whose tokens don't fit 64 bits. Its exact end then
-        # doesn't matter, only that it is after the run: it is the end of the step after the last one.
+        # The tokens of a warmup far longer than the run (1e15 steps) don't fit 64 bits. It only matters that it ends after
+        # the run, so it is cut at the end of the step after the last one.
         after_the_run = timeline.steps + 1
         if params.warmup_steps is not None:
             return timeline.consumed_tokens(min(params.warmup_steps, after_the_run))
         if params.warmup_samples:
             samples = min(params.warmup_samples, timeline.consumed_samples(after_the_run))
-            # 6 samples of 8 tokens at 4 per step end inside step 2: 64 consumed tokens by its end, less 2 samples, are 48.
+            # 6 samples of 8 tokens, 4 per step, end inside step 2: 64 tokens at its end minus 2 samples are 48.
             step = timeline.steps_to_samples(samples)
             sample_tokens = timeline.shortening.used_tokens_per_sample(timeline.seqlen(step))
             return timeline.consumed_tokens(step) - (timeline.consumed_samples(step) - samples) * sample_tokens
         return params.warmup_tokens or 0
 
     def _warmup_progress(self, steps: IntArray) -> npt.NDArray[np.float64]:
-        """Return the share of the warmup done by the end of each step: above 1 after it, infinite without a warmup."""
+        """Return the completed fraction of the warmup at the end of each step: above 1 after it, inf without a warmup."""
         params, timeline = self.params, self.timeline
-        # At most one of the three lengths is given; 0 is no warmup, like none.
+        # At most one of the three is given. 0 means no warmup.
         if params.warmup_steps:
             return np.asarray(steps / params.warmup_steps, np.float64)
         if params.warmup_samples:
@@ -124,7 +124,7 @@ class TokenCosine:
         progress = np.clip(decayed / (self.decay_tokens - self.warmup_tokens), 0.0, 1.0)
         cosine = 0.5 * (1.0 + elementwise(lambda x: math.cos(math.pi * x), progress))
         rate = self.params.min_lr + (self.max_lr - self.params.min_lr) * cosine
-        rate = np.where(progress >= 1.0, self.params.min_lr, rate)  # whatever the C library's cos(pi) is
-        # The cosine begins after the warmup: a step whose end is exactly that of the warmup has exactly max_lr.
+        rate = np.where(progress >= 1.0, self.params.min_lr, rate)  # exactly, independent of the C library's cos(pi)
+        # The cosine starts after the warmup: a step that ends exactly with the warmup has exactly max_lr.
         rate = np.where(warmup <= 1.0, self.max_lr * np.minimum(warmup, 1.0), rate)
         return float(rate[0]) if isinstance(steps, int) else rate

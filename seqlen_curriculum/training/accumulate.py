@@ -1,4 +1,4 @@
-"""The gradients of an optimizer step from any number of micro-batches, whatever the last step had."""
+"""Gradient accumulation over a number of micro-batches that may change from step to step."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ __all__ = ["accumulate", "set_accumulation"]
 
 
 def set_accumulation(engine: Any, rows: int, micro_batches: int) -> None:
-    """Tell DeepSpeed that the coming step has ``micro_batches`` micro-batches of ``rows`` rows on each rank.
+    """Set DeepSpeed's batch sizes for the next step: ``micro_batches`` micro-batches of ``rows`` rows on each rank.
 
-    DeepSpeed scales each loss by the number of micro-batches and averages over ranks, so the gradient is that of the
-    whole step's mean loss.
+    DeepSpeed divides each loss by the number of micro-batches and averages over ranks, so the gradient is that of the
+    mean loss of the step.
     """
-    # 4 micro-batches of 2 rows on 8 ranks: DeepSpeed wants 2 and 4 x 2 x 8 = 64, and divides each loss by 64 / 2 / 8 = 4.
+    # 4 micro-batches of 2 rows on 8 ranks: DeepSpeed needs 2 and 4 x 2 x 8 = 64, and divides each loss by 64 / 2 / 8 = 4.
     engine.set_train_micro_batch_size(rows)
     engine.set_train_batch_size(rows * micro_batches * engine.dp_world_size)
 
@@ -28,15 +28,14 @@ def accumulate(
 ) -> torch.Tensor:
     """Run forward and backward of equal ``micro_batches``; return this rank's mean loss, an fp64 scalar.
 
-    Call ``engine.step()`` next.
-
-    ``engine(*micro_batch)`` gives a loss. With ``seeds``, one a micro-batch, dropout draws from them.
+    ``engine(*micro_batch)`` returns a loss. With ``seeds``, one per micro-batch, dropout is seeded with them. Call
+    ``engine.step()`` next.
     """
     set_accumulation(engine, len(micro_batches[0][0]), len(micro_batches))
     total: torch.Tensor | None = None
     for number, micro_batch in enumerate(micro_batches):
         if number:
-            engine.step()  # before the boundary this only counts a micro-batch
+            engine.step()  # before the boundary this only counts the micro-batch
         if seeds:
             seed_generators(engine.device, seeds[number])
         # Set explicitly: DeepSpeed finds the boundary by (micro_steps + 1) % accumulation, which is wrong once accumulation

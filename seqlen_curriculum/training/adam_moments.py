@@ -1,6 +1,6 @@
-"""Size of Adam's state over the whole model, under any sharding: the measures of the paper's Figures 1, 4 and 6.
+"""Norms of Adam's state over the whole model, under any sharding: the measures in the paper's Figures 1, 4 and 6.
 
-Shapes: ``n`` elements of a tensor or of a part of it.
+Shapes: ``n`` elements of a tensor or a part of it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ __all__ = ["adam_moments"]
 
 _VARIANCE, _MOMENTUM = "exp_avg_sq", "exp_avg"
 _CHUNK, _CPU_CHUNK = 1 << 24, 1 << 17
-"""Elements reduced together. On a CPU larger chunks take new pages from the system each time: three times as slow."""
+"""Elements reduced together. On a CPU larger chunks allocate new pages each time, which is three times as slow."""
 _NAMES = ("variance_norm", "variance_max", "momentum_norm", "momentum_max")
 
 
@@ -30,10 +30,10 @@ _NAMES = ("variance_norm", "variance_max", "momentum_norm", "momentum_max")
 def adam_moments(executor: Executor) -> dict[str, float]:
     """Return the l1 norm and the largest element of Adam's sqrt(v), ``variance_norm`` and ``variance_max``, and of momentum.
 
-    Over all elements of the model, each counted once however it is sharded, split or replicated. Call it on all ranks,
-    after a step. It costs one pass over a rank's share of the state and one gather of four numbers. A number that is not
-    finite is left out. The result is empty where there is no such state, or no true one: other optimizers, offload to NVMe,
-    fp16 at ZeRO stage 0, no step taken yet.
+    Each element of the model counts once, whether it is sharded, split or replicated. Call it on all ranks after a step. It
+    costs one pass over the state of this rank and one gather of four numbers. Values that are not finite are omitted. The
+    result is empty without such a state or with an incorrect one: other optimizers, offload to NVMe, fp16 at ZeRO stage 0,
+    no step taken yet.
     """
     parts = []
     for variance, momentum in _chunks(_own_state(executor)):
@@ -50,9 +50,9 @@ def adam_moments(executor: Executor) -> dict[str, float]:
 
 
 def _chunks(states: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
-    """The (variance, momentum) pairs, joined and split to 1-D chunks of at most ``_CHUNK`` elements."""
-    # A 24-layer GPT-2 has 292 parameters, most of them biases and norms of 1,024 elements: four reductions for each would
-    # launch 1,168 kernels that do next to nothing.
+    """Join and split the (variance, momentum) pairs to 1-D chunks of at most ``_CHUNK`` elements."""
+    # A 24-layer GPT-2 has 292 parameters, most of them biases and norms of 1,024 elements. Four reductions for each would
+    # be 1,168 kernels with almost no work.
     chunk: list[tuple[Tensor, Tensor]] = []
     size = 0
     for variance, momentum in states:
@@ -75,15 +75,15 @@ def _joined(chunk: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
 
 
 def _total(parts: Tensor) -> Tensor:
-    """(parts, 4) norms and maxima of parts as those of the whole, (4,)."""
+    """Combine norms and maxima of parts (parts, 4) to those of the whole, (4,)."""
     norms, maxima = parts.sum(0), parts.amax(0)
     return torch.stack([norms[0], maxima[1], norms[2], maxima[3]])
 
 
 def _own_state(executor: Executor) -> Iterator[tuple[Tensor, Tensor]]:
-    """(variance, momentum) of the elements that this rank counts; padding, which is zero, may be among them."""
+    """Yield (variance, momentum) of the elements that this rank counts, possibly with padding, which is zero."""
     engine = executor.engine
-    # DeepSpeed's fp16 optimizer of stage 0 keeps a state some 2e4 times too small.
+    # The state of DeepSpeed's fp16 optimizer of stage 0 is about 2e4 times too small.
     if not engine.zero_optimization() and (executor.replica > 0 or engine.fp16_enabled()):
         return
     state_of = engine.basic_optimizer.state
@@ -91,7 +91,7 @@ def _own_state(executor: Executor) -> Iterator[tuple[Tensor, Tensor]]:
         return
     parameters = list(engine.module.parameters())
     counted = executor.unique_parameters(parameters)
-    # Flat tensors that hold nothing but counted parameters are taken whole, else the parameters' parts of them.
+    # A flat tensor with only counted parameters is used whole, else the parts of the counted parameters.
     states = state_of.values()
     if len(counted) < len(parameters):
         states = [_state_of(parameter, engine) for parameter in counted]
@@ -101,14 +101,14 @@ def _own_state(executor: Executor) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def _state_of(parameter: Tensor, engine: Any) -> dict[str, Tensor]:
-    """The state of this rank's elements of one parameter; empty if it has none of them."""
+    """Return the state of this rank's elements of one parameter, empty if the rank has none."""
     base = engine.basic_optimizer
     if engine.zero_optimization_stage() == 3:
         return {key: safe_get_local_optimizer_state(parameter, key) for key in (_VARIANCE, _MOMENTUM)}
     if not isinstance(engine.optimizer, DeepSpeedZeroOptimizer | BF16_Optimizer):  # ZeRO stage 0
         state: dict[str, Tensor] = base.state.get(parameter, {})
         return state
-    mapping = parameter._hp_mapping  # type: ignore[attr-defined] # where it lies in its group's flat tensor
+    mapping = parameter._hp_mapping  # type: ignore[attr-defined] # its address in the flat tensor of its group
     if mapping is None:
         return {}
     (flat,) = base.param_groups[mapping.param_group_index]["params"]

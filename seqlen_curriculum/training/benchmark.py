@@ -1,4 +1,4 @@
-"""Tokens per second of a run's model at every length, on random tokens: micro-batches and methods compared.
+"""Throughput of a run's model at every length, on random tokens, for different micro-batches and methods.
 
 Shapes: ``B`` rows of a rank in a step, ``S`` tokens of a row.
 """
@@ -30,11 +30,11 @@ from seqlen_curriculum.training.start import join_ranks
 __all__ = ["KINDS", "measure_throughput"]
 
 KINDS: dict[str, Method] = {"fixed": "truncate", "balanced": "truncate", "segment": "segment", "window": "window"}
-"""What can be measured, and its method: ``truncate`` in fixed and in balanced micro-batches, the others in balanced ones."""
+"""Kinds of measurement: ``truncate`` in fixed and in balanced micro-batches, other methods in balanced ones."""
 
 
 class _Case(NamedTuple):
-    """``rows`` rows of a rank of ``row_tokens`` tokens each, in micro-batches of ``micro_rows``."""
+    """A step of ``rows`` rows of ``row_tokens`` tokens per rank, in micro-batches of ``micro_rows`` rows."""
 
     seqlen: int
     kind: str
@@ -46,13 +46,13 @@ class _Case(NamedTuple):
 def measure_throughput(
     config: RunConfig, lengths: Sequence[int], rounds: int, kinds: Sequence[str] = ("fixed", "balanced")
 ) -> list[dict[str, Any]]:
-    """A record for each length and each of ``kinds``, in the order of ``lengths``.
+    """Measure the throughput; return one record per length and kind, in the order of ``lengths``.
 
     ``seqlen, kind, micro_batch_rows, tokens_per_second`` (median over ``rounds`` of a whole optimizer step of all ranks),
-    ``of_full_length`` (that over the first kind at full length), ``peak_memory_bytes`` of the device (None on a CPU) and
-    ``moments_of_step`` (what measuring Adam's moments once takes, of a step's time; medians). All cases take turns in each
-    round, so that a machine's drift meets them alike; a first round is not counted. Needs the model and data sections; call
-    it on every rank.
+    ``of_full_length`` (relative to the first kind at full length), ``peak_memory_bytes`` of the device (None on a CPU) and
+    ``moments_of_step`` (the time to measure Adam's moments once, relative to a step; medians). Every round measures all
+    cases, so that drift of the machine affects all of them. The first round is a warmup. Needs the model and data sections.
+    Call it on every rank.
     """
     assert config.model is not None
     assert config.data is not None
@@ -83,7 +83,7 @@ def measure_throughput(
             one = _one_step(executor, tokens, case.micro_rows)
             measured += [one] if turn else []
         started = time.perf_counter()
-        adam_moments(executor)  # ends with numbers on the host, so nothing of it is still on its way
+        adam_moments(executor)  # returns numbers on the host, so it has finished
         moments_seconds += [time.perf_counter() - started] if turn else []
     full_speed, moments = _median_speed(seen[-len(kinds)]), statistics.median(moments_seconds)
     return [
@@ -112,7 +112,7 @@ def _median_speed(measured: list[tuple[float, int | None]]) -> float:
 
 
 def _one_step(executor: Executor, tokens: torch.Tensor, micro_rows: int) -> tuple[float, int | None]:
-    """(tokens/s over all ranks, peak bytes of the device or None) of an optimizer step on ``tokens`` (B, S + 1)."""
+    """Time an optimizer step on ``tokens`` (B, S + 1); return (tokens/s over all ranks, peak device bytes or None)."""
     device = executor.engine.device
     accelerator, on_cpu = get_accelerator(), device.type == "cpu"
     micro_batches = [(part[:, :-1], part[:, 1:]) for part in torch.split(tokens.to(device), micro_rows)]

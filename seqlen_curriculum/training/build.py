@@ -1,4 +1,4 @@
-"""From a plan and a model to the executor that trains it, and the function that exports its weights."""
+"""Build the executor that trains a model, and the function that exports its weights."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ def build_executor(
     scheduler: CurriculumScheduler,
     rate: Rate | None = None,
 ) -> tuple[Executor, ModelWriter]:
-    """Return the executor that the degrees in ``keys`` ask for, and the writer of its weights as a Hugging Face folder.
+    """Return the executor for the parallel degrees in ``keys``, and the writer of its weights as a Hugging Face folder.
 
-    ``deepspeed_config`` is DeepSpeed's part of the file, with its batch keys for these ranks; ``rate`` as ``build_engine``
-    takes it. 16-bit gradients accumulate and reduce in fp32 unless the file gives types for them. ``model`` is changed as
-    its engine needs it. Raises ConfigError.
+    ``deepspeed_config`` is DeepSpeed's part of the file, with its batch keys for these ranks. ``rate`` is as in
+    ``build_engine``. 16-bit gradients accumulate and reduce in fp32 unless the file gives their types. ``model`` is changed
+    in place for its engine. Raises ConfigError.
     """
     write = partial(model_writer, model)
     if keys.fp32_gradients:
@@ -53,8 +53,8 @@ def build_executor(
         return TensorParallel(_engine(partitioned, model, scheduler, rate, mpu)), write
     if keys.sequence_ranks > 1:
         group = split_attention(model, keys.sequence_ranks)
-        # DeepSpeed is to count the ranks of a sequence as ranks with rows of their own: 8 rows on 4 ranks, 2 ranks a
-        # sequence, are 4 rows a rank, which DeepSpeed knows as 16 rows on 4 ranks.
+        # DeepSpeed must count the ranks of a sequence as ranks with their own rows: 8 rows on 4 ranks with 2 ranks per
+        # sequence are 4 rows per rank, which DeepSpeed treats as 16 rows on 4 ranks.
         rows = deepspeed_config["train_batch_size"] * keys.sequence_ranks
         rest = {key: value for key, value in deepspeed_config.items() if key != "sequence_parallel_size"}
         return SequenceParallel(_engine({**rest, "train_batch_size": rows}, model, scheduler, rate), group), write
@@ -68,7 +68,7 @@ def _engine(
     rate: Rate | None,
     mpu: Any = None,
 ) -> Any:
-    # DeepSpeed's throughput timer waits for the device twice in each micro-batch; the run log has tokens/s without it.
+    # DeepSpeed's throughput timer synchronizes the device twice per micro-batch. The run log has tokens/s without it.
     timers = deepspeed_config.get("timers", {})
     if isinstance(timers, Mapping):  # else DeepSpeed refuses it
         deepspeed_config = {**deepspeed_config, "timers": {"throughput": {"enabled": False}, **timers}}
@@ -82,7 +82,7 @@ def _engine(
 
 
 def model_writer(model: CausalLM | AnyCausalLM) -> Callable[[Path], None]:
-    """Gather the weights on rank 0, one by one where ranks have parts of them; return what writes them there.
+    """Gather the weights on rank 0, one by one if they are sharded; return a function that writes them there.
 
     Call it on all ranks.
     """

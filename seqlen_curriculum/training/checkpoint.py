@@ -1,8 +1,8 @@
-"""Checkpoints that are whole or absent: written under a temporary name, moved into place, verified before use.
+"""Atomic checkpoints: written under a temporary name, renamed, verified before use.
 
-A checkpoint folder ``global_step<N>`` holds DeepSpeed's files, the model as a Hugging Face folder (``config.json``,
-``model.safetensors``), and last of all its manifest. One that doesn't include the rollbacks in ``rollbacks.json`` holds
-steps that a rollback has discarded, and is skipped.
+A checkpoint folder ``global_step<N>`` contains DeepSpeed's files, the model in Hugging Face's format (``config.json``,
+``model.safetensors``), and a manifest, which is written last. A checkpoint that doesn't include the rollbacks in
+``rollbacks.json`` contains discarded steps and is skipped.
 """
 
 from __future__ import annotations
@@ -39,15 +39,15 @@ __all__ = ["Checkpoints"]
 
 
 class _DiscardedError(CheckpointError):
-    """A whole checkpoint, of steps that a rollback discarded."""
+    """A complete checkpoint of steps that a rollback discarded."""
 
 
 class Checkpoints:
-    """The checkpoints of one run in the folder ``save``; ``run`` are the settings that another run may not share.
+    """The checkpoints of one run in the folder ``save``; ``run`` are the settings that identify the run.
 
-    ``skip_steps`` is how many steps a rollback skips, 0 where none will be made; checkpoints of ``keep_steps`` are kept.
-    ``in_background``: a checkpoint is copied to host memory and written beside training; ``stop()`` asks the loop to end
-    when that fails.
+    ``skip_steps`` is the number of steps that a rollback skips, 0 without rollbacks. Checkpoints of ``keep_steps`` are
+    kept. ``in_background``: a checkpoint is copied to host memory and written while training continues. ``stop()`` is
+    called to end the training loop if that fails.
     """
 
     def __init__(
@@ -64,28 +64,28 @@ class Checkpoints:
         self.skip_steps, self.keep_steps = skip_steps, keep_steps
         self.in_background, self._stop = in_background, stop
         self.rollbacks: Sequence[Rollback] | None = None
-        """The run's. None as long as they are not known: then a checkpoint may include any."""
+        """The rollbacks of the run. None before they are read; then a checkpoint may include any."""
         self._pending: PendingSave | None = None
 
     @cached_property
     def _store(self) -> Any:
-        """A client of torch's store for the thread that writes: the loop's own answers one caller at a time."""
+        """A separate client of torch's store for the writing thread, because a client serves one caller at a time."""
         store: Any = _get_default_store()
         return store.clone()
 
     def save(self, engine: Any, step: int, model_writer: ModelWriter, evaluations: Evaluations | None = None) -> None:
-        """Write checkpoint ``step`` on all ranks, then delete older ones that need not be kept.
+        """Write checkpoint ``step`` on all ranks, then delete older ones that aren't needed.
 
-        ``model_writer`` adds the Hugging Face files; ``evaluations`` are those up to the step. In the background, only the
-        state is copied here; ``wait`` for the rest. Raises CheckpointError, with the previous checkpoint untouched, also
-        for a checkpoint that was still being written.
+        ``model_writer`` writes the Hugging Face files. ``evaluations`` are those up to the step. In the background mode this
+        only copies the state; call ``wait`` for the rest. Raises CheckpointError if this checkpoint or the one being written
+        fails; the previous checkpoint is then unchanged.
         """
         self.wait()
         final = self.save_folder / f"{CHECKPOINT_PREFIX}{step}"
         if on_rank_0(lambda: self._read_or_none(final)) is not None:
-            return  # resumed at this very step
+            return  # resumed at this step
         on_rank_0(self._delete_hidden)
-        # The dot keeps it out of checkpoint_folders: nobody takes a half-written folder for a checkpoint.
+        # The leading dot hides the unfinished folder from checkpoint_folders.
         unfinished = self.save_folder / f".{final.name}.tmp"
         files = shard_files(engine, self.in_background)
         try:
@@ -116,12 +116,12 @@ class Checkpoints:
             self.wait()
 
     def wait(self) -> None:
-        """Wait on all ranks for the checkpoint that is being written, if any. Raises CheckpointError if it failed."""
+        """Wait on all ranks for the checkpoint being written, if any. Raises CheckpointError if it failed."""
         pending, self._pending = self._pending, None
         if pending is None:
             return
         problem = pending.problem()
-        dist.barrier()  # the store may end with rank 0, which must not end before all have read it
+        dist.barrier()  # the store may end with rank 0, which must not exit before all ranks have read it
         if problem:
             raise CheckpointError(problem)
 
@@ -130,48 +130,48 @@ class Checkpoints:
             shutil.rmtree(left_by_a_kill)
 
     def find(self, resume: str) -> Checkpoint | None:
-        """Return the checkpoint to continue from, the same on all ranks; ``resume`` is ``auto``, ``none`` or a folder.
+        """Return the checkpoint to resume from, the same on all ranks; ``resume`` is ``auto``, ``none`` or a folder.
 
-        A checkpoint of another --save starts a folder that has none of its own; it brings the rollbacks it includes. Raises
-        CheckpointError for a named checkpoint that is damaged, and where all checkpoints are.
+        A checkpoint from another --save is used only if this folder has none, together with the rollbacks it includes.
+        Raises CheckpointError if the given checkpoint is damaged, or all checkpoints are.
         """
         self.rollbacks = on_rank_0(lambda: read_rollbacks(self.save_folder))
         named = Path(resume).resolve() if resume not in ("auto", "none") else None
         checkpoint = None
-        # The same command again, after a kill: by now the folder has checkpoints of its own, which are further on.
+        # When the command is rerun after a kill, the folder has later checkpoints of its own.
         if resume == "auto" or (named is not None and named.parent != self.save_folder):
             checkpoint = self.newest()
         if checkpoint is None and named is not None:
             checkpoint = on_rank_0(lambda: self._read(named))
-            check_same_run(checkpoint, self.run)  # before gigabytes are read, and before the model is built
+            check_same_run(checkpoint, self.run)  # before reading gigabytes and building the model
             problem = self._damage(checkpoint)
             if problem:
-                raise CheckpointError(f"{problem}; name another checkpoint, or restore this one from a copy")
+                raise CheckpointError(f"{problem}; give another checkpoint, or restore this one from a copy")
         if self.rollbacks is None:
             self.rollbacks = checkpoint.rollbacks if checkpoint is not None else ()
         return checkpoint
 
     def newest(self) -> Checkpoint | None:
-        """Return the newest checkpoint that is whole, the same on all ranks; damaged ones are set aside, with a warning.
+        """Return the newest complete checkpoint, the same on all ranks; rename damaged ones, with a warning.
 
-        Raises CheckpointError where all are damaged.
+        Raises CheckpointError if all are damaged.
         """
         before = on_rank_0(lambda: checkpoint_folders(self.save_folder))
         chosen = self.newest_whole(on_rank_0(self._set_unreadable_aside))
         left = on_rank_0(lambda: checkpoint_folders(self.save_folder))
         if chosen is None and before and not left:
             raise CheckpointError(
-                f"{self.save_folder}: none of its {len(before)} checkpoints is whole, see the warnings above; put a copy of "
-                "one in place, or start anew in another --save"
+                f"{self.save_folder}: all of its {len(before)} checkpoints are damaged, see the warnings above; restore "
+                "a copy of one, or start again in another --save"
             )
         if chosen is not None and len(left) < len(before):
             on_rank_0(lambda: replace_text(self.save_folder / LATEST, chosen.folder.name))
         return chosen
 
     def newest_whole(self, candidates: Sequence[Checkpoint]) -> Checkpoint | None:
-        """Return the last of ``candidates`` whose files are as they were written; set the damaged ones after it aside.
+        """Return the last of ``candidates`` whose files are unchanged; rename the damaged ones after it.
 
-        Call it on all ranks, which share the reading. Raises CheckpointError for another run's.
+        Call it on all ranks, which share the reading. Raises CheckpointError for a checkpoint of another run.
         """
         for checkpoint in reversed(candidates):
             check_same_run(checkpoint, self.run)
@@ -182,50 +182,53 @@ class Checkpoints:
         return None
 
     def _damage(self, checkpoint: Checkpoint) -> str:
-        """Return how ``checkpoint`` is damaged, the same on all ranks; "" if it is not. Raises CheckpointError."""
+        """Return a description of the damage to ``checkpoint``, the same on all ranks, "" without damage.
+
+        Raises CheckpointError.
+        """
         rank, ranks = dist.get_rank(), dist.get_world_size()
         problems = on_all_ranks(lambda: damage(checkpoint, rank, ranks))
         return next(filter(None, problems), "")
 
     def _set_unreadable_aside(self) -> list[Checkpoint]:
-        """Return the usable checkpoints, oldest first; report the others, and set those aside that are not complete."""
+        """Return the usable checkpoints, oldest first; report the others, and rename incomplete ones."""
         for folder in checkpoint_folders(self.save_folder):
             try:
                 self._read(folder)
             except _DiscardedError as error:
-                log_rank0(f"passing over an unusable checkpoint: {error}")
+                log_rank0(f"skipping an unusable checkpoint: {error}")
             except CheckpointError as error:
                 self._set_aside(folder, str(error))
         return self.complete()
 
     def _set_aside(self, folder: Path, problem: str) -> None:
-        """Rename a damaged checkpoint, so that nothing of it is lost and it isn't tried again."""
-        log_rank0(f"warning: passing over an unusable checkpoint: {problem}; kept as {set_aside(folder).name}")
+        """Rename a damaged checkpoint, so that it is kept but not tried again."""
+        log_rank0(f"warning: skipping an unusable checkpoint: {problem}; kept as {set_aside(folder).name}")
 
     def discard_newer_than(self, rollbacks: Sequence[Rollback], returned_to: Checkpoint) -> None:
-        """Write ``rollbacks`` and only then delete the checkpoints that don't include them. Call it on all ranks."""
+        """Write ``rollbacks``, then delete the checkpoints that don't include them. Call it on all ranks."""
 
         def discard() -> None:
             checkpoints = self.complete()
-            # Killed before this line, the run rolls back again; killed after it, what is left to delete is not usable.
+            # If killed before this line, the run rolls back again. After it, the checkpoints to delete are not usable.
             write_rollbacks(self.save_folder, rollbacks)
             replace_text(self.save_folder / LATEST, returned_to.folder.name)
             for checkpoint in checkpoints:
                 if not checkpoint.includes_rollbacks(rollbacks):
                     log_rank0(f"deleting a checkpoint of discarded steps: {checkpoint.folder}")
-                    with suppress(OSError):  # not usable any more
+                    with suppress(OSError):  # no longer usable
                         discard_folder(checkpoint.folder)
 
         on_rank_0(discard)
         self.rollbacks = rollbacks
 
     def load(self, engine: Any, checkpoint: Checkpoint) -> None:
-        """Continue ``engine`` from ``checkpoint`` on all ranks. Raises CheckpointError if it is another run's."""
+        """Load ``checkpoint`` into ``engine`` on all ranks. Raises CheckpointError if it belongs to another run."""
         check_same_run(checkpoint, self.run)
         load_checkpoint(engine, checkpoint)
 
     def _publish(self, unfinished: Path, final: Path, manifest: Manifest, files: Mapping[str, int]) -> None:
-        """Complete the folder ``unfinished`` with its manifest, and move it to ``final``; ``files`` are on disk already."""
+        """Write the manifest of the folder ``unfinished`` and rename it to ``final``; ``files`` are already on disk."""
         seal(unfinished, manifest, files)
         if final.exists():
             log_rank0(f"replacing an unusable checkpoint: {final}")
@@ -234,7 +237,7 @@ class Checkpoints:
         self._make_newest(final)
 
     def _fail(self, unfinished: Path, final: Path, problem: str) -> str:
-        """Delete what was written of a checkpoint, ask the training loop to stop, and return the message."""
+        """Delete the unfinished checkpoint, request the training loop to stop, and return the message."""
         shutil.rmtree(unfinished, ignore_errors=True)
         kept = self.complete()
         intact = f"the checkpoint {kept[-1].folder} is intact" if kept else "there is no earlier checkpoint"
@@ -242,7 +245,7 @@ class Checkpoints:
         return f"{final}: can't be written ({problem}); {intact}. Free space or fix the folder, then rerun the same command"
 
     def _make_newest(self, final: Path) -> None:
-        """Point at the complete checkpoint ``final``, and delete the checkpoints that it makes needless."""
+        """Make ``latest`` name the complete checkpoint ``final``, and delete checkpoints that aren't needed."""
         try:
             replace_text(self.save_folder / LATEST, final.name)
             self.drop_old()

@@ -1,6 +1,6 @@
-"""The files of a checkpoint: written and flushed by every rank, at once or in a thread beside training.
+"""The files of a checkpoint: written and flushed by every rank, either immediately or in a background thread.
 
-Ranks report through torch's store. A thread can't use collectives: they would mix with those of the training loop.
+Ranks report through torch's store, because collectives of a thread would interleave with those of the training loop.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ from seqlen_curriculum.errors import SeqlenCurriculumError
 __all__ = ["ModelWriter", "PendingSave", "ShardFiles", "nothing_to_write", "shard_files", "write_part"]
 
 ModelWriter: TypeAlias = Callable[[], Callable[[Path], None]]
-"""Copies the weights to host memory, and returns what writes them into a folder; both are called on all ranks."""
+"""Copies the weights to host memory and returns a function that writes them to a folder. Call both on all ranks."""
 _AS_LONG_AS_IT_TAKES = datetime.timedelta(days=1)
-"""The launcher ends a launch with a dead rank."""
+"""Long enough for any write; if a rank dies, the launcher ends the launch."""
 _EXPECTED = (OSError, RuntimeError, SafetensorError, MemoryError, SeqlenCurriculumError)
-"""Whose message says enough; torch reports some failed writes as a RuntimeError."""
+"""Errors reported without a traceback. torch raises RuntimeError for some failed writes."""
 _numbers = itertools.count()
 
 
 class ShardFiles(CheckpointEngine):  # type: ignore[misc]
-    """Writes this rank's shards for DeepSpeed, in place of its own ``engine``; a file is durable once it is written.
+    """DeepSpeed checkpoint engine that writes this rank's shards and flushes each file to disk.
 
-    ``in_background``: ``save`` serialises into host memory, which ``write_held`` writes. The bytes are the same.
+    ``in_background``: ``save`` serialises to host memory, and ``write_held`` writes the same bytes later.
     """
 
     def __init__(self, engine: TorchCheckpointEngine, in_background: bool) -> None:
@@ -47,20 +47,20 @@ class ShardFiles(CheckpointEngine):  # type: ignore[misc]
         self._engine, self._in_background = engine, in_background
         self._held: dict[Path, io.BytesIO] = {}
         self.crc32: dict[Path, int] = {}
-        """Of the files that were written since ``begin``."""
+        """CRC-32 of the files written since ``begin``."""
         self.problem = ""
-        """Why a file couldn't be written. Not raised, because the other ranks wait for this one inside DeepSpeed."""
+        """The reason why a file couldn't be written. Not raised, because other ranks wait for this one in DeepSpeed."""
 
     def begin(self) -> None:
-        """Forget the checkpoint before."""
+        """Reset the state of the previous checkpoint."""
         self._held, self.crc32, self.problem = {}, {}, ""
 
     def create(self, info: Any) -> None:
-        """Let DeepSpeed announce the checkpoint."""
+        """Call DeepSpeed's hook for a new checkpoint."""
         self._engine.create(info)
 
     def save(self, state_dict: Any, path: str) -> None:
-        """Write ``state_dict`` as ``torch.save`` does, or hold what it writes."""
+        """Write ``state_dict`` as ``torch.save`` does, or hold the bytes in memory."""
         try:
             if self._in_background:
                 held = io.BytesIO()
@@ -85,7 +85,7 @@ class ShardFiles(CheckpointEngine):  # type: ignore[misc]
         torch.save(state_dict, file, _use_new_zipfile_serialization=self._engine.zipfile_serialization)
 
     def write_held(self) -> None:
-        """Write the files that are held, and free their memory. Raises OSError."""
+        """Write the files held in memory, and free them. Raises OSError."""
         while self._held:
             path, held = self._held.popitem()
             with open(path, "wb") as file, held.getbuffer() as content:
@@ -94,18 +94,18 @@ class ShardFiles(CheckpointEngine):  # type: ignore[misc]
                 self.crc32[path] = zlib.crc32(content)
 
     def load(self, path: str, map_location: Any = None) -> Any:
-        """Read what ``save`` has written."""
+        """Read a file written by ``save``."""
         return self._engine.load(path, map_location)
 
     def commit(self, info: Any) -> bool:
-        """Return True: what makes a checkpoint complete is its manifest."""
+        """Return True; the manifest, not DeepSpeed, marks a checkpoint as complete."""
         return bool(self._engine.commit(info))
 
 
 def shard_files(engine: Any, in_background: bool) -> ShardFiles | None:
-    """Return what writes the shards of DeepSpeed's ``engine`` from here on, empty for the next checkpoint.
+    """Install and reset the writer of the shards of DeepSpeed's ``engine``, and return it.
 
-    None where ``checkpoint.writer`` in the file asks for a way of DeepSpeed's own.
+    Returns None if ``checkpoint.writer`` in the file selects one of DeepSpeed's writers.
     """
     if type(engine.checkpoint_engine) is TorchCheckpointEngine:
         engine.checkpoint_engine = ShardFiles(engine.checkpoint_engine, in_background)
@@ -116,7 +116,7 @@ def shard_files(engine: Any, in_background: bool) -> ShardFiles | None:
 
 
 def write_part(files: ShardFiles | None, folder: Path, write_model: Callable[[Path], None]) -> dict[str, int]:
-    """Write this rank's part of a checkpoint into ``folder``; return the CRC-32 of the files that are durable, by name."""
+    """Write this rank's part of a checkpoint to ``folder``; return the CRC-32 of the flushed files, by name."""
     if files is not None:
         if files.problem:
             raise OSError(files.problem)
@@ -126,11 +126,11 @@ def write_part(files: ShardFiles | None, folder: Path, write_model: Callable[[Pa
 
 
 def nothing_to_write(_folder: Path) -> None:
-    """Write nothing: another rank has the weights."""
+    """Write nothing, because another rank has the weights."""
 
 
 class _Checked:
-    """A file open for writing, and the CRC-32 of what goes into it."""
+    """A file open for writing, and the CRC-32 of the written bytes."""
 
     def __init__(self, file: io.BufferedWriter) -> None:
         self._file, self.crc32 = file, 0
@@ -154,11 +154,11 @@ def _flush(file: io.BufferedWriter) -> None:
 
 
 class PendingSave:
-    """One checkpoint, from the moment that its content is known until it is complete or has failed, on all ranks alike.
+    """A checkpoint being written, with the same outcome on all ranks.
 
-    ``store`` is a client of torch's store that nobody else waits with. ``write()`` writes this rank's files and returns
-    their CRC-32 by name. On rank 0 ``publish(files)`` then completes the checkpoint, with the files of all ranks;
-    ``fail(problem)`` cleans up instead, and returns the message for all ranks.
+    ``store`` is a client of torch's store for this object alone. ``write()`` writes this rank's files and returns their
+    CRC-32 by name. Then rank 0 completes the checkpoint with ``publish(files)``, given the files of all ranks, or cleans up
+    with ``fail(problem)``, which returns the message for all ranks.
     """
 
     def __init__(
@@ -172,26 +172,26 @@ class PendingSave:
         self._key, self._thread = f"checkpoint/{next(_numbers)}", threading.Thread(target=self.run, daemon=True)
 
     def start(self) -> None:
-        """Do ``run`` beside training."""
+        """Start ``run`` in a background thread."""
         self._thread.start()
 
     def run(self) -> None:
-        """Do this rank's part, and on rank 0 what remains once all ranks have done theirs."""
+        """Write this rank's part; on rank 0, complete the checkpoint once all ranks have written theirs."""
         rank, files, problem = dist.get_rank(), {}, ""
         try:
             files = self._write()
         except _EXPECTED as error:
             problem = str(error) or type(error).__name__
-        except Exception as error:  # reported all the same: rank 0 waits for every rank
+        except Exception as error:  # reported too, because rank 0 waits for every rank
             problem = f"{type(error).__name__}: {error}"
             traceback.print_exc()
-        self._write = dict  # frees the memory of the weights that were to be written
+        self._write = dict  # frees the memory of the weights
         self._store.set(f"{self._key}/{rank}", json.dumps([files, problem]))
         if rank == 0:
             self._store.set(self._key, self._outcome())
 
     def _outcome(self) -> str:
-        """Complete the checkpoint; return "" or what went wrong."""
+        """Complete the checkpoint; return an error message, "" on success."""
         names = [f"{self._key}/{rank}" for rank in range(dist.get_world_size())]
         self._store.wait(names, _AS_LONG_AS_IT_TAKES)
         reports = [json.loads(report) for report in self._store.multi_get(names)]
@@ -211,7 +211,7 @@ class PendingSave:
         return ""
 
     def problem(self) -> str:
-        """Wait until the checkpoint is complete on all ranks; return "" or why it is not."""
+        """Wait for the checkpoint on all ranks; return an error message, "" on success."""
         if self._thread.is_alive():
             self._thread.join()
         self._store.wait([self._key], _AS_LONG_AS_IT_TAKES)

@@ -1,4 +1,4 @@
-"""``torch.compile`` of a model's blocks: a handful of graphs for a whole run, whatever its lengths."""
+"""``torch.compile`` of a model's blocks, with a few graphs for all lengths of a run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["compile_blocks", "is_compiled"]
 
 
 def is_compiled(config: RunConfig, device: torch.device) -> bool:
-    """Return ``training.compile`` of a file with model and training sections, chosen by the device where it is left open."""
+    """Return ``training.compile`` of a file with model and training sections; if it is unset, the device decides."""
     assert config.training is not None
     assert config.model is not None
     if config.training.compile is not None:
@@ -24,32 +24,32 @@ def is_compiled(config: RunConfig, device: torch.device) -> bool:
 
 
 def compile_blocks(blocks: nn.ModuleList, device: torch.device) -> None:
-    """Compile each block for rows and lengths that vary; without a working compiler log that and leave them uncompiled.
+    """Compile each block with dynamic rows and lengths. Without a working compiler, log a message and don't compile.
 
-    All blocks share their graphs, and neither rows nor seqlen is fixed in one: a run has a graph for training, one for
-    evaluation, and one for micro-batches of a single row, which torch always takes for a special case.
+    All blocks share their graphs: one for training, one for evaluation, and one for micro-batches of a single row, because
+    torch always specializes size 1.
     """
     problem = _compiler_problem(device)
     missing = torch.tensor(float(bool(problem)), device=device)
-    dist.all_reduce(missing)  # ranks that differ would still train, each with other rounding
+    dist.all_reduce(missing)  # a mix would train, but with different rounding on each rank
     if missing > 0:
         log_rank0(
             f"training.compile: {problem or 'another rank has no working compiler'}; training without compilation"
         )
         return
     log_rank0("training.compile: compiling the model's blocks, so the first micro-batches take longer")
-    # Otherwise torch takes sizes that happen to be equal for one size: a step of length 64 in a model of hidden size 64
-    # would get a graph of its own.
+    # Otherwise torch treats equal sizes as one size: a step of length 64 in a model of hidden size 64 would get its own
+    # graph.
     torch.fx.experimental._config.use_duck_shape = False
     for block in blocks:
         block.compile(dynamic=True)
 
 
 def _compiler_problem(device: torch.device) -> str:
-    """Return why a function of one operation can't be compiled here; empty if it can."""
+    """Compile a function of one operation; return the error, "" if it works."""
     try:
         torch.compile(lambda x: x + 1, fullgraph=True)(torch.zeros(8, device=device))
-    except Exception as error:  # each compiler has its own
+    except Exception as error:  # each compiler raises its own types
         return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
     torch._dynamo.reset()
     return ""

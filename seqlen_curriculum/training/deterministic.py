@@ -1,4 +1,4 @@
-"""Bit-identical steps on a GPU."""
+"""Deterministic algorithms, for bit-identical steps on a GPU."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ __all__ = ["be_deterministic"]
 
 
 def be_deterministic() -> None:
-    """Let this process use torch's deterministic algorithms alone; call it before anything is computed on a GPU.
+    """Enable only torch's deterministic algorithms in this process; call it before any computation on a GPU.
 
-    An operation without such an algorithm then raises RuntimeError.
+    Operations without a deterministic algorithm then raise RuntimeError.
     """
-    # cuBLAS reads this once, when its first handle is made. 8 buffers of 4096 KiB are what torch asks for.
+    # cuBLAS reads this when its first handle is created. torch requires 8 buffers of 4096 KiB.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)

@@ -6,81 +6,133 @@ import argparse
 import inspect
 import math
 import os
-import sys
-import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import deepspeed
 import torch
 from deepspeed.pipe import PipelineModule
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import Dataset
 
 from seqlen_curriculum.config.plan import RunPlan
 from seqlen_curriculum.config.run import RunConfig
-from seqlen_curriculum.errors import ConfigError, SeqlenCurriculumError
+from seqlen_curriculum.errors import ConfigError
 from seqlen_curriculum.launchers import launch
 from seqlen_curriculum.schedule.scheduler import CurriculumScheduler
 from seqlen_curriculum.schedule.token_lr import TokenCosine
 from seqlen_curriculum.training.lr_scheduler import TokenCosineLR
 from seqlen_curriculum.training.pipeline import follow_shapes
-from seqlen_curriculum.training.start import join_ranks
+from seqlen_curriculum.training.refusals import initialize_deepspeed
+from seqlen_curriculum.training.start import DEFAULT_PORT, join_ranks
 from seqlen_curriculum.training.versions import check_deepspeed_version
 
 __all__ = ["Rate", "begin_step", "build_engine", "follow_plan", "initialize", "skip_step"]
 
 Rate: TypeAlias = Callable[[float], TokenCosine | None]
 """The rate of every step, given the largest ``lr`` of the optimizer."""
-_REFUSING_PACKAGES = ("deepspeed", "pydantic", "torch")
-"""Whose errors in ``deepspeed.initialize`` are about the configuration."""
-_MONITORS = {"wandb": "wandb", "comet_ml": "comet"}
-"""The sections of monitors that connect to a service, by their packages."""
 
 
-def initialize(*args: Any, curriculum_kwarg: str | None = None, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
-    """Return (engine, optimizer, dataloader, lr_scheduler), as ``deepspeed.initialize`` does, with one argument more.
+def initialize(
+    args: argparse.Namespace | None = None,
+    model: torch.nn.Module | None = None,
+    optimizer: Optimizer | Callable[..., Optimizer] | None = None,
+    model_parameters: Iterable[torch.nn.Parameter] | Iterable[dict[str, Any]] | None = None,
+    training_data: Dataset[Any] | None = None,
+    lr_scheduler: LRScheduler | Callable[[Optimizer], LRScheduler] | None = None,
+    distributed_port: int = DEFAULT_PORT,
+    mpu: Any = None,
+    dist_init_required: bool | None = None,
+    collate_fn: Callable[[list[Any]], Any] | None = None,
+    config: RunConfig | Mapping[str, Any] | str | Path | None = None,
+    mesh_param: tuple[int, int] | None = None,
+    config_params: RunConfig | Mapping[str, Any] | str | Path | None = None,
+    *,
+    curriculum_kwarg: str | None = None,
+) -> tuple[Any, Any, Any, Any]:
+    """Return (engine, optimizer, dataloader, lr_scheduler), as ``deepspeed.initialize`` does for the same arguments.
 
-    ``config`` is a path, a dict or a ``RunConfig``; ``args.deepspeed_config`` serves when it is None. Our sections are
-    taken out before DeepSpeed sees the rest. The engine gains ``curriculum_scheduler``, whose
-    ``update_difficulty(engine.global_steps + 1)`` gives the length of the step to come (None in a file with neither a
-    curriculum nor a data section); a ``TokenCosineLR`` follows the engine's steps by itself, counting the tokens of steps
-    that fp16 skipped. Under a ``batch_size_warmup`` or a ``batch_growth`` the loop reads ``RunConfig.timeline().rows(step)``
-    rows a step and hands them to ``accumulate``, so ``config`` must be a ``RunConfig``. With ``curriculum_kwarg`` each
-    training forward hands the model the step's length under that keyword, for models that truncate inside; DeepSpeed up to
-    0.19.7 did so as ``curriculum_seqlen``. A pipeline's ``train_batch`` and ``eval_batch`` follow shapes that change. Raises
-    ConfigError, also for what DeepSpeed refuses.
+    The sections of this package are taken out of the configuration, and DeepSpeed gets the rest.
+
+    - The engine gains ``curriculum_scheduler``. Its ``update_difficulty(engine.global_steps + 1)`` returns the length of the
+      next step in tokens. It is None if the configuration has neither a curriculum nor a data section.
+    - A ``TokenCosineLR`` follows the engine's steps by itself, and counts the tokens of steps that fp16 skipped.
+    - ``train_batch`` and ``eval_batch`` of a pipeline accept batches whose length changes.
+
+    Without a launcher, as in a notebook, the process is rank 0 of 1.
+
+    Args:
+        args: Its ``deepspeed_config`` is the path of the configuration if ``config`` is None.
+        model: The module to train, or a ``PipelineModule``. Required.
+        optimizer: Used instead of the configuration's; or a function of ``model_parameters`` that returns one.
+        model_parameters: What is trained: parameters, or groups of them as for ``torch.optim``.
+        training_data: A dataset. The third value returned is a dataloader of it, which keeps the full length.
+        lr_scheduler: Used instead of the configuration's; or a function of the optimizer that returns one. A configuration
+            with ``TokenCosineLR`` refuses it.
+        distributed_port: Where rank 0 listens if neither the launcher nor MASTER_PORT says so.
+        mpu: Megatron's model parallel unit, with ``get_data_parallel_world_size()`` and the like.
+        dist_init_required: Accepted as DeepSpeed does: torch.distributed is initialized if it isn't yet.
+        collate_fn: Makes a batch of a list of samples of ``training_data``.
+        config: A path, a dict or a ``RunConfig``. The path may be a run's folder, for the configuration of that run.
+        mesh_param: (data-parallel ranks, sequence-parallel ranks).
+        config_params: DeepSpeed's older name of ``config``.
+        curriculum_kwarg: Hand the model the step's length under this keyword in each training forward, for a model that
+            truncates inside. DeepSpeed up to 0.19.7 did so as ``curriculum_seqlen``.
+
+    Raises:
+        ConfigError: The configuration or an argument is wrong, also where DeepSpeed refuses it. Under ``batch_size_warmup``
+            or ``batch_growth``, ``config`` must be a ``RunConfig``: the loop reads ``RunConfig.timeline().rows(step)`` rows
+            in each step and hands them to ``training.accumulate.accumulate``.
     """
-    given = inspect.signature(deepspeed.initialize).bind(*args, **kwargs).arguments
-    named = given.pop("args", None)
-    run = _run_config(named, given.pop("config", None), given.pop("config_params", None))
+    # What isn't given is left out, as a DeepSpeed of another version may not have it.
+    possible = {
+        "model": model,
+        "optimizer": optimizer,
+        "model_parameters": model_parameters,
+        "training_data": training_data,
+        "lr_scheduler": lr_scheduler,
+        "mpu": mpu,
+        "dist_init_required": dist_init_required,
+        "collate_fn": collate_fn,
+        "mesh_param": mesh_param,
+    }
+    given = {name: value for name, value in possible.items() if value is not None}
+    run = _run_config(args, config, config_params)
     if run.adapts:
         raise ConfigError(
             "curriculum_learning.schedule_type: adaptive follows the evaluations of a run, which DeepSpeed's engine doesn't "
-            "do; train with scripts/train_gpt2.py, or use fixed_linear"
+            "do; train with slw train, or use fixed_linear"
         )
     run = run if run.keys.train_batch_size else run.for_ranks(_ranks(run, given))
-    if run.scheduler is not None and given.get("lr_scheduler") is not None:
+    if run.scheduler is not None and lr_scheduler is not None:
         raise ConfigError("scheduler: the file asks for TokenCosineLR and lr_scheduler= is given too; keep one")
+    if model is None:
+        raise ConfigError("model: required, but not given; give the module to train")
     scheduler = run.curriculum_scheduler() if run.curriculum or run.data else None
     rate = run.plan.learning_rate if run.scheduler is not None else None
     if curriculum_kwarg is not None:
-        _check_takes_length(given.get("model"), curriculum_kwarg, scheduler is not None)
-    join_ranks(run.deepspeed)
-    if named is not None:  # DeepSpeed refuses a config given twice, and would read our sections from the file
-        values = {**vars(named), "deepspeed_config": None}
-        if "local_rank" in values:  # a rank that sees one device alone is its number 0
-            values["local_rank"] = int(os.environ.get("LOCAL_RANK", values["local_rank"]))
-        named = argparse.Namespace(**values)
-    engine, *others = build_engine(run.deepspeed, scheduler, rate, args=named, **given)
+        _check_takes_length(model, curriculum_kwarg, scheduler is not None)
+    join_ranks(run.deepspeed, distributed_port)
+    if args is not None:  # DeepSpeed refuses a config given twice, and would read our sections from the file
+        given["args"] = _without_config(args)
+    engine, *others = build_engine(run.deepspeed, scheduler, rate, **given)
     if not isinstance(engine, PipelineEngine):
         engine.register_forward_pre_hook(_follow_steps)
         if curriculum_kwarg is not None:
             engine.register_forward_pre_hook(_hand_over_length(curriculum_kwarg), with_kwargs=True)
     optimizer, dataloader, lr_scheduler = others
     return engine, optimizer, dataloader, lr_scheduler
+
+
+def _without_config(args: argparse.Namespace) -> argparse.Namespace:
+    """Return the flags without ``deepspeed_config``, and with the number of this process's device."""
+    values = {**vars(args), "deepspeed_config": None}
+    if "local_rank" in values:  # a rank that sees one device alone is its number 0
+        values["local_rank"] = int(os.environ.get("LOCAL_RANK", values["local_rank"]))
+    return argparse.Namespace(**values)
 
 
 def build_engine(
@@ -97,7 +149,7 @@ def build_engine(
     if rate is not None:
         given["lr_scheduler"] = partial(_token_lr, rate)
     check_deepspeed_version()
-    engine, *others = _deepspeed_initialize(config=dict(deepspeed_config), **given)
+    engine, *others = initialize_deepspeed(config=dict(deepspeed_config), **given)
     _free_shared_memory(engine)
     engine.curriculum_scheduler = scheduler
     if isinstance(engine, PipelineEngine):
@@ -121,33 +173,6 @@ def _token_lr(rate: Rate, optimizer: Optimizer) -> TokenCosineLR:
     token_cosine = rate(max(group["lr"] for group in optimizer.param_groups))
     assert token_cosine is not None
     return TokenCosineLR(optimizer, token_cosine)
-
-
-def _deepspeed_initialize(**arguments: Any) -> tuple[Any, ...]:
-    """Call ``deepspeed.initialize``, and raise ConfigError where it refuses its own keys.
-
-    DeepSpeed and the optimizers it calls refuse a value by an assertion or a bare error. The same kinds of error raised by
-    this package's code or the user's, which DeepSpeed calls back, are bugs or errors of their own and pass unchanged.
-    """
-    try:
-        return tuple(deepspeed.initialize(**arguments))
-    except (AssertionError, AttributeError, KeyError, TypeError, ValueError) as error:
-        frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))  # the last one raised it
-        packages = [str(frame.f_globals.get("__name__")).partition(".")[0] for frame in frames]
-        # The standard library raises for its caller: an unknown dtype fails in enum, called by DeepSpeed.
-        raised_by = next(package for package in reversed(packages) if package not in sys.stdlib_module_names)
-        if isinstance(error, SeqlenCurriculumError) or raised_by not in _REFUSING_PACKAGES:
-            raise
-        raise ConfigError(
-            f"DeepSpeed refuses its part of the configuration: {type(error).__name__}: {error}"
-        ) from error
-    except Exception as error:
-        package = type(error).__module__.partition(".")[0]  # such as wandb's, where no API key is set
-        if package not in _MONITORS:
-            raise
-        raise ConfigError(
-            f"{_MONITORS[package]}: {error}; fix it, or set {_MONITORS[package]}.enabled to false"
-        ) from error
 
 
 def _free_shared_memory(engine: Any) -> None:

@@ -25,9 +25,9 @@ MicroBatch = tuple[Any, ...]  # what the model's forward takes
 
 
 class StepResult(NamedTuple):
-    """``loss``: fp64 scalar, whose mean over all ranks is the step's; ``grad_norm``: before clipping, None if unknown.
+    """The result of a step. ``loss``: fp64 scalar, to be averaged over ranks. ``grad_norm``: before clipping or None.
 
-    Neither is read here: the host would wait for the device.
+    Both stay on the device, because reading them would synchronize the host.
     """
 
     loss: torch.Tensor
@@ -35,25 +35,25 @@ class StepResult(NamedTuple):
 
 
 class DataParallel:
-    """Every rank has the whole model (or gathers it) and rows of its own."""
+    """Data parallel: every rank has the whole model (or gathers it) and its own rows."""
 
     leads = True
 
     def __init__(self, engine: Any) -> None:
         self.engine, self.data_rank, self.data_ranks = engine, dist.get_rank(), engine.dp_world_size
-        self.replica = self.data_rank  # which copy of the weights this rank has, where ZeRO doesn't shard them
-        self._parameters = list(engine.module.parameters())  # asking a small model for them takes 0.1 ms
+        self.replica = self.data_rank  # the replica of the weights on this rank, where ZeRO doesn't shard them
+        self._parameters = list(engine.module.parameters())  # listing them takes 0.1 ms even for a small model
         self._unsharded_norm: torch.Tensor | None = None
         self._clips_unsharded = not _keeps_norm(engine) and engine.gradient_clipping() > 0
         if self._clips_unsharded:
             engine.clip_fp32_gradients = self._clip  # DeepSpeed's, which forgets the norm
 
     def unique_parameters(self, parameters: Sequence[Parameter]) -> list[Parameter]:
-        """Return those of this rank's ``parameters`` that no other rank of its replica counts: each element counts once."""
+        """Return the ``parameters`` that this rank counts, so that each element is counted once per replica."""
         return list(parameters)
 
     def train(self, micro_batches: Sequence[MicroBatch], seeds: Sequence[int]) -> StepResult:
-        """Do an optimizer step on equal ``micro_batches`` of (inputs, targets), (B, S); dropout draws from ``seeds``."""
+        """Run an optimizer step on equal ``micro_batches`` of (inputs, targets), (B, S); ``seeds`` seed dropout."""
         loss = accumulate(self.engine, micro_batches, seeds)
         if _keeps_norm(self.engine):
             self.engine.step()
@@ -75,22 +75,22 @@ class DataParallel:
         """Run forward and backward of the loss multiplied by zero, without a step."""
         self.engine.set_gradient_accumulation_boundary(False)
         self.engine.backward(self.engine(*micro_batch) * 0)
-        self.engine.set_gradient_accumulation_boundary(None)  # DeepSpeed counts itself again
+        self.engine.set_gradient_accumulation_boundary(None)  # DeepSpeed counts it again
 
     def _clip(self) -> None:
-        """Clip the gradients of fp32 without ZeRO, as DeepSpeed does, and keep their norm before it."""
+        """Clip fp32 gradients without ZeRO, as DeepSpeed does, and store their norm before clipping."""
         engine = self.engine
         self._unsharded_norm = clip_grad_norm_(self._parameters, engine.gradient_clipping(), mpu=engine.mpu)
 
     def _norm(self, parameters: Sequence[Parameter]) -> torch.Tensor:
-        # get_total_norm gives the same to the last bit, but on a CPU dispatches the norm of each gradient from Python.
+        # get_total_norm is bit-identical, but on a CPU it dispatches the norm of each gradient from Python.
         norms = torch._foreach_norm([p.grad for p in parameters if p.grad is not None])
         norm: torch.Tensor = torch.linalg.vector_norm(torch.stack(norms))
         return norm
 
 
 class TensorParallel(DataParallel):
-    """Each rank has a part of every block; the ranks of a model share the rows, and with them the seeds."""
+    """Tensor parallel: each rank has a shard of every block. Ranks of a model read the same rows and use the same seeds."""
 
     def __init__(self, engine: Any) -> None:
         super().__init__(engine)
@@ -99,18 +99,18 @@ class TensorParallel(DataParallel):
         self.replica = self.data_rank
 
     def unique_parameters(self, parameters: Sequence[Parameter]) -> list[Parameter]:
-        """Return this rank's parts of the blocks; on the first rank also what every rank has."""
+        """Return the sharded parameters of this rank, and on the first rank also the replicated ones."""
         return [p for p in parameters if self.leads or is_sharded(p)]
 
     def _norm(self, parameters: Sequence[Parameter]) -> torch.Tensor:
-        """Return the norm over all ranks' parts."""
+        """Return the norm over the shards of all ranks."""
         square = super()._norm(self.unique_parameters(parameters)).square()
         dist.all_reduce(square, group=groups.get_tensor_model_parallel_group())
         return square.sqrt()
 
 
 class SequenceParallel(DataParallel):
-    """The ranks of ``group`` share the rows; rank *p* of the group has part *p* of every sequence."""
+    """Sequence parallel: ranks of ``group`` share rows, and rank *p* of the group has part *p* of every sequence."""
 
     def __init__(self, engine: Any, group: Any) -> None:
         super().__init__(engine)
@@ -119,7 +119,7 @@ class SequenceParallel(DataParallel):
         self.leads = self.part == 0
 
     def train(self, micro_batches: Sequence[MicroBatch], seeds: Sequence[int]) -> StepResult:
-        """Do one optimizer step on equal ``micro_batches`` of whole rows; each part draws its own dropout."""
+        """Run an optimizer step on equal ``micro_batches`` of whole rows; each part has its own dropout masks."""
         return super().train([self._own(rows) for rows in micro_batches], [seed ^ self.part for seed in seeds])
 
     def evaluate(self, micro_batch: MicroBatch) -> torch.Tensor:
@@ -139,20 +139,20 @@ class SequenceParallel(DataParallel):
 
 
 class Pipeline:
-    """Each rank has one stage; ranks of the same stage share the rows."""
+    """Pipeline parallel: each rank has one stage."""
 
     def __init__(self, engine: Any) -> None:
         self.engine, self.stage = engine, engine.stage_id
         self.data_rank, self.data_ranks = engine.grid.get_data_parallel_id(), engine.grid.data_parallel_size
         self.replica = self.data_rank
-        self.leads = engine.is_first_stage()  # of the ranks that read the same rows, the one to log them
+        self.leads = engine.is_first_stage()  # the rank that logs the rows which several ranks read
         self._unsharded_norm: torch.Tensor | None = None
         if not _keeps_norm(engine):
-            # Replaced on the engine: between the reduction of the gradients and the step there is no other place.
+            # Replaced on the engine, because it has no hook between the reduction of gradients and the step.
             engine._take_model_step = self._measured(engine._take_model_step)
 
     def train(self, micro_batches: Sequence[MicroBatch], seeds: Sequence[int]) -> StepResult:
-        """Do an optimizer step on equal ``micro_batches`` of (inputs, targets), (B, S); dropout draws from ``seeds``."""
+        """Run an optimizer step on equal ``micro_batches`` of (inputs, targets), (B, S); ``seeds`` seed dropout."""
         set_accumulation(self.engine, len(micro_batches[0][0]), len(micro_batches))
         if seeds:
             seed_generators(self.engine.device, seeds[0] ^ self.stage)
@@ -162,7 +162,10 @@ class Pipeline:
 
     def evaluate(self, micro_batch: MicroBatch) -> torch.Tensor:
         """Return the mean loss of (inputs, targets), the same on all stages."""
-        averages, self.engine.is_data_parallel = self.engine.is_data_parallel, False  # else also over the other copies
+        averages, self.engine.is_data_parallel = (
+            self.engine.is_data_parallel,
+            False,
+        )  # else it also averages over the replicas
         try:
             loss: torch.Tensor = self.engine.eval_batch(iter([micro_batch]), num_micro_batches=1)
         finally:
@@ -170,11 +173,11 @@ class Pipeline:
         return loss.squeeze()
 
     def unique_parameters(self, parameters: Sequence[Parameter]) -> list[Parameter]:
-        """Return those of this stage's ``parameters`` that no earlier stage has too."""
+        """Return the ``parameters`` of this stage that aren't shared with an earlier stage."""
         return [p for p in parameters if not p.ds_pipe_replicated]  # type: ignore[attr-defined]
 
     def _measured(self, take_step: Callable[..., None]) -> Callable[..., None]:
-        """Return ``take_step`` that first takes the gradient norm over all stages."""
+        """Return ``take_step`` that first computes the gradient norm over all stages."""
 
         def step(*args: Any, **kwargs: Any) -> None:
             own = self.unique_parameters(list(self.engine.module.parameters()))
@@ -201,7 +204,7 @@ class Pipeline:
 
 
 class _WithoutUpdate(TrainSchedule):  # type: ignore[misc]
-    """DeepSpeed's training schedule up to the last backward."""
+    """DeepSpeed's training schedule without the optimizer step."""
 
     def steps(self) -> Iterator[list[Any]]:
         for instructions in super().steps():
@@ -212,5 +215,5 @@ Executor = DataParallel | Pipeline
 
 
 def _keeps_norm(engine: Any) -> bool:
-    """Return whether DeepSpeed keeps a gradient norm: not in fp32 without ZeRO."""
+    """Return whether DeepSpeed stores a gradient norm, which it doesn't in fp32 without ZeRO."""
     return bool(engine.zero_optimization() or engine.fp16_enabled() or engine.bfloat16_enabled())

@@ -1,4 +1,4 @@
-"""The folder in which DeepSpeed compiles its C++ parts at first use, and the locks that killed compilations left in it."""
+"""The folder in which DeepSpeed compiles its C++ extensions, and stale locks left there by killed compilations."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from pathlib import Path
 __all__ = ["clear_stale_locks", "extensions_folder", "set_up_extensions", "stale_locks"]
 
 FOREIGN_SECONDS = 600
-"""The age at which a lock in a shared folder is stale: what DeepSpeed compiles takes a minute or two on any node."""
+"""The age at which a lock in a shared folder is stale. DeepSpeed's extensions compile in one or two minutes."""
 _OF_ONE_CONTAINER = {"overlay", "ramfs", "tmpfs"}
 _OF_ONE_NODE = {"bcachefs", "btrfs", "ext2", "ext3", "ext4", "f2fs", "xfs", "zfs"}
-"""Types of file systems, as Linux names them. All others may be those of several nodes."""
+"""Linux's names of local file systems. Any other may be shared by several nodes."""
 _ALL_PROCESSES = "pid:[4026531836]"
-"""Linux's first process namespace, which sees all processes of the node; a container has another."""
+"""Linux's initial process namespace, which sees all processes of the node; a container has another."""
 
 
 def extensions_folder() -> Path | None:
-    """Return TORCH_EXTENSIONS_DIR, or a folder inside the virtual environment; None outside of both: torch chooses.
+    """Return TORCH_EXTENSIONS_DIR, else a folder in the virtual environment, else None for torch's default.
 
-    What is compiled fits one version of torch and of DeepSpeed, so each environment keeps its own.
+    Compiled extensions fit one version of torch and of DeepSpeed, so each environment has its own.
     """
     if given := os.environ.get("TORCH_EXTENSIONS_DIR"):
         return Path(given)
@@ -31,26 +31,26 @@ def extensions_folder() -> Path | None:
 
 
 def set_up_extensions(is_first_of_node: bool) -> None:
-    """Prepare what DeepSpeed compiles: its folder, ninja, and no lock that it would wait for in vain."""
+    """Prepare the compilation of DeepSpeed's extensions: set the folder, find ninja, remove stale locks."""
     folder = extensions_folder()
     if folder is not None:
         os.environ["TORCH_EXTENSIONS_DIR"] = str(folder)
         clear_stale_locks(folder, is_first_of_node)
-    # Also where the environment isn't activated: another version of ninja would compile everything once more.
+    # Also if the environment isn't activated, because another version of ninja would recompile everything.
     beside_python, path = Path(sys.executable).parent, os.environ.get("PATH", os.defpath)
     if (beside_python / "ninja").exists() and path.split(os.pathsep)[0] != str(beside_python):
         os.environ["PATH"] = os.pathsep.join([str(beside_python), path])
 
 
 def clear_stale_locks(folder: Path, remove: bool) -> None:
-    """Remove the locks in ``folder`` that no process holds, and name them; with ``remove`` False wait until another has.
+    """Remove and report the locks in ``folder`` that no process holds; with ``remove`` False, wait for their removal.
 
-    torch takes a lock by creating a file and waits, silently and without end, while the file exists. All ranks call this
-    before they compile: one that waited for a stale lock would afterwards load a library that nobody has compiled.
+    torch locks by creating a file and waits silently, without a timeout, while the file exists. Call it on all ranks before
+    they compile: a rank that waited for a stale lock would then load a library that was never compiled.
     """
     waits = False
     while locks := stale_locks(folder):
-        time.sleep(1)  # the file of a finished compilation is closed an instant before it is removed
+        time.sleep(1)  # a finished compilation closes its file shortly before it removes it
         for lock in [lock for lock in stale_locks(folder) if lock in locks]:
             if _age(lock) < _patience(lock):
                 if remove and not waits:
@@ -81,7 +81,7 @@ def _say(message: str) -> None:
 def _target(link: Path) -> str:
     try:
         return os.readlink(link)
-    except OSError:  # of a process that ended, or of another user's
+    except OSError:  # the process has ended or belongs to another user
         return ""
 
 
@@ -100,7 +100,7 @@ def _age(lock: Path) -> float:
 
 
 def _patience(lock: Path) -> int:
-    """Return the seconds that a lock is given whose holder can't be seen; 0 where every holder can be."""
+    """Return the age in seconds at which a lock without a visible holder is stale; 0 if every holder is visible."""
     kind = _file_system(lock.parent)
     sees_all = kind in _OF_ONE_CONTAINER or (
         kind in _OF_ONE_NODE and os.readlink("/proc/self/ns/pid") == _ALL_PROCESSES
@@ -109,7 +109,7 @@ def _patience(lock: Path) -> int:
 
 
 def _file_system(path: Path) -> str:
-    """Return the type of the file system of ``path``, as Linux names it."""
+    """Return Linux's name of the type of the file system of ``path``."""
     folders = {str(parent) for parent in (path.resolve(), *path.resolve().parents)}
     mounts: list[tuple[str, str]] = []
     for line in Path("/proc/self/mounts").read_text().splitlines():
@@ -117,4 +117,6 @@ def _file_system(path: Path) -> str:
         mounted_at = re.sub(r"\\(\d{3})", lambda code: chr(int(code[1], 8)), mounted_at)  # \040 is a space
         if mounted_at in folders:
             mounts.append((mounted_at, kind))
-    return max(reversed(mounts), key=lambda mount: len(mount[0]))[1]  # the last mount of a folder hides the earlier
+    return max(reversed(mounts), key=lambda mount: len(mount[0]))[
+        1
+    ]  # the last mount of a folder hides the earlier ones

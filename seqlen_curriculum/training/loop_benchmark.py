@@ -1,4 +1,4 @@
-"""Host time of the training loop: the first steps of a run compared with a bare loop of DeepSpeed on the same batches."""
+"""Host time of the training loop compared with a minimal DeepSpeed loop, on the first steps of a run."""
 
 from __future__ import annotations
 
@@ -37,23 +37,23 @@ class _Time(NamedTuple):
 
 
 def measure_loop(config: RunConfig, folder: Path, steps: int, pairs: int) -> dict[str, Any]:
-    """Train the first steps of a run twice in turns, ``steps`` at a time: by ``Trainer``, and by a bare loop.
+    """Train the first steps of a run twice, alternating every ``steps`` steps: with ``Trainer`` and with a bare loop.
 
-    The bare loop has its batches on the device before it begins. It sets the step's rate, runs forward and backward of each
-    micro-batch, steps, and reads the loss: less than that is no training. Both begin with the same weights and learn the
-    same. Evaluations and checkpoints are left out. ``folder`` gets the run log. Needs one rank, a GPT-2 without dropout, a
-    ``TokenCosineLR``, and the model, data and training sections. Raises ConfigError.
+    The bare loop has its batches on the device in advance. Per step it sets the learning rate, runs forward and backward of
+    each micro-batch, calls ``engine.step()`` and reads the loss. Both start from the same weights and get the same result.
+    Evaluations and checkpoints are excluded. The run log is written to ``folder``. Needs one rank, a GPT-2 without dropout,
+    a ``TokenCosineLR``, and the model, data and training sections. Raises ConfigError.
 
-    Returns ``parameters``, ``step_tokens`` and ``micro_batches`` (means of a step), and as medians over ``pairs``
-    ``cpu_ratio`` and ``ratio`` (CPU seconds, and seconds, of our loop over those of the bare one), ``cpu_milliseconds`` of a
-    step of the bare loop, and ``more_cpu_milliseconds`` that ours takes. ``loss_difference`` is the largest between both in
-    any step. A first pair only warms up.
+    Returns ``parameters``, ``step_tokens`` and ``micro_batches`` (means per step), and medians over ``pairs``: ``cpu_ratio``
+    and ``ratio`` (CPU seconds and seconds of our loop relative to the bare one), ``cpu_milliseconds`` per step of the bare
+    loop, and ``more_cpu_milliseconds`` of ours. ``loss_difference`` is the largest difference of the losses in any step. The
+    first pair is a warmup.
     """
     assert config.model is not None
     if config.model.dropout or not config.model.is_gpt2 or config.scheduler is None or config.keys.model_cuts:
         raise ConfigError(
-            "model.dropout: the loops are compared in a GPT-2 on one rank without dropout, as they would draw other masks, "
-            "and with a TokenCosineLR; set it to 0, and scheduler.type"
+            "model.dropout: the comparison needs a GPT-2 on one rank without dropout, because the loops draw different "
+            "masks, and a TokenCosineLR; set it to 0, and scheduler.type"
         )
     deepspeed.init_distributed()
     config = config.for_ranks(1)
@@ -65,7 +65,7 @@ def measure_loop(config: RunConfig, folder: Path, steps: int, pairs: int) -> dic
     for turn in tqdm(range(pairs + 1), unit="pair"):
         numbers = range(turn * steps + 1, (turn + 1) * steps + 1)
         data, rates = [trainer.read(step) for step in numbers], [rate(step) for step in numbers]
-        for is_ours in (True, False) if turn % 2 else (False, True):  # each goes first in turn
+        for is_ours in (True, False) if turn % 2 else (False, True):  # alternate which loop is first
             if is_ours:
                 ours.append(_timed(lambda: [trainer.step(step, False) for step in numbers]))  # noqa: B023
             else:
@@ -73,7 +73,7 @@ def measure_loop(config: RunConfig, folder: Path, steps: int, pairs: int) -> dic
         micro_batches += [micro_batch for one in data for micro_batch in one.micro_batches] if turn else []
     trainer.close()
     losses = [record["loss"] for record in read_run_log(folder / "runlog.jsonl")]
-    both = list(zip(ours, theirs, strict=True))[1:]  # the first only warms up
+    both = list(zip(ours, theirs, strict=True))[1:]  # the first is a warmup
     return {
         "parameters": sum(weight.numel() for weight in bare.engine.module.parameters()),
         "step_tokens": sum(inputs.numel() for inputs, _ in micro_batches) / (pairs * steps),
@@ -111,7 +111,7 @@ def _trainer(config: RunConfig, folder: Path) -> Trainer:
 
 
 class _BareLoop:
-    """What a script has that trains with DeepSpeed and measures, logs and checks nothing."""
+    """A minimal DeepSpeed training loop, without measurements, logs and checks."""
 
     def __init__(self, config: RunConfig) -> None:
         assert config.training is not None
@@ -123,9 +123,9 @@ class _BareLoop:
         self.losses: list[float] = []
 
     def train(self, data: Sequence[StepData], rates: Sequence[float]) -> None:
-        """Do a step of each of ``data``, at its rate."""
+        """Train one step on each item of ``data``, at its learning rate."""
         for one, rate in zip(data, rates, strict=True):
-            # DeepSpeed doesn't find out by itself how many rows the micro-batches of this step have.
+            # DeepSpeed doesn't detect the number of rows in the micro-batches of this step.
             set_accumulation(self.engine, len(one.micro_batches[0][0]), len(one.micro_batches))
             for group in self.engine.optimizer.param_groups:
                 group["lr"] = rate

@@ -1,4 +1,4 @@
-"""What a configuration needs of the machine and doesn't find, said before the ranks meet and before any memory is taken."""
+"""Requirements of a configuration that the machine lacks, reported before ranks connect and memory is allocated."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from deepspeed.git_version_info import installed_ops
 
 from seqlen_curriculum.launchers import port_problem
 
-__all__ = ["machine_problems"]
+__all__ = ["SHM_BYTES", "machine_problems", "must_compile", "on_cpu", "supported_precisions"]
 
 SHM_BYTES = 67 * 2**20
-"""What DeepSpeed takes of /dev/shm for each CPU rank, rounded up to whole MiB."""
+"""Bytes of /dev/shm that DeepSpeed uses per CPU rank, rounded up to whole MiB."""
 _GPU_OPTIMIZERS = {"lamb", "onebitadam", "onebitlamb", "zerooneadam"}
-"""DeepSpeed's optimizers, in small letters, that are written in CUDA or need NCCL."""
+"""Lower-case names of DeepSpeed's optimizers that are written in CUDA or need NCCL."""
 _PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "comet": "comet_ml"}
-"""What DeepSpeed's monitor of each name imports."""
+"""The package that each of DeepSpeed's monitors imports."""
 
 
 def machine_problems(deepspeed_config: Mapping[str, Any]) -> Iterator[str]:
-    """Yield one line per thing that ``deepspeed_config`` needs and this machine or this launch lacks."""
+    """Yield one line per requirement of ``deepspeed_config`` that this machine or this launch lacks."""
     yield from _precision(deepspeed_config)
     yield from _gpu(deepspeed_config)
     yield from _compilers(deepspeed_config)
@@ -36,7 +36,8 @@ def machine_problems(deepspeed_config: Mapping[str, Any]) -> Iterator[str]:
     yield from _shared_memory()
 
 
-def _on_cpu() -> bool:
+def on_cpu() -> bool:
+    """Return whether DeepSpeed trains on the CPU here."""
     return str(get_accelerator().device_name()) == "cpu"
 
 
@@ -45,14 +46,20 @@ def _enabled(config: Mapping[str, Any], section: str) -> bool:
     return isinstance(value, Mapping) and bool(value.get("enabled"))
 
 
-def _precision(config: Mapping[str, Any]) -> Iterator[str]:
+def supported_precisions() -> dict[str, bool]:
+    """Return whether the accelerator at hand trains in fp16 and in bf16."""
     accelerator = get_accelerator()
-    supported = {"fp16": accelerator.is_fp16_supported(), "bf16": accelerator.is_bf16_supported()}
-    if accelerator.device_name() == "cuda":  # DeepSpeed counts what torch emulates, many times slower than fp16
+    supported = {"fp16": bool(accelerator.is_fp16_supported()), "bf16": bool(accelerator.is_bf16_supported())}
+    if accelerator.device_name() == "cuda":  # DeepSpeed also accepts torch's emulation, many times slower than fp16
         supported["bf16"] = torch.cuda.is_bf16_supported(including_emulation=False)
+    return supported
+
+
+def _precision(config: Mapping[str, Any]) -> Iterator[str]:
+    supported = supported_precisions()
     for name, is_supported in supported.items():
         if _enabled(config, name) and not is_supported:
-            device = "no GPU is seen, and this CPU" if _on_cpu() else f"this {accelerator.device_name()} device"
+            device = "no GPU is seen, and this CPU" if on_cpu() else f"this {get_accelerator().device_name()} device"
             others = [f'"{other}": {{"enabled": true}}' for other in supported if supported[other]]
             yield (
                 f"{name}.enabled: true, but {device} has no {name}; set it to false (fp32)"
@@ -61,17 +68,17 @@ def _precision(config: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _gpu(config: Mapping[str, Any]) -> Iterator[str]:
-    if not _on_cpu():
+    if not on_cpu():
         return
     optimizer = str((config.get("optimizer") or {}).get("type", ""))
     if optimizer.lower() in _GPU_OPTIMIZERS:
-        yield f"optimizer.type: {optimizer} needs a GPU, and none is seen; use Adam, or start it on a node with GPUs"
+        yield f"optimizer.type: {optimizer} needs a GPU, and none is visible; use Adam, or start it on a node with GPUs"
     if _enabled(config, "amp"):
-        yield "amp.enabled: true needs a GPU, and none is seen; use bf16, or start it on a node with GPUs"
+        yield "amp.enabled: true needs a GPU, and none is visible; use bf16, or start it on a node with GPUs"
 
 
 def _compilers(config: Mapping[str, Any]) -> Iterator[str]:
-    """Yield what is missing to compile those of DeepSpeed's C++ parts that this run loads and that aren't compiled yet."""
+    """Yield the missing tools to compile those C++ extensions of DeepSpeed that this run needs and still has to compile."""
     optimizer = config.get("optimizer") or {}
     params = optimizer.get("params") or {}
     is_adam = str(optimizer.get("type", "")).lower() in ("adam", "adamw") and not params.get("torch_adam")
@@ -79,23 +86,23 @@ def _compilers(config: Mapping[str, Any]) -> Iterator[str]:
     adam = "CPUAdamBuilder" if offload.get("device", "none") != "none" else "FusedAdamBuilder"
     missing = "C++ compiler" if shutil.which(os.environ.get("CXX", "c++")) is None else ""
     install = "install one (Debian: apt-get install g++) or name it in CXX"
-    if missing and _must_compile("ShareMemCommBuilder"):
-        yield f"c++: no C++ compiler is found, and DeepSpeed compiles a part of its own at the first run on a CPU; {install}"
-    if not is_adam or not _must_compile(adam):
+    if missing and must_compile("ShareMemCommBuilder"):
+        yield f"c++: no C++ compiler found, and DeepSpeed compiles an extension at its first run on a CPU; {install}"
+    if not is_adam or not must_compile(adam):
         return
-    if not missing and not _on_cpu() and shutil.which("nvcc") is None:
+    if not missing and not on_cpu() and shutil.which("nvcc") is None:
         from torch.utils.cpp_extension import CUDA_HOME
 
         missing, install = ("", "") if CUDA_HOME else ("nvcc", "install the CUDA toolkit")
     if missing:
         yield (
-            f"optimizer.params.torch_adam: not set, so DeepSpeed compiles its own Adam, and no {missing} is found; set "
+            f"optimizer.params.torch_adam: not set, so DeepSpeed compiles its own Adam, but no {missing} found; set "
             f"it to true (torch's AdamW), or {install}"
         )
 
 
-def _must_compile(builder_name: str) -> bool:
-    """Return whether DeepSpeed compiles this part on the accelerator at hand, and hasn't before."""
+def must_compile(builder_name: str) -> bool:
+    """Return whether DeepSpeed must compile this extension for the current accelerator."""
     builder = get_accelerator().create_op_builder(builder_name)
     if builder is None or builder.__class__.__name__ == "NotImplementedBuilder" or installed_ops.get(builder.name):
         return False
@@ -119,14 +126,14 @@ def _checkpoint_writer(config: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _shared_memory() -> Iterator[str]:
-    # DeepSpeed takes it only where its launcher says by LOCAL_SIZE that all ranks are on this node.
+    # DeepSpeed uses it only if LOCAL_SIZE, set by its launcher, shows that all ranks are on this node.
     ranks, local_ranks = os.environ.get("WORLD_SIZE", "1"), os.environ.get("LOCAL_SIZE", "")
-    if not _on_cpu() or ranks != local_ranks:
+    if not on_cpu() or ranks != local_ranks:
         return
     needed = int(ranks) * SHM_BYTES
     free = shutil.disk_usage("/dev/shm").free if os.path.isdir("/dev/shm") else 0
     if free < needed:
         yield (
-            f"/dev/shm: {free >> 20} MiB are free, and DeepSpeed needs {needed >> 20} MiB for {ranks} CPU ranks; make room "
+            f"/dev/shm: {free >> 20} MiB free, but DeepSpeed needs {needed >> 20} MiB for {ranks} CPU ranks; free some "
             "(a container: --shm-size=1g), or start fewer ranks"
         )

@@ -1,4 +1,4 @@
-"""DeepSpeed's monitors: TensorBoard, W&B, CSV and Comet get every value against steps and against consumed tokens."""
+"""Write every value to DeepSpeed's monitors (TensorBoard, W&B, CSV, Comet) against steps and against consumed tokens."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from typing import Any, TextIO
 
 __all__ = ["Monitors"]
 
-Event = tuple[str, float, int]  # name, value, place on the axis
+Event = tuple[str, float, int]  # name, value, position on the axis
 _AXES = {"": "step", "-by-tokens": "consumed_tokens"}
-"""The axis of a group of values, by what is added to the group's name."""
+"""The axis of a group of values, by the suffix of the group's name."""
 
 
 class Monitors:
-    """Writes values to what ``master``, DeepSpeed's ``engine.monitor``, has opened; on rank 0 only."""
+    """Writer to the monitors opened by ``master``, DeepSpeed's ``engine.monitor``; on rank 0 only."""
 
     def __init__(self, master: Any, groups: Sequence[str]) -> None:
-        """``groups``: the first parts of all names, such as ``Train``."""
+        """Open the monitors. ``groups`` are the first parts of all names, such as ``Train``."""
         self._wandb, self._csv = master.wandb_monitor, None
         self._others = [one for one in (master.tb_monitor, master.comet_monitor) if one is not None]
         if master.csv_monitor is not None:
@@ -42,18 +42,18 @@ class Monitors:
         if self._csv is not None:
             self._csv.write_events(events)
         if self._wandb is not None:
-            # Without ``step=``: W&B ignores a row whose step is below that of an earlier row. A rollback repeats steps, and
-            # DeepSpeed logs values of its own at the number of samples, which is far above that of steps.
+            # Without ``step=``, because W&B ignores a row whose step is below that of an earlier row. A rollback repeats
+            # steps, and DeepSpeed logs its own values against the number of samples, far above the number of steps.
             self._wandb.log({name: value for name, value, _ in events} | places)
 
     def close(self) -> None:
-        """Close the files that this object has opened."""
+        """Close the files opened by this object."""
         if self._csv is not None:
             self._csv.close()
 
 
 class _CsvFiles:
-    """The files of DeepSpeed's ``csv_monitor``, each opened once; DeepSpeed opens one for every value."""
+    """The files of DeepSpeed's ``csv_monitor``, each opened once. DeepSpeed itself opens a file for every value."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -66,7 +66,7 @@ class _CsvFiles:
 
     def _open(self, name: str) -> TextIO:
         path = self._folder / f"{name.replace('/', '_')}.csv"
-        file = self._files[name] = path.open("a", buffering=1, encoding="utf-8")  # a line goes to the system at once
+        file = self._files[name] = path.open("a", buffering=1, encoding="utf-8")  # line buffered
         if file.tell() == 0:
             file.write(f"step,{name.rsplit('/', 1)[-1]}\n")
         return file

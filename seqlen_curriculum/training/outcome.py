@@ -1,4 +1,4 @@
-"""What came of a step, the same on all ranks: one reduction over them, and one read of the device by the host."""
+"""The outcome of a step, the same on all ranks, from one reduction and one synchronization with the device."""
 
 from __future__ import annotations
 
@@ -14,33 +14,31 @@ __all__ = ["Outcome", "share_outcome"]
 
 
 class Outcome(NamedTuple):
-    """A step as all ranks have agreed on it."""
+    """The outcome of a step over all ranks."""
 
     loss: float
     grad_norm: float | None
-    """None where DeepSpeed keeps none, and where fp16 overflowed."""
+    """None if DeepSpeed stores none, or on fp16 overflow."""
     stop: bool
-    """Whether any rank was asked to stop."""
+    """True if any rank was signalled to stop."""
     is_broken: bool
-    """Whether the gradient norm is not finite."""
+    """True if the gradient norm is not finite."""
 
 
 def share_outcome(result: StepResult, stop: bool = False, fp16: bool = False) -> Outcome:
-    """Return the outcome of ``result`` over all ranks, with the mean of their losses; ``stop``: this rank was asked to.
+    """Return the outcome of ``result`` over all ranks, with their mean loss; ``stop``: this rank was signalled to stop.
 
     In ``fp16`` a gradient norm that is not finite is an overflow, and DeepSpeed has skipped the step.
     """
     norm = result.grad_norm
-    flag = result.loss.new_full(
-        (), stop
-    )  # fills on the device; torch.tensor(stop) would be copied to it, and waited for
+    flag = result.loss.new_full((), stop)  # torch.tensor(stop) would copy synchronously
     values = [result.loss, flag]
     if norm is not None:
         values.append(norm.reshape(()) if isinstance(norm, torch.Tensor) else torch.full_like(flag, norm))
     shared = torch.stack(values)  # fp64
     if (ranks := dist.get_world_size()) > 1:
-        # The norm is the same on all ranks, in fp32, so that its sum over them in fp64 is exact. Where one rank's is not
-        # finite, the sum isn't either.
+        # The norm is the same fp32 value on all ranks, so its sum over them in fp64 is exact. If one rank's is not finite,
+        # neither is the sum.
         dist.all_reduce(shared)
     loss, stops, *norms = shared.tolist()
     grad_norm = norms[0] / ranks if norms else None

@@ -1,4 +1,4 @@
-"""GPT-2 on DeepSpeed's pipeline engine: its stages, changing shapes, and the weights as one Hugging Face folder."""
+"""GPT-2 on DeepSpeed's pipeline engine: stages, changing shapes, and export of the weights to one Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ __all__ = ["GPT2Stages", "follow_shapes"]
 
 
 class GPT2Stages(PipelineModule):  # type: ignore[misc]
-    """``model`` partitioned into ``stages`` with equally many blocks, as far as they divide; each rank keeps its own stage.
+    """``model`` partitioned into ``stages`` with an equal number of blocks if they divide; each rank keeps its own stage.
 
-    Every rank builds the whole model in host memory first, so the weights are those of a run without a pipeline.
+    Every rank first builds the whole model in host memory, so the weights equal those of a run without a pipeline.
     """
 
     def __init__(self, model: CausalLM, stages: int) -> None:
@@ -37,17 +37,17 @@ class GPT2Stages(PipelineModule):  # type: ignore[misc]
             [first, *middle, last], num_stages=stages, loss_fn=hidden_loss, partition_method="type:GPT2Block"
         )
         for parameter in self.parameters():
-            # Without ZeRO, DeepSpeed's clipping leaves later stages' gradients out of the norm unless they are marked.
+            # Without ZeRO, DeepSpeed's clipping omits the gradients of later stages from the norm unless they are marked.
             parameter.model_parallel = not parameter.ds_pipe_replicated
         mine = {id(parameter) for parameter in self.parameters()}
         for parameter in model.lm.parameters():
             if id(parameter) not in mine:
-                parameter.data = parameter.data.new_empty(0)  # another stage's: free the memory
+                parameter.data = parameter.data.new_empty(0)  # belongs to another stage: free the memory
 
     def hf_writer(self, model: CausalLM) -> Callable[[Path], None]:
-        """Copy this stage's weights to host memory, and return what writes them, a safetensors file a stage.
+        """Copy this stage's weights to host memory, and return a function that writes them, one safetensors file per stage.
 
-        The folder that all ranks have written to, with ``model``'s config, is for ``from_pretrained(folder)``.
+        When all ranks have written, the folder can be loaded with ``from_pretrained(folder)``.
         """
         files = [f"model-{stage + 1:05d}-of-{self.num_stages:05d}.safetensors" for stage in range(self.num_stages)]
         parameters = dict(model.lm.named_parameters())
@@ -58,7 +58,7 @@ class GPT2Stages(PipelineModule):  # type: ignore[misc]
 
         def write(folder: Path) -> None:
             save_weights(mine, folder / files[self.stage_id])
-            sync(folder / files[self.stage_id])  # the node that wrote a file is the one that can flush it
+            sync(folder / files[self.stage_id])  # only the node that wrote a file can flush it
             if dist.get_rank() == 0:
                 places = {name: file for stage, file in enumerate(files) for name in self._stage_names(stage)}
                 index = {"metadata": {}, "weight_map": places}
@@ -73,10 +73,10 @@ class GPT2Stages(PipelineModule):  # type: ignore[misc]
 
 
 def follow_shapes(engine: Any, before_step: Callable[[Any], None]) -> None:
-    """Make ``train_batch`` and ``eval_batch`` of a pipeline ``engine`` safe for rows and lengths that change.
+    """Make ``train_batch`` and ``eval_batch`` of a pipeline ``engine`` support changing rows and lengths.
 
-    Stages exchange the shape of their activations once and rely on it; a batch of another shape would be received wrong or
-    never. So they exchange it anew for each batch: a few numbers per stage. DeepSpeed did so up to 0.19.7 when its
+    Stages exchange the shape of their activations only once, so a batch of another shape would be received incorrectly or
+    block. This makes them exchange it for each batch, a few numbers per stage. DeepSpeed up to 0.19.7 did the same when its
     curriculum changed the length. ``before_step(engine)`` is called before each training batch.
     """
     train_batch, eval_batch = engine.train_batch, engine.eval_batch

@@ -1,4 +1,4 @@
-"""The micro-batches of a step, read and copied to the device in a thread while the step before computes."""
+"""Read the micro-batches of a step and copy them to the device in a thread, during the previous step."""
 
 from __future__ import annotations
 
@@ -18,29 +18,29 @@ T = TypeVar("T")
 
 
 class StepData(NamedTuple):
-    """What a rank trains on in a step."""
+    """The data of one rank in a step."""
 
     micro_batches: list[tuple[torch.Tensor, torch.Tensor]]
     """(inputs, targets), both (micro rows, S), on the device."""
     seeds: list[int]
-    """One per micro-batch; empty for a model that draws no random numbers."""
+    """One seed per micro-batch, empty for a model without random numbers."""
     sample_ids: list[list[int]] | None
-    """(source, epoch, number) of each sample; None where they aren't logged."""
+    """(source, epoch, number) of each sample, None if samples aren't logged."""
 
 
 class Prefetcher(Generic[T]):
-    """Calls ``read(step)`` in a thread of its own, one step ahead of the caller: reading releases Python's lock."""
+    """Calls ``read(step)`` in a thread, one step ahead of the caller. Reading releases the GIL."""
 
     def __init__(self, read: Callable[[int], T], device: torch.device) -> None:
         self._read = read
-        # A new thread starts on the first device, where a rank of another one would open a context.
+        # A new thread uses device 0, where a rank of another device would create a context.
         self._thread = ThreadPoolExecutor(1, "read-ahead", get_accelerator().set_device, (device.index,))
         self._ahead: tuple[int, Future[T]] | None = None
 
     def take(self, step: int, following: int | None) -> tuple[T, float]:
-        """Return what ``read(step)`` gives, and the seconds waited for it; begin with ``following``, if any.
+        """Return the result of ``read(step)`` and the seconds spent waiting; start reading ``following``, if any.
 
-        Raises what reading ``step`` raised.
+        Raises the exception that reading ``step`` raised.
         """
         started = time.perf_counter()
         ahead, self._ahead = self._ahead, None
@@ -52,25 +52,25 @@ class Prefetcher(Generic[T]):
         return result, waited
 
     def discard(self) -> None:
-        """Throw away what was read ahead. When this returns, nothing is being read."""
+        """Discard the prefetched step, after waiting for it to be read."""
         if self._ahead is not None:
             _, future = self._ahead
             self._ahead = None
             if not future.cancel():
-                future.exception()  # waits; an error concerns a step that is not done
+                future.exception()  # waits; an error belongs to a step that won't be trained
 
     def close(self) -> None:
-        """Throw away what was read ahead and end the thread."""
+        """Discard the prefetched step and end the thread."""
         self._thread.shutdown(cancel_futures=True)
 
 
 def to_device(tokens: npt.NDArray[Any], device: torch.device) -> torch.Tensor:
-    """Return ``tokens`` as int64 on ``device``; where it has memory of its own, the copy doesn't wait for it.
+    """Return ``tokens`` as int64 on ``device``, copied asynchronously to a GPU.
 
-    The copy joins the device's queue behind the kernels of the step before. It is small beside them: 512 rows of 1024
-    tokens are 8 MiB, 0.4 ms at 20 GB/s, for a step of 4e14 FLOPs in a model of 124M parameters.
+    The copy is queued behind the kernels of the previous step. Compared with them it is short: 512 rows of 1024 tokens are
+    8 MiB, 0.4 ms at 20 GB/s, and a step of a model with 124M parameters takes 4e14 FLOPs.
     """
-    # Tokens are stored as unsigned 16-bit integers, which not every device supports.
+    # Converted on the host, because not every device supports unsigned 16-bit integers.
     host = torch.from_numpy(tokens.astype(np.int64))
-    # Only from pinned memory does a copy run without the host; PyTorch keeps the memory until the copy is done.
+    # Copies are only asynchronous from pinned memory. PyTorch keeps that memory until the copy is done.
     return host if device.type == "cpu" else host.pin_memory().to(device, non_blocking=True)

@@ -1,7 +1,7 @@
-"""The largest shape of a run, run before step 1: what doesn't fit the device's memory shows at once.
+"""Run the largest shape of a run before step 1, so that out-of-memory errors occur immediately.
 
-Composer also runs the largest batch first, so that memory is allocated in one piece. Here it leaves no trace: the loss is
-multiplied by zero, so every gradient buffer holds exactly zero afterwards, and no step is taken.
+Composer also runs the largest batch first, so that memory is allocated in one piece. Here the loss is multiplied by zero,
+so every gradient buffer is exactly zero afterwards, and no optimizer step is taken.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ __all__ = ["preflight"]
 
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "cannot allocate memory")
 _PATIENCE = datetime.timedelta(seconds=60)
-"""What a rank with a problem waits for the reports of the others."""
+"""Time that a rank with a problem waits for the reports of the others."""
 _AS_LONG_AS_IT_TAKES = datetime.timedelta(days=1)
-"""A rank may compile, or wait for its files; the launcher ends a launch with a dead rank."""
+"""Long enough for a rank that compiles or waits for files; if a rank dies, the launcher ends the launch."""
 _calls = itertools.count()
 
 
 def preflight(executor: Executor, rows: int, seqlen: int) -> None:
     """Run forward and backward of a micro-batch of ``rows`` x ``seqlen`` tokens; call it on all ranks before the first step.
 
-    Weights, gradients, optimizer, loss scale and random state are afterwards what they were, to the last bit. Raises
-    ConfigError on all ranks if any of them ran out of memory: what to lower, and the device's own words.
+    Weights, gradients, optimizer, loss scale and random state are unchanged afterwards. If any rank runs out of memory,
+    raises ConfigError on all ranks, with the keys to lower and the device's message.
     """
     tokens = torch.zeros((rows, seqlen), dtype=torch.int64, device=executor.engine.device)
     devices = [executor.engine.device] if executor.engine.device.type != "cpu" else []
@@ -52,7 +52,7 @@ def preflight(executor: Executor, rows: int, seqlen: int) -> None:
 
 
 def out_of_memory_line(error: BaseException) -> str:
-    """Return the first line of ``error``; raise it again if it is not about memory."""
+    """Return the first line of ``error``; reraise it if it is not an out-of-memory error."""
     first_line = (str(error).splitlines() or [""])[0]
     is_memory = isinstance(error, (torch.OutOfMemoryError, MemoryError))
     if not is_memory and not any(words in first_line.lower() for words in _OUT_OF_MEMORY):
@@ -61,10 +61,10 @@ def out_of_memory_line(error: BaseException) -> str:
 
 
 def _ranks_with(problem: str) -> list[int]:
-    """Return the ranks that have a problem; this rank alone where the others don't answer.
+    """Return the ranks that have a problem, or only this rank if the others don't answer.
 
-    They report through the store: a rank that failed left its collective unfinished, and the others still wait in it, so
-    that another collective would never match theirs.
+    They report through the store. A failed rank has left a collective in which the others still wait, so another
+    collective would not match theirs.
     """
     store: Any = _get_default_store()
     call = next(_calls)
@@ -76,4 +76,4 @@ def _ranks_with(problem: str) -> list[int]:
         if not problem:
             raise
         return [dist.get_rank()]
-    return [rank for rank, report in enumerate(store.multi_get(names)) if report]  # one message, however many ranks
+    return [rank for rank, report in enumerate(store.multi_get(names)) if report]  # one message for any number of ranks

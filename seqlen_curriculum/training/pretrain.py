@@ -1,4 +1,4 @@
-"""One pre-training run from a checked configuration: model, engine, resume, train."""
+"""Run pre-training from a checked configuration: build the model and engine, resume, train."""
 
 from __future__ import annotations
 
@@ -49,19 +49,19 @@ def pretrain(
     resume: str = "auto",
     until_step: int | None = None,
 ) -> Ending:
-    """Train the file's model on ``train`` until its token budget, ``until_step`` or a signal; return which came first.
+    """Train the model on ``train`` until its token budget, ``until_step`` or a signal; return which came first.
 
-    ``save`` is the run's folder: checkpoints, ``runlog.jsonl``, ``run.json`` (what it was trained with), and
-    ``rollbacks.json`` once there was one. ``resume``: ``auto`` continues from the newest complete checkpoint in ``save`` if
-    there is one, ``none`` requires a folder without a run, a path names a checkpoint folder of the same run, which a folder
-    without one of its own starts from. Call it on every rank, under the ``deepspeed`` launcher, with the model, data and
-    training sections given. Raises ConfigError, DataError, CheckpointError, DivergenceError.
+    ``save`` is the run's folder: checkpoints, ``runlog.jsonl``, ``run.json`` (the configuration and launches), and
+    ``rollbacks.json`` after a rollback. ``resume``: ``auto`` resumes from the newest complete checkpoint in ``save``, if
+    any. ``none`` requires a folder without a run. A path is a checkpoint folder of the same run, used if ``save`` has no
+    checkpoint. Call it on every rank, under the ``deepspeed`` launcher, with model, data and training sections. Raises
+    ConfigError, DataError, CheckpointError, DivergenceError.
     """
     return _Pretraining(config, train, valid, save, resume, until_step).run()
 
 
 class _Pretraining:
-    """The run in the folder ``save``: prepared once, then trained from a checkpoint as often as rollbacks return to one."""
+    """The run in the folder ``save``: prepared once, then trained again from a checkpoint after each rollback."""
 
     def __init__(
         self,
@@ -95,7 +95,7 @@ class _Pretraining:
         self._build(config, config.model)
 
     def _claim_folder(self, config: RunConfig, resume: str) -> Checkpoint | None:
-        """Lock the folder, record the launch in it, and return the checkpoint to continue from. Raises CheckpointError."""
+        """Lock the folder, record the launch in it, and return the checkpoint to resume from. Raises CheckpointError."""
         on_rank_0(lambda: lock_folder(self.save, "--save", "training into it"))
         checkpoint = self.checkpoints.find(resume)
         on_rank_0(lambda: refuse_other_run(self.save, resume, checkpoint))
@@ -109,7 +109,7 @@ class _Pretraining:
         self.tokenizer = on_rank_0(lambda: tokenizer_of(self.train_data, model_config))
         torch.manual_seed(self.settings.seed)  # the same weights on every rank
         self.model = build_model(model_config, read_weights=self.checkpoint is None)
-        # Models other than GPT-2 may draw in many ways: dropout of their own, dropped layers, noise in a router.
+        # Models other than GPT-2 may use random numbers elsewhere: other dropout, dropped layers, noise in a router.
         self.has_dropout = model_config.dropout > 0 or not model_config.is_gpt2
         rate = self.plan.learning_rate if self.plan.lr_params is not None else None
         self.executor, self._weights_writer = build_executor(
@@ -121,12 +121,12 @@ class _Pretraining:
             compile_blocks(self.model.lm.transformer.h, self.executor.engine.device)
 
     def run(self) -> Ending:
-        """Train to the end, returning to a checkpoint wherever the spike guard asks for it."""
-        with self.signals:  # also while a checkpoint is loaded again
+        """Train to the end, returning to a checkpoint whenever the spike guard requests it."""
+        with self.signals:  # also while a checkpoint is reloaded
             while True:
                 try:
                     return self.train_from(self.checkpoint)
-                except DivergenceError:  # of later steps than those of a checkpoint that is still being written
+                except DivergenceError:  # a checkpoint that is still being written may be of a later step
                     with suppress(CheckpointError):
                         self.checkpoints.wait()
                     raise
@@ -140,7 +140,7 @@ class _Pretraining:
         done_steps, evaluations = (checkpoint.step, checkpoint.evaluations) if checkpoint else (0, Evaluations())
         self._rewind_logs(done_steps)
         if self.settings.on_spike == "rollback":
-            self.save_checkpoint(done_steps, evaluations)  # a rollback needs one from before the first spike
+            self.save_checkpoint(done_steps, evaluations)  # a rollback needs a checkpoint from before the first spike
         trainer = self._trainer(done_steps, evaluations)
         try:
             return trainer.train(done_steps + 1)
@@ -181,7 +181,7 @@ class _Pretraining:
         self.checkpoints.save(self.executor.engine, step, self._model_writer, evaluations)
 
     def _model_writer(self) -> Callable[[Path], None]:
-        """Return what writes the weights and the tokenizer's files, so that the folder is all that text needs."""
+        """Return a function that writes the weights and the tokenizer, so that the folder can generate text."""
         write_weights = self._weights_writer()
 
         def write(folder: Path) -> None:
@@ -191,18 +191,18 @@ class _Pretraining:
             if self.tokenizer is not None:
                 copy_tokenizer(self.tokenizer, folder)
             if self.log.exists():
-                sync(self.log)  # a run must not resume after steps that a power cut has taken from its log
+                sync(self.log)  # a run must not resume after steps that a power failure removed from its log
 
         return write
 
     def _rewind_logs(self, done_steps: int) -> None:
-        """Drop the records after the checkpoint: training writes them again, with the same values."""
+        """Drop the records after the checkpoint; training writes them again, with the same values."""
 
         def rewind() -> None:
             dropped = RunLog.rewind(self.log, done_steps)
             if dropped:
                 log_rank0(
-                    f"continuing after step {done_steps}: {dropped} later records of {RUN_LOG} will be written again"
+                    f"resuming after step {done_steps}: {dropped} later records of {RUN_LOG} will be written again"
                 )
             for path in self.save.glob("samples.rank*.jsonl"):
                 RunLog.rewind(path, done_steps)
@@ -211,16 +211,16 @@ class _Pretraining:
 
 
 def _data_settings(train: TrainingData) -> dict[str, Any]:
-    """Return what of the data identifies the run: its content, not its paths."""
+    """Return the settings of the data that identify the run: content, not paths."""
     corpora = [corpus for source in train.sources for corpus, _, _ in source.ranges]
     fingerprints = {f"data.train.{number}": corpus.fingerprint() for number, corpus in enumerate(corpora)}
     return {**fingerprints, "data.train_samples": [source.num_samples for source in train.sources]}
 
 
 def tokenizer_of(train: TrainingData, model: ModelConfig) -> Path | None:
-    """Return the tokenizer's path: what ``prepare_data.py`` left beside the first corpus, else ``model.hf_checkpoint``'s.
+    """Return the path of the tokenizer: beside the first corpus, else in ``model.hf_checkpoint``, else None.
 
-    None without either. Raises ConfigError if it is damaged.
+    Raises ConfigError if it is damaged.
     """
     path = Path(f"{train.sources[0].ranges[0][0].prefix}.tokenizer.json")
     if not path.exists():
@@ -232,10 +232,10 @@ def tokenizer_of(train: TrainingData, model: ModelConfig) -> Path | None:
 
 
 def refuse_other_run(save: Path, resume: str, checkpoint: Checkpoint | None) -> None:
-    """Raise CheckpointError where the run would overwrite another run's log in ``save``, or skip another run's steps."""
+    """Raise CheckpointError if the run would overwrite the log of another run in ``save``, or use its rollbacks."""
     if resume == "none" and (save / ROLLBACKS).exists():
         raise CheckpointError(
-            f"{save / ROLLBACKS}: lists the skipped steps of a run, and --resume none starts another; choose another "
+            f"{save / ROLLBACKS}: lists the skipped steps of a run, but --resume none starts a new one; choose another "
             "--save, delete this file, or give --resume auto to train the run that skips them"
         )
     first = next(read_run_log(save / RUN_LOG), None) if (save / RUN_LOG).exists() else None
@@ -245,7 +245,7 @@ def refuse_other_run(save: Path, resume: str, checkpoint: Checkpoint | None) -> 
     unusable = checkpoint is None and any(save.glob("global_step*"))
     if resume == "none" or unusable or first["step"] != start:
         raise CheckpointError(
-            f"--save {save}: holds the log of a run that began with step {first['step']} and no checkpoint to continue it "
-            f"from; --resume {resume} would begin another with step {start} over it. Choose another folder, move this one "
-            "away, or give the --resume CHECKPOINT that it began with"
+            f"--save {save}: contains the log of a run that started at step {first['step']}, but no checkpoint to resume it "
+            f"from; --resume {resume} would overwrite it with a run from step {start}. Choose another folder, move this one "
+            "away, or give the --resume CHECKPOINT that the run started from"
         )

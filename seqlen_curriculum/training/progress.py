@@ -1,4 +1,4 @@
-"""How far a run is: a bar in a terminal, in a log file a line with the time every ``LINE_SECONDS``."""
+"""Progress of a run: a bar in a terminal, and one line every ``LINE_SECONDS`` in a log file."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LINE_SECONDS = 30.0
 
 
 def log_rank0(message: str) -> None:
-    """Print a message to stderr on rank 0 only: above the bar in a terminal, elsewhere with the local time before it."""
+    """Print a message to stderr on rank 0: above the bar in a terminal, otherwise with a time stamp."""
     if dist.get_rank() == 0:
         _print(message)
 
@@ -30,7 +30,7 @@ def _print(message: str) -> None:
 
 
 class Progress:
-    """Shows the newest step, the speed, the time left, and what the steps make of the machine."""
+    """Display of the newest step, the throughput, the time left, and the utilization of the machine."""
 
     def __init__(self, done_steps: int, timeline: Timeline) -> None:
         self._train_tokens = timeline.train_tokens
@@ -47,13 +47,13 @@ class Progress:
         self._recent = {"tokens": 0.0, "seconds": 0.0, "data_seconds": 0.0, "busy": 0.0}
 
     def follow(self, timeline: Timeline) -> None:
-        """End with the last step of ``timeline``."""
+        """Set the total to the steps of ``timeline``."""
         self._bar.total = self._steps = timeline.steps
 
     def step(self, record: Mapping[str, Any], tokens: int) -> None:
         """Show a step of ``tokens`` tokens."""
-        # Steps take longer as the sequence length grows, so the time left follows from tokens, not from steps. A step's
-        # weight falls by 0.9 with each later one: the speed is that of the last 1 / (1 - 0.9) = 10 steps or so.
+        # Steps take longer as the sequence length grows, so the time left is estimated from tokens, not from steps. Weights
+        # decay by 0.9 per step: the throughput is that of about the last 1 / (1 - 0.9) = 10 steps.
         newest = {"tokens": tokens, "busy": (record.get("mfu") or 0) * record["seconds"], **record}
         self._recent = {key: 0.9 * value + newest.get(key, 0) for key, value in self._recent.items()}
         if not self._bar.disable:
@@ -68,7 +68,7 @@ class Progress:
         self._bar.update()
 
     def close(self) -> None:
-        """End the bar."""
+        """Close the bar."""
         self._bar.close()
 
     def _describe(self, record: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""What ranks do so that all go on in the same way, or fail together."""
+"""Call functions so that all ranks get the same result, or all fail together."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ _FIX = "free space or fix the folder, then rerun the same command"
 def on_rank_0(function: Callable[[], T]) -> T:
     """Call ``function`` on rank 0 and return its value on every rank, or raise CheckpointError on every rank.
 
-    All ranks decide by what rank 0 sees, because a shared file system may show them different moments.
+    All ranks use what rank 0 reads, because a shared file system may be inconsistent between nodes.
     """
-    outcome: list[Any] = [None, None]  # the value and the problem
+    outcome: list[Any] = [None, None]  # value, problem
     if dist.get_rank() == 0:
         try:
             outcome[0] = function()
         except SeqlenCurriculumError as error:
             outcome[1] = str(error)
-        except OSError as error:  # not raised here, or the other ranks would wait for ever
+        except OSError as error:  # not raised here, because the other ranks would wait forever
             outcome[1] = f"{error}; {_FIX}"
     dist.broadcast_object_list(outcome, src=0)
     if outcome[1] is not None:

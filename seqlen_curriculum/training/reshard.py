@@ -1,14 +1,14 @@
-"""A checkpoint continued under another ZeRO stage or number of ranks: each rank picks its elements out of all shards.
+"""Load a checkpoint under another ZeRO stage or number of ranks: each rank copies its elements from all shards.
 
-DeepSpeed keeps fp32 weights, and the optimizer's state beside them, in flat tensors that run on from parameter to
-parameter and break off at the end of a rank's share. A ``Span`` is where some elements of a parameter lie. For parameters
-``a`` of 5 elements and ``b`` of 3 on two ranks (a dot is padding)::
+DeepSpeed stores fp32 weights and the optimizer's state in flat tensors, which concatenate parameters and are cut at the end
+of a rank's share. A ``Span`` is the position of some elements of a parameter. For parameters ``a`` of 5 elements and ``b``
+of 3 on two ranks (a dot is padding)::
 
     stage 0         rank 0: [a0 a1 a2 a3 a4] [b0 b1 b2]   rank 1: the same
     stages 1 and 2  rank 0: [a0 a1 a2 a3]                 rank 1: [a4 b0 b1 b2]
     stage 3         rank 0: [a0 a1 a2 b0 b1]              rank 1: [a3 a4 .  b2 . ]
 
-The saved shards are mapped into memory, so a rank reads what it needs; nothing is written and no rank waits for another.
+The saved shards are memory-mapped, so a rank only reads the elements it needs. Nothing is written, and no rank waits.
 """
 
 from __future__ import annotations
@@ -44,12 +44,14 @@ from seqlen_curriculum.errors import CheckpointError
 __all__ = ["Span", "load_resharded", "spans_of_groups", "spans_of_parameters", "spans_of_whole", "take"]
 
 _SCALER = (LOSS_SCALER, "dynamic_loss_scale", "overflow")
-Piece = tuple[int, dict[str, Tensor]]  # a parameter's elements from one on: the fp32 weights and each state, 1-D
+Piece = tuple[
+    int, dict[str, Tensor]
+]  # elements of a parameter from some index on: the fp32 weights and each state, 1-D
 
 
 @dataclass(frozen=True)
 class Span:
-    """``numel`` elements of parameter ``name``, from ``first`` on, lie in flat tensor ``flat`` from ``start`` on."""
+    """``numel`` elements of parameter ``name`` from ``first`` on, stored in flat tensor ``flat`` from ``start`` on."""
 
     name: str
     first: int
@@ -59,15 +61,15 @@ class Span:
 
 
 def spans_of_whole(weights: Mapping[str, Tensor]) -> list[Span]:
-    """Return the spans at stage 0: each parameter is a tensor of its own."""
+    """Return the spans at stage 0: each parameter is a separate tensor."""
     return [Span(name, 0, weight.numel(), flat, 0) for flat, (name, weight) in enumerate(weights.items())]
 
 
 def spans_of_groups(mappings: Iterable[Mapping[str, Any]], firsts: Mapping[str, int]) -> list[Span]:
     """Return a rank's spans at stages 1 and 2: an equal share of the elements of each whole parameter group.
 
-    ``mappings`` hold DeepSpeed's fragment addresses, a mapping per group; ``firsts`` counts the elements of a parameter
-    that are on ranks before.
+    ``mappings`` are DeepSpeed's fragment addresses, one mapping per group. ``firsts`` counts the elements of a parameter
+    on earlier ranks.
     """
     return [
         Span(name, firsts[name], address.numel, flat, address.start)
@@ -77,7 +79,7 @@ def spans_of_groups(mappings: Iterable[Mapping[str, Any]], firsts: Mapping[str, 
 
 
 def spans_of_parameters(shapes: Iterable[Mapping[str, Sequence[int]]], rank: int, ranks: int) -> list[Span]:
-    """Return a rank's spans at stage 3: an equal share of each parameter, the last ones padded; a flat tensor per group."""
+    """Return a rank's spans at stage 3: an equal, padded share of each parameter, in one flat tensor per group."""
     spans = []
     for flat, group in enumerate(shapes):
         start = 0
@@ -91,7 +93,7 @@ def spans_of_parameters(shapes: Iterable[Mapping[str, Sequence[int]]], rank: int
 
 @dataclass(frozen=True)
 class _Shard:
-    """What one rank saved."""
+    """The state saved by one rank."""
 
     spans: list[Span]
     weights: Sequence[Tensor]
@@ -102,17 +104,17 @@ class _Shard:
     def pieces(self) -> Iterator[tuple[str, Piece]]:
         for span in self.spans:
             tensors = {FP32_WEIGHT_KEY: self.weights[span.flat], **_elementwise(self.state.get(span.flat, {}))}
-            # Views into the mapped file: nothing is read from the disk before take() copies the elements it needs.
+            # Views of the mapped file, read from the disk only when take() copies elements.
             cut = {key: flat.view(-1)[span.start : span.start + span.numel] for key, flat in tensors.items()}
             yield span.name, (span.first, cut)
 
 
 class _Saved:
-    """All that a checkpoint holds, from all its ranks."""
+    """The state of a checkpoint from all its ranks."""
 
     def __init__(self, folder: Path, stage: int, ranks: int, names: list[str], model_rank: int) -> None:
         part = f"{MODEL_FILE_PREFIX}{model_rank:02d}"
-        # Data-parallel rank 0's, where each rank has a file of its own: what is read from it is the same in all.
+        # The file of data-parallel rank 0. The values read from it are the same in the files of all ranks.
         self.model = _mapped(min(folder.glob(f"*{part}{MODEL_FILE_SUFFIX}")))
         self.scaler: dict[str, Any] = {}
         if stage == 0:
@@ -127,14 +129,14 @@ class _Saved:
             shards = list(_shards_by_parameter(states, self.model) if stage == 3 else _shards_by_group(states))
         self.param_groups: list[dict[str, Any]] = base[PARAM_GROUPS]
         self.sample: dict[str, Any] = shards[0].state.get(0, {})
-        """One tensor's state; empty where fp16 has skipped every step so far."""
+        """The state of one tensor, empty if fp16 has skipped every step so far."""
         self.pieces: dict[str, list[Piece]] = defaultdict(list)
         for shard in shards:
             for name, piece in shard.pieces():
                 self.pieces[name].append(piece)
 
     def fill(self, base: dict[str, Any], spans: list[Span], flats: Sequence[Tensor]) -> dict[str, Any]:
-        """Return ``base``, the state of torch's optimizer over ``flats``, as saved; write the weights into ``flats``."""
+        """Copy the saved weights to ``flats``; return the saved state of torch's optimizer over them, as ``base``."""
         elementwise = _elementwise(self.sample)
         scalars = {key: _scalar(value) for key, value in self.sample.items() if key not in elementwise}
         state = [{key: torch.zeros_like(flat) for key in elementwise} for flat in flats]
@@ -142,7 +144,7 @@ class _Saved:
             for key, flat in {FP32_WEIGHT_KEY: flats[span.flat], **state[span.flat]}.items():
                 target = flat.view(-1)[span.start : span.start + span.numel]
                 take([(first, cut[key]) for first, cut in self.pieces[span.name]], span.first, target)
-        # Learning rate, betas and weight decay are the saved ones; "params" numbers tensors, and there are others now.
+        # Learning rate, betas and weight decay are the saved ones. "params" numbers tensors, which have changed.
         groups = []
         for group, saved in zip(base[PARAM_GROUPS], self.param_groups, strict=True):
             shared = group.keys() & saved.keys() - {"params"}
@@ -158,7 +160,7 @@ def _shards_by_parameter(states: list[dict[str, Any]], model: Mapping[str, Any])
 
 
 def _shards_by_group(states: list[dict[str, Any]]) -> Iterator[_Shard]:
-    firsts: Counter[str] = Counter()  # elements on the ranks before
+    firsts: Counter[str] = Counter()  # elements on earlier ranks
     for state in states:
         spans = spans_of_groups(state[PARAM_SLICE_MAPPINGS], firsts)
         yield _Shard(spans, state[SINGLE_PARTITION_OF_FP32_GROUPS], state[BASE_OPTIMIZER_STATE]["state"])
@@ -166,7 +168,7 @@ def _shards_by_group(states: list[dict[str, Any]]) -> Iterator[_Shard]:
 
 
 def load_resharded(engine: Any, folder: Path, saved_stage: int, saved_ranks: int) -> None:
-    """Continue ``engine``, under any ZeRO stage, from ``saved_ranks`` shards saved under ``saved_stage``.
+    """Load ``saved_ranks`` shards, saved under ``saved_stage``, into ``engine`` under any ZeRO stage.
 
     Weights, optimizer state, step, loss scale and learning rate are bit-identical to the saved ones. Raises
     CheckpointError for stage 0, on either side, in half precision and in pipelines.
@@ -174,13 +176,13 @@ def load_resharded(engine: Any, folder: Path, saved_stage: int, saved_ranks: int
     stage = engine.zero_optimization_stage()
     if 0 in (stage, saved_stage) and isinstance(engine, PipelineEngine):
         raise CheckpointError(
-            f"{folder}: saved under ZeRO stage {saved_stage}; a pipeline can't continue it under stage {stage}, set "
+            f"{folder}: saved under ZeRO stage {saved_stage}; a pipeline can't resume it under stage {stage}, set "
             f"zero_optimization.stage to {saved_stage}"
         )
     if 0 in (stage, saved_stage) and (engine.fp16_enabled() or engine.bfloat16_enabled()):
         raise CheckpointError(
-            f"{folder}: saved under ZeRO stage {saved_stage}, which in half precision can't continue under stage {stage}: "
-            f"stage 0 has an optimizer of its own there; set zero_optimization.stage to {saved_stage}"
+            f"{folder}: saved under ZeRO stage {saved_stage}, which in half precision can't resume under stage {stage}, "
+            f"because stage 0 has another optimizer; set zero_optimization.stage to {saved_stage}"
         )
     names = [name for name, parameter in engine.module.named_parameters() if parameter.requires_grad]
     model_rank = engine.mpu.get_model_parallel_rank() if engine.mpu else 0
@@ -212,7 +214,7 @@ def _load_by_group(engine: Any, saved: _Saved) -> None:
     own = optimizer.state_dict()
     spans = spans_of_groups(own[PARAM_SLICE_MAPPINGS], firsts)
     own |= saved.scaler | {BASE_OPTIMIZER_STATE: saved.fill(own[BASE_OPTIMIZER_STATE], spans, flats)}
-    # DeepSpeed takes a list of all ranks' states and picks this rank's: so this rank's own stands in every place.
+    # DeepSpeed selects this rank's state from a list of all ranks' states, so every entry is this rank's state.
     optimizer.load_state_dict([own] * engine.dp_world_size, load_from_fp32_weights=True)
     optimizer.update_lp_params()
 
@@ -225,19 +227,19 @@ def _load_by_parameter(engine: Any, saved: _Saved) -> None:
     own = optimizer.state_dict()
     filled = saved.fill(own[OPTIMIZER_STATE_DICT], spans, optimizer.fp32_partitioned_groups_flat)
     own |= saved.scaler | {OPTIMIZER_STATE_DICT: filled}
-    # The prologue splits up every parameter that is whole at the moment; the epilogue gathers those that DeepSpeed keeps
-    # whole, with their new values.
+    # The prologue partitions every parameter that is gathered. The epilogue gathers those that DeepSpeed keeps gathered,
+    # with their new values.
     optimizer.checkpoint_event_prologue()
     optimizer.load_state_dict([own] * engine.dp_world_size)
     optimizer.checkpoint_event_epilogue()
 
 
 def take(pieces: Iterable[tuple[int, Tensor]], first: int, target: Tensor) -> None:
-    """Fill 1-D ``target`` with a parameter's elements from ``first`` on, out of ``pieces``: (first element, elements).
+    """Fill 1-D ``target`` with the elements of a parameter from ``first`` on, from ``pieces`` of (first element, elements).
 
-    Raises ValueError if the pieces don't hold them all.
+    Raises ValueError if the pieces don't contain all of them.
     """
-    # Elements 4 to 9 out of pieces of 6 from 0 and of 6 from 6 on: 4 and 5 of the first, 6 to 9 of the second.
+    # Elements 4 to 9 from two pieces of 6 elements: 4 and 5 from the first, 6 to 9 from the second.
     taken = 0
     for begins, piece in pieces:
         begin, end = max(first, begins), min(first + target.numel(), begins + piece.numel())
@@ -245,7 +247,7 @@ def take(pieces: Iterable[tuple[int, Tensor]], first: int, target: Tensor) -> No
             target[begin - first : end - first].copy_(piece[begin - begins : end - begins])
             taken += end - begin
     if taken != target.numel():
-        raise ValueError(f"of {target.numel()} elements of a parameter the shards hold {taken}")
+        raise ValueError(f"the shards contain {taken} of {target.numel()} elements of a parameter")
 
 
 def _mapped(path: Path) -> dict[str, Any]:
@@ -254,11 +256,11 @@ def _mapped(path: Path) -> dict[str, Any]:
 
 
 def _elementwise(state: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The part of an optimizer's state that has a value for each element."""
+    """Return the part of an optimizer's state with one value per element."""
     return {key: value for key, value in state.items() if isinstance(value, Tensor) and value.dim() > 0}
 
 
 def _scalar(value: Any) -> Any:
-    """A count of steps is a tensor in torch's optimizers and an int in DeepSpeed's; torch's take the latter too."""
+    """Return a step count, a tensor in torch's optimizers and an int in DeepSpeed's, in a form that both accept."""
     number = value.item() if isinstance(value, Tensor) else value
     return int(number) if isinstance(number, float) and number.is_integer() else number

@@ -1,4 +1,4 @@
-"""Returns a run to a checkpoint from before a spike, on all ranks; spike_guard.py decides when."""
+"""Return a run to a checkpoint from before a spike, on all ranks. ``spike_guard.py`` decides when."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def read_losses(log: Path, spike_ratio: float) -> LossesSoFar:
 
 
 def log_skipped_steps(rollbacks: Sequence[Rollback], done_steps: int) -> None:
-    """Report which steps after ``done_steps`` will be skipped, if any."""
+    """Log the steps after ``done_steps`` that will be skipped, if any."""
     windows = [(max(first, done_steps + 1), last) for first, last in (rollback.skipped for rollback in rollbacks)]
     ahead = ", ".join(f"{first} to {last}" for first, last in windows if first <= last)
     if ahead:
@@ -38,36 +38,36 @@ def log_skipped_steps(rollbacks: Sequence[Rollback], done_steps: int) -> None:
 
 
 def roll_back(checkpoints: Checkpoints, log: Path, spike: Spike) -> Checkpoint:
-    """Skip the steps up to ``spike`` and return the checkpoint to continue from, the same on all ranks.
+    """Skip the steps up to ``spike`` and return the checkpoint to resume from, the same on all ranks.
 
-    ``log`` is the run log with the steps that are discarded. Raises DivergenceError if no checkpoint from before the
-    skipped steps is kept, or after MOST_ROLLBACKS.
+    ``log`` is the run log, including the discarded steps. Raises DivergenceError if there is no checkpoint from before the
+    skipped steps, or after MOST_ROLLBACKS.
     """
     checkpoints.wait()
     done, (first, last) = checkpoints.rollbacks or (), skipped_window(spike.step, checkpoints.skip_steps)
     if len(done) >= MOST_ROLLBACKS:
         or_log = f"; or set {_LOG_INSTEAD}, and rerun the same command" if spike.is_finite else ""
         raise DivergenceError(
-            f"{spike.message}; after {MOST_ROLLBACKS} rollbacks, see {checkpoints.save_folder / ROLLBACKS}, the guard "
-            f"stops: it is not the data of single steps. {REMEDIES}{or_log}"
+            f"{spike.message}; training stops after {MOST_ROLLBACKS} rollbacks (see {checkpoints.save_folder / ROLLBACKS}), "
+            f"because the data of single steps is not the cause. {REMEDIES}{or_log}"
         )
     kept = on_rank_0(checkpoints.complete)
     newest = checkpoints.newest_whole([checkpoint for checkpoint in kept if checkpoint.step < first])
     if newest is None:
         raise DivergenceError(
-            f"{spike.message}; a rollback skips steps {first} to {last}, and no checkpoint from before them is kept. "
+            f"{spike.message}; a rollback skips steps {first} to {last}, but there is no checkpoint from before them. "
             + _ways_on(spike, kept)
         )
     log_rank0(f"{spike.message}; returning to step {newest.step}, to skip steps {first} to {last}")
     seconds = on_rank_0(lambda: seconds_after(log, newest.step))
-    # Once the rollback is in rollbacks.json nothing else has to happen: whatever a kill prevents, the next launch redoes.
+    # Once rollbacks.json contains the rollback, a kill is harmless, because the next launch repeats the rest.
     checkpoints.discard_newer_than([*done, spike.to_rollback(newest.step, (first, last), seconds)], newest)
     return newest
 
 
 def _ways_on(spike: Spike, kept: Sequence[Checkpoint]) -> str:
-    """What to change where no checkpoint is old enough."""
-    # A spike at 25 with its oldest checkpoint at 18: steps 19 to 25 can be skipped, 25 - 18 = 7 at most.
+    """Return the settings to change if no checkpoint is old enough."""
+    # With a spike at step 25 and the oldest checkpoint at 18, at most 25 - 18 = 7 steps can be skipped, 19 to 25.
     most = spike.step - kept[0].step if kept else 0
     ways = [f"training.spike_skip_steps to {most} or less"] if most > 0 else []
     ways += [_LOG_INSTEAD] if spike.is_finite else []

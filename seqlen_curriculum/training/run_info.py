@@ -1,4 +1,4 @@
-"""Records each launch of a run in its ``run.json``."""
+"""Record each launch of a run in its ``run.json``."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ __all__ = ["record_launch"]
 
 
 def record_launch(save: Path, config: Mapping[str, Any], ranks: int, first_step: int) -> None:
-    """Add a launch to ``SAVE/run.json`` and make ``config`` the configuration in it.
+    """Add a launch to ``SAVE/run.json`` and set its configuration to ``config``.
 
-    Call it on rank 0, before the first step. Raises CheckpointError when the file can't be written.
+    Call it on rank 0 before the first step. Raises CheckpointError if the file can't be written.
     """
     launch = Launch(
         started=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -36,7 +36,7 @@ def record_launch(save: Path, config: Mapping[str, Any], ranks: int, first_step:
     )
     try:
         earlier = read_run_info(save) or RunInfo(config={}, launches=[])
-    except CheckpointError as error:  # the file is for people and reports: training must not depend on it
+    except CheckpointError as error:  # the file is only informative, so training must not depend on it
         if (save / RUN_INFO).is_file():
             damaged = (save / RUN_INFO).with_suffix(".damaged.json")
             print(f"warning: {error}; it is kept as {damaged.name}", file=sys.stderr)
@@ -46,7 +46,7 @@ def record_launch(save: Path, config: Mapping[str, Any], ranks: int, first_step:
 
 
 def _device() -> dict[str, Any]:
-    """Of the node of rank 0; memory is in bytes."""
+    """Return the devices of rank 0's node; memory is in bytes."""
     accelerator = get_accelerator()
     device: dict[str, Any] = {"accelerator": None}
     if accelerator.device_name() != "cpu":
@@ -56,7 +56,7 @@ def _device() -> dict[str, Any]:
 
 
 def _cpu() -> str:
-    """The model's name where Linux gives it, else the architecture."""
+    """Return the CPU's model name if Linux has it, else the architecture."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:

@@ -1,4 +1,4 @@
-"""Ulysses sequence parallel: the ranks of a sequence each have a part of its tokens, and in attention some of its heads.
+"""Ulysses sequence parallel: each rank of a sequence has a part of its tokens, and in attention a part of the heads.
 
 Shapes: ``B`` rows, ``S`` seqlen, ``P`` ranks of a sequence, ``nh`` heads of size ``hs``.
 """
@@ -18,9 +18,9 @@ __all__ = ["split_attention"]
 
 
 def split_attention(model: CausalLM, degree: int) -> Any:
-    """Make ``model`` attend over the ranks of a sequence, ``degree`` neighbours; returns this rank's process group.
+    """Make ``model`` attend over ``degree`` neighbouring ranks, which share a sequence; return their process group.
 
-    DeepSpeed's engine doesn't know: it averages gradients over all ranks, and the mean of equal parts' means is the mean of
+    DeepSpeed's engine averages gradients over all ranks. That is correct, because the mean over equal parts is the mean over
     the row: 2 parts of 4 tokens with means 3 and 5 have the mean 4, as the 8 tokens have.
     """
     groups = [dist.new_group(range(first, first + degree)) for first in range(0, dist.get_world_size(), degree)]
@@ -37,9 +37,9 @@ def split_attention(model: CausalLM, degree: int) -> Any:
         scaling: float | None = None,
         **_: Any,
     ) -> tuple[Tensor, None]:
-        """Query, key and value are (B, nh, S / P, hs), the result is (B, S / P, nh, hs)."""
-        # DistributedAttention exchanges parts of the sequence (axis 1) for heads (axis 2) before attention, and back after:
-        # of 8 heads and 64 tokens on 2 ranks each has 8 heads of 32 tokens outside, 4 heads of 64 tokens inside.
+        """Attend over all ranks; query, key and value are (B, nh, S / P, hs), the result is (B, S / P, nh, hs)."""
+        # DistributedAttention exchanges parts of the sequence (axis 1) for heads (axis 2) before attention, and back after
+        # it. With 8 heads and 64 tokens on 2 ranks, each has 8 heads of 32 tokens outside and 4 heads of 64 tokens inside.
         part = (tensor.transpose(1, 2) for tensor in (query, key, value))
         return attend(*part, 0, None, module, dropout, scaling), None  # rows are axis 0; no rotary embedding
 

@@ -1,6 +1,6 @@
-"""What a spike of the training loss is, and what follows from it. No engine.
+"""Detection of spikes of the training loss, and the reaction to them. Independent of the engine.
 
-The loss ratio of a step is its training loss over the least of all earlier steps (Section 3 of the paper).
+The loss ratio of a step is its training loss over the lowest loss of all earlier steps (Section 3 of the paper).
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ REMEDIES = (
     "train into another --save"
 )
 MOST_ROLLBACKS = 10
-"""Of a run. A loss that spikes again and again is no accident of the data, and each rollback costs the steps it repeats."""
+"""Maximum rollbacks of a run. Repeated spikes aren't caused by the data, and each rollback repeats steps."""
 
 
 class LossesSoFar(NamedTuple):
-    """The part of all earlier losses that it takes to judge the next one."""
+    """A summary of all earlier losses, sufficient to judge the next one."""
 
     least: float = math.inf
     spiking: bool = False
-    """Whether the last of them is a spike."""
+    """True if the last loss is a spike."""
 
     @classmethod
     def of(cls, losses: Iterable[float], spike_ratio: float) -> LossesSoFar:
-        """Return the summary of finite ``losses`` in their order."""
-        # As ``then`` of each, but in a tenth of the time, because a resume reads up to millions.
+        """Return the summary of finite ``losses``, in order."""
+        # Same as calling ``then`` for each, but ten times as fast, because a resume reads up to millions of losses.
         least, last = math.inf, None
         for loss in losses:
             if last is not None and last < least:
@@ -44,16 +44,16 @@ class LossesSoFar(NamedTuple):
 
     def then(self, loss: float, spike_ratio: float) -> LossesSoFar:
         """Return the summary with one more loss."""
-        # Losses 4, 5, 2, 2.4 with a spike_ratio of 1.2: 5 > 1.2 x 4 is a spike, 2.4 = 1.2 x 2 is none.
+        # Losses 4, 5, 2, 2.4 with a spike_ratio of 1.2: 5 > 1.2 x 4 is a spike, 2.4 = 1.2 x 2 is not.
         return LossesSoFar(min(self.least, loss), loss > spike_ratio * self.least)
 
     def ratio(self, loss: float) -> float | None:
-        """Return the loss ratio of a step of this ``loss``; None for the first one, and where it is not finite."""
+        """Return the loss ratio of a step with this ``loss``; None for the first step and if it is not finite."""
         return loss_ratio(loss, self.least)
 
 
 class Spike(NamedTuple):
-    """A step whose loss, gradient norm or validation loss is too large to train on from. ``what`` describes it."""
+    """A step whose loss, gradient norm or validation loss is a spike or not finite, described by ``what``."""
 
     step: int
     seqlen: int
@@ -62,15 +62,15 @@ class Spike(NamedTuple):
     ratio: float | None
     what: str
     is_finite: bool
-    """Whether it can be ignored: training can't continue from weights that are NaN."""
+    """False if training can't continue because the weights may be NaN."""
 
     @property
     def message(self) -> str:
-        """The step, what it is, and the values it was trained with."""
+        """The step, the problem, and the length and learning rate of the step."""
         return f"step {self.step}: {self.what}, at seqlen {self.seqlen} and lr {self.lr:.3g}"
 
     def to_rollback(self, returned_to: int, skipped: tuple[int, int], seconds: float = 0.0) -> Rollback:
-        """Return the record of a return to the checkpoint of step ``returned_to``."""
+        """Return the record of a rollback to the checkpoint of step ``returned_to``."""
         return Rollback(
             step=self.step,
             loss=self.loss if math.isfinite(self.loss) else None,
@@ -83,8 +83,8 @@ class Spike(NamedTuple):
         )
 
 
-class RollbackRequested(Exception):  # noqa: N818 - no error: the loop above continues from an earlier checkpoint
-    """The steps since some checkpoint are to be discarded because of ``spike``."""
+class RollbackRequested(Exception):  # noqa: N818 - not an error: the caller resumes from an earlier checkpoint
+    """Raised to discard the steps since a checkpoint because of ``spike``."""
 
     def __init__(self, spike: Spike) -> None:
         super().__init__(spike.message)
@@ -92,14 +92,14 @@ class RollbackRequested(Exception):  # noqa: N818 - no error: the loop above con
 
 
 class SpikeGuard:
-    """Judges each step by numbers that all ranks have agreed on, so that all ranks decide the same."""
+    """Detector of spikes that uses only values reduced over all ranks, so that all ranks decide the same."""
 
     def __init__(self, settings: TrainingConfig, rollbacks: Sequence[Rollback], so_far: LossesSoFar) -> None:
         self._settings, self._rollbacks, self._so_far = settings, rollbacks, so_far
         self._step, self._seqlen, self._lr = 0, 0, 0.0
 
     def begin(self, step: int, seqlen: int, lr: float) -> bool:
-        """Note the step that begins. Return whether to train it; otherwise a rollback skips it."""
+        """Start ``step``. Return whether to train it; otherwise a rollback skips it."""
         self._step, self._seqlen, self._lr = step, seqlen, lr
         return not self.skips(step)
 
@@ -108,12 +108,11 @@ class SpikeGuard:
         return is_skipped(self._rollbacks, step)
 
     def judge(self, loss: float, broken: str | None = None) -> str | None:
-        """Judge the step's ``loss`` and return a message if it begins a spike; ``broken`` names another value that is
-        not finite.
+        """Check the step's ``loss`` and return a message if a spike starts; ``broken`` names another non-finite value.
 
-        Raises DivergenceError or RollbackRequested, by ``training.on_spike``.
+        Raises DivergenceError or RollbackRequested, depending on ``training.on_spike``.
         """
-        # A loss of NaN compares as false with everything, so it has to be asked for before any ratio.
+        # NaN compares as false with everything, so it is checked before any ratio.
         broken = broken if math.isfinite(loss) else f"the loss is {loss}"
         if broken is not None:
             self.stop_or_roll_back(broken, loss)
@@ -122,14 +121,14 @@ class SpikeGuard:
         if not self._so_far.spiking:
             return None
         height = f"{loss / before.least:.3f} times" if before.least else "above"
-        what = f"the loss {loss:.4f} is {height} the least before it, {before.least:.4f} (training.spike_ratio {threshold})"
+        what = f"the loss {loss:.4f} is {height} the lowest before it, {before.least:.4f} (training.spike_ratio {threshold})"
         if self._settings.on_spike != "log":
             self.stop_or_roll_back(what, loss, is_finite=True)
         # A spike of 50 steps is one event: only its first step is reported.
         return None if before.spiking else self._spike(what, loss, is_finite=True).message
 
     def judge_perplexity(self, ratio: float) -> None:
-        """Raise DivergenceError if the perplexity, ``ratio`` times the best before, is over ``stop_perplexity_ratio``."""
+        """Raise DivergenceError if the perplexity exceeds ``stop_perplexity_ratio`` x the best so far (``ratio``)."""
         most = self._settings.stop_perplexity_ratio
         if most is not None and ratio > most:
             raise DivergenceError(

@@ -1,8 +1,10 @@
-"""The start of a run: what the machine lacks is said, then this process takes its device and joins the others."""
+"""The start of a run: check the machine, set this process's device, and join the other ranks."""
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,34 +13,55 @@ import torch
 from deepspeed.accelerator import get_accelerator
 
 from seqlen_curriculum.errors import ConfigError
-from seqlen_curriculum.launchers import device_number, fill_environment, launch
+from seqlen_curriculum.launchers import be_only_rank, device_number, fill_environment, launch
 from seqlen_curriculum.training.extensions import set_up_extensions
 from seqlen_curriculum.training.machine import machine_problems
 
-__all__ = ["join_ranks"]
+__all__ = ["DEFAULT_PORT", "join_ranks"]
+
+DEFAULT_PORT = 29500
+"""DeepSpeed's default of ``distributed_port``."""
 
 
-def join_ranks(deepspeed_config: Mapping[str, Any]) -> None:
-    """Join the ranks of this launch, each on its own device, if they haven't met yet; call it on all of them.
+def join_ranks(deepspeed_config: Mapping[str, Any], distributed_port: int = DEFAULT_PORT) -> None:
+    """Join the ranks of this launch, each on its own device, unless that is already done; call it on all ranks.
 
-    ``deepspeed_config`` is DeepSpeed's part of the file. Raises ConfigError for what it needs and the machine lacks.
+    A process that no launcher started becomes rank 0 of 1. ``deepspeed_config`` is DeepSpeed's part of the file. Raises
+    ConfigError for requirements that the machine lacks.
     """
     if torch.distributed.is_initialized():
         return
     found = launch()
-    fill_environment()
-    # Before anything is put on the current device, as collectives of objects do with their bytes: NCCL refuses two ranks on
-    # one device, and a context on the first device takes memory there.
+    if found is not None:
+        fill_environment()
+    elif (
+        importlib.util.find_spec("mpi4py") is None
+    ):  # with it DeepSpeed finds ranks that an mpirun unknown to us started
+        be_only_rank(None if distributed_port == DEFAULT_PORT else distributed_port)
+        _warn_of_idle_devices()
+    # Before any collective, which uses the current device: NCCL refuses two ranks on one device, and a context on device 0
+    # takes memory there.
     get_accelerator().set_device(_own_device(found.local_rank if found else 0))
     set_up_extensions(is_first_of_node=found is None or found.local_rank == 0)
     problems = list(machine_problems(deepspeed_config))
     if problems:
         raise ConfigError(problems)
-    deepspeed.init_distributed()
+    deepspeed.init_distributed(distributed_port=distributed_port)
+
+
+def _warn_of_idle_devices() -> None:
+    """Warn that a process without a launcher uses one device of several."""
+    accelerator = get_accelerator()
+    if accelerator.device_name() != "cpu" and accelerator.device_count() > 1:
+        print(
+            f"warning: no launcher started this process, so it trains on one of {accelerator.device_count()} devices; start "
+            "the script with deepspeed or torchrun to use all of them",
+            file=sys.stderr,
+        )
 
 
 def _own_device(local_rank: int) -> int:
-    """Return the number of this process's device, also as LOCAL_RANK, which DeepSpeed takes for it."""
+    """Return the index of this process's device, and set LOCAL_RANK to it, which DeepSpeed uses as the index."""
     accelerator = get_accelerator()
     if accelerator.device_name() == "cpu":
         return local_rank

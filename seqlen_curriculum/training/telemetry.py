@@ -1,4 +1,4 @@
-"""Where rank 0 reports a run: the terminal, the run log, and DeepSpeed's monitors."""
+"""Reporting of a run by rank 0: to the terminal, the run log, and DeepSpeed's monitors."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ _VALUES = {
     "Train": ("loss", "lr", "seqlen", "grad_norm", *_MOMENTS, *MACHINE_KEYS),
     "Valid": ("valid_loss", "valid_ppl"),
 }
-"""The values of a record that monitors get, by the group they are shown in."""
+"""The values of a record that are sent to monitors, by group."""
 
 
 class Telemetry:
-    """Writes each record everywhere it belongs. On ranks other than 0 (``log`` None) it does nothing."""
+    """Writer of records to the terminal, run log and monitors. Does nothing on ranks other than 0 (``log`` None)."""
 
     def __init__(
         self, log: Path | None, monitor: Any, done_steps: int, timeline: Timeline, utilization: Utilization
@@ -39,13 +39,13 @@ class Telemetry:
 
     @contextmanager
     def saving(self) -> Iterator[None]:
-        """Measure how long training stands still for a checkpoint: ``checkpoint_seconds`` of the next step's record."""
+        """Measure how long a checkpoint blocks training: ``checkpoint_seconds`` in the record of the next step."""
         started = time.perf_counter()
         yield
         self._checkpoint_seconds = (self._checkpoint_seconds or 0.0) + time.perf_counter() - started
 
     def step(self, record: dict[str, Any]) -> None:
-        """Report a training record, and with it what the step made of the machine."""
+        """Report a training record, with the utilization of the machine."""
         if self._log is None or self._progress is None:
             return
         tokens, self._consumed = record["consumed_tokens"] - self._consumed, record["consumed_tokens"]
@@ -63,7 +63,7 @@ class Telemetry:
         }
 
     def skipped_step(self, record: dict[str, Any]) -> None:
-        """Report the record of a skipped step, which takes next to no time."""
+        """Report the record of a skipped step, which takes almost no time."""
         if self._log is None or self._progress is None:
             return
         self._log.write(record)
@@ -81,12 +81,12 @@ class Telemetry:
         )
 
     def follow(self, timeline: Timeline) -> None:
-        """Make the bar end with the last step of ``timeline``."""
+        """Set the total of the bar to the steps of ``timeline``."""
         if self._progress is not None:
             self._progress.follow(timeline)
 
     def close(self) -> None:
-        """Close the bar, the log and the files of monitors."""
+        """Close the bar, the log and the monitors."""
         for part in (self._progress, self._monitors, self._log):
             if part is not None:
                 part.close()

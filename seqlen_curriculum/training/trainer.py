@@ -36,12 +36,12 @@ from seqlen_curriculum.training.watchdog import Watchdog
 __all__ = ["Ending", "StopSignals", "Trainer"]
 
 Ending: TypeAlias = Literal["finished", "until_step", "signal"]
-"""Why training ended: its token budget is reached, the step asked for is, or a signal came and all is saved."""
+"""The reason why training ended: the token budget or ``until_step`` was reached, or a signal arrived."""
 
 
 @dataclass
 class Trainer:
-    """Trains the executor's engine along ``plan``; every step's data, length and rate follow from the step alone."""
+    """Training loop of the executor's engine; data, length and learning rate of a step depend only on the step."""
 
     executor: Executor
     plan: RunPlan
@@ -53,16 +53,16 @@ class Trainer:
     guard: SpikeGuard
     signals: StopSignals
     save: Callable[[int, Evaluations], None]
-    """Writes the checkpoint of a step, or begins to; called on all ranks."""
+    """Writes the checkpoint of a step, or starts to; called on all ranks."""
     wait_for_checkpoint: Callable[[], None]
-    """Waits until the checkpoints that were begun are complete; called on all ranks."""
+    """Waits until started checkpoints are complete; called on all ranks."""
     evaluations: Evaluations
-    """What earlier evaluations decided."""
+    """The summary of earlier evaluations."""
     sample_log: RunLog | None = None
     set_window: Callable[[int | None], None] | None = None
-    """Sets the attention window of the step, None for whole rows; None for models without windows."""
+    """Sets the attention window of a step, None for whole rows. None for models without windows."""
     has_dropout: bool = True
-    """False for a model whose training draws no random numbers: nothing is seeded."""
+    """False for a model that uses no random numbers in training, which needs no seeds."""
     until_step: int | None = None
     """Save and stop after this step."""
 
@@ -71,8 +71,8 @@ class Trainer:
         self._follow(self.plan)
 
     def _follow(self, plan: RunPlan) -> None:
-        """Put ``plan`` in force for the steps to come: all that depends on its timeline is set here."""
-        self._data.discard()  # it was read along the plan before
+        """Use ``plan`` for the next steps; everything that depends on its timeline is set here."""
+        self._data.discard()  # it was read along the previous plan
         self.plan = plan
         self.train_data = self.train_data.along(plan.timeline)
         self.telemetry.follow(plan.timeline)
@@ -84,9 +84,9 @@ class Trainer:
         return self.executor.engine
 
     def train(self, first_step: int) -> Ending:
-        """Train from ``first_step`` to the budget, or until ``until_step`` or a signal, and return which of them came.
+        """Train from ``first_step`` to the budget, ``until_step`` or a signal; return which came first.
 
-        Raises DivergenceError, and RollbackRequested where the spike guard asks to return to a checkpoint.
+        Raises DivergenceError, and RollbackRequested if the spike guard requests a rollback.
         """
         if self.settings.preflight and first_step <= self.plan.steps:
             preflight(self.executor, *self.plan.largest_micro_batch())
@@ -97,7 +97,7 @@ class Trainer:
                 stop = self.step(step, self.signals.received)
             if self._is_due(step, self.settings.eval_interval):
                 self._evaluate(step)
-            # An evaluation may hold the lengths, which makes the run longer: the last step is asked anew.
+            # An evaluation may pause the ramp, which makes the run longer, so the last step is recomputed.
             asked_for = stop or step in (self._last_step, *self.settings.save_steps)
             if asked_for or self._is_due(step, self.settings.save_interval):
                 with self.telemetry.saving():
@@ -110,9 +110,9 @@ class Trainer:
             log_rank0(f"finished: {step} steps, {self.plan.timeline.consumed_tokens(step):,} tokens")
             return "finished"
         if step < first_step:
-            log_rank0(f"nothing to do: step {step} is done, and --until-step asks for no later one")
+            log_rank0(f"nothing to do: step {step} is already done, and --until-step is not above it")
         else:
-            reason = "by a signal" if stop else "as --until-step asks"
+            reason = "by a signal" if stop else "because of --until-step"
             log_rank0(f"stopped after step {step} {reason}, and saved; rerun the same command to resume")
         return "signal" if stop else "until_step"
 
@@ -125,7 +125,7 @@ class Trainer:
         return bool(interval) and (step % interval == 0 or step == self.plan.steps)
 
     def step(self, step: int, stop: bool) -> bool:
-        """Do one optimizer step. Return whether any rank was asked to stop."""
+        """Train one optimizer step. Return whether any rank was signalled to stop."""
         started = time.perf_counter()
         seqlen = self.plan.timeline.seqlen(step)
         begin_step(self.engine, seqlen)
@@ -163,7 +163,7 @@ class Trainer:
         return done.stop
 
     def _skip_step(self, step: int, stop: bool) -> bool:
-        """Count ``step``, already begun, as done: its tokens are consumed but not trained on. Return as ``step``."""
+        """Count the started ``step`` as done: its tokens are consumed but not trained on. Returns the same as ``step``."""
         timeline = self.plan.timeline
         rows = timeline.rows(step)
         skip_step(self.engine, rows // self.executor.data_ranks * self.engine.dp_world_size)
@@ -179,7 +179,7 @@ class Trainer:
         return share_outcome(StepResult(nothing, None), stop).stop
 
     def read(self, step: int) -> StepData:
-        """Read what this rank trains on in ``step``, in micro-batches on the device."""
+        """Read this rank's data of ``step``, as micro-batches on the device."""
         first, count = self.plan.samples_of_rank(step, self.executor.data_rank)
         ids = None
         if self.sample_log is not None:
@@ -196,7 +196,7 @@ class Trainer:
         )
 
     def _evaluate(self, step: int) -> None:
-        """Evaluate at full length on the same validation rows each time, every row once however many ranks share them."""
+        """Evaluate at full length on the same validation rows each time; each row counts once for any number of ranks."""
         started = time.perf_counter()
         samples = self.valid_samples
         assert samples is not None
@@ -227,21 +227,21 @@ class Trainer:
         self.evaluations = self.evaluations.then(valid_loss, self._hold_lengths(step, ratio))
 
     def _hold_lengths(self, step: int, perplexity_ratio: float) -> int | None:
-        """Hold the lengths of an ``adaptive`` schedule where the perplexity fluctuates: return ``step``, else None.
+        """Pause the ramp of an ``adaptive`` schedule if the perplexity fluctuates and return ``step``, else None.
 
-        All ranks have the same ratio, so all of them decide the same.
+        All ranks have the same ratio, so all ranks decide the same.
         """
         if not self.plan.holds_at(step, perplexity_ratio):
             return None
         self._follow(self.plan.holding(step))
         log_rank0(
-            f"step {step}: the perplexity is {perplexity_ratio:.3f} times its best before; lengths stay for "
-            f"{self.settings.eval_interval} steps"
+            f"step {step}: the validation perplexity is {perplexity_ratio:.3f} times the best before it; the ramp pauses "
+            f"for {self.settings.eval_interval} steps"
         )
         return step
 
     def close(self) -> None:
-        """Close the logs and the progress bar, and end the threads that read and watch."""
+        """Close the logs and the progress bar, and end the prefetch and watchdog threads."""
         self.watchdog.close()
         self._data.close()
         self.telemetry.close()
@@ -250,7 +250,7 @@ class Trainer:
 
 
 class StopSignals:
-    """Records SIGTERM and SIGINT, so that the step is finished and saved before the run stops; a second SIGINT kills."""
+    """Handler of SIGTERM and SIGINT that lets the run finish and save its step first. A second SIGINT kills."""
 
     def __init__(self) -> None:
         self.received = self._interrupted = False
@@ -275,12 +275,12 @@ class StopSignals:
 
 
 def _eval_chunks(ids: IntArray, rank: int, ranks: int, most_rows: int) -> Iterator[tuple[IntArray, int]]:
-    """Yield a rank's (ids to read together, rows that their loss, averaged over ranks, stands for).
+    """Yield a rank's chunks of (ids to read together, weight of their loss in rows).
 
-    All ranks get equally many chunks of equal size, as engines need whose forward is collective. Each row counts once.
+    All ranks get the same number of chunks of equal size, as required by a collective forward. Each row counts once.
     """
-    # 10 rows on 4 ranks: rows 0-7 are shared, 2 a rank, each standing for 2 x 4 of the 10. Ranks 0 and 1 read rows 8 and 9,
-    # each standing for 1 x 4; ranks 2 and 3 read these too, for nothing. (4 x 8 + 2 x 4) / 4 = 10.
+    # 10 rows on 4 ranks: each rank reads 2 of rows 0-7, with weight 2 x 4. Ranks 0 and 1 read rows 8 and 9 with weight
+    # 1 x 4. Ranks 2 and 3 read them too, with weight 0. The mean weight of all is (4 x 8 + 2 x 4) / 4 = 10.
     shared = len(ids) // ranks * ranks
     mine, rest = ids[:shared][rank::ranks], ids[shared:]
     for start in range(0, len(mine), most_rows):

@@ -1,4 +1,4 @@
-"""What a step makes of the machine: model FLOPs utilization and memory. The device of rank 0 stands for all."""
+"""Utilization of the machine: model FLOPs utilization and memory. All devices are assumed equal to that of rank 0."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ __all__ = ["Utilization", "card_name", "peak_memory_bytes", "precision_of", "uti
 
 
 class Utilization(NamedTuple):
-    """The share of the devices' peak speed that training a model uses."""
+    """Model FLOPs utilization: the share of the peak speed of all devices that training a model uses."""
 
     model: ModelConfig
     peak_flops: float | None
-    """Of all ranks' devices together, in FLOP/s; None if unknown."""
+    """Peak speed of the devices of all ranks together, in FLOP/s; None if unknown."""
 
     def mfu(self, seqlen: int, tokens: int, seconds: float) -> float | None:
         """Return the MFU of a step that trained ``tokens`` tokens in sequences of ``seqlen``; None if unknown."""
-        # GPT-2 117M at 1024: 855M FLOPs a token. 512 rows are 524,288 tokens, 4.48e14 FLOPs; in 1 s on two A100s, of
-        # 2 x 3.12e14 FLOP/s, 0.72.
+        # GPT-2 117M at 1024: 855M FLOPs per token. 512 rows are 524,288 tokens, 4.48e14 FLOPs. In 1 s on two A100s with
+        # 2 x 3.12e14 FLOP/s that is 0.72.
         if self.peak_flops is None:
             return None
         return self.model.flops_per_token(seqlen) * tokens / (seconds * self.peak_flops)
@@ -39,7 +39,7 @@ def utilization_of(engine: Any, model: ModelConfig) -> Utilization:
 
 
 def card_name() -> str:
-    """Return the device's model, such as "NVIDIA H100 80GB HBM3"; its kind where torch doesn't name models."""
+    """Return the device's model, such as "NVIDIA H100 80GB HBM3", or its type if torch doesn't report models."""
     kind = str(get_accelerator().device_name())
     return str(getattr(getattr(torch, kind, None), "get_device_name", lambda: kind)())
 
@@ -55,9 +55,9 @@ def precision_of(engine: Any) -> str:
 
 
 def peak_memory_bytes() -> int:
-    """Return the most memory that tensors have held on the device since the last call.
+    """Return the peak memory of tensors on the device since the last call, in bytes.
 
-    On a CPU it is the most that the process has held since it started, which can't be reset.
+    On a CPU it is the peak memory of the process since its start, which can't be reset.
     """
     accelerator = get_accelerator()
     if accelerator.device_name() == "cpu":

@@ -1,7 +1,7 @@
-"""Ends a rank whose step never ends, with the stacks of all its threads: a hang costs minutes, and shows where it is.
+"""Watchdog that ends a hung rank and prints the stacks of all its threads, so that a hang costs minutes.
 
-Each rank watches itself, in a thread of its own: the main thread of a hung rank waits inside a collective, or in a read of a
-file system that is gone, and runs no Python any more.
+Each rank runs its own watchdog in a thread, because the main thread of a hung rank is blocked in a collective, or in a read
+from a file system that is unavailable, and runs no Python code.
 """
 
 from __future__ import annotations
@@ -26,31 +26,31 @@ __all__ = ["Watchdog", "hang_limit"]
 
 _LEAST_SECONDS = 600.0
 _FIRST_SECONDS = 3600.0
-"""Before any step has ended: it opens connections between all ranks, and reads from cold disks."""
+"""Limit before any step has ended: the first step opens connections between all ranks and reads from cold disks."""
 _TIMES_MEDIAN = 50
 
 
 def hang_limit(ended: Sequence[tuple[int, float]], tokens: int) -> float:
-    """Return the seconds after which a step of ``tokens`` tokens hangs, from the (tokens, seconds) of the last ones."""
+    """Return the seconds after which a step of ``tokens`` tokens counts as hung, given (tokens, seconds) of recent steps."""
     if not ended:
         return _FIRST_SECONDS
-    # Steps of 8 x 512 tokens in 2 s, then one of 1024 x 512: 128 times the tokens, 256 s by tokens. Its limit is 50 x 256 s.
-    # Steps of 60 s, then a short one of which one can only say that it takes no longer than they did: 50 x 60 s.
+    # After steps of 8 x 512 tokens in 2 s, a step of 1024 x 512 tokens has 128 times the tokens: 256 s, limit 50 x 256 s.
+    # After steps of 60 s, a shorter step is assumed to take up to 60 s: limit 50 x 60 s.
     median = statistics.median(seconds for _, seconds in ended)
     by_tokens = statistics.median(seconds / each for each, seconds in ended) * tokens
     return max(_LEAST_SECONDS, _TIMES_MEDIAN * max(median, by_tokens))
 
 
 class Watchdog:
-    """Watches the steps of this rank. What happens between them isn't watched, and neither is ``torch.compile``."""
+    """Watchdog for the steps of this rank, but not for the time between them and for ``torch.compile``."""
 
     def __init__(
         self, hang_seconds: float | None, consumed_tokens: Callable[[int], int], compiles: bool = False
     ) -> None:
-        """``hang_seconds`` as in ``training``; ``consumed_tokens`` by the end of a step; whether blocks are compiled."""
+        """Start the thread. ``hang_seconds`` is as in ``training``; ``consumed_tokens(step)`` is as in a timeline."""
         self._hang_seconds, self._consumed_tokens = hang_seconds, consumed_tokens
         self._ended: deque[tuple[int, float]] = deque(maxlen=101)
-        """The last steps and the seconds each took."""
+        """Recent steps and their seconds."""
         self._running: int | None = None
         self._compiling = False
         self._compilations = torch._dynamo.callback.callback_handler if compiles else None
@@ -63,7 +63,7 @@ class Watchdog:
 
     @contextmanager
     def step(self, step: int, is_skipped: bool = False) -> Iterator[None]:
-        """Watch ``step`` while the block runs. How long a skipped one takes says nothing about the others."""
+        """Watch ``step`` while the block runs. The time of a skipped step is not used for later limits."""
         started = time.perf_counter()
         self._running = step
         try:
@@ -74,14 +74,14 @@ class Watchdog:
             self._ended.append((step, time.perf_counter() - started))
 
     def close(self) -> None:
-        """End the watch."""
+        """Stop the watchdog."""
         self._closed.set()
         if self._compilations is not None:
             self._compilations.remove_start_callback(self._compile_begins)
             self._compilations.remove_end_callback(self._compile_ends)
 
     def limit(self, step: int) -> float:
-        """Return the seconds after which ``step`` hangs."""
+        """Return the seconds after which ``step`` counts as hung."""
         if self._hang_seconds is not None:
             return self._hang_seconds
         return hang_limit([(self._tokens(one), seconds) for one, seconds in list(self._ended)], self._tokens(step))
@@ -99,8 +99,8 @@ class Watchdog:
         least = _LEAST_SECONDS if self._hang_seconds is None else self._hang_seconds
         tick = min(1.0, least / 10)
         seen, waited = self._running, 0.0
-        # Counted in ticks of this thread, not by a clock: a process that a batch system has stopped for an hour, or that has
-        # no core to run on, has not hung for an hour.
+        # Counted in ticks of this thread, not by a clock, because a process that is suspended by a batch system for an
+        # hour, or that gets no core, has not hung for an hour.
         while not self._closed.wait(tick):
             step = self._running
             waited = waited + tick if step is not None and step == seen and not self._compiling else 0.0
@@ -118,7 +118,7 @@ def _end_process(step: int, limit: float) -> None:
     ]
     with suppress(OSError):
         os.write(sys.stderr.fileno(), "".join(f"rank {rank}: {line}\n" for line in lines).encode())
-    # A launcher kills all ranks once one of them has ended: it is to find the others' stacks written too.
+    # Delayed, because a launcher kills all ranks when one exits, and the others must print their stacks first.
     time.sleep(min(30.0, max(5.0, limit / 10)))
     os._exit(HUNG)  # sys.exit would end this thread only
 

@@ -1,1 +1,1 @@
-"""The paper's low-cost tuning (Section 4): ``min_difficulty`` and T for a small part of the training's cost."""
+"""The paper's low-cost tuning (Section 4) of ``min_difficulty`` and T, at a small fraction of the training cost."""

@@ -1,4 +1,4 @@
-"""The cost of steps of a run: tokens, and floating point operations including those of its evaluations."""
+"""The cost of steps of a run: tokens, and floating point operations including evaluations."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Cost(NamedTuple):
     tokens: int = 0
     """Target tokens trained on."""
     flops: float = 0.0
-    """Of training and of evaluation, whose forward pass is a third of training; see ``ModelConfig.flops_per_token``."""
+    """FLOPs of training and evaluation. A forward pass is a third of training; see ``ModelConfig.flops_per_token``."""
 
     def __add__(self, other: object) -> Cost:
         assert isinstance(other, Cost)
@@ -25,7 +25,7 @@ class Cost(NamedTuple):
 
 
 def cost_of(config: RunConfig, first_step: int, last_step: int) -> Cost:
-    """Return the cost of steps ``first_step`` to ``last_step`` of a run that has model, data and training sections."""
+    """Return the cost of steps ``first_step`` to ``last_step`` of a run with model, data and training sections."""
     assert config.model is not None
     assert config.data is not None
     assert config.training is not None
@@ -39,8 +39,8 @@ def cost_of(config: RunConfig, first_step: int, last_step: int) -> Cost:
 
     evaluations = 0
     if training.eval_interval:
-        # With an interval of 3, steps 3 to 7 are evaluated after 3 and 6: 7 // 3 - 2 // 3 = 2 times. A run of 46 steps is
-        # also evaluated after step 46, which is no multiple of 3.
+        # With an interval of 3, steps 3 to 7 include evaluations after 3 and 6: 7 // 3 - 2 // 3 = 2. A run of 46 steps is
+        # also evaluated after step 46, although it is not a multiple of 3.
         evaluations = last_step // training.eval_interval - (first_step - 1) // training.eval_interval
         evaluations += last_step == timeline.steps and last_step % training.eval_interval > 0
     seqlen = config.data.seq_length

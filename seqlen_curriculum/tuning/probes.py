@@ -1,7 +1,7 @@
-"""A probe: the real training script, run under the launcher up to a step, and judged by its log.
+"""A probe: a run of the real training script up to some step, judged by its log.
 
-A probe is a run folder like any other. Where its schedule equals that of an earlier probe for the first steps, it inherits
-the log and the checkpoint of those steps.
+A probe is an ordinary run folder. If its first steps have the same schedule as those of an earlier probe, it inherits their
+log and checkpoint.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ class Trial(NamedTuple):
 
     stable: bool
     step: int
-    """The last one trained."""
+    """The last trained step."""
     ratio: float | None
-    """The largest perplexity over the best before it; None where training diverged, or was evaluated once."""
+    """The largest perplexity over the best before it; None if training diverged, or was evaluated only once."""
 
 
 @dataclass(frozen=True)
@@ -53,24 +53,24 @@ class ProbeRun:
     raw: dict[str, Any]
     """Its configuration."""
     max_ratio: float
-    """The largest perplexity over the best before it that is no fluctuation."""
+    """A perplexity above this multiple of the best before it is a fluctuation."""
 
     @property
     def config(self) -> RunConfig:
-        """Its configuration, checked."""
+        """The parsed configuration."""
         return RunConfig.from_dict(self.raw)
 
     @property
     def launch_lock(self) -> Path:
-        """Locked by the launcher and its ranks, because ranks lock the run's folder only after they have started."""
+        """Lock file of the launcher and its ranks. The ranks lock the run's folder only later, after their start."""
         return self.save.with_suffix(".launch")
 
     def records(self) -> list[dict[str, Any]]:
-        """Return the records of its log, none before it has begun."""
+        """Return the records of its log, empty before it has started."""
         return list(read_run_log(self.save / RUN_LOG)) if (self.save / RUN_LOG).exists() else []
 
     def last_step(self) -> int:
-        """Return the last step in its log, 0 before it has begun."""
+        """Return the last step in its log, 0 before it has started."""
         return max((record["step"] for record in self.records()), default=0)
 
     def inherited_steps(self) -> int:
@@ -81,22 +81,22 @@ class ProbeRun:
         return info.launches[0].first_step - 1
 
     def judge(self, until_step: int) -> Trial:
-        """Return the verdict on those of the steps up to ``until_step`` that are in the log."""
+        """Return the verdict on the logged steps up to ``until_step``."""
         records = [record for record in self.records() if record["step"] <= until_step]
         step = records[-1]["step"] if records else 0
         losses = [record["valid_loss"] for record in records if "valid_loss" in record]
         if len(losses) < 2:
             return Trial(True, step, None)
-        # Losses of 3.0, 2.0 and 2.2 are perplexities of 20.1, 7.4 and 9.0: the largest ratio is 9.0 / 7.4 = 1.22, of the
-        # third. The first has none before it.
+        # Losses of 3.0, 2.0 and 2.2 are perplexities of 20.1, 7.4 and 9.0. The largest ratio to the best before is that of
+        # the third, 9.0 / 7.4 = 1.22.
         ratios = perplexity_ratios(losses)[1:]
         largest = float(ratios.max())
         return Trial(largest <= self.max_ratio, step, largest)
 
     def train(self, until_step: int, launcher: Sequence[str], script: Path, watch: Watch) -> Trial:
-        """Train up to ``until_step``, resuming an earlier call, and call ``watch`` with the verdict so far twice a second.
+        """Train up to ``until_step``, resuming an earlier call; call ``watch`` with the current verdict twice per second.
 
-        Raises CheckpointError, with the end of the script's output, if it fails for another reason than a fluctuation.
+        Raises CheckpointError with the end of the script's output if it fails for a reason other than a fluctuation.
         """
         self._wait_for_unlock(until_step, watch)
         trial = self.judge(until_step)
@@ -107,7 +107,7 @@ class ProbeRun:
         process = self._start([*launcher, str(script)], until_step, output)
         try:
             status = self._wait(process, until_step, watch)
-        except BaseException:  # Ctrl-C, or the end of the budget: the run saves, and the same command resumes it
+        except BaseException:  # Ctrl-C or the end of the budget: the run saves, and the same command resumes it
             _terminate(process)
             self._wait_for_unlock(until_step, lambda _: None)
             raise
@@ -124,7 +124,7 @@ class ProbeRun:
         return trial
 
     def is_saved_at(self, until_step: int) -> bool:
-        """Return whether there is a checkpoint of ``until_step``, so that this step's evaluation is in the log."""
+        """Return whether there is a checkpoint of ``until_step``, whose evaluation is then in the log."""
         try:
             return read_checkpoint(self.save / f"global_step{until_step}").step == until_step
         except CheckpointError:
@@ -136,8 +136,8 @@ class ProbeRun:
         flags = ["--config", str(path), "--save", str(self.save), "--until-step", str(until_step)]
         lock = try_lock(self.launch_lock)
         assert lock is not None
-        # A flock lasts until every copy of its open file is closed. The launcher and its ranks inherit one, so the lock
-        # shows that they are alive, even after this process was killed and has closed its own.
+        # A flock is held until every copy of its file descriptor is closed. The launcher and its ranks inherit one, so the
+        # lock shows that they are alive, even after this process was killed.
         with output.open("ab") as out:
             process = subprocess.Popen(
                 [*command, *flags], stdout=out, stderr=subprocess.STDOUT, start_new_session=True, pass_fds=(lock,)
@@ -153,30 +153,30 @@ class ProbeRun:
         return int(process.returncode)
 
     def _wait_for_unlock(self, until_step: int, watch: Watch) -> None:
-        """Wait for processes of an earlier launch: they outlive a killed command, and train what is wanted."""
+        """Wait for processes of an earlier launch, which survive a killed command and train the same run."""
         while is_locked(self.launch_lock) or is_locked(lock_of(self.save)):
             watch(self.judge(until_step))
             time.sleep(_POLL_SECONDS)
 
 
 def _terminate(process: subprocess.Popen[bytes]) -> None:
-    """Send SIGTERM to the launcher and all ranks on this node, which finish their step and save."""
+    """Send SIGTERM to the launcher and all ranks on this node, which then finish their step and save."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGTERM)
         process.wait()
 
 
 def _error_in(output: Path, start: int) -> str:
-    """Return the script's last ``error: `` line, else the last ten lines, of its output from byte ``start`` on."""
+    """Return the last ``error: `` line of the script's output from byte ``start`` on, else the last ten lines."""
     lines = output.read_bytes()[start:].decode("utf-8", errors="replace").splitlines()
     errors = [line for line in lines if line.startswith("error: ")]
     return "\n".join(errors[-1:] or lines[-10:])
 
 
 def inherit(run: ProbeRun, donors: Sequence[ProbeRun], until_step: int) -> int:
-    """Give a run that has not begun the most steps it has in common with one of ``donors``, and return their number.
+    """Copy the most steps that a new run has in common with one of ``donors``, and return their number.
 
-    A folder appears whole or not at all. Files of checkpoints are linked, not copied, where the disk can.
+    A folder is created completely or not at all. Checkpoint files are hard linked instead of copied where possible.
     """
     if run.save.exists():
         return run.inherited_steps()
@@ -187,7 +187,7 @@ def inherit(run: ProbeRun, donors: Sequence[ProbeRun], until_step: int) -> int:
     unfinished = run.save.with_name(f".{run.save.name}.tmp")
     shutil.rmtree(unfinished, ignore_errors=True)
     shutil.copytree(checkpoint.folder, unfinished / checkpoint.folder.name, copy_function=_link)
-    # The donor's log continues after the checkpoint: of 15 logged steps, a run that inherits step 6 keeps 6.
+    # The donor's log continues after the checkpoint: a run that inherits step 6 keeps 6 of 15 logged steps.
     shutil.copy(donor.save / RUN_LOG, unfinished / RUN_LOG)
     RunLog.rewind(unfinished / RUN_LOG, step)
     sync_tree(unfinished)
@@ -196,7 +196,7 @@ def inherit(run: ProbeRun, donors: Sequence[ProbeRun], until_step: int) -> int:
 
 
 def _shared(run: ProbeRun, donors: Sequence[ProbeRun], until_step: int) -> Iterator[tuple[ProbeRun, Checkpoint]]:
-    """Yield the donors' checkpoints of steps up to which ``run`` has the same schedule."""
+    """Yield the donors' checkpoints up to which ``run`` has the same schedule."""
     for donor in donors:
         identical_steps = count_identical_steps(run.config, donor.config, until_step)
         for folder in checkpoint_folders(donor.save):

@@ -1,4 +1,4 @@
-"""The result and the cost of a search: as text for a terminal, and as a page with the perplexities of all probes."""
+"""The result and the cost of a search, as text for a terminal and as a page with the perplexities of all probes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["describe_cost", "describe_costs", "describe_outcome", "describe_resu
 
 
 def describe_space(space: Space) -> str:
-    """Return what will be searched."""
+    """Return a description of the search space."""
     lengths, totals = ", ".join(map(str, space.lengths)), f"{space.totals[0]:,} to {space.totals[-1]:,}"
     beginning = f"{space.beginning_steps:,} steps with T {space.first_total:,}"
     return (
@@ -24,7 +24,7 @@ def describe_space(space: Space) -> str:
 
 
 def describe_costs(study: Study) -> str:
-    """Return a table of what a probe of each T costs at most, with the first length."""
+    """Return a table of the maximum cost of a probe for each T, with the first length."""
     space, full = study.space, study.full_cost()
     lines = ["", f"{'T':>12} {'steps':>8} {'tokens':>15} {'of training':>12} {'of compute':>11}"]
     probes = [(space.first_total, space.beginning_steps), *((total, space.probe_steps) for total in space.totals)]
@@ -38,7 +38,7 @@ def describe_costs(study: Study) -> str:
 
 
 def describe_result(result: ProbeResult) -> str:
-    """Return one line for a probe that has ended."""
+    """Return one line for a finished probe."""
     (length, total), trial = result.probe.candidate, result.trial
     assert trial is not None
     if trial.stable:
@@ -47,19 +47,21 @@ def describe_result(result: ProbeResult) -> str:
         verdict = f"diverged after step {trial.step:,}"
     else:
         verdict = f"fluctuates at step {trial.step:,}"
-    ratio = f", perplexity at most {trial.ratio:.3f} times its best before" if trial.ratio is not None else ""
+    ratio = f", perplexity at most {trial.ratio:.3f} times the best before" if trial.ratio is not None else ""
     return f"probe {result.number}: min_difficulty {length}, T {total:,}: {verdict}{ratio}"
 
 
 def describe_cost(study: Study) -> str:
-    """Return what all probes cost, compared with the training they tune."""
+    """Return the cost of all probes, compared with the training they tune."""
     spent, full = study.cost(), study.full_cost()
-    shares = f"{spent.tokens / full.tokens:.1%} of the training's; with evaluations {spent.flops / full.flops:.1%}"
+    shares = (
+        f"{spent.tokens / full.tokens:.1%} of the training's tokens; with evaluations {spent.flops / full.flops:.1%}"
+    )
     return f"cost              {spent.tokens:,} tokens, {shares} of its compute; {study.seconds:,.0f} s"
 
 
 def describe_outcome(study: Study, outcome: Outcome) -> str:
-    """Return the answer, and what limits it."""
+    """Return the result, and the reason if it is limited."""
     if outcome.best is None:
         return "result            none found"
     length, total = outcome.best
@@ -72,8 +74,8 @@ def describe_outcome(study: Study, outcome: Outcome) -> str:
 
 
 def write_page(study: Study) -> Path | None:
-    """Write a report of all probes, named by their verdicts, into the folder ``report``. None if there is none to show."""
-    # A schedule is probed at its very beginning and again for longer, in one run folder: its last verdict counts.
+    """Write a report of all probes, named by their verdicts, to the folder ``report``. None if there are no probes."""
+    # A schedule may be probed twice in one run folder, at the beginning and for longer. The last verdict counts.
     last_trials = {result.probe.candidate: result.trial for result in study.results}
     runs = []
     for candidate, probe_run in study.runs().items():

@@ -1,9 +1,9 @@
-"""The search for the one answer, from verdicts alone: which schedule to probe next, and when to stop.
+"""The search algorithm: choose the next schedule to probe from the verdicts so far, and stop at the result.
 
-The paper's Section 4: (1) start at a length of 8 with T of a few LR warmups; (2) raise the length until the validation
-perplexity has no significant fluctuation at the very beginning; (3) search the largest T without one during the first few
-LR warmups by bisection. In (3) the largest T comes first: its steps are the shortest, so it is the cheapest to probe, and
-if it is stable no other T has to be probed. The verdicts decide everything, so sending them again resumes a search.
+The paper's Section 4: (1) Start at a length of 8 with a T of a few LR warmups. (2) Raise the length until the validation
+perplexity has no significant fluctuation at the beginning of training. (3) Search the largest T without one during the
+first few LR warmups by bisection. In (3) the largest T is probed first: its steps are the shortest, so it is the cheapest
+to probe, and if it is stable the search ends. The state depends only on the verdicts, so replaying them resumes a search.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Candidate(NamedTuple):
 
 
 class Probe(NamedTuple):
-    """The question whether a schedule is stable up to a step."""
+    """A test of whether a schedule is stable up to a step."""
 
     candidate: Candidate
     until_step: int
@@ -32,39 +32,39 @@ class Probe(NamedTuple):
 
 @dataclass(frozen=True)
 class Space:
-    """The values that are searched."""
+    """The values to search."""
 
     lengths: tuple[int, ...]
     """``min_difficulty`` to try, ascending."""
     totals: tuple[int, ...]
     """T to try, ascending."""
     first_total: int
-    """The one of ``totals`` that lengths are probed with."""
+    """The T in ``totals`` used to probe lengths."""
     beginning_steps: int
-    """The very beginning, over which a length must be stable."""
+    """Steps over which a length must be stable: the beginning of training."""
     probe_steps: int
-    """The first few LR warmups, over which a T must be stable."""
+    """Steps over which a T must be stable: the first few LR warmups."""
     eval_interval: int = 1
     """Steps between the evaluations of a probe."""
 
 
-class BudgetSpent(Exception):  # noqa: N818 - no error: the search ends with the best schedule so far
-    """Raised by a probe that the budget cut off."""
+class BudgetSpent(Exception):  # noqa: N818 - not an error: the search ends with the best schedule so far
+    """Raised by a probe that exceeds the budget."""
 
 
 class Outcome(NamedTuple):
     """The result of a search."""
 
     best: Candidate | None
-    """Stable for ``probe_steps``; None if none was found."""
+    """The best schedule that is stable for ``probe_steps``, None if none was found."""
     complete: bool
-    """Whether it is the answer, not just the best until the budget ended."""
+    """True if it is the result of a complete search, false if the budget ended first."""
     verdicts: list[tuple[Probe, bool]]
-    """Each probe in its order, and whether it was stable."""
+    """All probes in order, each with whether it was stable."""
 
 
 def search(space: Space) -> Generator[Probe, bool, Candidate | None]:
-    """Yield probes, receive whether each was stable, and return the answer: None if no schedule is stable."""
+    """Yield probes, receive whether each was stable, and return the result, None if no schedule is stable."""
     for length in space.lengths:
         if (yield Probe(Candidate(length, space.first_total), space.beginning_steps)):
             total = yield from _largest_stable(space, length)
@@ -74,12 +74,12 @@ def search(space: Space) -> Generator[Probe, bool, Candidate | None]:
 
 
 def _largest_stable(space: Space, length: int) -> Generator[Probe, bool, int | None]:
-    """Return the largest T that is stable, or a stable one where stability is not monotone."""
+    """Return the largest stable T, or some stable T if stability is not monotone."""
     start = space.totals.index(space.first_total)
     top = space.totals[-1]
     if (yield Probe(Candidate(length, top), space.probe_steps)):
         return top
-    # A smaller T is dearer to probe: those below the first are only searched if none from it on is stable.
+    # A smaller T costs more to probe, so those below the first are searched only if none from it on is stable.
     above = yield from _bisect(space, length, space.totals[start:-1])
     if above is not None:
         return above
@@ -87,8 +87,8 @@ def _largest_stable(space: Space, length: int) -> Generator[Probe, bool, int | N
 
 
 def _bisect(space: Space, length: int, totals: Sequence[int]) -> Generator[Probe, bool, int | None]:
-    # Invariant: all up to ``stable`` count as stable, all from ``unstable`` on as unstable. At first these are the places
-    # before and behind ``totals``, so 7 values take at most 3 probes.
+    # Invariant: all up to ``stable`` count as stable, all from ``unstable`` on as unstable. Initially these are the indices
+    # before and after ``totals``, so 7 values take at most 3 probes.
     stable, unstable = -1, len(totals)
     while unstable - stable > 1:
         middle = (stable + unstable) // 2
@@ -100,7 +100,7 @@ def _bisect(space: Space, length: int, totals: Sequence[int]) -> Generator[Probe
 
 
 def upcoming(space: Space, verdicts: Sequence[bool]) -> Probe | Candidate | None:
-    """Return what follows after these verdicts: the next probe, or the answer."""
+    """Return the next probe after these verdicts, or the result."""
     questions = search(space)
     try:
         question = next(questions)
@@ -113,10 +113,10 @@ def upcoming(space: Space, verdicts: Sequence[bool]) -> Probe | Candidate | None
 
 
 def tune(space: Space, probe: Callable[[Probe], bool], affordable: Callable[[Probe], bool] = lambda _: True) -> Outcome:
-    """Search with ``probe``, which returns whether a schedule is stable, to the answer or the end of the budget.
+    """Search with ``probe``, which returns whether a schedule is stable, until the result or the end of the budget.
 
-    The budget ends with the first probe that is not ``affordable``, or that raises BudgetSpent. The best so far is then the
-    largest T that was stable for ``probe_steps``, at the last length that was tried.
+    The budget ends with the first probe that is not ``affordable``, or that raises BudgetSpent. The outcome is then the
+    largest T that was stable for ``probe_steps`` at the last length.
     """
     verdicts: list[tuple[Probe, bool]] = []
     while isinstance(question := upcoming(space, [stable for _, stable in verdicts]), Probe):

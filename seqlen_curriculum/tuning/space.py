@@ -1,4 +1,4 @@
-"""The search space of a run, in the paper's units: multiples of its learning rate warmup."""
+"""The search space of a run, in multiples of its learning rate warmup, as in the paper."""
 
 from __future__ import annotations
 
@@ -24,47 +24,47 @@ _DIFFICULTY_STEP = 8  # the paper's, for tensor cores at 16 bits
 
 
 class Budget(Flags):
-    """Limits of all probes together; the flags of ``scripts/tune.py``. Raises ConfigError for values out of range."""
+    """Limits for all probes together (flags of ``slw tune``). Raises ConfigError for values out of range."""
 
     max_share: float = Field(default=0.2, gt=0, lt=1e6)
-    """Tokens, as a share of the training's."""
+    """Tokens as a fraction of the training tokens."""
     max_minutes: float = Field(default=math.inf, gt=0, allow_inf_nan=True)
-    """Time, over all calls."""
+    """Minutes over all calls."""
 
 
 class Settings(Flags):
-    """How to search; the flags of ``scripts/tune.py``, with the paper's values as defaults where it gives them.
+    """Settings of the search (flags of ``slw tune``), with the paper's values as defaults where it gives them.
 
     Raises ConfigError for values out of range.
     """
 
     min_difficulty: int = Field(default=8, ge=1)
-    """The first length to try; each next one is twice as long."""
+    """The first length to try. Each next one is twice as long."""
     first_warmups: float = Field(default=4, gt=0)
-    """T that lengths are tried with, in LR warmups: "a few"."""
+    """The T used to probe lengths, in LR warmups (the paper: "a few")."""
     beginning_warmups: float = Field(default=1, gt=0)
-    """How long the very beginning is, in LR warmups."""
+    """The steps over which a length must be stable, in LR warmups."""
     probe_warmups: float = Field(default=3, gt=0)
-    """For how long a T must be stable, in LR warmups: the paper's 10K steps are 3.3."""
+    """The steps over which a T must be stable, in LR warmups (the paper's 10K steps are 3.3)."""
     resolution: float = Field(default=1.25, gt=1)
-    """The ratio of one T to the next; quality depends little on T (the paper's Section 4)."""
+    """The ratio of successive values of T. Quality depends little on T (the paper's Section 4)."""
     most_of_run: float = Field(default=0.8, gt=0, le=1)
-    """The largest T as a share of the steps of the run it makes; of the paper's the largest is 0.77 (1.5B, batch 4K)."""
+    """The largest T as a fraction of the steps of its run. The paper's largest is 0.77 (1.5B, batch 4K)."""
     ratio: float = Field(default=SIGNIFICANT, gt=1)
     """A perplexity above this multiple of the best before it is a significant fluctuation."""
     warmup_steps: int | None = Field(default=None, ge=1)
-    """Steps of the LR warmup, where the configuration has none."""
+    """Steps of the LR warmup, if the configuration has none."""
     eval_interval: int | None = Field(default=None, ge=1)
-    """Steps between a probe's evaluations; None: an eighth of the LR warmup, or the configuration's where that is less."""
+    """Steps between evaluations of a probe. None: 1/8 of the LR warmup, or the configuration's interval if smaller."""
     eval_rows: int | None = Field(default=None, ge=1)
-    """Rows of a probe's evaluations; None: the configuration's."""
+    """Rows of a probe's evaluations. None: as in the configuration."""
 
 
 def scheduled(raw: Mapping[str, Any], min_difficulty: int, **duration: float) -> dict[str, Any]:
     """Return the configuration ``raw`` with a ramp from ``min_difficulty``.
 
-    ``duration`` is one key, such as ``total_curriculum_step=100``. The rest of the schedule stays. Without a schedule it is
-    the paper's, linear in multiples of 8. Raises ConfigError if the schedule is no ramp.
+    ``duration`` is one key, such as ``total_curriculum_step=100``. The rest of the schedule is kept; the default is the
+    paper's, linear in multiples of 8. Raises ConfigError if the schedule is not a ramp.
     """
     changed = copy.deepcopy(dict(raw))
     block = changed.get(BLOCK)
@@ -84,7 +84,7 @@ def scheduled(raw: Mapping[str, Any], min_difficulty: int, **duration: float) ->
 
 
 def warmup_steps(config: RunConfig) -> int | None:
-    """Return the steps of the LR warmup at full length, None where the configuration has no warmup."""
+    """Return the steps of the LR warmup at full length, None if the configuration has no warmup."""
     if config.scheduler is None or config.data is None:
         return None
     params = config.scheduler.params
@@ -95,20 +95,20 @@ def warmup_steps(config: RunConfig) -> int | None:
 
 def space_of(raw: Mapping[str, Any], settings: Settings) -> Space:
     """Return the search space for the run of the configuration ``raw``. Raises ConfigError."""
-    # A longer T makes more short steps of the same token budget, so it also lengthens the run that it is a share of. The
-    # configuration solves that for ``curriculum_fraction``; the T it settles on is the largest one to search.
+    # A longer T also lengthens the run, because short steps consume fewer tokens. The configuration solves that for
+    # ``curriculum_fraction``; the resulting T is the largest one to search.
     config = RunConfig.from_dict(scheduled(raw, settings.min_difficulty, curriculum_fraction=settings.most_of_run))
     warmup = settings.warmup_steps or warmup_steps(config)
     if warmup is None:
         raise ConfigError(
-            "scheduler.params: has no LR warmup, which is the unit of the search; give warmup_steps, warmup_samples or "
+            "scheduler.params: no LR warmup, which is the unit of the search; give warmup_steps, warmup_samples or "
             "warmup_tokens of TokenCosineLR there, or --warmup-steps"
         )
     beginning = math.ceil(settings.beginning_warmups * warmup)
     probe = math.ceil(settings.probe_warmups * warmup)
     own_interval = config.training.eval_interval if config.training else 0
     interval = settings.eval_interval or min(max(1, warmup // 8), own_interval or warmup)
-    # A ratio to the best before takes two evaluations: with an interval of 3, a probe of 5 steps has only one.
+    # A ratio to the best so far needs two evaluations: with an interval of 3, a probe of 5 steps has only one.
     shortest_probe = min(beginning, probe)
     if 2 * interval > shortest_probe:
         raise ConfigError(
@@ -124,7 +124,7 @@ def space_of(raw: Mapping[str, Any], settings: Settings) -> Space:
     return Space(
         lengths=doubled_lengths(settings.min_difficulty, curriculum),
         totals=totals,
-        # Nearest by ratio: for 4 warmups of 5 steps = 20, a T of 40 and one of 10 are equally far, one of 30 is nearer.
+        # Nearest by ratio: for 4 warmups of 5 steps = 20, T 40 and T 10 are equally far, T 30 is nearer.
         first_total=min(totals, key=lambda total: abs(math.log(total / first))),
         beginning_steps=beginning,
         probe_steps=probe,
@@ -133,14 +133,14 @@ def space_of(raw: Mapping[str, Any], settings: Settings) -> Space:
 
 
 def spaced_totals(shortest: int, longest: int, resolution: float) -> tuple[int, ...]:
-    """Return T from ``longest`` down to about ``shortest``, each smaller by the ratio ``resolution``, ascending."""
-    # 80 down to 5 by 2: log(80 / 5) / log(2) = 4 divisions, so 5, 10, 20, 40, 80.
+    """Return values of T, ascending, from about ``shortest`` to ``longest`` with the ratio ``resolution``."""
+    # From 80 down to 5 by 2: log(80 / 5) / log(2) = 4 divisions, so 5, 10, 20, 40, 80.
     divisions = round(math.log(longest / shortest) / math.log(resolution))
     return tuple(sorted({max(1, round(longest / resolution**number)) for number in range(divisions + 1)}))
 
 
 def doubled_lengths(shortest: int, curriculum: RampCurriculum) -> tuple[int, ...]:
-    """Return lengths from ``shortest`` on, each twice the one before, below full length. Raises ConfigError for none."""
+    """Return lengths from ``shortest`` on, each twice the previous one, below full length. ConfigError if there are none."""
     step, full = curriculum.schedule_config.difficulty_step, curriculum.max_difficulty
     length = ceil_div(shortest, step) * step  # 5 in multiples of 4 is 8
     if length >= full:

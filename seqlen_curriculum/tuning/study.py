@@ -1,7 +1,7 @@
-"""A search in a folder: its probes are run folders in it, and its whole state is on disk at any moment.
+"""A search in a folder, with the run folders of its probes and its complete state on disk.
 
-``tuning.json`` holds the search, the verdicts so far and the time spent. A killed search is sent its verdicts again and
-continues. ``tuned.json`` is the answer: the given configuration with the best schedule.
+``tuning.json`` contains the search, the verdicts so far and the time spent, from which a killed search resumes.
+``tuned.json`` is the result: the given configuration with the best schedule.
 """
 
 from __future__ import annotations
@@ -35,20 +35,20 @@ Watch = Callable[["ProbeResult", Trial], None]
 
 @dataclass(frozen=True)
 class ProbeResult:
-    """A probe and, once it has ended, its verdict."""
+    """A probe and its verdict, once it has finished."""
 
     number: int
     probe: Probe
     trial: Trial | None = None
 
     def record(self) -> dict[str, Any]:
-        """Return its record for ``tuning.json``."""
+        """Return the record for ``tuning.json``."""
         assert self.trial is not None
         return {**self.probe.candidate._asdict(), "until_step": self.probe.until_step, **self.trial._asdict()}
 
     @classmethod
     def read(cls, number: int, record: _Record) -> ProbeResult:
-        """Return the result of a record in ``tuning.json``."""
+        """Parse a record of ``tuning.json``."""
         candidate = Candidate(record.min_difficulty, record.total_steps)
         return cls(number, Probe(candidate, record.until_step), Trial(record.stable, record.step, record.ratio))
 
@@ -83,14 +83,14 @@ class Study:
     settings: Settings
     save: Path
     launcher: Sequence[str]
-    """The command line that ``script`` is appended to."""
+    """The launcher's command line, to which ``script`` is appended."""
     script: Path
     most_tokens: int
-    """Not to be exceeded by all probes together."""
+    """Maximum tokens of all probes together."""
     most_seconds: float
-    """After so many, over all calls, the running probe is stopped."""
+    """Seconds over all calls, after which the running probe is stopped."""
     results: list[ProbeResult] = field(default_factory=list)
-    """Of the probes that have ended, in their order."""
+    """Results of the finished probes, in order."""
     seconds: float = 0.0
 
     def __post_init__(self) -> None:
@@ -109,21 +109,21 @@ class Study:
             state = _State.model_validate_json(path.read_bytes())
         except (OSError, ValidationError) as error:
             raise CheckpointError(
-                f"{path}: can't be read as the state of a search ({error}); restore it, or tune in another --save"
+                f"{path}: is not the state of a search ({error}); restore it, or tune in another --save"
             ) from error
         differing = [name for name, value in self.identity().items() if getattr(state, name) != value]
         if differing:
             raise CheckpointError(
-                f"--save {self.save}: holds a search with another {' and another '.join(differing)}, by {_STATE} there; "
-                "give the ones it was started with, or another folder"
+                f"--save {self.save}: contains a search with another {' and another '.join(differing)}, according to its "
+                f"{_STATE}; give the same ones again, or another folder"
             )
         self.seconds = state.seconds
         self.results = [ProbeResult.read(number, record) for number, record in enumerate(state.probes, start=1)]
 
     def run(self, watch: Watch) -> Outcome:
-        """Search, and call ``watch`` with the state of each probe while it runs and with its result.
+        """Search; call ``watch`` with the state of each probe while it runs, and with its result.
 
-        Raises CheckpointError for a probe that fails for another reason than a fluctuation.
+        Raises CheckpointError for a probe that fails for a reason other than a fluctuation.
         """
         known = {result.probe: result for result in self.results}
 
@@ -131,7 +131,7 @@ class Study:
             result = known.get(question)
             if result is None or result.trial is None:
                 return self._probe(question, watch)
-            # Judged in an earlier call: answered at once, so a resumed search asks the same questions up to where it was.
+            # Judged in an earlier call, so a resumed search replays the same verdicts.
             watch(result, result.trial)
             return result.trial.stable
 
@@ -144,23 +144,23 @@ class Study:
 
     @property
     def first(self) -> Candidate:
-        """The schedule that is tried first."""
+        """The first schedule to try."""
         return Candidate(self.space.lengths[0], self.space.first_total)
 
     @property
     def result(self) -> Path:
-        """The file of the answer, once there is one."""
+        """The path of the result, once there is one."""
         return self.save / _RESULT
 
     def run_of(self, candidate: Candidate, save_steps: Sequence[int] = ()) -> ProbeRun:
-        """Return the run that probes a schedule and saves after each of ``save_steps``."""
+        """Return the run that probes a schedule, with checkpoints after ``save_steps``."""
         raw = scheduled(self.raw, candidate.min_difficulty, total_curriculum_step=candidate.total_steps)
         training = self.raw["training"]
         raw["training"] = {
             **training,
             "eval_interval": self.space.eval_interval,
             "eval_rows": self.settings.eval_rows or training.get("eval_rows", 64),
-            "save_interval": self.space.beginning_steps,  # a kill costs no more steps than these
+            "save_interval": self.space.beginning_steps,  # at most this many steps are lost by a kill
             "keep_last": 1,
             "on_spike": "log",
             "stop_perplexity_ratio": self.settings.ratio,
@@ -170,12 +170,12 @@ class Study:
         return ProbeRun(self.save / _PROBES / name, raw, self.settings.ratio)
 
     def runs(self) -> dict[Candidate, ProbeRun]:
-        """Return the runs of all schedules that have been probed, in their order."""
+        """Return the runs of all probed schedules, in order."""
         candidates = dict.fromkeys(result.probe.candidate for result in self.results)
         return {candidate: self.run_of(candidate) for candidate in candidates}
 
     def cost(self) -> Cost:
-        """Return the cost of all probes so far, including one that was cut off."""
+        """Return the cost of all probes so far, including an interrupted one."""
         total = Cost()
         for folder in sorted((self.save / _PROBES).glob("min*-T*/")):
             length, _, steps = folder.name.removeprefix("min").partition("-T")
@@ -184,13 +184,13 @@ class Study:
         return total
 
     def full_cost(self) -> Cost:
-        """Return the cost of the whole run, with the first schedule that is tried and the run's own evaluations."""
+        """Return the cost of the whole run with the first schedule to try, including its own evaluations."""
         raw = scheduled(self.raw, self.first.min_difficulty, total_curriculum_step=self.first.total_steps)
         config = RunConfig.from_dict(raw)
         return cost_of(config, 1, config.timeline().steps)
 
     def is_affordable(self, question: Probe) -> bool:
-        """Return whether time is left, and tokens for all steps of the probe that have not been trained."""
+        """Return whether time is left, and enough tokens for the remaining steps of the probe."""
         if self.seconds > self.most_seconds:
             return False
         run = self.run_of(question.candidate)
@@ -209,9 +209,9 @@ class Study:
                 self._write()
             watch(ProbeResult(number, question), trial)
             if self.seconds > self.most_seconds:
-                raise BudgetSpent  # through ``ProbeRun.train``, which stops the run and lets it save
+                raise BudgetSpent  # propagates through ``ProbeRun.train``, which stops the run and lets it save
 
-        # A short run may end before the few LR warmups that a probe takes.
+        # A short run may end before the few LR warmups of a probe.
         until_step = min(question.until_step, run.config.timeline().steps)
         trial = run.train(until_step, self.launcher, self.script, watch_budget)
         self.seconds = before + time.monotonic() - started
@@ -221,10 +221,10 @@ class Study:
         return trial.stable
 
     def steps_to_share(self, question: Probe) -> list[int]:
-        """Return the steps up to which the probe equals one that may follow: a checkpoint there can be inherited.
+        """Return the steps up to which the probe equals a possible next one, which can inherit a checkpoint there.
 
-        Two probes may follow, one after each verdict. If T is 40 in this one and 80 in the next, and both train 16 steps of
-        length 8 first, the next starts from a checkpoint of step 16.
+        There are two possible next probes, one per verdict. If T is 40 in this probe and 80 in the next, and both start with
+        16 steps of length 8, the next resumes from a checkpoint of step 16.
         """
         verdicts = [result.trial.stable for result in self.results if result.trial is not None]
         config, steps = self.run_of(question.candidate).config, set()
@@ -236,7 +236,7 @@ class Study:
         return sorted(steps - {0, question.until_step})
 
     def identity(self) -> dict[str, Any]:
-        """Return what makes two searches the same, as JSON has it."""
+        """Return the settings that identify a search, after a round trip through JSON."""
         return json.loads(json.dumps({"config": self.raw, "settings": self.settings.model_dump()}))  # type: ignore[no-any-return]
 
     def _write(self, outcome: Outcome | None = None) -> None:

@@ -1,1 +1,1 @@
-"""What several test modules use: the machine's capabilities, the real launcher, shared launches, runs and small models."""
+"""Helpers of several test modules: capabilities of the machine, launchers, shared launches, runs and small models."""

@@ -1,6 +1,6 @@
-"""What this machine has. Pytest's controller asks once; its workers and every launched process inherit the answers.
+"""Capabilities of this machine, probed once by pytest's controller and inherited by workers and launched processes.
 
-``SEQLEN_TEST_WITHOUT=fp16,compiler`` makes the tests believe that these are missing, and hides their commands.
+``SEQLEN_TEST_WITHOUT=fp16,compiler`` runs the tests as if these were missing, and hides their commands.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import shutil
 import socket
 import subprocess
 import sys
-import sysconfig
 from collections.abc import Iterator
 from fnmatch import fnmatch
 from pathlib import Path
@@ -24,9 +23,10 @@ import psutil
 import pytest
 
 from seqlen_curriculum.training.extensions import extensions_folder
+from seqlen_curriculum.training.facts import compiler_problem
 
 ANSWERS = "SEQLEN_TEST_CAPABILITIES"
-"""The environment variable that hands the answers down: JSON, name to what is missing, empty if nothing is."""
+"""The environment variable with the inherited results: JSON of name to what is missing, "" if nothing is."""
 WITHOUT = "SEQLEN_TEST_WITHOUT"
 GIB = 2**30
 
@@ -44,14 +44,9 @@ def _bf16() -> str:
 
 
 def _compiler() -> str:
-    """DeepSpeed compiles with ninja, a C++ compiler and Python's headers."""
-    compiler = os.environ.get("CXX", "c++")
-    for command in (compiler, "ninja"):
-        if not shutil.which(command):
-            return f"no {command} (Debian: apt-get install g++ ninja-build)"
-    check = [compiler, "-x", "c++", "-fsyntax-only", f"-I{sysconfig.get_path('include')}", "-"]
-    done = subprocess.run(check, input="#include <vector>\n#include <Python.h>\n", text=True, capture_output=True)
-    return "" if done.returncode == 0 else f"{compiler} can't compile a file with Python.h: {done.stderr.strip()[:200]}"
+    """Probe ninja, a C++ compiler and Python's headers, with which DeepSpeed compiles."""
+    problem, fix = compiler_problem()
+    return f"{problem}: {fix}" if problem else ""
 
 
 def _browser() -> str:
@@ -63,7 +58,7 @@ def _npm() -> str:
 
 
 def _ports() -> str:
-    """The ranks of a launch meet at a port of this machine."""
+    """Probe a port of this machine, at which the ranks of a launch connect."""
     try:
         with socket.create_server(("127.0.0.1", 0)):
             return ""
@@ -72,7 +67,7 @@ def _ports() -> str:
 
 
 def _memory() -> str:
-    """Two launches at once of up to 4 ranks, each of 0.5 GiB."""
+    """Probe memory for two simultaneous launches of up to 4 ranks of 0.5 GiB each."""
     available = psutil.virtual_memory().available
     for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         with contextlib.suppress(OSError, ValueError):  # absent, or "max"
@@ -81,7 +76,7 @@ def _memory() -> str:
 
 
 def _shm() -> str:
-    """Each rank fills a buffer of 67 MB in /dev/shm, and dies of SIGBUS where there is no room."""
+    """Probe /dev/shm: each rank fills a buffer of 67 MB there, and is killed by SIGBUS if it is full."""
     try:
         free = shutil.disk_usage("/dev/shm").free
     except OSError as error:
@@ -98,7 +93,7 @@ def _mpirun() -> str:
 
 
 def _slurm() -> str:
-    """srun has nodes to start processes on."""
+    """Probe a node on which srun can start processes."""
     if not shutil.which("srun"):
         return "no srun (Debian: apt-get install slurm-wlm)"
     done = subprocess.run(["sinfo", "--noheader", "--states=idle,mixed,allocated"], capture_output=True, text=True)
@@ -106,7 +101,7 @@ def _slurm() -> str:
 
 
 def _namespaces() -> str:
-    """A node of scripts/two_nodes.sh can be made."""
+    """Probe the namespaces that scripts/two_nodes.sh uses as nodes."""
     if not shutil.which("ip") or not shutil.which("unshare"):
         return "no ip or no unshare (Debian: apt-get install iproute2 util-linux)"
     user = [] if os.geteuid() == 0 else ["unshare", "--user", "--map-root-user", "--net"]
@@ -138,7 +133,7 @@ COMMANDS = {
     "mpirun": ("mpirun", "mpirun.*"),
     "slurm": ("srun", "sinfo"),
 }
-"""What SEQLEN_TEST_WITHOUT hides of PATH."""
+"""Commands that SEQLEN_TEST_WITHOUT hides in PATH."""
 
 
 def find_browser() -> str | None:
@@ -154,7 +149,7 @@ def disabled() -> set[str]:
 
 
 def missing(name: str) -> str:
-    """Return what this machine lacks of the capability, empty if nothing."""
+    """Return the reason why the capability is missing, "" if it is present."""
     answers = json.loads(os.environ.get(ANSWERS, "{}"))
     if name not in answers:
         answers[name] = f"disabled by {WITHOUT}" if name in disabled() else PROBES[name]()
@@ -168,7 +163,7 @@ def ask_all() -> None:
 
 
 def lacking(names: tuple[str, ...]) -> str:
-    """Return the first capability of ``names`` that is missing, with the reason; empty if all are there."""
+    """Return the first missing capability of ``names`` with the reason, "" if all are present."""
     return next((f"needs {name}: {reason}" for name in names if (reason := missing(name))), "")
 
 
@@ -184,7 +179,7 @@ def extension_is_built(name: str) -> bool:
 
 
 def require_launches() -> None:
-    """Skip unless DeepSpeed can start here. On a CPU it loads a part in C++, compiled at the first launch."""
+    """Skip unless DeepSpeed can start here. On a CPU it loads a C++ extension, compiled at the first launch."""
     require("ports", "shm")
     if not extension_is_built("deepspeed_shm_comm"):
         require("compiler")
@@ -192,9 +187,9 @@ def require_launches() -> None:
 
 @contextlib.contextmanager
 def hidden_commands(names: set[str]) -> Iterator[None]:
-    """Take the commands of these capabilities out of PATH, and with the compiler what it has compiled.
+    """Hide the commands of these capabilities in PATH, and with the compiler also compiled extensions.
 
-    A folder that holds one of them is replaced by a folder of links to its other files.
+    A folder with one of the commands is replaced by a folder of links to its other files.
     """
     patterns = [pattern for name in sorted(names & COMMANDS.keys()) for pattern in COMMANDS[name]]
     if not patterns:
@@ -228,7 +223,7 @@ def _without(folder: Path, patterns: list[str], links: Path) -> Path:
 
 
 def set_up_environment() -> None:
-    """Set what launched processes need: ninja beside Python, DeepSpeed's C++ parts inside the virtual environment."""
+    """Set the paths for launched processes: ninja beside Python, C++ extensions in the virtual environment."""
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
     os.environ["TORCH_EXTENSIONS_DIR"] = str(extensions_folder() or Path(sys.prefix) / "torch_extensions")
     os.environ.setdefault("OMP_NUM_THREADS", "1")

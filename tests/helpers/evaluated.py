@@ -1,4 +1,4 @@
-"""A small GPT-2 that knows half of its passages by heart, the files that evaluate.py's examples name, and plain loops."""
+"""A small GPT-2 that has memorized half of its passages, the files in evaluate.py's examples, and reference loops."""
 
 import json
 import random
@@ -20,11 +20,11 @@ TEXT = "the a cat dog river house walked sang under over red blue moon garden le
 WORDS = TEXT.split()
 VOCAB = 300
 POSITIONS = 48
-ITEMS = 41  # divides by no number of ranks
+ITEMS = 41  # prime, so that ranks don't divide it
 
 
 def passages():
-    """Sentences of 6 to 12 words, the last one of two long ones; some end after a line break."""
+    """Return sentences of 6 to 12 words that end with one of two long words, some after a line break."""
     rng = random.Random(7)
     texts = [" ".join(rng.choices(WORDS, k=rng.randint(6, 12))) for _ in range(ITEMS - 1)]
     texts += [" ".join(rng.choices(WORDS, k=60))]
@@ -32,7 +32,7 @@ def passages():
 
 
 def make(folder):
-    """``runs/gpt3`` and ``runs/slw60k`` with a trained checkpoint, texts, and ``tasks`` with all eleven of GPT-3."""
+    """Make ``runs/gpt3`` and ``runs/slw60k`` with a trained checkpoint, texts, and ``tasks`` with GPT-3's eleven."""
     texts = passages()
     tokenizer = build_tokenizer(TokenizerChoice(train_vocab=VOCAB), texts)
     checkpoint = folder / "runs" / "gpt3" / "global_step1"
@@ -58,7 +58,7 @@ def make(folder):
 
 
 def trained(tokenizer, texts):
-    """A GPT-2 of two layers after 120 steps on ``texts``, in some seconds."""
+    """Train a GPT-2 of two layers for 120 steps on ``texts``, which takes a few seconds."""
     torch.manual_seed(0)
     sizes = {"num_layers": 2, "hidden_size": 64, "num_attention_heads": 2, "max_position_embeddings": POSITIONS}
     model = build_gpt2(ModelConfig(**sizes, vocab_size=VOCAB, dropout=0.0))
@@ -76,7 +76,7 @@ def trained(tokenizer, texts):
 
 
 def _write_tasks(folder):
-    """The eleven with lm-eval's own prompts on local records, and a task of each kind that is simple enough to follow."""
+    """Write the eleven tasks with lm-eval's prompts on local records, and one simple task of each kind."""
     tasks = folder / "tasks"
     tasks.mkdir()
     questions = []
@@ -91,7 +91,7 @@ def _write_tasks(folder):
 
 
 def lm_eval_files():
-    """The files of the eleven in lm-eval, in folders such as ``arc`` for ``arc_easy``."""
+    """Return lm-eval's files of the eleven tasks, in folders such as ``arc`` for ``arc_easy``."""
     found = {}
     for name in GPT3_TASKS.values():
         paths = (LM_EVAL / name.split("_")[0]).glob("*.yaml")
@@ -161,7 +161,7 @@ RECORDS = {
 
 
 def logits_of(place, tokens):
-    """(S, V) by transformers alone, one row at a time, without the padding rows of the embedding."""
+    """Return logits (S, V) of one row by plain transformers, without the padding rows of the embedding."""
     if not hasattr(place, "plain"):
         place.plain = AutoModelForCausalLM.from_pretrained(place.checkpoint).eval()
     assert place.plain.config.vocab_size > VOCAB
@@ -170,7 +170,7 @@ def logits_of(place, tokens):
 
 
 def tail(place, context, continuation):
-    """(nll, all right) of the continuation's tokens, what is too long cut at its beginning."""
+    """Return (nll, all right) of the continuation's tokens; a context that is too long loses its beginning."""
     tokens = (context + continuation)[-POSITIONS - 1 :]
     logits = logits_of(place, tokens[:-1])[-len(continuation) :]
     targets = torch.tensor(continuation)

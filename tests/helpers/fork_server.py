@@ -1,8 +1,8 @@
-"""Processes that begin with torch, DeepSpeed and transformers imported: forked from one that has them.
+"""Ranks forked from a process that has already imported torch, DeepSpeed and transformers.
 
-Importing them takes a rank some 8 seconds of a core, and the launcher 5 more, which is more than most runs of the tests.
-``ForkServer`` is the tests' end, ``serve`` the process that forks. The ranks get what a launcher gives them: RANK,
-LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, and when one of them fails the others are killed.
+Importing them takes about 8 CPU seconds per rank, and the launcher 5 more, which is longer than most runs of the tests.
+``ForkServer`` is used by the tests, ``serve`` is the process that forks. As under a launcher, the ranks get RANK,
+LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, and if one of them fails the others are killed.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Any
 
 
 class ForkedLaunch:
-    """The ranks of one launch, as ``subprocess.Popen`` has a process: a leader in a session of its own, and its ranks."""
+    """The ranks of one launch with the interface of ``subprocess.Popen``: a leader in its own session, and its ranks."""
 
     def __init__(self, server: ForkServer, pid: int) -> None:
         self.pid, self.returncode, self._server = pid, None, server
@@ -45,7 +45,7 @@ class ForkedLaunch:
 
 
 class ForkServer:
-    """A process that ``serve`` runs in; it ends with this one, whose end of the pipe is then closed."""
+    """The process that runs ``serve``. It exits when this process closes its end of the pipe."""
 
     def __init__(self, environment: Mapping[str, str]) -> None:
         command = [sys.executable, "-m", "helpers.fork_server"]
@@ -71,7 +71,7 @@ class ForkServer:
         environment: Mapping[str, str],
         limits: Mapping[int, int],
     ) -> ForkedLaunch:
-        """Start ``ranks`` ranks of ``script``; ``limits`` are resource limits by their number, soft and hard."""
+        """Start ``ranks`` ranks of ``script``; ``limits`` are (soft, hard) resource limits by number."""
         launch = {"script": script, "arguments": arguments, "ranks": ranks, "log": str(log), "cwd": str(cwd)}
         return ForkedLaunch(
             self, self.ask({**launch, "environment": dict(environment), "limits": list(limits.items())})
@@ -82,7 +82,7 @@ def serve() -> None:
     """Answer requests, one JSON line each, until the other end closes: ``start``'s with a pid, a poll with the status."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    import deepspeed  # noqa: F401 - what takes so long
+    import deepspeed  # noqa: F401 - the slow imports
     import hypothesis  # noqa: F401
     import pytest  # noqa: F401
 
@@ -109,7 +109,7 @@ def _lead(
     environment: dict[str, str],
     limits: list[tuple[int, int]],
 ) -> None:
-    """Be the launcher: fork the ranks, wait for them, and end with the first status that is not 0."""
+    """Act as the launcher: fork the ranks, wait for them, and exit with the first status that is not 0."""
     os.setsid()
     os.chdir(cwd)
     os.environ.clear()
@@ -139,7 +139,7 @@ def _lead(
 
 
 def _be_rank(script: str, arguments: list[str]) -> None:
-    """Run ``script`` as the main program of this process, and end the process as Python would."""
+    """Run ``script`` as the main program of this process, and exit like Python."""
     sys.argv = [script, *arguments]
     sys.path.insert(0, str(Path(script).parent))
     status: object = 0
@@ -152,7 +152,7 @@ def _be_rank(script: str, arguments: list[str]) -> None:
         status = 1
     if isinstance(status, str):
         print(status, file=sys.stderr)
-    threading._shutdown()  # type: ignore[attr-defined]  # waits for threads, as the end of a program does
+    threading._shutdown()  # type: ignore[attr-defined]  # waits for threads, as at the end of a program
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()

@@ -1,4 +1,4 @@
-"""A tiny GPT-2, Hugging Face's own with its weights, and what is compared of the two."""
+"""A tiny GPT-2, Hugging Face's GPT-2 with the same weights, and comparisons of the two."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
 
 
 def reference(model: CausalLM) -> Any:
-    """Hugging Face's own GPT-2 with the weights of ``model``: eager attention, gelu_new, its own head."""
+    """Return Hugging Face's GPT-2 with the weights of ``model``: eager attention, gelu_new, untouched head."""
     c = model.lm.config
     hf = GPT2LMHeadModel(
         GPT2Config(
@@ -65,7 +65,7 @@ def reference(model: CausalLM) -> Any:
 
 
 class Squares(TorchDispatchMode):
-    """Names of the operators that made a tensor whose last two sizes are both ``seqlen``."""
+    """Return the names of operators that created a tensor whose last two sizes are both ``seqlen``."""
 
     def __init__(self, seqlen: int) -> None:
         super().__init__()

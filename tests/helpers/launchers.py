@@ -6,7 +6,7 @@ PREFIXES = ("RANK", "LOCAL_", "WORLD_SIZE", "MASTER_", "TORCHELASTIC", "OMPI_", 
 
 
 def without_launcher():
-    """The environment of a process that no launcher started."""
+    """Return the environment of a process started without a launcher."""
     return {name: value for name, value in os.environ.items() if not name.startswith(PREFIXES)}
 
 
@@ -16,7 +16,7 @@ def torchrun(rank, ranks=2):
 
 
 def mpirun(rank, ranks=2, local_ranks=2):
-    """Open MPI 4.1 and 5."""
+    """Return the variables of Open MPI 4.1 and 5."""
     names = ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")
     values = (rank, ranks, rank % local_ranks, local_ranks)
     own = {f"OMPI_COMM_WORLD_{name}": str(value) for name, value in zip(names, values, strict=True)}

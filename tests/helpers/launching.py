@@ -1,4 +1,4 @@
-"""Launches by the real DeepSpeed launcher, or forked; what takes too long is killed with all it started and waited for."""
+"""Launches by the real DeepSpeed launcher, or forked. A launch that takes too long is killed with all its processes."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from seqlen_curriculum.training.extensions import clear_stale_locks
 ROOT = Path(__file__).parent.parent.parent
 TESTS = ROOT / "tests"
 SLOWNESS = "SEQLEN_TEST_SLOWNESS"
-"""The environment variable that hands ``slowness`` down to xdist's workers."""
+"""The environment variable that passes ``slowness`` to xdist's workers."""
 QUIET_SECONDS = 0.25
-"""What the loop of ``slowness`` takes on a quiet core of 2024."""
+"""Seconds of the loop in ``slowness`` on an idle core of 2024."""
 
 
 def slowness() -> float:
-    """Return how many times slower than a quiet core this machine is, at least 1; measured once."""
+    """Return the slowdown of this machine relative to an idle core, at least 1, measured once."""
     if SLOWNESS not in os.environ:
         begin = time.perf_counter()
         total = 0
@@ -42,12 +42,12 @@ def slowness() -> float:
 
 
 def limit(seconds: float) -> float:
-    """Return the seconds after which something hangs that takes less than ``seconds`` on a quiet machine."""
+    """Return a timeout for an operation that takes less than ``seconds`` on an idle machine."""
     return seconds * slowness()
 
 
 class Ranks(NamedTuple):
-    """A script to be started on this many ranks without the launcher, forked from a process that has imported torch."""
+    """A script to start on this number of ranks without the launcher, forked from a process that has imported torch."""
 
     script: str
     arguments: list[str]
@@ -64,7 +64,7 @@ def launch_command(script: str | Path, *args: object, ranks: int = 1) -> list[st
 
 
 def forked(script: str | Path, *args: object, ranks: int = 1) -> Ranks:
-    """Return what starts the same ranks as ``launch_command`` and saves 20 seconds of a core for two of them."""
+    """Return a forked launch of the same ranks as ``launch_command``, which saves 20 CPU seconds for two ranks."""
     return Ranks(str(ROOT / script), list(map(str, args)), ranks)
 
 
@@ -75,9 +75,9 @@ def start(
     limits: Mapping[int, int] | None = None,
     env: Mapping[str, str] | None = None,
 ) -> Process:
-    """Start a command in a session of its own, its output going to the file ``log``; ``stop`` it in the end.
+    """Start a command in its own session, with its output in the file ``log``; call ``stop`` at the end.
 
-    limits: resource limits by their number in ``resource``. env: its environment, this one's if None.
+    limits: resource limits by their number in ``resource``. env: its environment, None for that of this process.
     """
     limits = limits or {}
     if isinstance(command, Ranks):
@@ -86,7 +86,7 @@ def start(
         return _fork_server().start(command.script, command.arguments, command.ranks, log, cwd, environment, limits)
 
     def prepare() -> None:
-        # Where the tests run in the background of a shell, SIGINT is ignored, and would be by all that they start.
+        # If the tests run in the background of a shell, SIGINT is ignored, also by all their child processes.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         for number, limit in limits.items():
             resource.setrlimit(number, (limit, limit))
@@ -121,7 +121,7 @@ def _fork_server() -> ForkServer:
 
 
 def stop(process: Process) -> None:
-    """Kill what is left of a started command, wait until all of it has ended, and remove its locks of compilations."""
+    """Kill the remaining processes of a started command, wait for their end, and remove their compilation locks."""
     left = _left_of(process.pid)
     for one in left:
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -133,7 +133,7 @@ def stop(process: Process) -> None:
 
 
 def remove_stale_locks() -> None:
-    """Remove the locks that killed compilations left in TORCH_EXTENSIONS_DIR."""
+    """Remove the locks of killed compilations in TORCH_EXTENSIONS_DIR."""
     clear_stale_locks(Path(os.environ["TORCH_EXTENSIONS_DIR"]), remove=True)
 
 
@@ -154,7 +154,7 @@ def running(
 
 
 def wait_until(due: Callable[[], bool], problem: str, seconds: float = 120) -> None:
-    """Wait until ``due()``; the test fails with ``problem`` after ``seconds`` of a quiet machine."""
+    """Wait until ``due()``; fail with ``problem`` after ``seconds``, as on an idle machine."""
     deadline = time.monotonic() + limit(seconds)
     while not due():
         if time.monotonic() > deadline:
@@ -163,13 +163,13 @@ def wait_until(due: Callable[[], bool], problem: str, seconds: float = 120) -> N
 
 
 def wait_for_all(process: Process, seconds: float = 120) -> None:
-    """Wait for a command and everything it started; after a signal the launcher ends before its ranks do."""
+    """Wait for a command and all its child processes; after a signal the launcher ends before its ranks."""
     process.wait(timeout=limit(seconds))
     wait_until(lambda: not _left_of(process.pid), f"processes of {process.pid} are still alive", seconds)
 
 
 def _left_of(session: int) -> list[psutil.Process]:
-    """Return the running processes that a command and those it started have, also in groups of their own, as ninja's."""
+    """Return the running processes of a command and its descendants, also those in other process groups, such as ninja's."""
     left = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error, ProcessLookupError):

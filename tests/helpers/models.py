@@ -22,7 +22,7 @@ CONFIGS = {
 
 
 def complete(folder, step=1, vocab_size=257, rollbacks=()):
-    """Make ``folder`` a complete checkpoint of what lies in it."""
+    """Make ``folder`` a complete checkpoint with its current files."""
     sizes = {path.name: path.stat().st_size for path in folder.iterdir() if path.name != "complete.json"}
     manifest = {"step": step, "data_ranks": 1, "zero_stage": 0, "zero": {}, "rollbacks": list(rollbacks)}
     manifest |= {"run": {"model.vocab_size": vocab_size}, "files": sizes}
@@ -37,7 +37,7 @@ def save(model, folder):
 
 
 def make_models(root):
-    """A tiny random model of each kind, saved by transformers."""
+    """Save a tiny random model of each kind with transformers."""
     for name, config in CONFIGS.items():
         torch.manual_seed(0)
         save(AutoModelForCausalLM.from_config(config), root / name)

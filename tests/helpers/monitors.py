@@ -1,4 +1,4 @@
-"""What the files of W&B and TensorBoard hold, read without a server."""
+"""Readers of the files of W&B and TensorBoard, without a server."""
 
 import json
 import struct
@@ -7,7 +7,7 @@ _BLOCK = 32768
 
 
 def wandb_history(folder):
-    """The rows, in order, of the one W&B run that was logged offline below ``folder``."""
+    """Return the rows, in order, of the only offline W&B run below ``folder``."""
     return [
         {"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in record.history.item}
         for record in _wandb_records(folder)
@@ -16,7 +16,7 @@ def wandb_history(folder):
 
 
 def wandb_axes(folder):
-    """The axis of each group of values in that run."""
+    """Return the axis of each group of values in that run."""
     metrics = [one.metric for one in _wandb_records(folder) if one.WhichOneof("record_type") == "metric"]
     return {metric.glob_name: metric.step_metric for metric in metrics}
 
@@ -29,11 +29,11 @@ def _wandb_records(folder):
 
 
 def _leveldb_log(data):
-    """The records of a LevelDB log whose first block lacks the 7 bytes of W&B's own header."""
+    """Yield the records of a LevelDB log whose first block lacks the 7 bytes of W&B's header."""
     at, record = 0, b""
     while at + 7 <= len(data):
         left = _BLOCK - (at + 7) % _BLOCK
-        if left < 7:  # a block ends with zeros where no header fits
+        if left < 7:  # a block is padded with zeros if no header fits
             at += left
             continue
         _, length, kind = struct.unpack("<IHB", data[at : at + 7])
@@ -45,7 +45,7 @@ def _leveldb_log(data):
 
 
 def tensorboard_scalars(folder):
-    """(place, value) pairs by tag, of the event files in ``folder``."""
+    """Return (position, value) pairs by tag from the event files in ``folder``."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()

@@ -1,8 +1,8 @@
-"""One launch for many parts, each of which fails or is skipped alone.
+"""One launch for many parts, each of which fails or is skipped separately.
 
 A test module lists its parts and calls ``launch_parts`` in a fixture. The launched script, often the test module itself,
-calls ``do_parts``. Every rank writes what a part returned, or its traceback, to a file of that part, and waits for the
-others. After an error, a crash or a hang the launch ends; that part has the error, and a new launch does the rest.
+calls ``do_parts``. Every rank writes the result of a part, or its traceback, to a file of that part, and waits for the
+others. After an error, a crash or a hang the launch ends. That part gets the error, and a new launch runs the rest.
 """
 
 from __future__ import annotations
@@ -23,34 +23,34 @@ from helpers.capabilities import lacking, require, require_launches
 from helpers.launching import forked, limit, running
 
 COMPILE_SECONDS = 600
-"""On a quiet machine, until DeepSpeed has one of its C++ parts compiled and loaded."""
+"""Seconds on an idle machine until DeepSpeed has compiled and loaded a C++ extension."""
 
 
 @dataclass
 class Part:
     name: str
     arguments: dict[str, Any] = field(default_factory=dict)
-    """What ``do_parts`` gives to its function, as JSON."""
+    """JSON-able arguments that ``do_parts`` passes to its function."""
     needs: tuple[str, ...] = ()
-    """Capabilities of the machine without which the part is skipped."""
+    """Capabilities of the machine that the part needs, else it is skipped."""
     after: str | None = None
-    """The part whose files this one uses; if that fails, so does this one."""
+    """The part whose files this one uses. If that fails, so does this one."""
     seconds: float = 0
-    """How long it may take on a quiet machine; 0 is 120, or 600 where it needs the compiler."""
+    """Maximum duration on an idle machine. 0 means 120, or 600 if it needs the compiler."""
 
     def __post_init__(self) -> None:
         self.seconds = self.seconds or (COMPILE_SECONDS if "compiler" in self.needs else 120)
 
 
 class Results:
-    """What the parts returned on rank 0, by name; asking for one that failed or was skipped fails or skips the test."""
+    """Results of the parts on rank 0, by name. Reading one that failed or was skipped fails or skips the test."""
 
     def __init__(self) -> None:
         self.values: dict[str, Any] = {}
         self.errors: dict[str, str] = {}
         self.skips: dict[str, str] = {}
         self.output = ""
-        """What all launches printed."""
+        """The output of all launches."""
 
     def __getitem__(self, name: str) -> Any:
         if name in self.skips:
@@ -66,9 +66,9 @@ class Results:
 def launch_parts(
     folder: Path, script: str | Path, parts: Iterable[Part], ranks: int, results: Results | None = None
 ) -> Results:
-    """Do all ``parts`` in one launch of ``script``, or in several where some of them fail.
+    """Run all ``parts`` in one launch of ``script``, or in several if some of them fail.
 
-    results: those of earlier launches, whose parts a part may be ``after``; these ones are added.
+    results: results of earlier launches, which a part may be ``after``; new results are added.
     """
     results, todo = Results() if results is None else results, []
     for part in parts:
@@ -91,21 +91,21 @@ def launch_parts(
 
 
 def _settled(part: Part, results: Results) -> bool:
-    """Whether there is nothing left to do about a part: it has a result, or what it begins with has none."""
+    """Return whether a part is finished: it has a result, or the part that it is ``after`` failed."""
     if part.after in results.errors:
-        results.errors[part.name] = f"{part.after} failed, with whose files it begins"
+        results.errors[part.name] = f"{part.after} failed, whose files it uses"
     if part.after in results.skips:
         results.skips[part.name] = results.skips[part.after]
     return part.name in results
 
 
 def _launch_once(folder: Path, script: str | Path, parts: list[Part], ranks: int, results: Results) -> None:
-    """Launch until all parts are done or one of them ends it; that one then has an error."""
+    """Launch until all parts are done or one of them ends the launch, which then has an error."""
     (folder / "todo.json").write_text(json.dumps([asdict(part) for part in parts]))
     log = folder / "log"
     hung = ""
     with running(forked(script, folder, ranks=ranks), log) as process:
-        finished, since = -1, time.monotonic()  # -1: DeepSpeed starts, and may compile
+        finished, since = -1, time.monotonic()  # -1: the start of DeepSpeed, which may compile
         while process.poll() is None:
             if finished < len(parts) and _is_done(folder, finished, ranks):
                 finished, since = finished + 1, time.monotonic()
@@ -128,7 +128,7 @@ def _launch_once(folder: Path, script: str | Path, parts: list[Part], ranks: int
         else:
             results.errors[part.name] = f"the launch {ended}\n{output[-8000:]}"
         if not _is_done(folder, -1, ranks):
-            # Nothing began: the launch itself fails, and would again.
+            # No part started, so the launch itself fails and would fail again.
             results.errors |= {left.name: results.errors[part.name] for left in parts}
         return
 
@@ -150,13 +150,13 @@ def do_parts(do: Callable[..., Any]) -> None:
         if "error" in outcome:
             print(outcome["error"], file=sys.stderr, flush=True)
             sys.stdout.flush()
-            os._exit(1)  # the launcher then ends the other ranks, which may wait for this one
+            os._exit(1)  # the launcher then ends the other ranks, which may be waiting for this one
         while not _is_done(folder, number, ranks):
             time.sleep(0.002)
 
 
 def _path(folder: Path, number: int, rank: int) -> Path:
-    """Return the file that a rank leaves when it is done with a part, counted from 0, or with starting, -1."""
+    """Return the file that a rank writes after part number ``part``, from 0, or after starting, -1."""
     return folder / f"{number}.rank{rank}.json"
 
 

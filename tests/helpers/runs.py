@@ -1,4 +1,4 @@
-"""Whole training runs: many in one launch, what they leave, and what they ought to leave."""
+"""Complete training runs, many in one launch, and comparisons of their files with the expected ones."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ ENGINES = {
     ],
     "checkpointing": ["zero_optimization.stage=1", "model.activation_checkpointing=true"],
     "ulysses": ["sequence_parallel_size=2", "zero_optimization.stage=1"],
-    # DeepSpeed keeps these engines' groups in globals: no other can follow them in a process.
+    # DeepSpeed keeps the process groups of these engines in globals, so no other engine can follow in the same process.
     "tensor_zero0": ["tensor_parallel.autotp_size=2"],
     "tensor": ["tensor_parallel.autotp_size=2", "zero_optimization.stage=1"],
     "tensor_zero3": ["tensor_parallel.autotp_size=2", "zero_optimization.stage=3"],
@@ -45,16 +45,16 @@ ENGINES = {
 
 
 class Runs:
-    """The folders of runs done in shared launches; asking for one that failed or was skipped fails or skips the test."""
+    """The folders of runs in shared launches. Reading one that failed or was skipped fails or skips the test."""
 
     def __init__(self, folder):
         self.folder = folder
         self.results = Results()
         self.outputs = {}
-        """What the launch of that name printed."""
+        """Return the output of the launch with that name."""
 
     def launch(self, name, runs, ranks):
-        """Do all ``runs``, each made by ``run``, in one launch."""
+        """Execute all ``runs``, each made by ``run``, in one launch."""
         folder = self.folder / f"launch-{name}"
         folder.mkdir()
         before = len(self.results.output)
@@ -67,11 +67,11 @@ class Runs:
 
 
 def run(config, save, sets=(), resume="auto", needs=(), after=None, **more):
-    """Return a run for ``Runs.launch``: a file, a new folder, changed settings, and what to resume from.
+    """Return a run for ``Runs.launch``: a file, a new folder, changed settings, and the checkpoint to resume from.
 
-    more: ``until_step`` is the last step to train. ``fails`` is a run that ends with an error, whose message goes to the
-    file ``error`` of its folder. ``begins_as_copy_of`` names another run's folder. ``no_compiler`` hides the compiler from
-    torch. ``sigterm_at`` is a file: once it is there, each rank gets a SIGTERM.
+    more: ``until_step`` is the last step to train. ``fails`` marks a run that ends with an error, whose message is written
+    to the file ``error`` in its folder. ``begins_as_copy_of`` names another run's folder. ``no_compiler`` hides the compiler
+    from torch. ``sigterm_at`` is a file: once it exists, each rank gets a SIGTERM.
     """
     save = Path(save)
     arguments = {"config": str(config), "sets": list(sets), "save": str(save), "resume": resume and str(resume), **more}
@@ -118,7 +118,7 @@ def do_run(
             (save / "deterministic").touch()
             torch.use_deterministic_algorithms(False)
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    (save / "graphs.json").write_text(json.dumps(graphs and graphs - 1))  # one is that of the compiler's trial
+    (save / "graphs.json").write_text(json.dumps(graphs and graphs - 1))  # one is the compiler check
 
 
 def _sigterm_once(path):
@@ -135,13 +135,13 @@ def without_machine(record):
 
 
 def records(save):
-    """(training records, evaluation records) of a run, each without what depends on the machine."""
+    """Return (training records, evaluation records) of a run, without the keys that depend on the machine."""
     both = [without_machine(record) for record in read_run_log(save / "runlog.jsonl")]
     return [r for r in both if "loss" in r], [r for r in both if "valid_loss" in r]
 
 
 def samples_by_step(save):
-    """(source, epoch, number) of each sample read at each step, in their order over the ranks."""
+    """Return (source, epoch, number) of the samples of each step, in their order over the ranks."""
     read = [record for path in save.glob("samples.rank*.jsonl") for record in read_run_log(path)]
     steps = {}
     for record in sorted(read, key=lambda record: (record["step"], record["first_sample"])):
@@ -150,13 +150,13 @@ def samples_by_step(save):
 
 
 def planned_samples(feed):
-    """What ``samples_by_step`` ought to give."""
+    """Return the expected result of ``samples_by_step``."""
     steps = range(1, feed.timeline.steps + 1)
     return {step: list(zip(*np.stack(feed.sample_ids(step)).tolist(), strict=True)) for step in steps}
 
 
 def assert_same_run(save, reference, loss_tolerance=0.0):
-    """Equal to the last bit, or to ``loss_tolerance`` in what a sum over ranks rounds."""
+    """Assert that two logs are bit-identical, or equal to ``loss_tolerance`` where sums over ranks are rounded."""
     for ours, theirs in zip(records(save), records(reference), strict=True):
         assert len(ours) == len(theirs)
         for one, other in zip(ours, theirs, strict=True):
@@ -168,7 +168,7 @@ def assert_same_run(save, reference, loss_tolerance=0.0):
 
 
 def hugging_face_loss(folder, config):
-    """The validation loss of a checkpoint, with nothing but transformers."""
+    """Return the validation loss of a checkpoint, computed by plain transformers."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -185,7 +185,7 @@ def has_reached(save, step):
 
 
 def run_and_kill(command, log, due):
-    """Train until ``due()``, then kill -9 all of it. False if the run ended before."""
+    """Train until ``due()``, then kill all processes with SIGKILL. Return False if the run ended before."""
     require_launches()
     with running(command, log) as process:
         while process.poll() is None:

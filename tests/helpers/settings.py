@@ -1,11 +1,11 @@
-"""Settings of runs and of schedules, and changes of them."""
+"""Settings of runs and schedules, and changes to them."""
 
 import copy
 import json
 
 
 def changed(run, **changes):
-    """The run with ``a.b`` of it, written ``a__b``, replaced."""
+    """Return the run with changed settings; ``a__b`` replaces ``a.b``."""
     run = json.loads(json.dumps(run))
     for path, value in changes.items():
         *parents, key = path.split("__")
@@ -27,7 +27,7 @@ LINEAR = {
 
 
 def block(schedule=None, **changes):
-    """A ``curriculum_learning`` block with another ``schedule_config`` and other keys."""
+    """Return a ``curriculum_learning`` block with another ``schedule_config`` and other keys."""
     changed = {**copy.deepcopy(LINEAR), **changes}
     changed["schedule_config"] = changed["schedule_config"] if schedule is None else schedule
     return changed

@@ -1,4 +1,4 @@
-"""Runs for reports, with losses given by hand."""
+"""Runs for reports, with given losses."""
 
 import math
 
@@ -6,7 +6,7 @@ from seqlen_curriculum.analysis.run import Run
 
 
 def synthetic(name, losses, valid_losses, seconds=36.0, tokens=100, **changes):
-    """A run of steps of ``seconds`` and ``tokens``; ``valid_losses`` {step: loss}, each taking 9 s."""
+    """Return a run with steps of ``seconds`` and ``tokens``, and evaluations of 9 s with ``valid_losses`` {step: loss}."""
     records = []
     for step, loss in enumerate(losses, 1):
         at = {"step": step, "consumed_tokens": tokens * step}

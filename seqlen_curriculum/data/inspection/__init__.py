@@ -1,1 +1,1 @@
-"""What is in a corpus, and what a run reads of it."""
+"""Inspection of corpora, and of the tokens that a run reads from them."""

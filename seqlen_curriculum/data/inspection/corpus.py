@@ -1,6 +1,6 @@
-"""Count the documents and tokens of a corpus, in blocks, as numbers and as text.
+"""Statistics of the documents and tokens of a corpus, as numbers and as text.
 
-Shapes: D distinct lengths of documents.
+Shapes: D distinct document lengths.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ _DOCUMENTS = 2**20
 
 
 def inspect_corpora(prefixes: Iterable[str], seq_length: int | None = None) -> list[dict[str, Any]]:
-    """Return one JSON-able object per corpus; reads every token, with a progress bar where that takes over a second.
+    """Return one JSON-able object per corpus. Reads every token, with a progress bar if that takes over a second.
 
     ``prefix, documents, empty_documents, shortest_document, median_document, longest_document`` (tokens), ``tokens, dtype,
     vocab_size`` (as recorded, or None), ``smallest_id, largest_id``. With ``seq_length`` also ``samples`` of that length
-    and ``rest_tokens``, which fill none. Raises ConfigError, and DataError for a missing or damaged pair.
+    and ``rest_tokens``, which don't fill a sample. Raises ConfigError, and DataError for a missing or damaged pair.
     """
     if seq_length is not None and seq_length < 1:
-        raise ConfigError(f"--seq-length: {seq_length} is not a length of samples; give 1 or more tokens")
-    corpora = [IndexedCorpus(prefix) for prefix in prefixes]  # opens all of them before it reads any
+        raise ConfigError(f"--seq-length: {seq_length} is not valid; give 1 or more tokens")
+    corpora = [IndexedCorpus(prefix) for prefix in prefixes]  # open all of them before reading any
     facts = []
     for corpus in corpora:
         smallest_id, largest_id = _id_range(corpus)
@@ -49,8 +49,8 @@ def inspect_corpora(prefixes: Iterable[str], seq_length: int | None = None) -> l
 
 
 def _document_facts(corpus: IndexedCorpus) -> dict[str, int | float]:
-    # Distinct lengths, ascending, and how many documents have each, (D,) both. They need little memory: documents of D
-    # different lengths hold at least 0 + 1 + ... + (D - 1) tokens, so 10**12 tokens have at most 1.4 million lengths.
+    # Distinct lengths, ascending, and their number of documents, (D,) both. D is small: documents of D different lengths
+    # have at least 0 + 1 + ... + (D - 1) tokens, so 10**12 tokens have at most 1.4 million lengths.
     lengths, counts = np.empty((2, 0), dtype=np.int64)
     for first, end in _blocks(corpus, corpus.num_documents, _DOCUMENTS, "documents"):
         block = np.diff(corpus.document_starts(first, end))
@@ -58,7 +58,7 @@ def _document_facts(corpus: IndexedCorpus) -> dict[str, int | float]:
         counts = np.bincount(where, np.concatenate([counts, np.ones_like(block)])).astype(np.int64)
     if lengths[0] < 0:
         raise DataError(f"{corpus.prefix}.idx: its documents are out of order; prepare the pair again")
-    # The median is the mean of the two middle documents in order of length: of 4 documents those numbered 1 and 2 from 0.
+    # The median is the mean of the two middle documents in order of length: for 4 documents numbers 1 and 2, from 0.
     ends = np.cumsum(counts)
     middle = np.array([ends[-1] - 1, ends[-1]]) // 2
     return {
@@ -72,7 +72,7 @@ def _document_facts(corpus: IndexedCorpus) -> dict[str, int | float]:
 
 def _id_range(corpus: IndexedCorpus) -> tuple[int, int]:
     smallest, largest = [], []
-    # Read as a file: pages read through the memory map would count as memory of this process until its end.
+    # Read as a file, because pages read through the memory map count as memory of this process until it exits.
     with open(corpus.prefix + ".bin", "rb") as file:
         for first, end in _blocks(corpus, corpus.num_tokens, _TOKENS, "tokens"):
             block = np.fromfile(file, corpus.dtype, end - first)
@@ -82,7 +82,7 @@ def _id_range(corpus: IndexedCorpus) -> tuple[int, int]:
 
 
 def _blocks(corpus: IndexedCorpus, total: int, block: int, unit: str) -> Iterator[tuple[int, int]]:
-    """Yield (first, end) of each block of ``total``, with a progress bar that appears after a second."""
+    """Yield (first, end) of each block of ``total`` items, with a progress bar that appears after a second."""
     with tqdm(total=total, desc=f"{corpus.prefix}: {unit}", unit_scale=True, delay=1, leave=False) as bar:
         for first in range(0, total, block):
             end = min(first + block, total)
@@ -91,7 +91,7 @@ def _blocks(corpus: IndexedCorpus, total: int, block: int, unit: str) -> Iterato
 
 
 def corpus_warnings(facts: Iterable[dict[str, Any]], model_vocab_size: int | None = None) -> list[str]:
-    """Return a line for each corpus that has ids outside the vocabulary it was made with, or outside the model's."""
+    """Return one line per corpus with ids outside the vocabulary it was made with or the model's vocabulary."""
     warnings = []
     for fact in facts:
         sizes = [("vocabulary it was made with", fact["vocab_size"]), ("vocabulary of the model", model_vocab_size)]
@@ -103,7 +103,7 @@ def corpus_warnings(facts: Iterable[dict[str, Any]], model_vocab_size: int | Non
 
 
 def describe_corpora(facts: Iterable[dict[str, Any]]) -> str:
-    """Return the facts as text for a terminal."""
+    """Format the result of ``inspect_corpora`` for a terminal."""
     descriptions = []
     for fact in facts:
         lengths = "shortest {shortest_document:,}, median {median_document:,.10g}, longest {longest_document:,} tokens"
@@ -115,6 +115,6 @@ def describe_corpora(facts: Iterable[dict[str, Any]]) -> str:
             f"  ids         {fact['smallest_id']:,} to {fact['largest_id']:,}, vocabulary {vocabulary}",
         ]
         if "samples" in fact:
-            lines.append(f"  samples     {fact['samples']:,}, and {fact['rest_tokens']:,} tokens that fill none")
+            lines.append(f"  samples     {fact['samples']:,}, and {fact['rest_tokens']:,} tokens that don't fill one")
         descriptions.append("\n".join(lines))
     return "\n\n".join(descriptions)

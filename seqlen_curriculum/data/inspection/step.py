@@ -1,18 +1,21 @@
-"""Show exactly what the ranks read at a step: the positions of each sample's tokens, and their text."""
+"""Show what each rank reads at a step: the positions of each sample's tokens, and their text."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from tokenizers import Tokenizer
 
-from seqlen_curriculum.data.tokenizer import read_tokenizer
 from seqlen_curriculum.data.training_data import TrainingData
 from seqlen_curriculum.errors import ConfigError
+from seqlen_curriculum.extras import missing_package
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 __all__ = ["check_step", "describe_step", "read_step"]
 
@@ -21,27 +24,27 @@ _SHOWN_PARTS = 4  # spans of a sample, and rows of it
 
 
 def check_step(train_data: TrainingData, step: int, ranks: int, rows: int) -> None:
-    """Raise ConfigError naming the flag for a step outside the run, and for samples that don't divide over ``ranks``."""
+    """Raise ConfigError naming the flag if the step is outside the run or its samples don't divide over ``ranks``."""
     steps = train_data.timeline.steps
     if not 1 <= step <= steps:
         raise ConfigError(f"--step: {step} is not a step of this run; its steps are 1 to {steps:,}")
     samples = train_data.timeline.samples(step)
     if ranks < 1 or samples % ranks:
         raise ConfigError(
-            f"--ranks: {ranks} data-parallel ranks don't share the {samples} samples of step {step} evenly; give a "
+            f"--ranks: {ranks} data-parallel ranks don't divide the {samples} samples of step {step}; give a "
             f"divisor of {samples}"
         )
     if rows < 1:
-        raise ConfigError(f"--rows: {rows} is not a number of samples to show; give 1 or more")
+        raise ConfigError(f"--rows: {rows} is not valid; give 1 or more samples to show")
 
 
 def read_step(train_data: TrainingData, step: int, ranks: int = 1, rows: int = 4) -> dict[str, Any]:
-    """Return what each of ``ranks`` data-parallel ranks reads at ``step`` as a JSON-able object, ``rows`` samples of each.
+    """Return ``rows`` samples of each of ``ranks`` data-parallel ranks at ``step`` as a JSON-able object.
 
     ``step, seqlen, method, samples, sample_rows, row_tokens`` (a sample becomes ``sample_rows`` rows of ``row_tokens``),
-    ``ranks`` [{rank, first_sample, samples, shown}]. Each of ``shown``: ``source, epoch, number`` (all from 0),
-    ``fresh`` or made of leftovers, ``stretches`` [{corpus, start, end, documents: [first, last]}] in their order in the
-    sample, ``ids`` (inputs) and ``text`` (None without a tokenizer), both lists of one entry per row or window. Raises
+    ``ranks`` [{rank, first_sample, samples, shown}]. Each entry of ``shown``: ``source, epoch, number`` (all from 0),
+    ``fresh`` (false if made of leftovers), ``stretches`` [{corpus, start, end, documents: [first, last]}] in the order of
+    the sample, ``ids`` (inputs) and ``text`` (None without a tokenizer), both with one entry per row or window. Raises
     ConfigError.
     """
     check_step(train_data, step, ranks, rows)
@@ -101,14 +104,18 @@ def _spans_by_sample(train_data: TrainingData, step: int, first: int, count: int
     return [[by_column[column] for column in sorted(by_column)] for by_column in by_sample]
 
 
-@lru_cache  # a step has many samples of one corpus
+@lru_cache  # a step has many samples from one corpus
 def _tokenizer_beside(prefix: str) -> Tokenizer | None:
     path = Path(prefix + ".tokenizer.json")
-    return read_tokenizer(path) if path.is_file() else None
+    if not path.is_file() or find_spec("tokenizers") is None:
+        return None
+    from seqlen_curriculum.data.tokenizer import read_tokenizer
+
+    return read_tokenizer(path)
 
 
 def describe_step(step: dict[str, Any], full: bool = False) -> str:
-    """Return the object of ``read_step`` as text for a terminal; ``full`` shows all spans and rows, and whole texts."""
+    """Format the result of ``read_step`` for a terminal; ``full`` shows all spans and rows, and complete texts."""
     rows, row_tokens = step["sample_rows"], step["row_tokens"]
     each = f"each is a row of {row_tokens:,} tokens"
     if step["method"] == "window":
@@ -124,6 +131,8 @@ def describe_step(step: dict[str, Any], full: bool = False) -> str:
         hidden = rank["samples"] - len(rank["shown"])
         if hidden:
             lines.append(f"  and {hidden:,} more")
+    if find_spec("tokenizers") is None:
+        lines += ["", f"Token ids are shown instead of text: {missing_package('tokenizers')}"]
     return "\n".join(lines)
 
 

@@ -1,4 +1,4 @@
-"""Count by arithmetic what a run reads of its corpora: splits, shares, epochs, and what each method would train on."""
+"""Compute which tokens a run reads from its corpora: splits, shares, epochs, and the tokens each method trains on."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from seqlen_curriculum.config.data import DataConfig
 from seqlen_curriculum.config.run import RunConfig
 from seqlen_curriculum.data.from_config import corpora_of, open_training_data
 from seqlen_curriculum.data.leftovers import Epochs
@@ -21,7 +20,7 @@ from seqlen_curriculum.schedule.timeline import Timeline
 
 __all__ = ["SourceUse", "account", "describe_account", "source_use"]
 
-_LISTED_EPOCHS = 100  # of a source, whose first steps are in the summary
+_LISTED_EPOCHS = 100  # of a source, whose first steps are listed in the summary
 _SHOWN_EPOCHS = 6  # and in its text
 _COLUMNS = {
     "tokens read": "read_tokens",
@@ -32,25 +31,26 @@ _COLUMNS = {
 
 
 def account(config: RunConfig) -> dict[str, Any]:
-    """Return one JSON-able object for a file with a data section; without steps it has only the first two keys.
+    """Return the token use of a file with a data section as one JSON-able object. Raises ConfigError, DataError.
 
-    ``seq_length, splits`` {train, valid, test: [{prefix, tokens, samples}]}, and with a training section and
-    ``train_batch_size``: ``steps, first_epoch_steps`` (those before any source begins its second epoch, None if none does);
-    ``sources`` [{name, weight, share, tokens and samples of an epoch, drawn_samples, epochs, epoch_steps}], the last being
-    the first steps of up to 100 epochs; ``ways`` to shorten [{method, leftovers, configured, steps, read_tokens,
-    trained_tokens, recycled_tokens, dropped_tokens, epochs}] where read = trained + dropped, and recycled is a part of
-    trained. Raises ConfigError, DataError.
+    - ``seq_length, splits`` {train, valid, test: [{prefix, tokens, samples}]}. The keys below need a training section and
+      ``train_batch_size``.
+    - ``steps, first_epoch_steps``: the steps before any source starts its second epoch, None if none does.
+    - ``sources`` [{name, weight, share, tokens and samples of an epoch, drawn_samples, epochs, epoch_steps}], where
+      ``epoch_steps`` are the first steps of up to 100 epochs.
+    - ``ways`` to shorten [{method, leftovers, configured, steps, read_tokens, trained_tokens, recycled_tokens,
+      dropped_tokens, epochs}], where read = trained + dropped. Recycled tokens are part of the trained ones.
     """
     assert config.data is not None
-    summary: dict[str, Any] = {"seq_length": config.data.seq_length, "splits": _splits(config.data)}
+    summary: dict[str, Any] = {"seq_length": config.data.seq_length, "splits": _splits(config)}
     if config.training is None or config.keys.train_batch_size is None:
         return summary
     train_data = open_training_data(config)
     sources = [_source(train_data, number, config.data.weights) for number in range(len(train_data.sources))]
     second_epochs = [source["epoch_steps"][1] for source in sources if len(source["epoch_steps"]) > 1]
     ways: list[tuple[Method, str]] = [("truncate", "drop"), ("truncate", "recycle")]
-    if config.curriculum is not None:  # without one nothing is shortened
-        # Windows use whole samples: nothing is left over but what fills no sample.
+    if config.curriculum is not None:  # without a curriculum, samples aren't shortened
+        # Windows use whole samples, so the only leftover is the rest that doesn't fill a sample.
         ways += [("segment", "drop"), ("segment", "recycle"), ("window", config.data.leftovers)]
     return summary | {
         "steps": train_data.timeline.steps,
@@ -60,12 +60,13 @@ def account(config: RunConfig) -> dict[str, Any]:
     }
 
 
-def _splits(data: DataConfig) -> dict[str, list[dict[str, Any]]]:
-    splits = {}
+def _splits(config: RunConfig) -> dict[str, list[dict[str, Any]]]:
+    assert config.data is not None
+    data, splits = config.data, {}
     for which in SPLITS:
         if which == "test" and data.valid is not None and data.test is None:
-            continue  # the corpora of train are then read whole: none of them is left to test on
-        ranges = split_ranges(*corpora_of(data, which), which)
+            continue  # then the corpora of train aren't split, and there is no test split
+        ranges = split_ranges(*corpora_of(config, which), which)
         splits[which] = [
             {
                 "prefix": corpus.prefix,
@@ -80,7 +81,7 @@ def _splits(data: DataConfig) -> dict[str, list[dict[str, Any]]]:
 def _source(train_data: TrainingData, number: int, weights: Sequence[float] | None) -> dict[str, Any]:
     source, timeline = train_data.sources[number], train_data.timeline
     use = source_use(train_data, number, timeline, train_data.recycle)
-    # The step that reads an epoch's first row is the first one by whose end more rows than those before it are drawn.
+    # An epoch starts in the first step by whose end more rows are drawn than precede the epoch.
     steps = range(timeline.steps + 1)
     epoch_steps = [
         bisect_left(
@@ -102,24 +103,24 @@ def _source(train_data: TrainingData, number: int, weights: Sequence[float] | No
 
 
 class SourceUse(NamedTuple):
-    """What a run reads of one source, in samples and target tokens."""
+    """The samples and target tokens that a run reads from one source."""
 
     samples: int
     """Samples drawn."""
     first_rows: IntArray
     """The first sample of each of the first 100 epochs, counted from 0 over the run."""
     epochs: float
-    """Epochs done, and the part of the last one: of its fresh samples, or of its tokens where they are recycled."""
+    """Completed epochs plus the fraction of the last one: of its fresh samples, or of its tokens with recycling."""
     read_tokens: int
-    """Tokens of all samples read; a token that lies in several samples of an epoch is counted once."""
+    """Tokens of all samples read. A token in several samples of an epoch is counted once."""
     trained_tokens: int
     recycled_tokens: int
-    """Tokens trained on in samples made of leftovers."""
+    """Trained tokens in samples made of leftovers."""
 
     @classmethod
     def with_recycling(cls, source: Samples, used: Piecewise, rows: int) -> SourceUse:
-        """Return what the first ``rows`` rows of ``source`` read, each of which uses ``used`` tokens, with recycling."""
-        # No epoch has fewer rows than its fresh ones: every num_samples-th row meets each epoch at least once.
+        """Return the use of ``source`` by its first ``rows`` rows, each of which uses ``used`` tokens, with recycling."""
+        # An epoch has at least its fresh rows, so every num_samples-th row is in each epoch at least once.
         probes = np.append(np.arange(0, rows, source.num_samples), rows - 1)
         epochs = Epochs(source.num_samples, source.num_tokens, source.seq_length, used)
         begins = np.unique(epochs.of(probes)[1])
@@ -127,8 +128,8 @@ class SourceUse(NamedTuple):
         fresh_ends = np.minimum(begins + source.num_samples, ends)
         trained = used.total(ends) - used.total(begins)
         recycled = used.total(ends) - used.total(fresh_ends)
-        # Rows made of leftovers hold tokens of fresh rows, which are counted there, and of the stream's rest, which comes
-        # first: with samples of 16 and a rest of 5 tokens the first such row adds 5 and those after it none.
+        # Rows made of leftovers contain the rest of the stream, then tokens of fresh rows, which are already counted. With
+        # samples of 16 and a rest of 5 tokens, the first such row adds 5 tokens and later ones add none.
         rest = source.num_tokens - source.num_samples * source.seq_length
         rest_read = np.minimum(rest, (ends - fresh_ends) * source.seq_length)
         last_is_done = trained[-1] > source.num_tokens - source.seq_length
@@ -143,9 +144,9 @@ class SourceUse(NamedTuple):
 
 
 def source_use(train_data: TrainingData, number: int, timeline: Timeline, recycle: bool) -> SourceUse:
-    """Return what a run of ``timeline`` reads of source ``number`` with or without recycling.
+    """Return the use of source ``number`` by a run with ``timeline``, with or without recycling.
 
-    ``train_data`` gives the sources and their weights; its own timeline and recycling don't matter.
+    Only the sources and weights of ``train_data`` are used, not its own timeline and recycling.
     """
     source, samples = train_data.sources[number], timeline.consumed_samples(timeline.steps)
     rows = int(train_data.blend.count(number, samples))
@@ -157,7 +158,7 @@ def source_use(train_data: TrainingData, number: int, timeline: Timeline, recycl
 
 
 def _way(train_data: TrainingData, config: RunConfig, method: Method, leftovers: str) -> dict[str, Any]:
-    """Return what a run of the same budget reads when its samples are shortened by ``method``."""
+    """Return the token use of a run with the same budget whose samples are shortened by ``method``."""
     timeline = train_data.timeline
     if config.curriculum is not None and method != config.shortening.method:
         changed = config.curriculum.model_copy(update={"method": method, "restart_positions": False})
@@ -179,7 +180,7 @@ def _way(train_data: TrainingData, config: RunConfig, method: Method, leftovers:
 
 
 def describe_account(summary: dict[str, Any]) -> str:
-    """Return the object of ``account`` as text for a terminal."""
+    """Format the result of ``account`` for a terminal."""
     lines = [f"samples of {summary['seq_length']:,} tokens"]
     for which, corpora in summary["splits"].items():
         lines.append(f"  {which:<7} {sum(corpus['samples'] for corpus in corpora):>15,}")
@@ -187,19 +188,19 @@ def describe_account(summary: dict[str, Any]) -> str:
             lines += [f"  {corpus['samples']:>23,}  {corpus['prefix']}" for corpus in corpora]
     if "ways" not in summary:
         return "\n".join([*lines, "", "steps and epochs need a training section and train_batch_size"])
-    first_epoch = "no source begins a second epoch"
+    first_epoch = "no source starts a second epoch"
     if summary["first_epoch_steps"] is not None:
-        first_epoch = f"the corpora feed {summary['first_epoch_steps']:,} of them before a second epoch begins"
+        first_epoch = f"the corpora last for {summary['first_epoch_steps']:,} of them before a second epoch starts"
     lines += ["", f"{summary['steps']:,} steps; {first_epoch}"]
     lines += [_source_line(source) for source in summary["sources"]]
-    lines += ["", "what a run of this budget reads of them, by method and leftovers (* marks this file's)"]
+    lines += ["", "tokens that a run with this budget reads, by method and leftovers (* marks this file's)"]
     lines.append(f"  {'':18} {'steps':>11}" + "".join(f" {name:>18}" for name in _COLUMNS) + "  epochs")
     for way in summary["ways"]:
         mark = "*" if way["configured"] else " "
         numbers = "".join(f" {way[key]:>18,}" for key in _COLUMNS.values())
         epochs = ", ".join(map(_epochs, way["epochs"]))
         lines.append(f"{mark} {way['method']:<9} {way['leftovers']:<8} {way['steps']:>11,}{numbers}  {epochs}")
-    return "\n".join([*lines, "recycled tokens are among those trained on"])
+    return "\n".join([*lines, "recycled tokens are part of the trained tokens"])
 
 
 def _source_line(source: dict[str, Any]) -> str:

@@ -1,1 +1,1 @@
-"""From text to a corpus: find and read input files, tokenize, write, resume, merge."""
+"""Preparation of a corpus from text: find and read input files, tokenize, write, resume, merge."""

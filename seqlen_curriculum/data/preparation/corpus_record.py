@@ -1,4 +1,4 @@
-"""``PREFIX.json``, the record of what a corpus was made from: by it a complete, up-to-date corpus is recognised."""
+"""``PREFIX.json``, the record of a corpus's inputs and settings, which identifies a complete, up-to-date corpus."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ class PreparedCorpus:
 
     prefix: str
     already: bool
-    """The corpus was complete before this call."""
+    """True if the corpus was complete before this call."""
     record: dict[str, Any]
     """The content of ``PREFIX.json``."""
     bytes_per_second: float | None = None
-    """Bytes of text that this process encoded per second."""
+    """Bytes of text encoded per second by this process."""
 
     def __str__(self) -> str:
         state = "already prepared" if self.already else "prepared"
@@ -41,9 +41,9 @@ class PreparedCorpus:
 def find_prepared(
     prefix: str, facts: Mapping[str, Any], overwrite: bool, stops_at: Callable[[str], bool]
 ) -> dict[str, Any] | None:
-    """Return the record of a complete corpus that was made from ``facts``, ``None`` where the corpus is to be made.
+    """Return the record of a complete corpus that was made from ``facts``, or ``None`` if the corpus must be made.
 
-    A corpus that left out a kind of input that ``stops_at`` refuses was not made from the same settings. Raises
+    A corpus that skipped a kind of input that ``stops_at`` refuses counts as made with other settings. Raises
     ``DataError`` if there are other outputs and ``overwrite`` is false, and for a damaged pair.
     """
     outputs = [prefix + suffix for suffix in OUTPUTS if os.path.lexists(prefix + suffix)]
@@ -52,7 +52,7 @@ def find_prepared(
     record = read_record(prefix)
     same_facts = all(record.get(key) == value for key, value in facts.items())
     if len(outputs) == len(OUTPUTS) and same_facts and not any(map(stops_at, record["left_out"])):
-        IndexedCorpus(prefix)  # raises if the pair was damaged since
+        IndexedCorpus(prefix)  # raises for a damaged pair
         return record
     if overwrite:
         return None
@@ -63,7 +63,7 @@ def find_prepared(
 
 
 def read_record(prefix: str) -> dict[str, Any]:
-    """Return the content of ``PREFIX.json``; empty if it can't be read."""
+    """Return the content of ``PREFIX.json``, an empty dict if it can't be read."""
     try:
         record = json.loads(Path(prefix + ".json").read_bytes())
     except (OSError, ValueError):
@@ -76,11 +76,11 @@ def require_record(prefix: str) -> dict[str, Any]:
     IndexedCorpus(prefix)  # raises for a damaged pair
     record = read_record(prefix)
     if not {"settings", "inputs", "left_out"} <= record.keys() or not os.path.exists(prefix + ".tokenizer.json"):
-        raise DataError(f"{prefix}: no {prefix}.json and .tokenizer.json of prepare_data.py; prepare its text again")
+        raise DataError(f"{prefix}: no {prefix}.json and .tokenizer.json of slw prepare; prepare its text again")
     return record
 
 
 def check_prefix(prefix: str) -> None:
     """Raise ``ConfigError`` unless ``prefix`` ends in the name of a file."""
     if not prefix or prefix.endswith(("/", os.sep)):
-        raise ConfigError(f"--output-prefix: {prefix!r} names no file; add one, as in corpus/text")
+        raise ConfigError(f"--output-prefix: {prefix!r} has no file name; add one, as in corpus/text")

@@ -1,4 +1,4 @@
-"""Turn pieces of documents into tokens with any number of processes; the order and the result are the same."""
+"""Encode pieces of documents as tokens; order and result are the same for any number of processes."""
 
 from __future__ import annotations
 
@@ -35,17 +35,17 @@ class EncodedBatch(NamedTuple):
     text_bytes: int
     input_bytes: int
     left_out: Counter[str]
-    """How often each kind of problem occurred."""
+    """Number of occurrences of each kind of problem."""
     problems: list[InputProblem]
-    """The first few of each kind."""
+    """The first few problems of each kind."""
 
 
 class Encoder:
-    """Encode batches with one tokenizer. ``<|endoftext|>`` closes each document; empty documents are left out."""
+    """Encoder of batches with one tokenizer. Appends ``<|endoftext|>`` to each document and skips empty documents."""
 
     def __init__(self, tokenizer_json: str, rules: Rules) -> None:
         self._tokenizer = Tokenizer.from_str(tokenizer_json)
-        # A document that spells out <|endoftext|> must not end there.
+        # A document whose text contains <|endoftext|> must not end there.
         self._tokenizer.encode_special_tokens = True
         self._closing = [end_of_text_id(self._tokenizer)] if rules.append_eod else []
         self._dtype = token_dtype(vocab_size(self._tokenizer))
@@ -59,7 +59,7 @@ class Encoder:
         num_tokens = text_bytes = 0
         for piece in batch:
             for part in text_parts(piece, self._rules, tally):
-                # One text per call: for a longer list the library starts threads of its own beside our processes.
+                # One text per call: for a longer list the library starts threads in addition to our processes.
                 ids = self._tokenizer.encode_batch_fast([part.text], add_special_tokens=False)[0].ids
                 rows.append(np.array(ids + self._closing if part.ends else ids, dtype=self._dtype))
                 num_tokens += len(rows[-1])
@@ -74,15 +74,15 @@ class Encoder:
 def encode(
     batches: Iterable[Sequence[FilePiece]], tokenizer_json: str, rules: Rules, workers: int
 ) -> Iterator[EncodedBatch]:
-    """Encode each batch, in order and with the same result for any number of ``workers``."""
+    """Encode each batch in order; the result is the same for any number of ``workers``."""
     if workers == 1:
         yield from map(Encoder(tokenizer_json, rules), batches)
         return
-    # Not fork: the tokenizer may have started threads, which a forked process doesn't inherit.
+    # Not fork: a forked process doesn't inherit threads that the tokenizer may have started.
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, context, _start_worker, (tokenizer_json, rules))
-    # Three pieces per worker: one that it encodes, one that waits for it, one that waits to be written in its turn. With
-    # 16 workers and pieces of 256 KiB that is 12 MiB, however large the corpus; a single larger batch is let through.
+    # Three pieces per worker: one being encoded, one queued, and one waiting to be written in order. With 16 workers
+    # and pieces of 256 KiB that is 12 MiB for a corpus of any size. A single larger batch is allowed.
     max_bytes = 3 * workers * PIECE_BYTES
     pending: deque[tuple[Future[EncodedBatch], int]] = deque()
     try:
@@ -101,14 +101,14 @@ def encode(
         pool.shutdown(cancel_futures=True)
 
 
-_encoder: Encoder | None = None  # of a worker process, set once when it starts
+_encoder: Encoder | None = None  # in a worker process, set once at its start
 
 
 def _start_worker(tokenizer_json: str, rules: Rules) -> None:
     global _encoder
 
     def exit_with_parent() -> None:
-        # A killed parent can't stop its workers, which would wait for work forever.
+        # A killed parent can't stop its workers, which would then wait forever.
         parent = multiprocessing.parent_process()
         assert parent is not None
         wait([parent.sentinel])

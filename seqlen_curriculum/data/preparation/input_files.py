@@ -31,11 +31,11 @@ _KNOWN = f"{', '.join(SUFFIXES)} (text and JSON also as .gz or .zst)"
 def find_files(inputs: Sequence[Path], outputs: Iterable[Path] = ()) -> list[Path]:
     """Return the files of ``inputs`` in order.
 
-    A folder gives its files with a known suffix, sorted, without ``outputs``. Of a folder that Hugging Face's
-    ``save_to_disk`` made only the data files are taken. Raises ``DataError`` for a missing path, an unknown suffix, a
+    A folder is replaced by its files with a known suffix, sorted, without ``outputs``. From a folder written by Hugging
+    Face's ``save_to_disk`` only the data files are used. Raises ``DataError`` for a missing path, an unknown suffix, a
     folder without files, a dataset of several splits, and a file given twice.
     """
-    # Compared after links are resolved: two names of one file are one file.
+    # Compared after resolving links, so that two names of one file are found.
     excluded = {os.path.realpath(path) for path in outputs}
     files: list[Path] = []
     for path in inputs:
@@ -44,7 +44,7 @@ def find_files(inputs: Sequence[Path], outputs: Iterable[Path] = ()) -> list[Pat
     for path in files:
         real = os.path.realpath(path)
         if real in seen:
-            raise DataError(f"{path}: given twice; name each file once, or only its folder")
+            raise DataError(f"{path}: given twice; give each file once, or only its folder")
         seen.add(real)
     return files
 
@@ -53,7 +53,7 @@ def _files_in(folder: Path, excluded: set[str]) -> list[Path]:
     files = sorted(path for path in folder.rglob("*") if plain_suffix(path) in SUFFIXES and path.is_file())
     files = [path for path in files if os.path.realpath(path) not in excluded and _is_content(path)]
     if not files:
-        raise DataError(f"{folder}: this folder has no file with a suffix of {_KNOWN}")
+        raise DataError(f"{folder}: this folder has no file with a known suffix; known are {_KNOWN}")
     return files
 
 
@@ -67,10 +67,10 @@ def _known_file(path: Path) -> Path:
 
 
 def _is_content(path: Path) -> bool:
-    """Return false for what ``save_to_disk`` and its caches put beside the data of a dataset."""
+    """Return false for files that ``save_to_disk`` and its caches write beside the data of a dataset."""
     if path.name == "dataset_dict.json":
         raise DataError(
-            f"{path.parent}: a dataset of several splits; name one of its folders, as in {path.parent}/train"
+            f"{path.parent}: a dataset of several splits; give one of its folders, as in {path.parent}/train"
         )
     state = path.with_name("state.json")
     if not path.with_name("dataset_info.json").exists() or not state.exists():
@@ -78,24 +78,26 @@ def _is_content(path: Path) -> bool:
     try:
         return path.name in {data["filename"] for data in json.loads(state.read_bytes())["_data_files"]}
     except (OSError, ValueError, KeyError, TypeError):
-        raise DataError(f"{state}: not as save_to_disk writes it; save the dataset again, or name its files") from None
+        raise DataError(
+            f"{state}: not in the format of save_to_disk; save the dataset again, or give its files"
+        ) from None
 
 
 def stdlib_files() -> list[Path]:
-    """Return the ``.py`` files of the running Python, sorted; without installed packages and files that aren't UTF-8."""
+    """Return the sorted ``.py`` files of the running Python, without installed packages and files that aren't UTF-8."""
     root = Path(sysconfig.get_path("stdlib"))
     left_out = {"site-packages", "dist-packages", "__pycache__"}
     files = []
     for path in sorted(root.rglob("*.py")):
         if path.is_file() and not left_out & set(path.relative_to(root).parts):
-            with suppress(UnicodeDecodeError):  # test data of Python's own in other encodings
+            with suppress(UnicodeDecodeError):  # Python's own test data in other encodings
                 path.read_bytes().decode()
                 files.append(path)
     return files
 
 
 def plain_suffix(path: Path) -> str:
-    """Return the suffix in lower case; of packed text or JSON that of the content: ``.jsonl`` for ``a.jsonl.gz``."""
+    """Return the suffix in lower case, without a compression suffix: ``.jsonl`` for ``a.jsonl.gz``."""
     stem, suffix = os.path.splitext(path.name.lower())
     inner = os.path.splitext(stem)[1]
     return inner if suffix in PACKED_SUFFIXES and inner not in TABLE_SUFFIXES else suffix

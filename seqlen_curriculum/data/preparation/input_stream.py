@@ -1,4 +1,4 @@
-"""Open an input file as one stream of bytes: plain or packed text and JSON as they are, tables as lines of JSON."""
+"""Open an input file as a stream of bytes: text and JSON decompressed but otherwise unchanged, tables as JSON lines."""
 
 from __future__ import annotations
 
@@ -17,29 +17,29 @@ from seqlen_curriculum.errors import DataError
 __all__ = ["InputStream", "open_input"]
 
 _READ_BYTES = 2**16
-_PACKED_BYTES = 2**12  # gzip packs 1,032 to 1 at best: 4 KiB give 4 MiB at most, which are held at once
+_PACKED_BYTES = 2**12  # gzip compresses by up to 1,032: 4 KiB give at most 4 MiB, which are held at once
 _TABLE_ROWS = 16  # decoded at once
 
 
 class _DamageError(Exception):
-    """The file is truncated or damaged here."""
+    """Raised where a file is truncated or damaged."""
 
 
 class InputStream:
     """The content of an input file.
 
-    Where the file is truncated or damaged the content ends, and ``damage`` says why.
+    It ends where the file is truncated or damaged; ``damage`` is then the reason.
     """
 
     def __init__(self, chunks: Iterator[tuple[bytes, int]]) -> None:
         self._chunks = chunks
         self._held = bytearray()
         self.position = 0
-        """Bytes of the file read so far, packed if it is."""
+        """Bytes of the file read so far, before decompression."""
         self.damage = ""
 
     def read(self, size: int) -> bytes:
-        """Return the next ``size`` bytes, fewer only at the end."""
+        """Return the next ``size`` bytes, or fewer at the end."""
         while len(self._held) < size:
             try:
                 chunk, self.position = next(self._chunks)
@@ -56,7 +56,7 @@ class InputStream:
 
 @contextmanager
 def open_input(path: Path, json_keys: Sequence[str]) -> Iterator[InputStream]:
-    """Open ``path``; of a table the columns ``json_keys`` are read. Raises ``DataError`` if it can't be read at all."""
+    """Open ``path``; from a table, read the columns ``json_keys``. Raises ``DataError`` if the file can't be read at all."""
     suffix = path.suffix.lower()
     try:
         with open(path, "rb") as raw:
@@ -85,13 +85,13 @@ _UNPACKERS: dict[str, Callable[[], Any]] = {
 
 
 def _unpacked_chunks(raw: BinaryIO, unpacker: Callable[[], Any]) -> Iterator[tuple[bytes, int]]:
-    # gzip.open and the like lose what they unpacked before a damaged place; a decompression object has handed it out.
+    # gzip.open loses data that it decompressed before damage in the file. A decompression object returns it.
     unpack = unpacker()
     try:
         while packed := raw.read(_PACKED_BYTES):
             while packed:
                 if unpack.eof:
-                    # `cat a.gz b.gz` is a valid file of two members; tape archives fill up the last block with zeros.
+                    # `cat a.gz b.gz` is a valid file of two members. Tape archives pad the last block with zeros.
                     packed = packed.lstrip(b"\0")
                     if not packed:
                         break
@@ -103,7 +103,7 @@ def _unpacked_chunks(raw: BinaryIO, unpacker: Callable[[], Any]) -> Iterator[tup
         raise _DamageError(str(error)) from None
     if not unpack.eof:
         raise _DamageError("it ends too early")
-    yield b"", raw.tell()  # the last bytes of the file may have given no content
+    yield b"", raw.tell()  # the last bytes of the file may decompress to nothing
 
 
 def _table_chunks(path: Path, columns: list[str]) -> Iterator[tuple[bytes, int]]:
@@ -114,7 +114,7 @@ def _table_chunks(path: Path, columns: list[str]) -> Iterator[tuple[bytes, int]]
     read_rows = _parquet_rows if plain_suffix(path) == ".parquet" else _arrow_rows
     try:
         for rows, position in read_rows(path, columns):
-            # A value that JSON doesn't know (a date, bytes) becomes a list, which is refused as no string.
+            # A value that JSON can't represent (a date, bytes) becomes a list, which is refused because it is not a string.
             lines = [
                 json.dumps(row, ensure_ascii=False, default=lambda value: [str(value)]) for row in rows.to_pylist()
             ]
@@ -126,7 +126,7 @@ def _table_chunks(path: Path, columns: list[str]) -> Iterator[tuple[bytes, int]]
 def _parquet_rows(path: Path, columns: list[str]) -> Iterator[tuple[Any, int]]:
     import pyarrow.parquet
 
-    # Pages are read one by one: a group of rows, parquet's own unit, may be larger than memory.
+    # Pages are read one by one, because a row group, parquet's unit, may be larger than memory.
     with pyarrow.parquet.ParquetFile(path, buffer_size=2**20, pre_buffer=False) as table:
         _check_columns(path, columns, table.schema_arrow.names)
         file_bytes, rows_read = path.stat().st_size, 0
@@ -138,7 +138,7 @@ def _parquet_rows(path: Path, columns: list[str]) -> Iterator[tuple[Any, int]]:
 def _arrow_rows(path: Path, columns: list[str]) -> Iterator[tuple[Any, int]]:
     import pyarrow
 
-    with pyarrow.OSFile(str(path)) as stream:  # not a memory map: its pages would count as memory in use
+    with pyarrow.OSFile(str(path)) as stream:  # not a memory map, whose pages would count as used memory
         is_file_format = stream.read(6) == b"ARROW1"
         stream.seek(0)
         if is_file_format:
@@ -157,4 +157,4 @@ def _check_columns(path: Path, columns: list[str], available: list[str]) -> None
     missing = [column for column in columns if column not in available]
     if missing:
         names = ", ".join(map(repr, available)) or "none"
-        raise DataError(f"{path}: no column {missing[0]!r}, it has {names}; name the column with --json-keys")
+        raise DataError(f"{path}: no column {missing[0]!r}, it has {names}; select columns with --json-keys")

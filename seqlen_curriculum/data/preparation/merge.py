@@ -1,4 +1,4 @@
-"""Merge finished corpora: the result is the corpus that one preparation of all their texts gives."""
+"""Merge finished corpora. The result equals one preparation of all their texts."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ __all__ = ["merge", "merge_records"]
 
 
 def merge(prefixes: Sequence[str | os.PathLike[str]], output_prefix: str, overwrite: bool = False) -> PreparedCorpus:
-    """Write the corpora one after the other; all files are those that one preparation of all texts gives.
+    """Concatenate the corpora ``prefixes``; all files equal those of one preparation of all texts.
 
-    Settings that differ are listed in the record, one value per corpus. Raises ``DataError`` for corpora of different
-    vocabularies, tokenizers or ends of documents, for one given twice, and for one without its record.
+    Settings that differ are listed in the record, one value per corpus. Raises ``DataError`` for corpora with different
+    vocabularies, tokenizers or document ends, for a corpus given twice, and for a corpus without its record.
     """
     prefix, given = corpus_prefix(output_prefix), [corpus_prefix(path) for path in prefixes]
     paths = [os.path.realpath(path) for path in [*given, prefix]]
     if len(set(paths)) < len(paths):
-        raise DataError(f"{', '.join(given)} to {prefix}: one is given twice; name each corpus once")
+        raise DataError(f"{', '.join(given)} to {prefix}: a corpus is given twice; give each corpus once")
     records = [require_record(path) for path in given]
     _check_alike(given, records)
     record = merge_records(records)
@@ -60,13 +60,13 @@ def merge(prefixes: Sequence[str | os.PathLike[str]], output_prefix: str, overwr
 
 
 def _check_alike(prefixes: Sequence[str], records: Sequence[dict[str, Any]]) -> None:
-    """Raise ``DataError`` that names the first corpus that differs from the first one, and each difference."""
+    """Raise ``DataError`` if a corpus differs from the first one, naming it and each difference."""
     identities = []
     for prefix, record in zip(prefixes, records, strict=True):
         identity = {"dtype": IndexedCorpus(prefix).dtype.name}
         identity |= {key: record[key] for key in ("vocab_size", "end_of_text_id")}
         identity["append_eod"] = record["settings"]["append_eod"]
-        # Two tokenizers of one size give other ids to the same text; the files are compared, and the message shows 8 digits.
+        # Two tokenizers of the same size may give different ids, so their files are compared; the message shows 8 digits.
         tokenizer = Path(prefix + ".tokenizer.json").read_bytes()
         identity["tokenizer"] = hashlib.blake2b(tokenizer, digest_size=4).hexdigest()
         identities.append(identity)
@@ -82,7 +82,7 @@ def _check_alike(prefixes: Sequence[str], records: Sequence[dict[str, Any]]) -> 
 def merge_records(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Return the record of the merged corpus.
 
-    Counts are added. A setting with the same value everywhere stays as it is, another becomes a list with one value per
+    Counts are added. A setting with the same value in all corpora is kept. Any other becomes a list with one value per
     corpus: json_keys ``["text"]`` and ``["body"]`` give ``[["text"], ["body"]]``.
     """
     merged = dict(records[0])

@@ -1,4 +1,4 @@
-"""Prepare a corpus: from text files make ``PREFIX.bin``, ``PREFIX.idx``, ``PREFIX.tokenizer.json`` and ``PREFIX.json``."""
+"""Prepare a corpus: write ``PREFIX.bin``, ``PREFIX.idx``, ``PREFIX.tokenizer.json`` and ``PREFIX.json`` from text files."""
 
 from __future__ import annotations
 
@@ -39,27 +39,27 @@ __all__ = ["Request", "prepare", "usable_cores"]
 
 
 def usable_cores() -> int:
-    """Return how many cores this process may use."""
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @dataclass(frozen=True)
 class Request:
-    """What to prepare from what."""
+    """The inputs, outputs and options of a preparation."""
 
     output_prefix: str
     """Path of the outputs without suffix."""
     tokenizer: TokenizerChoice
     inputs: Sequence[Path] = ()
-    """Text, JSON lines and tables, and folders of them."""
+    """Files of text, JSON lines and tables, and folders of them."""
     stdlib: bool = False
     """Read the ``.py`` files of the running Python, one document each."""
     rules: Rules = field(default_factory=Rules)
-    """How inputs become documents; ``cut_text`` is set by the tokenizer."""
+    """The rules that turn inputs into documents; ``cut_text`` is set by the tokenizer."""
     workers: int = field(default_factory=usable_cores)
-    """Processes that encode; the result is the same for any number."""
+    """Number of encoding processes. The result is the same for any number."""
     overwrite: bool = False
-    """Replace outputs of other inputs or settings."""
+    """Replace outputs that were made from other inputs or settings."""
 
     def check(self) -> None:
         """Raise ``ConfigError`` for an option that is missing or out of range."""
@@ -75,7 +75,7 @@ class Request:
             raise ConfigError("--input: nothing to prepare; name text or JSON lines files or folders, or give --stdlib")
 
     def facts(self, files: Iterable[Path]) -> dict[str, Any]:
-        """Return everything that decides the outputs: with equal facts nothing is left to do."""
+        """Return everything that determines the outputs, to compare with a finished corpus."""
         settings = {
             "end_of_text": END_OF_TEXT,
             "append_eod": self.rules.append_eod,
@@ -87,25 +87,25 @@ class Request:
 
 
 def prepare(request: Request) -> PreparedCorpus:
-    """Tokenize the inputs into a corpus, unless that was done already with the same inputs and settings.
+    """Tokenize the inputs into a corpus, unless it already exists with the same inputs and settings.
 
-    Outputs appear together at the end, or not at all. After an interruption, a call with the same inputs and settings
-    resumes. Raises ``ConfigError`` for options and tokenizer files, and ``DataError`` for inputs, for outputs of something
-    else without ``overwrite``, and while another process prepares the same corpus.
+    The outputs appear together at the end, or not at all. After an interruption, the same call resumes. Raises
+    ``ConfigError`` for options and tokenizer files, and ``DataError`` for inputs, for outputs made from other inputs
+    without ``overwrite``, and while another process prepares the same corpus.
     """
     request.check()
     prefix = corpus_prefix(request.output_prefix)
-    # A folder of inputs may hold the outputs of an earlier run.
+    # A folder of inputs may contain the outputs of an earlier preparation.
     files = find_files(request.inputs, [Path(prefix + suffix) for suffix in OUTPUTS])
     files += stdlib_files() if request.stdlib else []
     facts = request.facts(files)
-    # A corpus that was finished but not moved is this one, even with overwrite: a killed run was about to put it there.
+    # Move a corpus that a killed process had finished, even with overwrite: it was about to replace the outputs.
     if publish_finished(prefix) or not request.overwrite:
         record = find_prepared(prefix, facts, request.overwrite, request.rules.stops_at)
         if record is not None:
             return PreparedCorpus(prefix, True, record)
     writable_folder("--output-prefix", Path(prefix).resolve().parent)
-    # Done work is counted in batches, so it can be resumed only with batches of the same size and the same library.
+    # Progress is counted in batches, so resuming needs the same batch size and the same library.
     reader = {"piece_bytes": PIECE_BYTES, "tokenizers": tokenizers.__version__}
     with PartialCorpus(prefix, {**facts, **reader}, request.rules.stops_at) as partial:
         job = _Job(request, files, partial)
@@ -118,14 +118,14 @@ def prepare(request: Request) -> PreparedCorpus:
 
 @dataclass(frozen=True)
 class _Job:
-    """The work on one corpus: train its tokenizer if need be, encode, count."""
+    """The steps that make one corpus: train its tokenizer if requested, encode, count."""
 
     request: Request
     files: Sequence[Path]
     partial: PartialCorpus
 
     def tokenizer(self) -> Tokenizer:
-        """Return the tokenizer that was chosen, or that an interrupted call trained."""
+        """Return the chosen tokenizer, or the one trained by an interrupted call."""
         trained = self.partial.trained()
         if trained is not None:
             return Tokenizer.from_str(trained)
@@ -135,18 +135,18 @@ class _Job:
         return tokenizer
 
     def texts(self) -> Iterator[str]:
-        """Yield the text of every document, long ones in parts, for a tokenizer to train on."""
+        """Yield the text of every document, long ones in parts, to train a tokenizer."""
         rules = self.request.rules
         with self.progress_bar("training the tokenizer") as bar:
             for batch in batches(self.files, rules):
-                tally = Tally(rules)  # not printed here but when the same batch is encoded
+                tally = Tally(rules)  # printed later, when the same batch is encoded
                 for piece in batch:
                     for part in text_parts(piece, rules, tally):
                         yield part.text
                 bar.update(sum(piece.input_bytes for piece in batch))
 
     def encode_with(self, tokenizer: Tokenizer) -> float:
-        """Append all documents that aren't done yet; return the bytes of text encoded per second."""
+        """Encode and append all remaining documents; return the bytes of text encoded per second."""
         rules = replace(self.request.rules, cut_text=splits_at_spaces(tokenizer))
         max_batches = -(-self.input_bytes() // PIECE_BYTES)  # 600,000 bytes: 3 pieces of 256 KiB, so 3 workers
         workers = min(self.request.workers, max_batches or 1)
@@ -155,7 +155,7 @@ class _Job:
         self.partial.open(vocab_size(tokenizer))
         stream = batches(self.files, rules)
         with self.progress_bar("encoding") as bar:
-            # Batches that are done are read again, because only reading shows where the next one starts; it costs little.
+            # Finished batches are read again to find the start of the next one, which costs little.
             for batch in islice(stream, progress.batches):
                 bar.update(sum(piece.input_bytes for piece in batch))
             for encoded in encode(stream, tokenizer.to_str(), rules, workers):
@@ -165,7 +165,7 @@ class _Job:
         return (progress.text_bytes - done_bytes) / (time.monotonic() - start)
 
     def print_problems(self, encoded: EncodedBatch) -> None:
-        """Print the problems of a batch that are among the first of their kind in the whole input."""
+        """Print those problems of a batch that are among the first of their kind in the whole input."""
         counts = Counter(self.partial.progress.left_out)
         for kind, message in encoded.problems:
             counts[kind] += 1
@@ -173,11 +173,11 @@ class _Job:
                 tqdm.write(f"warning: {message}; left out", file=sys.stderr)
 
     def totals(self, tokenizer: Tokenizer) -> dict[str, Any]:
-        """Return the numbers of the record. Raises ``DataError`` if no document is left."""
+        """Return the counts for the record. Raises ``DataError`` if there is no document."""
         progress = self.partial.progress
         if not progress.num_documents:
             left_out = ", ".join(f"{count} {kind}" for kind, count in progress.left_out.items()) or "nothing"
-            raise DataError(f"--input: no text in it (left out: {left_out}); give another")
+            raise DataError(f"--input: contains no text (left out: {left_out}); give another")
         return {
             "vocab_size": vocab_size(tokenizer),
             "end_of_text_id": end_of_text_id(tokenizer),

@@ -1,7 +1,7 @@
-"""An unfinished corpus, ``PREFIX.partial/``: the next process continues what a killed one has done.
+"""An unfinished corpus, ``PREFIX.partial/``, from which the next process resumes after a kill.
 
-The journal says how much of the other files is valid. Its first line holds what decides the corpus. Each further line
-holds the progress after a shard, and is written when everything before it is on disk.
+The journal records how much of the other files is valid. Its first line has the facts that determine the corpus. Each
+further line has the progress after a shard, and is written when everything before it is on disk.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from seqlen_curriculum.schedule.piecewise import IntArray
 
 __all__ = ["PartialCorpus", "Progress", "publish_finished"]
 
-SHARD_BYTES = 2**25  # 32 MiB of text, some seconds of work: the most that a kill costs
+SHARD_BYTES = 2**25  # 32 MiB of text, a few seconds of work: the most that a kill loses
 _MOVED = (".bin", ".tokenizer.json", ".json", ".idx")  # the .idx last: a pair with an .idx is complete
 _FINISHED = {"finished": True}
 _OWN_FILES = re.compile(r"lock|journal|\.?corpus\..*\.part(\.\d+\.tmp)?")
@@ -34,17 +34,17 @@ _OWN_FILES = re.compile(r"lock|journal|\.?corpus\..*\.part(\.\d+\.tmp)?")
 
 @dataclass
 class Progress:
-    """How much of a corpus is done; equal for the same inputs, however often the work was interrupted."""
+    """The finished part of a corpus. It doesn't depend on interruptions."""
 
     batches: int = 0
-    """Batches of the reader that are done."""
+    """Finished batches of the reader."""
     text_bytes: int = 0
     num_tokens: int = 0
     num_documents: int = 0
     open_tokens: int = 0
-    """Tokens at the end whose document has no end yet."""
+    """Tokens at the end that belong to an unfinished document."""
     left_out: dict[str, int] = field(default_factory=dict)
-    """How often each kind of problem occurred."""
+    """Number of occurrences of each kind of problem."""
 
 
 class _PartialFolder:
@@ -57,12 +57,12 @@ class _PartialFolder:
 
     def part(self, suffix: str) -> Path:
         """Return the path of the unfinished ``PREFIX + suffix``."""
-        # The name has no suffix of an input, so a folder of inputs may hold this one.
+        # The name doesn't have a suffix of input files, so a folder of inputs may contain this one.
         return self.path / f"corpus{suffix}.part"
 
     @contextmanager
     def explained_errors(self) -> Iterator[None]:
-        """Turn an OSError of the block into a ``DataError`` that says what to do."""
+        """Convert an OSError in the block to a ``DataError`` with a fix."""
         try:
             yield
         except OSError as error:
@@ -71,13 +71,15 @@ class _PartialFolder:
             ) from error
 
     def lock(self) -> None:
-        """Keep other processes out. Raises ``DataError`` if one is in."""
+        """Lock the folder. Raises ``DataError`` if another process has locked it."""
         self.lock_file = try_lock(self.path / "lock")
         if self.lock_file is None:
-            raise DataError(f"{self.path}: another process prepares this corpus; wait for it, or choose another prefix")
+            raise DataError(
+                f"{self.path}: another process is preparing this corpus; wait for it, or choose another prefix"
+            )
 
     def unlock(self) -> None:
-        """Let other processes in."""
+        """Release the lock."""
         if self.lock_file is not None:
             os.close(self.lock_file)
             self.lock_file = None
@@ -85,8 +87,7 @@ class _PartialFolder:
     def journal(self) -> tuple[list[dict[str, Any]], int]:
         """Return the valid lines of the journal and their size in bytes.
 
-        A process or machine that dies while it writes leaves half a line, or a line of zeros: that and what follows
-        doesn't count.
+        A crash during a write leaves a partial line or a line of zeros, which is ignored with everything after it.
         """
         try:
             content = (self.path / "journal").read_bytes()
@@ -106,22 +107,22 @@ class _PartialFolder:
         return lines, valid_bytes
 
     def log(self, line: Mapping[str, Any]) -> None:
-        """Append a line to the journal; on return it is on disk."""
+        """Append a line to the journal and flush it to disk."""
         with open(self.path / "journal", "a") as journal:
             journal.write(json.dumps(line) + "\n")
             journal.flush()
             os.fsync(journal.fileno())
 
     def publish(self) -> None:
-        """Move the finished corpus to its place."""
+        """Move the finished corpus to its final path."""
         publish({suffix: str(self.part(suffix)) for suffix in _MOVED}, self.prefix)
 
     def clear(self) -> None:
-        """Delete all files but the lock. Raises ``DataError`` if the folder holds any other file."""
+        """Delete all files except the lock. Raises ``DataError`` if the folder contains a foreign file."""
         foreign = [path.name for path in self.path.iterdir() if not _OWN_FILES.fullmatch(path.name)]
         if foreign:
             raise DataError(
-                f"{self.path}: is for unfinished corpora, but holds {foreign[0]!r}; move that, or choose another prefix"
+                f"{self.path}: is for unfinished corpora, but contains {foreign[0]!r}; move it, or choose another prefix"
             )
         for path in self.path.iterdir():
             if path.name != "lock":
@@ -135,17 +136,17 @@ class _PartialFolder:
 
 
 class PartialCorpus:
-    """Context manager of ``PREFIX.partial``, which one process at a time can hold.
+    """Context manager for ``PREFIX.partial``, used by one process at a time.
 
-    ``facts`` decide the corpus. A partial corpus of other facts is discarded, and so is one that left out a kind of input
-    that ``stops_at`` refuses. An exception leaves the folder for the next call, unless nothing in it is worth keeping.
-    Raises ``DataError`` while another process holds it, and for a disk that can't be written.
+    ``facts`` determine the corpus. A partial corpus with other facts is discarded, and so is one that skipped a kind of
+    input that ``stops_at`` refuses. After an exception the folder is kept for the next call if it has finished work.
+    Raises ``DataError`` while another process uses it, and for a disk that can't be written.
     """
 
     def __init__(self, prefix: str, facts: Mapping[str, Any], stops_at: Callable[[str], bool]) -> None:
         self.progress = Progress()
         self._folder = _PartialFolder(prefix)
-        self._header = json.loads(json.dumps(facts))  # as JSON gives it back: tuples become lists
+        self._header = json.loads(json.dumps(facts))  # as after a round trip through JSON: tuples become lists
         self._stops_at = stops_at
         self._files: TokenFiles | None = None
         self._saved_bytes = 0
@@ -157,7 +158,7 @@ class PartialCorpus:
             try:
                 self._resume_or_clear()
             except BaseException:
-                self._folder.unlock()  # no __exit__ follows
+                self._folder.unlock()  # __exit__ won't be called
                 raise
         return self
 
@@ -168,11 +169,11 @@ class PartialCorpus:
         if journal[:1] == [self._header] and not any(map(self._stops_at, progress.left_out)):
             os.truncate(folder.path / "journal", valid_bytes)
             self.progress = progress
-            done = f"{progress.num_documents:,} documents, {progress.num_tokens:,} tokens are done"
-            print(f"continuing {folder.path}: {done}", file=sys.stderr)
+            done = f"{progress.num_documents:,} documents, {progress.num_tokens:,} tokens done"
+            print(f"resuming {folder.path}: {done}", file=sys.stderr)
             return
         if journal:
-            print(f"discarding {folder.path}: it is of other inputs or settings", file=sys.stderr)
+            print(f"discarding {folder.path}: it was made from other inputs or settings", file=sys.stderr)
         folder.clear()
         folder.log(self._header)
 
@@ -181,15 +182,15 @@ class PartialCorpus:
     ) -> None:
         if self._files is not None:
             self._files.close()
-        # Worth keeping: a shard, whose progress is the journal's second line, or a trained tokenizer, except where the
-        # inputs are refused (a DataError): they will change, and with them the tokenizer.
+        # Kept if it has a shard, whose progress is the journal's second line, or a trained tokenizer. After a DataError
+        # the inputs will change, and with them the tokenizer, so then a tokenizer alone is not kept.
         has_shard = len(self._folder.journal()[0]) > 1
         has_tokenizer = self.trained() is not None and kind is not DataError
         try:
             if kind is None or not (has_shard or has_tokenizer):
                 self._folder.remove()
             else:
-                print(f"{self._folder.path} keeps what is done: rerun the same command to resume", file=sys.stderr)
+                print(f"progress is kept in {self._folder.path}: rerun the same command to resume", file=sys.stderr)
         finally:
             self._folder.unlock()
         if isinstance(error, OSError):
@@ -197,16 +198,16 @@ class PartialCorpus:
                 raise error
 
     def trained(self) -> str | None:
-        """Return the tokenizer that was trained for this corpus, ``None`` until that is done."""
+        """Return the tokenizer trained for this corpus, ``None`` before that."""
         path = self._folder.part(".trained")
         return path.read_text("utf-8") if path.exists() else None
 
     def keep_trained(self, tokenizer_json: str) -> None:
-        """Keep a trained tokenizer for the next call."""
+        """Store a trained tokenizer for the next call."""
         replace_text(self._folder.part(".trained"), tokenizer_json)
 
     def open(self, vocab_size: int) -> None:
-        """Open the tokens that are done, so that ``add`` continues them."""
+        """Open the finished tokens so that ``add`` appends to them."""
         done = self.progress
         counts = (done.num_tokens, done.num_documents, done.open_tokens)
         paths = (str(self._folder.part(".bin")), str(self._folder.part(".lengths")))
@@ -214,7 +215,7 @@ class PartialCorpus:
         self._saved_bytes = done.text_bytes
 
     def add(self, tokens: ArrayLike, ends: IntArray, text_bytes: int, left_out: Mapping[str, int]) -> None:
-        """Append the result of one batch, see ``TokenFiles.add_tokens``. A full shard is made durable."""
+        """Append the result of one batch, see ``TokenFiles.add_tokens``. A full shard is flushed to disk."""
         assert self._files is not None
         done, files = self.progress, self._files
         files.add_tokens(tokens, ends)
@@ -224,23 +225,23 @@ class PartialCorpus:
             done.left_out[kind] = done.left_out.get(kind, 0) + count
         done.num_tokens, done.num_documents, done.open_tokens = files.num_tokens, files.num_documents, files.open_tokens
         if done.text_bytes - self._saved_bytes >= SHARD_BYTES:
-            files.sync()  # before the journal, which must not promise more than the disk has
+            files.sync()  # before the journal, which must not list data that isn't on disk
             self._folder.log(asdict(done))
             self._saved_bytes = done.text_bytes
 
     def finish(self, tokenizer_json: str, record: Mapping[str, Any]) -> None:
-        """Move the whole corpus to its place."""
+        """Move the finished corpus to its final path."""
         assert self._files is not None
         replace_text(self._folder.part(".tokenizer.json"), tokenizer_json)
         replace_text(self._folder.part(".json"), json.dumps(record, indent=2) + "\n")
         self._files.write_index(str(self._folder.part(".idx")))
-        # From this line on all parts are complete: killed while it moves them, the process leaves the rest to the next one.
+        # After this line all parts are complete. If the process is killed while it moves them, the next one moves the rest.
         self._folder.log(_FINISHED)
         self._folder.publish()
 
 
 def publish_finished(prefix: str) -> bool:
-    """Move a corpus to its place that a killed process finished but did not move; return whether there was one."""
+    """Move a corpus that a killed process finished but did not move; return whether there was one."""
     folder = _PartialFolder(prefix)
     if not folder.path.exists():
         return False
@@ -251,7 +252,7 @@ def publish_finished(prefix: str) -> bool:
             finished = journal[-1:] == [_FINISHED]
             if finished:
                 folder.publish()
-            if finished or not journal:  # a folder without a journal is left of a removal that was interrupted
+            if finished or not journal:  # a folder without a journal remains from an interrupted removal
                 folder.remove()
         finally:
             folder.unlock()

@@ -1,4 +1,4 @@
-"""Take the texts out of a piece of an input, and report what can't be used."""
+"""Extract the texts from a piece of an input, and report parts that can't be used."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from seqlen_curriculum.errors import DataError
 
 __all__ = ["REPORTED_PROBLEMS", "Tally", "TextPart", "UnusableLineError", "document_text", "split_text", "text_parts"]
 
-REPORTED_PROBLEMS = 5  # of each kind; others are only counted
+REPORTED_PROBLEMS = 5  # of each kind; the others are only counted
 _WORD_END = re.compile(r"\S(?=[ \n])")
 
 
 class UnusableLineError(Exception):
-    """A line can't be used: the kind of problem, and what to do."""
+    """A line that can't be used: the kind of problem, and the fix."""
 
     def __init__(self, kind: ProblemKind, problem: str) -> None:
         super().__init__(problem)
@@ -37,25 +37,25 @@ class UnusableLineError(Exception):
 
 
 class Tally:
-    """Count what is left out. Raise ``DataError`` where the rules say stop."""
+    """Counts of skipped input. Raises ``DataError`` if the rules refuse it."""
 
     def __init__(self, rules: Rules) -> None:
         self._rules = rules
         self.counts: Counter[str] = Counter()
         self.problems: list[InputProblem] = []
-        """The first ``REPORTED_PROBLEMS`` of each kind."""
+        """The first ``REPORTED_PROBLEMS`` problems of each kind."""
 
     def report(self, problem: InputProblem) -> None:
-        """Count ``problem``, or refuse it."""
+        """Count ``problem``, or raise ``DataError``."""
         if self._rules.stops_at(problem.kind):
             flag = "--on-empty" if problem.kind == "empty" else "--on-bad-input"
-            raise DataError(f"{problem.message}; {flag} skip leaves out what can't be used and continues")
+            raise DataError(f"{problem.message}; or give {flag} skip to leave it out and continue")
         self.counts[problem.kind] += 1
         if self.counts[problem.kind] <= REPORTED_PROBLEMS:
             self.problems.append(problem)
 
     def report_line(self, path: Path, number: int, error: UnusableLineError) -> None:
-        """Report line ``number`` of ``path``, from 1."""
+        """Report line ``number`` (from 1) of ``path``."""
         place = "row" if plain_suffix(path) in TABLE_SUFFIXES else "line"
         self.report(InputProblem(error.kind, f"{path}, {place} {number}: {error}"))
 
@@ -65,11 +65,11 @@ class TextPart(NamedTuple):
 
     text: str
     ends: bool
-    """Whether the document ends here."""
+    """True for the last part of a document."""
 
 
 def text_parts(piece: FilePiece, rules: Rules, tally: Tally) -> Iterator[TextPart]:
-    """Yield the texts in a piece without empty documents; report to ``tally`` what is empty or can't be used."""
+    """Yield the non-empty texts in a piece; report empty and unusable ones to ``tally``."""
     for problem in piece.problems:
         tally.report(problem)
     if is_text(piece.path):
@@ -89,11 +89,11 @@ def _plain_parts(piece: FilePiece, tally: Tally) -> Iterator[TextPart]:
             except UnusableLineError as error:
                 tally.report_line(piece.path, number, error)
         text = "\n".join(lines)
-    # A blank piece of a longer document is yielded: its spaces are text, and the last piece must end the document.
+    # A blank piece of a longer document is yielded, because its spaces are text and the last piece ends the document.
     is_whole_file = piece.starts and piece.ends
     if text.strip() or not is_whole_file:
         yield TextPart(text, piece.ends)
-    elif not piece.data.strip() and not piece.problems:  # nothing was left out of it, it was empty
+    elif not piece.data.strip() and not piece.problems:  # the document was empty, and nothing in it was skipped
         tally.report(InputProblem("empty", f"{piece.path}, line 1: an empty document"))
 
 
@@ -115,12 +115,12 @@ def _json_parts(piece: FilePiece, rules: Rules, tally: Tally) -> Iterator[TextPa
 
 
 def split_text(text: str) -> Iterator[str]:
-    """Split a text before spaces that follow a non-space, into parts of ``PIECE_BYTES / 4`` characters or a little more.
+    """Split a text before spaces that follow a non-space, into parts of about ``PIECE_BYTES / 4`` characters.
 
-    The parts give the tokens of the whole, because no word of GPT-2's pre-tokenizer crosses such a place.
+    The parts give the same tokens as the whole text, because no word of GPT-2's pre-tokenizer crosses such a place.
     """
     start = 0
-    # The offset counts characters, of up to 4 bytes: 65,536 of them are 64 KiB of English, 192 KiB of Chinese.
+    # Offsets count characters of up to 4 bytes: 65,536 of them are 64 KiB of English or 192 KiB of Chinese.
     while match := _WORD_END.search(text, start + PIECE_BYTES // 4):
         yield text[start : match.end()]
         start = match.end()
@@ -128,21 +128,21 @@ def split_text(text: str) -> Iterator[str]:
 
 
 def document_text(line: bytes, keys: Sequence[str]) -> str:
-    """Return the texts under ``keys`` of a line of JSON, joined by newlines. Raises ``UnusableLineError``."""
+    """Return the texts under ``keys`` in a JSON line, joined by newlines. Raises ``UnusableLineError``."""
     record = _parse_object(_decode_line(line))
     texts = []
     for key in keys:
         if key not in record:
-            problem = f"no key {key!r}, it has {', '.join(map(repr, record)) or 'none'}; name the key with --json-keys"
+            problem = f"no key {key!r}, it has {', '.join(map(repr, record)) or 'none'}; select keys with --json-keys"
             raise UnusableLineError("no_text", problem)
         text = record[key]
         if not isinstance(text, str):
-            problem = f"{key!r} is {_json_type(text)}, not a string; name another key with --json-keys"
+            problem = f"{key!r} is {_json_type(text)}, not a string; select another key with --json-keys"
             raise UnusableLineError("no_text", problem)
         try:
             text.encode()
         except UnicodeEncodeError:
-            problem = f"{key!r} has half of a surrogate pair, which is no character; repair the text"
+            problem = f"{key!r} has half of a surrogate pair, which is not a character; repair the text"
             raise UnusableLineError("not_utf8", problem) from None
         texts.append(text)
     document = "\n".join(texts)
@@ -165,11 +165,11 @@ def _parse_object(line: str) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         problem = f"not valid JSON ({error.msg} at column {error.colno}); each line is one JSON object"
         raise UnusableLineError("bad_json", problem) from None
-    except (ValueError, RecursionError):  # a number of thousands of digits, thousands of nested brackets
+    except (ValueError, RecursionError):  # a number with thousands of digits, or thousands of nested brackets
         problem = "a number or a nesting too large for JSON; remove the line"
         raise UnusableLineError("bad_json", problem) from None
     if not isinstance(record, dict):
-        hint = "; write each of its objects on a line of its own (jq -c .[])" if isinstance(record, list) else ""
+        hint = "; write each of its objects on its own line (jq -c .[])" if isinstance(record, list) else ""
         problem = f"{_json_type(record)}, not a JSON object; each line is one JSON object{hint}"
         raise UnusableLineError("bad_json", problem)
     return record

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import hashlib
 import os
+import select
 import signal
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from seqlen_curriculum.errors import DIVERGED, ConfigError, DivergenceError, SeqlenCurriculumError
 from seqlen_curriculum.launchers import global_rank, launch
 
-__all__ = ["Parser", "add_launcher_flags", "grow_memory_segments", "need_launcher", "run", "short_names", "warn"]
+__all__ = ["grow_memory_segments", "run", "short_names", "usage_error", "warn"]
 
 _STARTED = time.time()
 _PATIENCE = 10.0
@@ -32,19 +32,35 @@ def run(main: Callable[[], int | None], ranked: bool = False) -> None:
     """Call ``main``, which returns an exit status; a user's error is printed as ``error: ...`` and has a status of its own.
 
     ``ranked`` is for commands that a launcher starts once per rank: there rank 0 prints, and the other ranks end silently
-    with the same status. The status is DIVERGED for a training that diverged, 130 for an interrupt, else 1.
+    with the same status. The status is DIVERGED for a training that diverged, 130 for an interrupt, 141 where the reader
+    of the output has closed it, else 1.
     """
+    try:
+        try:
+            status = _call(main, ranked)
+        finally:
+            if sys.stdout:
+                sys.stdout.flush()
+    except BrokenPipeError:  # of `slw plan FILE | head`: silent, with the status of a process that SIGPIPE ended
+        if not _discard_output():
+            raise
+        status = 128 + signal.SIGPIPE
+    if status:
+        sys.exit(status)
+
+
+def _call(main: Callable[[], int | None], ranked: bool) -> int:
+    """Return the exit status of ``main`` or of its error, after printing the error."""
     if ranked:
         _remove_old_markers()
     try:
-        status = main()
+        status = main() or 0
         if status:
             _keep_status()
         distributed: Any = sys.modules.get("torch.distributed")
         if distributed is not None and distributed.is_initialized():
             distributed.destroy_process_group()  # else its threads may abort the process as it exits
-        if status:
-            sys.exit(status)
+        return status
     except SeqlenCurriculumError as error:
         if isinstance(error, DivergenceError):
             _keep_status()
@@ -52,13 +68,32 @@ def run(main: Callable[[], int | None], ranked: bool = False) -> None:
             _print_once(error)
         else:
             print(f"error: {error}", file=sys.stderr)
-        sys.exit(DIVERGED if isinstance(error, DivergenceError) else 1)
+        return DIVERGED if isinstance(error, DivergenceError) else 1
     except KeyboardInterrupt:
         if not ranked or global_rank() == 0:
             print("interrupted", file=sys.stderr)
-        sys.exit(130)
-    except BrokenPipeError:  # `command | head` closed the pipe: not an error
-        sys.stderr.close()
+        return 130
+
+
+def _discard_output() -> bool:
+    """Send the outputs whose readers have closed them to /dev/null, and return whether there are any.
+
+    Python flushes its outputs once more as it exits, and would print an error.
+    """
+    poll = select.poll()
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        with contextlib.suppress(OSError):  # no file, as in a notebook
+            poll.register(stream.fileno(), 0)
+    closed = [number for number, event in poll.poll(0) if event & select.POLLERR]
+    for number in closed:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), number)
+    return bool(closed)
+
+
+def usage_error(message: str) -> NoReturn:
+    """Print a mistake in the command's arguments as one line, and exit with status 2, as is usual for these."""
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
 
 
 def _keep_status() -> None:
@@ -123,31 +158,6 @@ def _is_set(store: Any) -> bool:
     with contextlib.suppress(RuntimeError):
         return bool(store.check([_PRINTED]))
     return False
-
-
-def need_launcher(script: str) -> None:
-    """Raise ConfigError in a process that no launcher has started."""
-    if launch() is None:
-        raise ConfigError(
-            f"{script}: no launcher has started it; begin the command with deepspeed instead of python, or with torchrun, "
-            "mpirun -n N python, or srun --ntasks N python (N of 2 or more)"
-        )
-
-
-class Parser(argparse.ArgumentParser):
-    """The flags of a command. Its description keeps its line breaks in ``--help``.
-
-    Flags can't be abbreviated: ``--deepspeed`` is a flag of its own, not the beginning of ``--deepspeed_config``.
-    """
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**{"allow_abbrev": False, "formatter_class": argparse.RawDescriptionHelpFormatter, **options})
-
-
-def add_launcher_flags(parser: argparse.ArgumentParser) -> None:
-    """Accept the flags that launchers add to a script's own, or that users of DeepSpeed are used to give."""
-    parser.add_argument("--deepspeed", action="store_true", help="accepted and without effect: DeepSpeed always trains")
-    parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)
 
 
 def grow_memory_segments() -> None:

@@ -1,0 +1,35 @@
+"""Pearson's correlation coefficient with its p-value, without SciPy, which would double the size of a core installation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+__all__ = ["pearson"]
+
+
+def pearson(first: Sequence[float], second: Sequence[float]) -> tuple[float, float]:
+    """Return Pearson's r and the two-sided p-value, of three or more pairs of which neither side is constant.
+
+    The p-value is that of Student's t-test: the probability that n uncorrelated, normally distributed pairs have an |r| at
+    least as large. With x = 1 - r^2 it is the regularized incomplete beta function I_x(n/2 - 1, 1/2).
+    """
+    r = float(np.clip(np.corrcoef(first, second)[0, 1], -1, 1))
+    return r, _incomplete_beta((1 - r) * (1 + r), len(first) / 2 - 1, 0.5)
+
+
+def _incomplete_beta(x: float, a: float, b: float) -> float:
+    """Return the regularized incomplete beta function I_x(a, b) by its continued fraction (DLMF 8.17.22)."""
+    if x > (a + 1) / (a + b + 2):  # where the fraction converges slowly; there the complement is small
+        return 1 - _incomplete_beta(1 - x, b, a)
+    if x == 0:
+        return 0.0
+    fraction = 1.0
+    for m in range(50 + 5 * math.isqrt(math.ceil(a + b)), -1, -1):  # it needs in the order of sqrt(max(a, b)) terms
+        even = (m + 1) * (b - m - 1) * x / ((a + 2 * m + 1) * (a + 2 * m + 2))
+        odd = -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1))
+        fraction = 1 + odd / (1 + even / fraction)
+    log_beta = math.lgamma(a) + math.lgamma(b) - math.lgamma(a + b)
+    return math.exp(a * math.log(x) + b * math.log1p(-x) - log_beta) / (a * fraction)

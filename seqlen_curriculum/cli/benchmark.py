@@ -1,0 +1,182 @@
+"""Measure this machine: throughput at every sequence length, data loading, or the overhead of the training loop.
+
+Example:
+  slw benchmark throughput run.json --rounds 5 --png throughput.png
+  slw benchmark data run.json --set data.leftovers=recycle
+  slw benchmark loop run.json --set model.num_layers=4
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import socket
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from seqlen_curriculum.cli.flags import Parser, add_json, add_launcher_flags, add_run_file
+from seqlen_curriculum.cli.launching import add_ranks, local_ranks, start_ranks
+from seqlen_curriculum.errors import ConfigError
+from seqlen_curriculum.files import picture_path, replace_text, writable_folder
+from seqlen_curriculum.launchers import global_rank, launch
+
+
+def parser() -> Parser:
+    flags = Parser(prog="slw benchmark", description=__doc__)
+    add_launcher_flags(flags)
+    kinds = flags.add_subparsers(title="what to measure", required=True, metavar="throughput|data|loop")
+    throughput = kinds.add_parser("throughput", help="measure tokens/s at every sequence length")
+    throughput.set_defaults(measure=measure_throughput)
+    throughput.add_argument(
+        "--lengths",
+        nargs="+",
+        type=int,
+        metavar="S",
+        help="sequence lengths (default: 8, 16, 32, ... up to data.seq_length)",
+    )
+    throughput.add_argument(
+        "--kinds",
+        nargs="+",
+        default=["fixed", "balanced"],
+        choices=["fixed", "balanced", "segment", "window"],
+        help="how samples are shortened: truncated in fixed or balanced micro-batches, segments or windows (default: fixed "
+        "balanced)",
+    )
+    throughput.add_argument(
+        "--device", default="auto", help="auto (default), or the name of a DeepSpeed accelerator, for example cpu"
+    )
+    add_ranks(throughput)
+    throughput.add_argument(
+        "--png", type=Path, metavar="PATH", help="plot tokens/s against sequence length to a .png, .pdf or .svg file"
+    )
+    data = kinds.add_parser("data", help="measure how fast samples are located and read, compared with numpy")
+    data.set_defaults(measure=measure_data)
+    data.add_argument(
+        "--find-tokens",
+        type=float,
+        default=157e9,
+        metavar="N",
+        help="size of the sparse file in which samples are located, in tokens (default: 157e9)",
+    )
+    data.add_argument(
+        "--read-tokens",
+        type=float,
+        default=500e6,
+        metavar="N",
+        help="size of the file that is read, in tokens (default: 500e6, which is 1 GB)",
+    )
+    data.add_argument(
+        "--folder",
+        type=Path,
+        metavar="PATH",
+        help="folder of both files, which are removed at the end (default: the system's temporary folder)",
+    )
+    loop = kinds.add_parser(
+        "loop", help="compare the CPU time of the training loop with a bare DeepSpeed loop, on one rank"
+    )
+    loop.set_defaults(measure=measure_loop)
+    loop.add_argument("--steps", type=int, default=1, metavar="N", help="steps of each loop in a round (default: 1)")
+    for kind, rounds in ((throughput, 5), (data, 20), (loop, 300)):
+        add_run_file(kind)
+        kind.add_argument(
+            "--rounds", type=int, default=rounds, help=f"rounds whose median is reported (default: {rounds})"
+        )
+        add_json(kind)
+        kind.add_argument("--out", type=Path, metavar="FILE", help="write the object of --json to a file")
+    return flags
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    words = sys.argv[1:] if argv is None else argv
+    args = parser().parse_args(words)
+    if args.rounds < 1:
+        raise ConfigError(f"--rounds: {args.rounds} is not valid: it must be 1 or more")
+    if args.out:
+        writable_folder("--out", args.out.resolve().parent)
+    args.measure(args, words)
+
+
+def measure_throughput(args: argparse.Namespace, words: Sequence[str]) -> None:
+    from seqlen_curriculum.config.run import RunConfig  # after --help: numpy and pydantic take a moment
+
+    config = RunConfig.load(args.config, args.set, require=("optimizer", "model", "data"))
+    assert config.data is not None
+    seq_length = config.data.seq_length
+    lengths = args.lengths or [8 << doubling for doubling in range(24) if 8 << doubling <= seq_length]  # 8, 16, 32, ...
+    if not all(1 <= seqlen <= seq_length for seqlen in lengths):
+        raise ConfigError(f"--lengths {lengths}: not all from 1 to data.seq_length, {seq_length}; give others")
+    png = picture_path("--png", args.png) if args.png else None
+    if args.device != "auto":
+        os.environ["DS_ACCELERATOR"] = args.device
+    if launch() is None or args.ranks is not None:
+        start_ranks(local_ranks(args.ranks), "seqlen_curriculum", ["benchmark", *words])
+
+    from seqlen_curriculum.training.benchmark import measure_throughput
+
+    records = measure_throughput(config, lengths, args.rounds, args.kinds)
+    if global_rank() != 0:
+        return
+    from seqlen_curriculum.analysis.benchmark import draw_throughput, throughput_table
+
+    show(args, {"throughput": records}, throughput_table(records))
+    if png:
+        draw_throughput(records, png)
+
+
+def measure_data(args: argparse.Namespace, words: Sequence[str]) -> None:  # noqa: ARG001 - as the other two
+    from seqlen_curriculum.config.run import RunConfig
+
+    config = RunConfig.load(args.config, args.set, require=("data", "training"))
+    assert config.data is not None
+    rows, seq_length = config.global_batch, config.data.seq_length
+    if min(args.find_tokens, args.read_tokens) < 100 * seq_length:
+        raise ConfigError(
+            f"--find-tokens {args.find_tokens:g}, --read-tokens {args.read_tokens:g}: give at least 100 times "
+            f"data.seq_length, {100 * seq_length}"
+        )
+    if args.folder:
+        writable_folder("--folder", args.folder)
+
+    from seqlen_curriculum.data import benchmark
+
+    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+        finding = benchmark.measure_finding(config, Path(folder), int(args.find_tokens), 50 * args.rounds)
+        reading = benchmark.measure_reading(Path(folder), int(args.read_tokens), rows, seq_length, args.rounds)
+    text = f"{benchmark.describe_finding(finding)}\n{benchmark.reading_table(reading)}"
+    show(args, {"finding": finding, "reading": reading}, text)
+
+
+def measure_loop(args: argparse.Namespace, words: Sequence[str]) -> None:  # noqa: ARG001 - as the other two
+    from seqlen_curriculum.config.run import RunConfig
+
+    config = RunConfig.load(args.config, args.set, require=("optimizer", "model", "data", "training"))
+    if args.steps < 1 or (args.rounds + 1) * args.steps > config.plan.steps:
+        raise ConfigError(
+            f"--steps {args.steps}: {args.rounds + 1} rounds of it must be 1 to {config.plan.steps} steps, those of the run"
+        )
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError(f"WORLD_SIZE: {os.environ['WORLD_SIZE']} ranks; the loops are compared on one")
+    if "RANK" not in os.environ:  # no launcher: a launch of one process
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        variables = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        os.environ.update(variables)
+
+    from seqlen_curriculum.analysis.benchmark import describe_loop
+    from seqlen_curriculum.training.loop_benchmark import measure_loop
+
+    with tempfile.TemporaryDirectory() as folder:
+        record = measure_loop(config, Path(folder), args.steps, args.rounds)
+    show(args, record, describe_loop(record))
+
+
+def show(args: argparse.Namespace, numbers: dict[str, Any], text: str) -> None:
+    """Print the result as text, or with --json as JSON, and write it to --out."""
+    print(json.dumps(numbers, indent=2) if args.json else text)
+    if args.out:
+        replace_text(args.out, json.dumps(numbers, indent=2) + "\n")

@@ -1,0 +1,138 @@
+"""List, print and copy the configurations that come with the package.
+
+Example:
+  slw configs list
+  slw configs show mini/slw_calm
+  slw configs copy tiny_cpu --out run.json
+
+A copy is yours to change. Nothing is overwritten. The JSON schema, by which editors complete and check the file, is copied
+beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from seqlen_curriculum.cli.flags import Parser, add_json
+from seqlen_curriculum.errors import ConfigError
+from seqlen_curriculum.shipped import shipped_folder
+
+SCHEMA = "run.schema.json"
+
+
+def parser() -> Parser:
+    flags = Parser(prog="slw configs", description=__doc__)
+    actions = flags.add_subparsers(title="actions", required=True, metavar="list|show|copy")
+    listing = actions.add_parser("list", help="name each configuration, with its sizes")
+    listing.set_defaults(action=list_configs)
+    add_json(listing)
+    show = actions.add_parser("show", help="print one")
+    show.set_defaults(action=show_config)
+    copy = actions.add_parser("copy", help="copy one into a file of your own")
+    copy.set_defaults(action=copy_config)
+    for action in (show, copy):
+        action.add_argument(
+            "name", metavar="NAME", help="as in the list; its last part alone is enough if it is unique"
+        )
+    copy.add_argument(
+        "--out", type=Path, metavar="PATH", help="file or folder to copy to (default: the current folder)"
+    )
+    return flags
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parser().parse_args(argv)
+    args.action(args)
+
+
+def shipped_configs() -> dict[str, Path]:
+    """Return the files of the configurations by name: ``mini/slw_calm`` is ``configs/mini/slw_calm.json``."""
+    folder = shipped_folder("configs")
+    paths = sorted(path for path in folder.rglob("*.json") if path.name != SCHEMA)
+    return {path.relative_to(folder).with_suffix("").as_posix(): path for path in paths}
+
+
+def find_config(name: str) -> Path:
+    """Return the file of the configuration ``name``. Raises ConfigError with the nearest names."""
+    configs = shipped_configs()
+    wanted = name.removesuffix(".json")
+    found = [known for known in configs if wanted in (known, known.rpartition("/")[2])]
+    if len(found) != 1:
+        from seqlen_curriculum.fields import nearest
+
+        raise ConfigError(f"NAME {name}: no such configuration{nearest(wanted, configs)}; see slw configs list")
+    return configs[found[0]]
+
+
+def list_configs(args: argparse.Namespace) -> None:
+    rows: list[dict[str, Any]] = [{"name": name, **sizes(path)} for name, path in shipped_configs().items()]
+    if args.json:
+        print(json.dumps({"configs": rows}, indent=2))
+        return
+    width = max(len(row["name"]) for row in rows)
+    print(f"{'name':<{width}} {'parameters':>10} {'tokens':>7}  {'batch size':<12} sequence length")
+    for row in rows:
+        steps = f", full from step {row['full_length_step']:,}" if row["full_length_step"] > 1 else ""
+        print(
+            f"{row['name']:<{width}} {_short(row['parameters']):>10} {_short(row['train_tokens']):>7}  "
+            f"{_from_to(row['first_batch_size'], row['batch_size']):<12} "
+            f"{_from_to(row['first_seqlen'], row['seq_length'])}{steps}"
+        )
+
+
+def sizes(path: Path) -> dict[str, Any]:
+    """Return the parameters of the model, the token budget, and the first and the full batch size and sequence length."""
+    from seqlen_curriculum.config.run import RunConfig  # after --help: numpy and pydantic take a moment
+
+    config = RunConfig.load(path, require=("model", "data", "training"))
+    assert config.model is not None
+    assert config.data is not None
+    timeline = config.timeline()
+    return {
+        "parameters": config.model.parameter_count(),
+        "train_tokens": config.train_tokens,
+        "first_batch_size": timeline.samples(1),
+        "batch_size": config.global_batch,
+        "first_seqlen": timeline.seqlen(1),
+        "seq_length": config.data.seq_length,
+        "full_length_step": timeline.first_step_at(config.data.seq_length),
+    }
+
+
+def _from_to(first: int, last: int) -> str:
+    return f"{last:,}" if first == last else f"{first:,} to {last:,}"
+
+
+def _short(number: int) -> str:
+    """Return a count as papers write it: 124M, 1.56B."""
+    unit, size = next(pair for pair in (("B", 1e9), ("M", 1e6), ("k", 1e3), ("", 1)) if number >= pair[1])
+    return f"{number / size:.3g}{unit}"
+
+
+def show_config(args: argparse.Namespace) -> None:
+    print(find_config(args.name).read_text(encoding="utf-8"), end="")
+
+
+def copy_config(args: argparse.Namespace) -> None:
+    source = find_config(args.name)
+    target = args.out or Path()
+    if target.is_dir():
+        target /= source.name
+    schema = target.with_name(SCHEMA)
+    text = re.sub(r'("\$schema"\s*:\s*)"[^"]*"', rf'\1"{SCHEMA}"', source.read_text(encoding="utf-8"), count=1)
+    try:
+        with target.open("x", encoding="utf-8") as file:
+            file.write(text)
+        if not schema.exists():
+            shutil.copy(shipped_folder("configs") / SCHEMA, schema)
+    except FileExistsError:
+        raise ConfigError(f"--out {target}: exists, and nothing is overwritten; name another file") from None
+    except OSError as error:
+        raise ConfigError(f"--out {target}: can't be written ({error.strerror}); name another place") from error
+    print(target)

@@ -1,0 +1,37 @@
+"""The optional packages, and the extra of this package that installs each."""
+
+from __future__ import annotations
+
+import importlib.util
+
+__all__ = ["EXTRAS", "install_command", "installed_extras", "missing_package"]
+
+EXTRAS = {
+    "train": ("torch", "deepspeed", "transformers", "tokenizers"),
+    "eval": ("lm_eval",),
+    "monitor": ("tensorboard", "wandb"),
+    "datasets": ("datasets", "pyarrow"),
+}
+"""The modules that each extra installs, as in pyproject.toml; without one of them everything else works."""
+
+
+def install_command(extra: str) -> str:
+    """Return the command that installs an extra."""
+    return f"pip install 'seqlen-curriculum[{extra}]'"
+
+
+def missing_package(module: str | None) -> str | None:
+    """Return the line for a module that is missing and that an extra installs; None if no extra does.
+
+    Give it ``name`` of a ModuleNotFoundError. A submodule that is missing from an installed package gives None: that is a
+    mistake in that package.
+    """
+    for extra, modules in EXTRAS.items():
+        if module in modules:
+            return f"{module} is not installed; {install_command(extra)}"
+    return None
+
+
+def installed_extras() -> dict[str, bool]:
+    """Return for each extra whether all of its modules are there. Imports none of them."""
+    return {extra: all(map(importlib.util.find_spec, modules)) for extra, modules in EXTRAS.items()}

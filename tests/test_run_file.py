@@ -1,0 +1,254 @@
+"""A run's file as people write it: comments, paths beside it, and the folder of a run in its place."""
+
+import json
+import re
+from pathlib import Path
+
+import hjson
+import numpy as np
+import pytest
+from helpers.settings import changed
+from helpers.wrong_files import GOOD
+from hypothesis import given
+from hypothesis import strategies as st
+
+from seqlen_curriculum import ConfigError, DataError, RunConfig
+from seqlen_curriculum.config.run_file import read_run_file
+from seqlen_curriculum.data.from_config import open_run_data, open_samples
+from seqlen_curriculum.data.writer import CorpusWriter
+from seqlen_curriculum.files import read_json, without_comments
+
+COMMENTED = """\ufeff{
+  // a curriculum of "8" to 64 tokens, /* and no end
+  "train_batch_size": 8, # rows
+  "optimizer": {"type": "Adam", "params": {"lr": 1e-3 /* of 512 rows */,},},
+  /* "fp16": {"enabled": true},
+     "bf16": {} */
+  "model": {"preset": "tiny-200k"},  // "data": {}
+  "_comment": "// # /* */ , ] \\" # }",
+  "_list": ["a,", [], {}, "]",
+  ],
+}
+"""
+
+# Any JSON, with "//", "#", quotes, commas and brackets in its texts.
+TEXTS = st.text(alphabet=st.sampled_from('ab/#*,]}"\\ \n:'), max_size=6)
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-(10**6), 10**6) | TEXTS,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXTS, inner, max_size=3),
+    max_leaves=12,
+)
+GAPS = st.sampled_from(["", " ", "\n", '// c ] " ,\n', "# c } '\n", '/* "a", /* ] \n */', "/**/"])
+
+
+def write_as_people_do(value, draw):
+    """``value`` as JSON with a comment or a space wherever one may stand, and with trailing commas."""
+
+    def gap():
+        return draw(GAPS)
+
+    def last_comma(items):
+        return gap() + "," if items and draw(st.booleans()) else ""
+
+    def text(item):
+        if isinstance(item, list):
+            inner = ",".join(gap() + text(element) + gap() for element in item)
+            return "[" + inner + last_comma(item) + gap() + "]"
+        if isinstance(item, dict):
+            inner = ",".join(f"{gap()}{json.dumps(key)}{gap()}:{gap()}{text(item[key])}{gap()}" for key in item)
+            return "{" + inner + last_comma(item) + gap() + "}"
+        return json.dumps(item)
+
+    return gap() + text(value) + gap()
+
+
+@given(value=st.dictionaries(TEXTS, VALUES, max_size=4), data=st.data())
+def test_comments_and_trailing_commas_change_nothing_and_hjson_reads_the_same(value, data):
+    text = write_as_people_do(value, data.draw)
+    plain = without_comments(text)
+    assert json.loads(plain) == value
+    assert [character == "\n" for character in plain] == [character == "\n" for character in text]
+    assert hjson.loads(text) == value
+
+
+@given(VALUES)
+def test_strict_json_stays_as_it_is(value):
+    text = json.dumps(value, indent=1)
+    assert without_comments(text) == text
+
+
+def test_a_file_with_comments_is_read(tmp_path):
+    (tmp_path / "run.json").write_text(COMMENTED, encoding="utf-8")
+    raw = read_run_file(tmp_path / "run.json")
+    assert raw["_comment"] == '// # /* */ , ] " # }'
+    assert raw["_list"] == ["a,", [], {}, "]"]
+    assert (raw["optimizer"]["params"]["lr"], "fp16" in raw, "data" in raw) == (1e-3, False, False)
+    with pytest.raises(ConfigError, match="not valid JSON"):  # the files that a run writes stay strict
+        read_json(tmp_path / "run.json")
+
+
+@pytest.mark.parametrize(
+    ("text", "place"),
+    [
+        ('{\n "fp16": tru\n}', "line 2, column 10"),
+        ('{\n "lr": 1e-4x # y\n}', "line 2, column 12"),
+        ("{\n  enabled: true,\n}", "line 2, column 3"),
+        ("{'a': 1}", "line 1, column 2"),
+        ('{"a": text without quotes\n}', "line 1, column 7"),
+        ("{\"a\": '''\n many lines\n '''}", "line 1, column 7"),
+        ('{ // c\n "a": 1\n "b": 2}', "line 3, column 2"),
+        ('{"a": [,]}', "line 1, column 8"),
+        ('{"a": [1,,]}', "line 1, column 10"),
+        ('{"a": 1} /* c', "line 1, column 10"),
+        ('{"a": 1 /*/}', "line 1, column 9"),
+        ('{"a": "b}\n', "line 1, column "),
+        ("// c", "line 1, column "),
+        ("", "line 1, column 1"),
+    ],
+)
+def test_nothing_but_comments_and_commas_is_added_to_json(tmp_path, text, place):
+    (tmp_path / "run.json").write_text(text)
+    with pytest.raises(ConfigError, match=rf"run\.json: not valid JSON: .* at {place}"):
+        RunConfig.load(tmp_path / "run.json")
+
+
+@pytest.mark.parametrize(
+    "text", ['{"a": 1, // "a"\n "a": 2}', '{"a": NaN /* */}', '{"a": -Infinity,}', '{"a": 1e999,}']
+)
+def test_what_json_must_not_hold_is_refused_beside_comments(tmp_path, text):
+    (tmp_path / "run.json").write_text(text)
+    with pytest.raises(ConfigError, match=r"run\.json: (key 'a' is given twice|NaN|-Infinity|1e999)"):
+        RunConfig.load(tmp_path / "run.json")
+
+
+def test_every_key_is_looked_up_once(tmp_path, monkeypatch):
+    """20,000 keys: comparing each with all others would take 4e8 comparisons."""
+    compared = 0
+
+    class Key(str):
+        __slots__ = ()
+        __hash__ = str.__hash__
+
+        def __eq__(self, other):
+            nonlocal compared
+            compared += 1
+            return str.__eq__(self, other)
+
+    from seqlen_curriculum.files import _unique_keys
+
+    assert len(_unique_keys([(Key(number), number) for number in range(20_000)])) == 20_000
+    assert compared < 20_000
+
+
+def test_the_schema_of_the_file_is_no_setting(tmp_path):
+    named = RunConfig.from_dict({"$schema": "../run.schema.json", **GOOD})
+    plain = RunConfig.from_dict(GOOD)
+    assert named == plain
+    assert named.settings() == plain.settings()
+    assert "$schema" not in {**named.deepspeed, **named.as_file()}
+
+
+# The folder of a run
+
+
+def record_of(config, folder, **more):
+    folder.mkdir()
+    launches = [
+        {"started": "2026-01-01T00:00:00+00:00", "ranks": 2},
+        {"started": "2026-01-02T00:00:00+00:00", "ranks": 4},
+    ]
+    (folder / "run.json").write_text(json.dumps({"config": config.as_file(), "launches": launches, **more}))
+
+
+def test_the_record_of_a_run_is_a_configuration(tmp_path, capsys):
+    config = RunConfig.from_dict(GOOD)
+    record_of(config.for_ranks(4), tmp_path / "a")
+    for path in (tmp_path / "a", tmp_path / "a" / "run.json"):
+        again = RunConfig.load(path, ["training.eval_interval=7"])
+        assert again.settings() == config.settings()
+        assert (again.training.eval_interval, again.timeline().steps) == (7, config.timeline().steps)
+        note = capsys.readouterr().err
+        assert note == (
+            f"note: {tmp_path / 'a' / 'run.json'}: a run's record; using the configuration of launch 2, started "
+            "2026-01-02T00:00:00+00:00\n"
+        )
+        for ranks in (1, 2, 4):  # the micro-batches of 2 rows on each rank are fewer or more
+            assert again.for_ranks(ranks).deepspeed["gradient_accumulation_steps"] == 4 // ranks
+    assert RunConfig.load(tmp_path / "a").for_ranks(4).deepspeed == config.for_ranks(4).deepspeed
+
+
+def test_a_folder_without_a_run_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=rf"{tmp_path}: a folder without run\.json"):
+        RunConfig.load(tmp_path)
+
+
+# Paths
+
+
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch):
+    """A file in ``project/``, a corpus beside it, and the current folder another one."""
+    (tmp_path / "project" / "corpus").mkdir(parents=True)
+    (tmp_path / "cwd").mkdir()
+    monkeypatch.chdir(tmp_path / "cwd")
+    make_corpus(tmp_path / "project" / "corpus" / "x")
+    (tmp_path / "project" / "f.json").write_text(json.dumps(GOOD))
+    return tmp_path
+
+
+def make_corpus(prefix):
+    prefix.parent.mkdir(exist_ok=True)
+    with CorpusWriter(prefix, 100) as writer:
+        for _ in range(50):
+            writer.add_document(np.arange(100))
+
+
+@pytest.mark.parametrize("path", ["../project/f.json", "{elsewhere}/project/f.json"])
+def test_corpora_are_found_in_the_current_folder_first_then_beside_the_file(elsewhere, path):
+    path = path.format(elsewhere=elsewhere)
+    config = RunConfig.load(path, ['data.valid=["corpus/y"]'])
+    assert [Path(prefix).resolve() for prefix in config.data.prefixes] == [elsewhere / "project" / "corpus" / "x"]
+    assert len(open_samples(config, "train").ranges) == 1
+    # what is recorded of it holds in every folder, also for what isn't there yet
+    recorded = config.as_file()["data"]
+    assert recorded["train"] == [str(elsewhere / "project" / "corpus" / "x")]
+    assert recorded["valid"] == [str(elsewhere / "cwd" / "corpus" / "y")]
+    make_corpus(elsewhere / "cwd" / "corpus" / "x")
+    assert RunConfig.load(path).data.prefixes == ["corpus/x"]
+
+
+def test_weighted_corpora_are_found_as_well(elsewhere):
+    config = RunConfig.load("../project/f.json", ['data.train=[[1, "corpus/x"], [2, "/nowhere"]]'])
+    assert config.data.train == [(1.0, "../project/corpus/x"), (2.0, "/nowhere")]
+
+
+def test_a_corpus_in_neither_place_is_an_error_that_names_both(elsewhere):
+    both = rf"corpus/z: no corpus, neither in {elsewhere}/cwd nor in {elsewhere}/project, the folder of the run's file"
+    for key in ("train", "valid", "test"):
+        config = RunConfig.load("../project/f.json", [f'data.{key}=["corpus/z"]'])
+        with pytest.raises(DataError, match=both):
+            open_samples(config, key)
+    with pytest.raises(DataError, match=both):
+        open_run_data(RunConfig.load("../project/f.json", ['data.train=["corpus/z"]']))
+
+
+def test_a_model_folder_in_neither_place_is_an_error_that_names_both(elsewhere):
+    names = re.escape(f"neither in {elsewhere}/cwd nor in {elsewhere}/project")
+    with pytest.raises(ConfigError, match=rf"model\.hf_checkpoint: no folder 'gpt2', {names}"):
+        RunConfig.load("../project/f.json", ["model.hf_checkpoint=gpt2"])
+
+
+def test_a_model_folder_is_found_beside_the_file(elsewhere):
+    (elsewhere / "project" / "gpt2").mkdir()
+    raw = read_run_file("../project/f.json", ["model.hf_checkpoint=gpt2"])
+    assert raw["model"]["hf_checkpoint"] == "../project/gpt2"
+
+
+def test_values_of_another_type_are_left_to_the_checks(elsewhere):
+    raw = changed(GOOD, data=[1], model="gpt2")
+    (elsewhere / "project" / "f.json").write_text(json.dumps(raw))
+    assert read_run_file("../project/f.json") == raw
+    sections = ["data={}", "data.seq_length=64", 'model={"preset": "tiny-200k"}']
+    for value in ("5", "null", '[["a"]]', "{}"):
+        with pytest.raises(ConfigError, match=r"data\.train: "):
+            RunConfig.load("../project/f.json", [*sections, f"data.train={value}"])
