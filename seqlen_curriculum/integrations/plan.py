@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from seqlen_curriculum.config.equivalence import trains_identically
 from seqlen_curriculum.config.run import OURS, RunConfig
+from seqlen_curriculum.config.run_file import folder_of, read_run_file
 from seqlen_curriculum.errors import CheckpointError, ConfigError
-from seqlen_curriculum.files import read_json
 from seqlen_curriculum.run_folder.checkpoint_manifest import differences
 from seqlen_curriculum.schedule.timeline import Timeline
 from seqlen_curriculum.schedule.token_lr import TokenCosine, is_token_cosine
@@ -48,13 +48,15 @@ class TrainerPlan:
         equal size can do: ``batch_size_warmup``, ``batch_growth`` and an ``adaptive`` schedule.
         """
         where = "" if isinstance(config, Mapping) else str(config)
-        raw = config if isinstance(config, Mapping) else read_json(Path(config))
+        raw = config if isinstance(config, Mapping) else read_run_file(config)
         problems = [*_contradictions(raw, global_batch, max_lr), *_refused(raw), *_method_problems(raw, padding_free)]
         if problems:
             raise ConfigError(problems, where)
         names = [*OURS, "curriculum_learning", *(["scheduler"] if is_token_cosine(raw.get("scheduler")) else [])]
         ours = {name: raw[name] for name in names if raw.get(name) is not None}
         run = RunConfig.from_dict({**ours, "train_batch_size": global_batch}, where, require=("training",))
+        if not isinstance(config, Mapping):
+            run = replace(run, folder=folder_of(config))
         return cls(run, run.timeline(), run.plan.learning_rate(max_lr))
 
     @property
