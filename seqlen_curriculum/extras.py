@@ -11,6 +11,8 @@ EXTRAS = {
     "eval": ("lm_eval",),
     "monitor": ("tensorboard", "wandb"),
     "datasets": ("datasets", "pyarrow"),
+    "hf": ("accelerate", "torch", "transformers"),
+    "trl": ("trl", "datasets"),
 }
 """The modules that each extra installs, as in pyproject.toml; without one of them everything else works."""
 

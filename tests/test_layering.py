@@ -79,6 +79,12 @@ def test_planning_loads_no_torch(statement):
     assert json.loads(result.stdout) == []
 
 
+def test_trainers_of_others_need_no_deepspeed():
+    code = "import sys; sys.modules['deepspeed'] = None; import seqlen_curriculum.integrations.transformers"
+    pytest.importorskip("accelerate")
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_public_names_are_exact():
     assert sorted(seqlen_curriculum.__all__) == seqlen_curriculum.__all__
     for name in seqlen_curriculum.__all__:

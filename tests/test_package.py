@@ -109,7 +109,7 @@ def test_the_metadata(built, metadata):
     assert metadata["License-Expression"] == "Apache-2.0"
     assert metadata["Author"] == "seqlen-curriculum contributors"
     assert metadata["Requires-Python"] == ">=3.11"
-    assert metadata.get_all("Provides-Extra") == ["train", "eval", "monitor", "datasets", "docs", "dev"]
+    assert metadata.get_all("Provides-Extra") == [*EXTRAS, "docs", "dev"]
     core = [Requirement(line).name for line in metadata.get_all("Requires-Dist") if "extra ==" not in line]
     assert core == sorted(core)
     assert {"numpy", "pydantic", "matplotlib"} < set(core)
