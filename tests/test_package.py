@@ -90,7 +90,7 @@ def test_the_wheel_has_the_package_its_configurations_and_examples_and_nothing_e
     kinds = ("*.py", "py.typed", "*.json", "templates/*")
     expected = {f"seqlen_curriculum/{path.relative_to(ROOT / 'seqlen_curriculum').as_posix()}"
                 for kind in kinds for path in (ROOT / "seqlen_curriculum").rglob(kind)}  # fmt: skip
-    for beside, kind in (("configs", "*.json"), ("examples", "*.py")):
+    for beside, kind in (("configs", "*.json"), ("examples", "*.py"), ("examples", "*.json")):
         expected |= {f"seqlen_curriculum/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / beside).rglob(kind)}
     assert found == expected
     assert {"seqlen_curriculum/configs/tiny_cpu.json", "seqlen_curriculum/examples/own_loop.py"} < found
