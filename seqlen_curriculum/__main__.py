@@ -1,4 +1,4 @@
-"""``python -m seqlen_curriculum`` is ``slw``."""
+"""Run ``slw`` as ``python -m seqlen_curriculum``."""
 
 from seqlen_curriculum.cli import main
 

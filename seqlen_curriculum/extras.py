@@ -14,7 +14,7 @@ EXTRAS = {
     "hf": ("accelerate", "torch", "transformers"),
     "trl": ("trl", "datasets"),
 }
-"""The modules that each extra installs, as in pyproject.toml; without one of them everything else works."""
+"""The modules that each extra installs, as in pyproject.toml. Commands that don't need an extra work without it."""
 
 
 def install_command(extra: str) -> str:
@@ -23,10 +23,10 @@ def install_command(extra: str) -> str:
 
 
 def missing_package(module: str | None) -> str | None:
-    """Return the line for a module that is missing and that an extra installs; None if no extra does.
+    """Return the error message for a missing module that an extra installs; None for other modules.
 
-    Give it ``name`` of a ModuleNotFoundError. A submodule that is missing from an installed package gives None: that is a
-    mistake in that package.
+    ``module`` is the ``name`` of a ModuleNotFoundError. A missing submodule of an installed package returns None, because
+    that is a mistake in that package.
     """
     for extra, modules in EXTRAS.items():
         if module in modules:
@@ -35,5 +35,5 @@ def missing_package(module: str | None) -> str | None:
 
 
 def installed_extras() -> dict[str, bool]:
-    """Return for each extra whether all of its modules are there. Imports none of them."""
+    """Return for each extra whether all its modules are installed, without importing them."""
     return {extra: all(map(importlib.util.find_spec, modules)) for extra, modules in EXTRAS.items()}

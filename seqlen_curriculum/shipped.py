@@ -1,4 +1,4 @@
-"""The folders of files that are installed with the package: configurations and examples."""
+"""Find the folders that are installed with the package: configurations and examples."""
 
 from __future__ import annotations
 

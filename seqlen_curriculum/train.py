@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 if Path(sys.path[0]) == Path(__file__).resolve().parent:
-    # Run by its path, as `slw tune` does. The folder of the package has modules of common names, such as data and config.
+    # `slw tune` runs this file by its path. The folder of the package has modules of common names, such as data and config.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from seqlen_curriculum.cli import script

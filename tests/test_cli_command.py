@@ -101,7 +101,7 @@ def test_help_loads_nothing_slow(arguments):
         (["train", CONFIG], "--save: required, but not given; see slw train --help"),
         (["plan", CONFIG, "--config", "a"], "--config: not allowed with FILE; leave one of them out; see slw plan --help"),
         (["train", "--save", "x"], "FILE, --config: one of these is required; see slw train --help"),
-        (["plan", CONFIG, CONFIG], f"{CONFIG}: more arguments than this command takes; see slw plan --help"),
+        (["plan", CONFIG, CONFIG], f"{CONFIG}: unexpected argument; see slw plan --help"),
         (["plan", CONFIG, "--ranks", "two"], "--ranks: invalid int value: 'two'; see slw plan --help"),
         (["tune", CONFIG, "--dry", "--save", "x"], "--dry: no such flag; did you mean --dry-run?; see slw tune --help"),
         (["benchmark", "loop", "--round"], "--round: no such flag; did you mean --rounds?; see slw benchmark --help"),

@@ -140,7 +140,7 @@ def test_a_rank_starts_no_ranks(config_file, tmp_path):
     environment = {**launchers.without_launcher(), **launchers.torchrun(0)}
     result = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert result.returncode == 1
-    assert result.stderr == "error: --ranks 2: deepspeed or torchrun has started 2 already; leave it out\n"
+    assert result.stderr == "error: --ranks 2: deepspeed or torchrun has already started 2 ranks; leave it out\n"
 
 
 def test_launchers_put_their_flag_first(tmp_path):

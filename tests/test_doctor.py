@@ -188,4 +188,4 @@ def test_a_broken_installation_is_a_line_of_the_report(tmp_path):
 def test_a_folder_that_does_not_exist_is_one_line():
     result = doctor_command("nowhere")
     assert (result.returncode, result.stdout) == (1, "")
-    assert result.stderr == "error: FOLDER nowhere: is no folder; give one that exists\n"
+    assert result.stderr == "error: FOLDER nowhere: not a folder; give one that exists\n"

@@ -150,7 +150,7 @@ def test_the_first_example(evaluated_place, evaluate_command):
     (program, command, *arguments) = examples()[0]
     assert [program, command] == ["slw", "evaluate"]
     output = evaluate_command(*arguments)
-    assert "slw60k/global_step1: float32, 48 tokens at once\n" in output
+    assert "slw60k/global_step1: float32, 48 tokens per window\n" in output
     assert re.search(r"accuracy +\d+\.\d\d% \(\d+ of 41 last words\)", output)
     assert re.search(r"adjusted perplexity +\d+\.\d{4} per word", output)
     assert "cut                  1 items were longer" in output
@@ -189,8 +189,8 @@ def test_a_part_says_so(evaluate_command):
     output = evaluate_command("runs/gpt3", *tasks, "--limit", 3, "--seq-length", 16, "--overlap", 8)
     assert "PARTIAL              only the first 3 of 41 items: not comparable" in output
     assert re.search(r"PARTIAL +only the first 3 of \d+ windows", output)
-    assert "16 tokens at once" in output
-    assert "31 tokens at once" in evaluate_command(
+    assert "16 tokens per window" in output
+    assert "31 tokens per window" in evaluate_command(
         "runs/gpt3", *tasks[2:], "--seq-length", 31
     )  # below the default overlap
 
@@ -235,12 +235,12 @@ def test_a_bare_hugging_face_folder_with_a_tokenizer_of_choice(evaluated_place, 
             ["runs/gpt3", "--task", "lambada=lambada_test.jsonl", "--batch-tokens", "0"],
             "--batch-tokens: 0 is not valid",
         ),
-        (["runs/gpt3", "--task", "lambada=lambada_test.jsonl", "--include-path", "tasks"], "goes with --harness alone"),
+        (["runs/gpt3", "--task", "lambada=lambada_test.jsonl", "--include-path", "tasks"], "only used with --harness"),
         (
             ["runs/gpt3", "--task", "lambada=lambada_test.jsonl", "--overlap", "8"],
-            "goes with --task wikitext103=PATH alone",
+            "only used with --task wikitext103=PATH",
         ),
-        (["runs/gpt3", "--task", "lambada=lambada_test.jsonl", "--shots", "2"], "goes with --harness alone"),
+        (["runs/gpt3", "--task", "lambada=lambada_test.jsonl", "--shots", "2"], "only used with --harness"),
         (["runs/gpt3", "--harness", "piqa", "--shots", "-1"], "--shots: -1 is not valid"),
         (
             ["runs/gpt3", "--task", "lambada=lambada_test.jsonl", "--device", "cuda"],

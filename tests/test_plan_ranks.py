@@ -237,9 +237,9 @@ def test_on_the_command_line_as_text_json_and_side_by_side():
         (["--ranks", 3, "--set", "sequence_parallel_size=2"], "sequence_parallel_size 2: doesn't divide the 3 ranks"),
         (["--ranks", 0], "--ranks: 0 is not valid"),
         (["--ranks", 2, "--gpus-per-node", 0], "--gpus-per-node: 0 is not valid"),
-        (["--gpus-per-node", 4], "--gpus-per-node: 4 is for the hours on a number of ranks; give --ranks"),
+        (["--gpus-per-node", 4], "--gpus-per-node: 4 is only used with --ranks; give --ranks too"),
         (["--ranks", 2, "--tflops", 0], "--tflops: 0.0 is not valid"),
-        (["--tflops", 300], "--tflops: 300.0 is for the hours on a number of ranks; give --ranks"),
+        (["--tflops", 300], "--tflops: 300.0 is only used with --ranks; give --ranks too"),
     ],
 )
 def test_mistakes_are_reported_in_one_line(arguments, message):

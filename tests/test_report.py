@@ -79,7 +79,7 @@ def test_the_comparison_for_a_terminal():
 def test_what_cannot_be_compared():
     without = synthetic("without", [4.0, 3.0], {})
     assert report([without, BASE])["outcome"][0].startswith("without has no evaluation")
-    assert report([BASE, without])["outcome"][0].startswith("No other run has reached base's")
+    assert report([BASE, without])["outcome"][0].startswith("None of the other runs has reached base's")
     assert ReportTables(report([without, BASE])).comparison().rows == ()
 
 

@@ -63,8 +63,8 @@ def test_variance_rollbacks_and_many_spikes_have_their_places():
     text = page(found, [run, BASE])
     assert "the first 10 and the 10 largest others of 30" in text
     assert "Not logged by base." in text
-    assert "Logged by no run, so without a plot: Adam's variance: norm" in html.unescape(page(report([BASE]), [BASE]))
-    assert "Dotted: a rollback." in text
+    assert "Not plotted, because no run logs them: Adam's variance: norm" in html.unescape(page(report([BASE]), [BASE]))
+    assert "Dotted lines are rollbacks." in text
     assert {f"plot-{name}" for name in ("variance_norm", "variance_max", "ratio_variance_norm")} <= set(
         re.findall(r'svg id="([^"]+)"', text)
     )
@@ -104,7 +104,7 @@ def test_sparse_logs_make_sensible_pages(run, tmp_path):
         assert json.dumps(found, allow_nan=False)
     notes = page(report([run]), [run])
     assert ("has no evaluation" in notes) == (not run.evaluations)
-    assert ("begins with step 4" in notes) == (run.name == "later")
+    assert ("starts at step 4" in notes) == (run.name == "later")
 
 
 @pytest.mark.parametrize("name", ["_hidden", "a $x^{ $name", "long " * 40])
@@ -177,7 +177,7 @@ def test_following_rewrites_when_a_log_has_changed_and_ends_at_the_budget(tmp_pa
     assert not (out / "report.html").exists()  # nothing changed
     (run / "run.json").write_text(json.dumps({"config": {"training": {"train_tokens": 400}}, "launches": []}))
     next(following)
-    assert "run is at step 2, 50% of its budget of 400 tokens." in (out / "report.html").read_text()
+    assert "run is at step 2 and has consumed 50% of 400 tokens." in (out / "report.html").read_text()
     written(run, Run("rest", BASE.records[2:]))
     assert list(following) == []
     with pytest.raises(DataError, match="there is no such folder"):
@@ -190,7 +190,7 @@ def test_following_rewrites_when_a_log_has_changed_and_ends_at_the_budget(tmp_pa
         (["{run}/nothing"], "there is no such folder; give the --save folder of a run"),
         (["{run}"], "no training step here yet"),
         (["{run}", "{run}/."], "is given twice; name each once"),
-        (["{run}", "--watch", "5"], "--watch: give seconds above 0 and below 1e6, and with it --out FOLDER"),
+        (["{run}", "--watch", "5"], "--watch: give seconds above 0 and below 1e6, with --out FOLDER"),
         (["{run}", "--watch", "0", "--out", "{run}"], "--watch: give seconds above 0"),
         (["{run}", "--out", "/dev/null/report"], "can't be written to"),
         (["{run}", "--png", "curves.html"], "not the name of a picture"),

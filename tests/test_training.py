@@ -357,7 +357,7 @@ MISTAKES = {
     "empty split": (["--set", 'data.split="1,0,0"'], "no sample in this split"),
     "foreign tokens": (["--set", "model.vocab_size=100"], "outside the vocabulary of 100"),
     "unwritable": (["--save", "/dev/null/run"], "--save /dev/null/run: can't be written to"),
-    "no such step": (["--until-step", "0"], "--until-step: 0 is no step of a run"),
+    "no such step": (["--until-step", "0"], "--until-step: 0 is not valid"),
     "no such rank": (["--ranks", "3"], "train_batch_size: 8"),
     "malformed": (["--set", "curriculum_learning.min_difficulty=0"], "min_difficulty: 0 is not valid"),
 }

@@ -251,14 +251,14 @@ def test_a_training_that_diverges_is_no_answer(config_file, tmp_path):
     result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert result.returncode == DIVERGED, result.stdout + result.stderr
     assert re.search(r"probe 1: min_difficulty 16, T \d+: (diverged|fluctuates)", result.stdout)
-    assert "no schedule is without fluctuation; lower optimizer.params.lr" in result.stderr
+    assert "every schedule fluctuates; lower optimizer.params.lr" in result.stderr
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         (("--launcher", "deep'speed"), "No closing quotation"),
-        (("--launcher", "no-such-launcher"), "--launcher 'no-such-launcher': no such command is found"),
+        (("--launcher", "no-such-launcher"), "--launcher 'no-such-launcher': command not found"),
         (("--max-share", "0"), "--max-share: 0.0 is not valid"),
         (("--set", 'data.train=["nowhere"]'), "nowhere"),
         (("--set", "training.train_tokenz=1"), "did you mean 'train_tokens'"),

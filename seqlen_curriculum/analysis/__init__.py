@@ -1,1 +1,1 @@
-"""What a finished or running run shows, read from its log: needs neither torch nor DeepSpeed."""
+"""Read, compare and plot the logs of finished and running runs. Needs neither torch nor DeepSpeed."""

@@ -10,10 +10,10 @@ __all__ = ["describe_loop", "draw_throughput", "throughput_table"]
 
 
 def throughput_table(records: Sequence[dict[str, Any]]) -> str:
-    """Return a Markdown table with one row per length: tokens/s, and in brackets their ratio to full length's.
+    """Return a Markdown table with one row per length: tokens/s, and in brackets the ratio to full length.
 
-    The ratio is to the first kind at full length. The records stand in order of their lengths, the last of which is full
-    length, and of their kinds within each length.
+    The ratio is to the first kind at full length. ``records`` are sorted by length, then by kind. The last length is full
+    length.
     """
     kinds = list(dict.fromkeys(record["kind"] for record in records))
     lines = [
@@ -30,12 +30,12 @@ def throughput_table(records: Sequence[dict[str, Any]]) -> str:
         lines.append(line)
     shares = [record["moments_of_step"] for record in records]
     at_full_length = shares[-len(kinds)]
-    cost = f"{at_full_length:.2%} of a step at full length, at most {max(shares):.2%} of one"
+    cost = f"{at_full_length:.2%} of a full-length step, at most {max(shares):.2%} of a step at any length"
     return "\n".join([*lines, "", f"measuring Adam's variance and momentum once: {cost}"])
 
 
 def draw_throughput(records: Sequence[dict[str, Any]], path: Path) -> None:
-    """Write tokens/s relative to full length against seqlen, one line per kind; the suffix is the picture's format."""
+    """Plot tokens/s relative to full length against seqlen, one line per kind, in the format of the suffix of ``path``."""
     from matplotlib.figure import Figure  # slow to import, and only needed here
 
     figure = Figure(figsize=(7, 4), layout="constrained")
@@ -56,7 +56,7 @@ def describe_loop(record: dict[str, Any]) -> str:
     """Return the record of ``measure_loop`` as text for a terminal."""
     return (
         f"{record['parameters']:,} parameters, {record['step_tokens']:,.0f} tokens in {record['micro_batches']:.1f} "
-        f"micro-batches a step:\n{record['cpu_ratio']:.3f} times the CPU time of a bare loop ({record['ratio']:.3f} times "
-        f"its time), {record['more_cpu_milliseconds']:.2f} ms more than\nits {record['cpu_milliseconds']:.1f} ms a step; "
+        f"micro-batches per step:\n{record['cpu_ratio']:.3f} times the CPU time of a bare loop ({record['ratio']:.3f} times "
+        f"its time), {record['more_cpu_milliseconds']:.2f} ms more than\nits {record['cpu_milliseconds']:.1f} ms per step; "
         f"losses differ by at most {record['loss_difference']:.1g}"
     )

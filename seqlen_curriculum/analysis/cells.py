@@ -1,4 +1,4 @@
-"""Tables as data: a page renders them with a template, a terminal as aligned columns."""
+"""Tables as data, rendered by the template of a page or as aligned columns for a terminal."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ class Number:
     """A number of a report."""
 
     text: str
-    """As a person reads it."""
+    """The text to show, rounded."""
     value: str | None
-    """Exactly, as JSON; None where the report has no such number."""
+    """The exact value as JSON; None if the report has no such number."""
     path: str
-    """Its place in ``report.json``, for example ``runs/0/end/step``."""
+    """Its path in ``report.json``, for example ``runs/0/end/step``."""
 
 
 @dataclass(frozen=True)
@@ -26,9 +26,9 @@ class Cell:
 
     numbers: Sequence[Number]
     separator: str = ""
-    """What stands between the numbers."""
+    """Text between the numbers."""
     ratio: Number | None = None
-    """Reduction factor over the first run; it follows in brackets, as in the paper's Table 2."""
+    """Reduction factor over the first run, shown in brackets as in the paper's Table 2."""
 
     def __str__(self) -> str:
         text = self.separator.join(number.text for number in self.numbers)
@@ -37,14 +37,14 @@ class Cell:
 
 @dataclass(frozen=True)
 class Table:
-    """A table without rows is left out of a page."""
+    """A table of a report. A page leaves out a table without rows."""
 
     caption: str
     head: Sequence[str]
     rows: Sequence[Sequence[Cell | str]]
     """The first cell of a row is its title."""
     words: bool = False
-    """Whether the cells are words, which are aligned to the left."""
+    """True if the cells are words, which are aligned to the left."""
 
     def as_text(self) -> str:
         """Return the caption and the rows in aligned columns, for a terminal."""

@@ -11,7 +11,7 @@ __all__ = ["pearson"]
 
 
 def pearson(first: Sequence[float], second: Sequence[float]) -> tuple[float, float]:
-    """Return Pearson's r and the two-sided p-value, of three or more pairs of which neither side is constant.
+    """Return Pearson's r and its two-sided p-value for three or more pairs, neither side of which is constant.
 
     The p-value is that of Student's t-test: the probability that n uncorrelated, normally distributed pairs have an |r| at
     least as large. With x = 1 - r^2 it is the regularized incomplete beta function I_x(n/2 - 1, 1/2).
@@ -22,12 +22,12 @@ def pearson(first: Sequence[float], second: Sequence[float]) -> tuple[float, flo
 
 def _incomplete_beta(x: float, a: float, b: float) -> float:
     """Return the regularized incomplete beta function I_x(a, b) by its continued fraction (DLMF 8.17.22)."""
-    if x > (a + 1) / (a + b + 2):  # where the fraction converges slowly; there the complement is small
+    if x > (a + 1) / (a + b + 2):  # the fraction converges slowly here, and the complement is small
         return 1 - _incomplete_beta(1 - x, b, a)
     if x == 0:
         return 0.0
     fraction = 1.0
-    for m in range(50 + 5 * math.isqrt(math.ceil(a + b)), -1, -1):  # it needs in the order of sqrt(max(a, b)) terms
+    for m in range(50 + 5 * math.isqrt(math.ceil(a + b)), -1, -1):  # it needs on the order of sqrt(max(a, b)) terms
         even = (m + 1) * (b - m - 1) * x / ((a + 2 * m + 1) * (a + 2 * m + 2))
         odd = -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1))
         fraction = 1 + odd / (1 + even / fraction)

@@ -14,7 +14,7 @@ from seqlen_curriculum.analysis.seed_groups import seed_groups
 __all__ = ["COLOURS", "Curves", "add_legend", "scale_axes", "style_of"]
 
 COLOURS = ("#2f7fd1", "#d9631e", "#14966c", "#c05fa0", "#8a7a14", "#7a6bd8")
-"""Of the runs in their order: distinct for colour-blind readers, with at least 3:1 contrast on light and dark."""
+"""The colours of seed groups, in order: distinct for colour-blind readers, with at least 3:1 contrast on light and dark."""
 _DASHES = ("solid", "dashed", "dotted")
 _TIME_UNITS = {"hours": 1.0, "minutes": 1 / 60, "seconds": 1 / 3600}
 
@@ -28,7 +28,7 @@ class Curves:
     """Draws plots of the same runs. Runs that differ only in their seed share a colour and a legend entry."""
 
     def __init__(self, runs: Sequence[Run], most_points: int = 2000) -> None:
-        """``most_points`` of one curve."""
+        """Prepare plots of ``runs`` with at most ``most_points`` per curve."""
         self.runs = runs
         self.most_points = most_points
         self.groups = seed_groups(runs)
@@ -45,7 +45,7 @@ class Curves:
             for run in (self.runs[member] for member in group.members):
                 if run in shown:
                     self.draw_curves(axis, plot, run, style_of(number), label)
-                    label = "_"  # matplotlib leaves it out of the legend: one entry for all seeds
+                    label = "_"  # hidden by matplotlib: the legend has one entry for all seeds
         if plot.threshold is not None:
             axis.axhline(plot.threshold, color=axis.xaxis.label.get_color(), lw=0.9, ls="--")
         axis.set(xlabel=self.x_label(plot), ylabel=plot.label)
@@ -56,7 +56,7 @@ class Curves:
         return f"training and evaluation time ({self.time_unit})" if plot.x == "hours" else plot.x
 
     def draw_curves(self, axis: Any, plot: Plot, run: Run, style: tuple[str, str], label: str) -> None:
-        """Draw one run: its values, those of ``plot.second_key``, and its rollbacks."""
+        """Draw the values of one run, those of ``plot.second_key``, and its rollbacks."""
         colour, dashes = style
         for key in plot.keys:
             x, y = self.points(plot.series(run, key, self.most_points), plot)
@@ -68,7 +68,7 @@ class Curves:
             if plot.second_key:
                 y, label = y / y.max(), f" {key.replace('_', ' ')}"
             if len(x) == 1:
-                options["marker"] = "o"  # a line of one point shows nothing
+                options["marker"] = "o"  # a line of one point is invisible
             steps = "steps-pre" if plot.steps else "default"
             axis.plot(x, y, label=label, lw=1.2, drawstyle=steps, markersize=4, **options)
         if plot.marks_rollbacks:
@@ -76,7 +76,7 @@ class Curves:
                 axis.axvline(rollback["step"], color=colour, lw=0.9, ls=":")
 
     def add_validation_losses(self, axis: Any, plot: Plot) -> None:
-        """Draw validation losses as thick lines over the training losses, which become thin."""
+        """Draw validation losses as thick lines over the training losses, and make those thin."""
         from matplotlib.patheffects import withStroke
 
         for line in axis.lines:
@@ -89,20 +89,20 @@ class Curves:
                 axis.plot(x, y, color=colour, ls=dashes, lw=2.4, path_effects=[halo])
 
     def points(self, series: Series, plot: Plot) -> tuple[Any, Any]:
-        """Return the coordinates (n,) and (n,) of the series."""
+        """Return the x and y coordinates of the series, (n,) each."""
         if plot.x == "hours":
             return series.hours / _TIME_UNITS[self.time_unit], series.values
         return getattr(series, plot.x), series.values
 
 
 def add_legend(figure: Any, title: str | None = None) -> None:
-    """Add a legend above the axes, where it covers no curve, in as many columns as the longest name leaves room for."""
+    """Add a legend above the axes, so that it covers no curve, in as many columns as the longest name allows."""
     handles, labels = figure.axes[0].get_legend_handles_labels()
-    # Ten letters fit an inch, and the line before a label is as wide as six: a figure of 7 inches has room for 70
-    # letters, so names of up to 16 stand in three columns, of up to 28 in two, and one over 64 is wrapped.
+    # An inch fits ten letters, and the line before a label is as wide as six. A figure of 7 inches fits 70 letters: three
+    # columns of names up to 16 letters, or two of names up to 28. A name over 64 is wrapped.
     room = int(10 * figure.get_figwidth())
     columns = max(1, min(3, room // (max(map(len, labels)) + 6)))
-    # The blank before a label: matplotlib leaves out labels that begin with an underscore, as a run's name may.
+    # A blank before each label: matplotlib hides labels that start with an underscore, and a run's name may.
     labels = [" " + "\n ".join(wrap(label, room - 6)) for label in labels]
     legend = figure.legend(handles, labels, loc="outside upper center", ncols=columns, title=title)
     for line in legend.get_lines():
@@ -110,14 +110,14 @@ def add_legend(figure: Any, title: str | None = None) -> None:
 
 
 def scale_axes(axis: Any, plot: Plot) -> None:
-    """Set few ticks at round numbers, without powers of ten beside the axis."""
+    """Set a few ticks at round numbers, without a common power of ten beside the axis."""
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
     round_steps = {"steps": (1, 2, 2.5, 5, 10), "min_n_ticks": 3}
     if plot.log:
         axis.set_yscale("log")
         low, high = axis.get_ylim()
-        # Over less than a factor of 8 powers of ten would leave one tick or none; over more than 1000 they suffice.
+        # On an axis that spans less than a factor of 8, powers of ten give at most one tick. Above 1000 they suffice.
         if high / low < 8:
             axis.yaxis.set_major_locator(MaxNLocator(5, **round_steps))
         else:

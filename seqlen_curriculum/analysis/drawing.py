@@ -1,4 +1,4 @@
-"""Plots as SVG in the reader's own colours, for a page, and as PNG."""
+"""Plots as SVG in the colours of a page, and as PNG."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ __all__ = ["draw_run", "save_png", "svg"]
 
 _INK = "#1f2328"
 _POINTS_OF_A_PAGE = 24_000
-"""Of all static plots of a page, at 8 bytes each: 190 KB."""
+"""Points of all static plots of a page, at 8 bytes each: 190 KB."""
 _READERS_INK = "#010203"
-"""Stands for the colour of the reader's text, which only the page knows."""
+"""A placeholder for the text colour, which only the page knows."""
 
 
 def svg(plot: Plot, runs: Sequence[Run]) -> str:
-    """Return the plot as an ``<svg>`` for a page: text and axes in currentColor, ids that no other plot has."""
+    """Return the plot as an ``<svg>`` element: text and axes in currentColor, ids unique on the page."""
     with _styled_figure(_READERS_INK, (4.7, 3.0)) as figure:
         Curves(runs, points_per_curve(runs, _POINTS_OF_A_PAGE)).draw(figure.subplots(), plot)
         if plot.second_key:
@@ -36,12 +36,12 @@ def svg(plot: Plot, runs: Sequence[Run]) -> str:
 
 
 def _for_page(text: str, name: str, title: str) -> str:
-    """Return matplotlib's SVG file ``text`` as an element that can stand beside other plots on one page."""
+    """Convert matplotlib's SVG file ``text`` to an element that can share a page with other plots."""
     attributes, _, inner = text.partition("<svg ")[2].partition(">")
     (view_box,) = re.findall(r'viewBox="[^"]*"', attributes)
     inner = re.sub(r"<(metadata|style).*?</\1>", "", inner, flags=re.DOTALL)
-    # Matplotlib numbers its ids alike in every file: id="p060a" and url(#p060a) become loss_step-p060a on both sides. Most
-    # ids are referred to by nothing: they, blanks and digits too fine to see are half of the file.
+    # Matplotlib uses the same ids in every file: id="p060a" and url(#p060a) both become loss_step-p060a. Unused ids, which
+    # are most of them, blanks, and digits too fine to see are half of the file.
     used = set(re.findall(r'(?:url\(#|href="#)([^")]*)', inner))
     inner = re.sub(r' id="([^"]*)"', lambda one: f' id="{name}-{one[1]}"' if one[1] in used else "", inner)
     inner = re.sub(r'(url\(#|href="#)', rf"\g<1>{name}-", inner)
@@ -49,14 +49,14 @@ def _for_page(text: str, name: str, title: str) -> str:
     inner = re.sub(r'( [xy]="-?\d+\.\d)\d+', r"\1", inner)
     inner = re.sub(r">\s+<", "><", inner)
     inner = inner.replace(_READERS_INK, "currentColor")
-    inner = re.sub(r" ?font-family: [^;\"]*;?", "", inner)  # the page has its own
+    inner = re.sub(r" ?font-family: [^;\"]*;?", "", inner)  # the page sets its own
     inner = re.sub(r' d="([^"]*)"', lambda path: f' d="{_compact(path[1])}"', inner)
     head = f'<svg id="plot-{name}" class="plot" role="img" aria-labelledby="title-{name}" {view_box}>'
     return f'{head}<title id="title-{name}">{escape(title)}</title>{inner.strip()}'
 
 
 def _compact(path: str) -> str:
-    """Return an SVG path to a tenth of a point, which is finer than a screen shows; a line of many points as differences."""
+    """Return an SVG path to a tenth of a point, finer than a screen shows. Lines of many points become differences."""
     path = " ".join(re.sub(r"(\d\.\d)\d+", r"\1", path).split())
     if not re.fullmatch(r"M [^A-Z]+(L [^A-Z]+){3,}", path):
         return path
@@ -77,7 +77,7 @@ def save_png(plot: Plot, runs: Sequence[Run], path: Path, made_by: str) -> None:
 
 
 def draw_run(runs: Sequence[Run], path: Path) -> None:
-    """Write losses, sequence length and learning rate as one picture, whose format is the suffix of ``path``."""
+    """Plot losses, sequence length and learning rate in one picture, in the format of the suffix of ``path``."""
     curves = Curves(runs)
     with _styled_figure(_INK, (11, 6.8)) as figure:
         for axis, plot in zip(figure.subplots(2, 2).flat, SUMMARY, strict=True):
@@ -91,7 +91,7 @@ def draw_run(runs: Sequence[Run], path: Path) -> None:
 
 @contextmanager
 def _styled_figure(ink: str, size: tuple[float, float]) -> Iterator[Any]:
-    """Enter matplotlib's settings for text and axes of colour ``ink``, with a figure of ``size`` inches."""
+    """Yield a figure of ``size`` inches, with matplotlib set to draw text and axes in the colour ``ink``."""
     import matplotlib as mpl  # slow to import, and only needed here
     from matplotlib.figure import Figure
 
@@ -99,6 +99,6 @@ def _styled_figure(ink: str, size: tuple[float, float]) -> Iterator[Any]:
     style |= dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "grid.color"), ink)
     style |= {"svg.fonttype": "none", "svg.hashsalt": "report", "axes.spines.top": False, "axes.spines.right": False}
     style |= {"axes.grid": True, "grid.alpha": 0.18, "axes.titlesize": "medium", "legend.frameon": False}
-    style["text.parse_math"] = False  # a run's name may hold a $
+    style["text.parse_math"] = False  # a run's name may contain a $
     with mpl.rc_context(style):
         yield Figure(figsize=size, layout="constrained")

@@ -1,4 +1,4 @@
-"""Run logs as event files that TensorBoard reads."""
+"""Write run logs as TensorBoard event files."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ _TAGS = {
     ),
     "Valid": ("valid_loss", "valid_ppl"),
 }
-"""The values of a record by the first part of their tags, as training's own TensorBoard monitor names them."""
+"""The keys of a record by the prefix of their tags, with the names of training's own TensorBoard monitor."""
 
 
 def check_event_folders(folder: Path, names: Sequence[str]) -> None:
-    """Raise ConfigError where the runs can't be written to ``folder``: one has events there, or a package is missing."""
+    """Raise ConfigError if a run already has event files in ``folder``, or if a package is missing."""
     try:
         import tensorboard  # noqa: F401
     except ModuleNotFoundError as error:
@@ -41,11 +41,11 @@ def check_event_folders(folder: Path, names: Sequence[str]) -> None:
 
 
 def write_event_files(runs: Sequence[Run], folder: Path) -> None:
-    """Write every run as one event file in ``folder``/<its name>, with its values against steps.
+    """Write one event file per run to ``folder``/<its name>, with its values by step.
 
     A record's wall time is the start of the run's first launch plus ``seconds`` of all records up to it, without the gaps
-    between launches; the start is 1970 where ``run.json`` doesn't have it. Values are float32, as TensorBoard stores them.
-    Raises DataError where a file can't be written.
+    between launches. Without a start in ``run.json`` it is 1970. Values are float32, as TensorBoard stores them.
+    Raises DataError if a file can't be written.
     """
     for run in runs:
         try:
@@ -65,7 +65,7 @@ def _write(run: Run, folder: Path) -> None:
     try:
         for record, hours in zip(run.records, run.ends[2].tolist(), strict=True):
             values = [Summary.Value(tag=tag, simple_value=value) for tag, value in _scalars(record).items()]
-            if not record.get("skipped"):  # nor does the monitor of a training run get these steps
+            if not record.get("skipped"):  # as in the monitor of a training run
                 writer.add_event(
                     Event(wall_time=start + 3600 * hours, step=record["step"], summary=Summary(value=values))
                 )
@@ -74,6 +74,6 @@ def _write(run: Run, folder: Path) -> None:
 
 
 def _scalars(record: Mapping[str, Any]) -> dict[str, float]:
-    """Return the values of a record by tag; an evaluation's ``seconds`` are no step's, so they are left out."""
+    """Return the values of a record by tag, without the ``seconds`` of an evaluation, which are not the time of a step."""
     group = "Valid" if "valid_loss" in record else "Train"
     return {f"{group}/{key}": record[key] for key in _TAGS[group] if record.get(key) is not None}

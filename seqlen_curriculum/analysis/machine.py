@@ -1,4 +1,4 @@
-"""What a run made of the machine: model FLOPs utilization, memory, and time that it did not train."""
+"""How a run used the machine: model FLOPs utilization, memory, and time spent on data and checkpoints."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ COLUMNS = {
 
 
 def machine_use(records: Sequence[dict[str, Any]]) -> dict[str, float | None]:
-    """Return the mean ``mfu`` over the time of the steps, the largest ``peak_memory_bytes``, and two shares of time.
+    """Return the time-weighted mean ``mfu``, the largest ``peak_memory_bytes``, and two shares of time.
 
-    ``data_share`` and ``checkpoint_share`` are of all time of training, evaluation and checkpoints. None for what no record
-    has.
+    ``data_share`` and ``checkpoint_share`` are fractions of the time of training, evaluation and checkpoints together. A
+    number is None if no record has it.
     """
-    # Steps of 1 s at 0.2 and of 3 s at 0.4 are 4 s at 0.35: the mean of the FLOPs over the time, not of the steps.
+    # A step of 1 s at 0.2 and one of 3 s at 0.4 are 4 s at 0.35: the mean is over time, not over steps.
     peaks = [one["peak_memory_bytes"] for one in records if one.get("peak_memory_bytes") is not None]
     timed = [(one["mfu"], one["seconds"]) for one in records if one.get("mfu") is not None]
     time = sum(seconds for _, seconds in timed)
@@ -44,6 +44,6 @@ def _total(records: Sequence[dict[str, Any]], key: str) -> float | None:
 
 
 def describe_machine(use: dict[str, float | None]) -> str:
-    """Return the numbers that are known, for a terminal; empty if none is."""
+    """Return the known numbers as text for a terminal; empty if there are none."""
     known = [(title, text(value)) for key, (title, text) in COLUMNS.items() if (value := use[key]) is not None]
     return ", ".join(f"{title if title.isupper() else title.lower()} {text}" for title, text in known)

@@ -1,4 +1,4 @@
-"""The report as one HTML page: it needs no network, and without its script it shows static plots."""
+"""The report as one HTML page. It needs no network, and shows static plots if its script does not run."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ class LegendEntry(NamedTuple):
 
 
 def page(report: Mapping[str, Any], runs: Sequence[Run], refresh_seconds: float | None = None) -> str:
-    """Return the HTML page of ``report(runs)``; with ``refresh_seconds`` it reloads itself that often."""
-    # Names of runs are names of folders, which may hold < or &: everything but the plots is escaped.
+    """Return the HTML page of ``report(runs)``; with ``refresh_seconds`` it reloads itself at this interval."""
+    # Names of runs are names of folders, which may contain < or &. Everything except the plots is escaped.
     environment = Environment(
         loader=PackageLoader("seqlen_curriculum.analysis", "templates"),
         autoescape=True,
@@ -66,7 +66,7 @@ def page(report: Mapping[str, Any], runs: Sequence[Run], refresh_seconds: float 
 
 
 def notes(report: Mapping[str, Any], refresh_seconds: float | None) -> list[str]:
-    """Return what a reader must know about the runs: their progress, and what their folders lack."""
+    """Return notes about the progress of the runs and about what is missing from their folders."""
     lines = []
     if refresh_seconds is not None:
         lines.append(f"This page reloads every {refresh_seconds:g} seconds.")
@@ -74,14 +74,16 @@ def notes(report: Mapping[str, Any], refresh_seconds: float | None) -> list[str]
         if run["train_tokens"] and not run["finished"]:
             share = f"{run['end']['consumed_tokens'] / run['train_tokens']:.0%}"
             budget = f"{formats.compact(run['train_tokens'])} tokens"
-            # 78.6 of 157 billion tokens: "slw60k is at step 166,000, 50% of its budget of 157B tokens."
-            lines.append(f"{run['name']} is at step {run['end']['step']:,}, {share} of its budget of {budget}.")
+            # 78.6 of 157 billion tokens: "slw60k is at step 166,000 and has consumed 50% of 157B tokens."
+            lines.append(f"{run['name']} is at step {run['end']['step']:,} and has consumed {share} of {budget}.")
     without_info = [run["name"] for run in report["runs"] if not run["launches"]]
     if without_info:
-        lines.append(f"No run.json in {', '.join(without_info)}: configuration, versions and hardware are not known.")
+        lines.append(f"No run.json in {', '.join(without_info)}: configuration, versions and hardware are unknown.")
     for run in report["runs"]:
         if run["first_step"] > 1:
-            lines.append(f"The log of {run['name']} begins with step {run['first_step']}; its time counts from there.")
+            lines.append(
+                f"The log of {run['name']} starts at step {run['first_step']}. Its time is counted from there."
+            )
         if run["final"] is None:
             lines.append(f"{run['name']} has no evaluation yet.")
         if run["skipped_steps"]:
@@ -90,7 +92,7 @@ def notes(report: Mapping[str, Any], refresh_seconds: float | None) -> list[str]
 
 
 def legend(runs: Sequence[Run]) -> list[LegendEntry]:
-    """Return one entry per run; runs that differ only in their seed share one."""
+    """Return one entry per run. Runs that differ only in their seed share one."""
     entries = []
     for number, group in enumerate(seed_groups(runs)):
         seeds = len(group.members)
@@ -100,7 +102,7 @@ def legend(runs: Sequence[Run]) -> list[LegendEntry]:
 
 
 def figures(runs: Sequence[Run], group: str) -> FigureGroup:
-    """Return the plots of ``group``; a plot that no run has values for is only named."""
+    """Return the plots of ``group``, and the titles of those that no run has values for."""
     drawn, not_logged = [], []
     for plot in PLOTS:
         if plot.group != group:
@@ -117,8 +119,8 @@ def _figure_notes(plot: Plot, runs: Sequence[Run]) -> str:
     shown = plot.runs(runs)
     parts = [plot.note] if plot.note else []
     if plot.marks_rollbacks and any(run.rollbacks for run in shown):
-        parts.append("Dotted: a rollback.")
-    # A plot of two keys shows one run on purpose: the others are not missing from it.
+        parts.append("Dotted lines are rollbacks.")
+    # A plot of two keys shows only one run by design.
     missing = [run.name for run in runs if run not in shown and not plot.second_key]
     if missing:
         parts.append(f"Not logged by {', '.join(missing)}.")

@@ -1,4 +1,4 @@
-"""What the script of a page draws: every plot with its curves, as one compressed text."""
+"""The plots and curves that the script of a page draws, as one compressed text."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from seqlen_curriculum.analysis.run import Column, Run, Series
 __all__ = ["packed", "plot_data"]
 
 _POINTS_OF_A_PAGE = 100_000
-"""Of all curves of a page. A curve in several plots is stored once, at about 6 bytes a point: 360 KB for 24 runs."""
+"""Points of all curves of a page. A curve in several plots is stored once. 24 runs take 360 KB: 6 bytes per point."""
 
 
 def plot_data(runs: Sequence[Run]) -> dict[str, Any]:
     """Return the object that ``templates/report.js`` unpacks and ``plot.js`` draws.
 
-    ``runs`` [{``name``, ``group``, ``colour``, ``dashes``, ``series``}]: ``group`` is the number of the legend's entry,
-    ``series`` {key: {``y``: values to five digits, and ``step``, ``tokens`` or ``hours``: a ``_column``}}.
-    ``plots`` [{``name``, ``x``, ``x_label``, ``y_label``, ``log``, ``steps``, ``from_zero``, ``threshold``, ``curves``}];
-    a curve has ``run``, its number, ``key``, ``label``, ``second``, whether it is that of a ``second_key``, ``scale``, by
-    which its values are multiplied, and ``marks``, steps to mark.
+    ``runs`` is [{``name``, ``group``, ``colour``, ``dashes``, ``series``}], where ``group`` is the index of the legend's
+    entry and ``series`` {key: {``y``: values to five digits, and ``step``, ``tokens`` or ``hours``: a ``_column``}}.
+    ``plots`` is [{``name``, ``x``, ``x_label``, ``y_label``, ``log``, ``steps``, ``from_zero``, ``threshold``,
+    ``curves``}]. A curve is {``run``: index, ``key``, ``label``, ``second``: true for a ``second_key``, ``scale``: factor
+    of its values, ``marks``: steps to mark}.
     """
     curves = Curves(runs, points_per_curve(runs, _POINTS_OF_A_PAGE))
     described: list[dict[str, Any]] = [{} for _ in runs]
@@ -60,17 +60,17 @@ def _plot(plot: Plot, runs: Sequence[Run], curves: Curves, described: list[dict[
 
 
 def _values(series: Series) -> list[float]:
-    # Five digits: what a page shows of a value. Sixteen would take three times the bytes.
+    # A page shows five digits. Sixteen would take three times the bytes.
     return [float(f"{value:.5g}") for value in series.values]
 
 
 def _column(values: Column, places: int) -> dict[str, Any]:
-    """Return rising numbers as differences of whole numbers, which are short: 100, 250, 400 as 100, 150, 150."""
+    """Return rising numbers as differences of integers, which are short: 100, 250, 400 as 100, 150, 150."""
     whole = np.rint(values * 10**places).astype(np.int64)
     return {"places": places, "differences": np.diff(whole, prepend=0).tolist()}
 
 
 def packed(data: dict[str, Any]) -> str:
-    """Return the data as JSON, compressed by zlib, in base64, which needs no escapes in a page."""
+    """Return the data as zlib-compressed JSON in base64, which needs no escaping in a page."""
     text = json.dumps(data, separators=(",", ":"), allow_nan=False)
     return base64.b64encode(zlib.compress(text.encode(), 9)).decode()

@@ -1,4 +1,4 @@
-"""Which plots a report has, in its order, and which runs each of them shows."""
+"""The plots of a report, in order, and the runs that each of them shows."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ class Plot:
     x: str = "step"
     """``step``, ``tokens`` or ``hours``."""
     label: str = ""
-    """Of the y axis."""
+    """Label of the y axis."""
     group: str = ""
     """The section of the page: ``cost``, ``stability`` or ``schedule``."""
     note: str = ""
     log: bool = False
     from_zero: bool = False
-    """Whether the y axis begins at zero."""
+    """True if the y axis starts at zero."""
     steps: bool = False
-    """Whether a value holds until it changes."""
+    """True for a step function, whose value holds until it changes."""
     threshold: float | None = None
-    """A level to draw across."""
+    """The level of a horizontal line."""
     second_key: str = ""
-    """A second curve, of the most unstable run alone, each over its maximum (the paper's Figure 1(g), (h))."""
+    """The key of a second curve. Only the most unstable run is drawn, each curve over its maximum (Figure 1(g), (h))."""
     only_if_changing: bool = False
-    """Whether the plot is left out if no run's values change."""
+    """True to leave the plot out if no run's values change."""
 
     @property
     def keys(self) -> list[str]:
@@ -44,11 +44,11 @@ class Plot:
 
     @property
     def marks_rollbacks(self) -> bool:
-        """Whether the steps of rollbacks are marked."""
+        """True if the steps of rollbacks are marked."""
         return self.key in ("loss", "loss_ratio") and self.x == "step" and not self.second_key
 
     def runs(self, runs: Sequence[Run]) -> list[Run]:
-        """Return those of ``runs`` that have the values; with ``second_key`` the most unstable of them."""
+        """Return the runs that have the values; with ``second_key`` only the most unstable of them."""
         logged = [run for run in runs if all(len(run.series(key).values) for key in self.keys)]
         if self.second_key and logged:
             return [max(logged, key=lambda run: float(run.series(self.key).values.max()))]
@@ -57,26 +57,26 @@ class Plot:
         return logged
 
     def series(self, run: Run, key: str, most: int) -> Series:
-        """Return the points of a curve to draw: at most ``most``, with every extreme; of a step function its changes."""
+        """Return at most ``most`` points of a curve, with every extreme; for a step function only its changes."""
         series = run.series(key)
         return (series.changes() if self.steps else series).thinned(most)
 
 
 def points_per_curve(runs: Sequence[Run], total: int) -> int:
-    """Return how many points a curve may have for all curves of a page to have ``total``; at least 50, at most 2000."""
+    """Return the points of one curve, 50 to 2000, so that all curves of a page have ``total`` together."""
     curves = sum(len(plot.keys) * len(plot.runs(runs)) for plot in PLOTS)
     return max(50, min(2000, total // max(1, curves)))
 
 
 def _perplexity(x: str, against: str) -> Plot:
-    title, note = f"Validation perplexity against {against}", "At full length."
+    title, note = f"Validation perplexity against {against}", "Evaluated at full length."
     return Plot(f"perplexity_{x}", title, "valid_ppl", x, "validation perplexity", "cost", note, log=True)
 
 
 def _loss(x: str, against: str) -> Plot:
     title, note = (
         f"Training loss against {against}",
-        "At each step's own length: no guide to quality while lengths grow.",
+        "Measured at each step's sequence length, so it does not show quality while the length grows.",
     )
     return Plot(f"loss_{x}", title, "loss", x, "training loss (nats/token)", "stability", note)
 
@@ -86,7 +86,7 @@ def _adam(key: str, title: str, label: str) -> Plot:
 
 
 def _loss_ratio_and(key: str, words: str) -> Plot:
-    title, note = f"Loss ratio and {words}", "The run of the largest loss ratio."
+    title, note = f"Loss ratio and {words}", "Shows the run with the largest loss ratio."
     label = "fraction of maximum"
     return Plot(f"ratio_{key}", title, "loss_ratio", "step", label, "stability", note, second_key=key, from_zero=True)
 
@@ -138,7 +138,7 @@ PLOTS = (
         "tokens_per_second",
         label="throughput (tokens/s)",
         group="schedule",
-        note="Without evaluations; each point is the mean over the same number of steps.",
+        note="Without evaluations. Each point is a mean over the same number of steps.",
         from_zero=True,
     ),
 )
@@ -148,4 +148,4 @@ SUMMARY = (
     Plot("seqlen_tokens", "Sequence length", "seqlen", "tokens", "sequence length", steps=True, from_zero=True),
     Plot("lr_tokens", "Learning rate", "lr", "tokens", "learning rate", from_zero=True),
 )
-"""The four plots of the picture of a run."""
+"""The four plots of ``slw report --png``."""

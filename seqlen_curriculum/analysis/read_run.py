@@ -1,4 +1,4 @@
-"""A run's folder read, and refused in words where a file of it is damaged."""
+"""Read a run folder. A damaged file raises DataError."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from seqlen_curriculum.run_folder.run_log import MACHINE_KEYS, read_run_log
 __all__ = ["LOGS", "load_run", "read_run"]
 
 LOGS = (RUN_LOG, RUN_INFO, ROLLBACKS)
-"""The files of a run folder that a report is made of."""
+"""The files of a run folder that a report reads."""
 _OF_A_STEP = ("step", "seqlen", "rows", "consumed_tokens")
 _NUMBERS = {
     "loss": (*_OF_A_STEP, "loss", "lr", "seconds"),
@@ -27,7 +27,7 @@ _NUMBERS = {
 
 
 def load_run(save: Path, name: str = "") -> Run:
-    """The run in the folder ``save``. Raises DataError where there is no run, or none that has made a step."""
+    """Return the run in the folder ``save``. Raises DataError if there is no run, or if it has not made a step yet."""
     run = read_run(save, name)
     if not run.steps:
         path = save / RUN_LOG
@@ -36,7 +36,7 @@ def load_run(save: Path, name: str = "") -> Run:
 
 
 def read_run(save: Path, name: str = "") -> Run:
-    """``load_run`` of a run that may still be about to make its first step."""
+    """Return the run in ``save``, which may not have made its first step yet. Raises DataError if there is no folder."""
     path = save / RUN_LOG
     if not save.is_dir():
         raise DataError(f"{save}: there is no such folder; give the --save folder of a run")
@@ -56,7 +56,7 @@ def read_run(save: Path, name: str = "") -> Run:
 
 
 def _as_reported(rollback: Rollback) -> dict[str, Any]:
-    """What a report has of a rollback; ``seconds`` where the file has them."""
+    """Return the fields of a rollback that a report contains, with ``seconds`` if the file has them."""
     reported = {"step", "loss", "ratio", "returned_to", "skipped", "seconds"}
     return rollback.model_dump(mode="json", include=reported, exclude_unset=True)
 
@@ -67,8 +67,8 @@ def _check(record: dict[str, Any], path: Path) -> None:
     bad = [key for key in needed if not _is_number(record.get(key))]
     if bad:
         raise DataError(
-            f"{path}: the record of step {record['step']!r} has {bad[0]} {record.get(bad[0])!r}, which is no finite number; "
-            "the file is damaged"
+            f"{path}: the record of step {record['step']!r} has {bad[0]} {record.get(bad[0])!r}, which is not a finite "
+            "number; the file is damaged"
         )
 
 

@@ -1,4 +1,4 @@
-"""What runs came to, and how they compare with the first of them, as one JSON-able object: the paper's Tables 1 to 3."""
+"""The results of runs, compared with the first run, as one JSON object: the paper's Tables 1 to 3."""
 
 from __future__ import annotations
 
@@ -14,18 +14,22 @@ from seqlen_curriculum.analysis.stability import listed_spikes
 __all__ = ["MADE_BY", "compare_settings", "report", "summary_of"]
 
 MADE_BY = "seqlen-curriculum report"
-"""Stands at the beginning of every file of a report, so that no other file is taken for one."""
+"""The mark at the start of every file of a report. A file without it is never overwritten."""
 
 Point = dict[str, Any]
 
 
 def report(runs: Sequence[Run]) -> dict[str, Any]:
-    """Return the numbers of the runs; the others are compared with the first.
+    """Return the numbers of the runs, compared with the first run.
 
-    ``made_by``; ``outcome``, two sentences; ``reference`` {``run``, ``valid_ppl``}, the first run's best perplexity, None
-    if it has no evaluation; ``runs``, a list of ``summary_of`` each, with ``end_ratio``, ``reached`` and
-    ``reached_ratio``; ``seeds``, of ``over_seeds``; ``config``, of ``compare_settings``. Hours are training and
-    evaluation time, without the gaps between launches.
+    - ``made_by``: ``MADE_BY``
+    - ``outcome``: two sentences
+    - ``reference``: {``run``, ``valid_ppl``}, the first run's best perplexity, or None if it has no evaluation
+    - ``runs``: one ``summary_of`` per run, with ``end_ratio``, ``reached`` and ``reached_ratio``
+    - ``seeds``: the result of ``over_seeds``
+    - ``config``: the result of ``compare_settings``
+
+    Hours are training and evaluation time, without the gaps between launches.
     """
     summaries = [summary_of(run) for run in runs]
     best = summaries[0]["best"]
@@ -43,10 +47,10 @@ def report(runs: Sequence[Run]) -> dict[str, Any]:
 
 
 def summary_of(run: Run) -> dict[str, Any]:
-    """Return the numbers of one run; ``end``, ``final`` and ``best`` evaluation have step, tokens and hours."""
+    """Return the numbers of one run. ``end`` and the evaluations ``final`` and ``best`` have step, tokens and hours."""
     points, measures = run.points, run.stability
     first, last = run.steps[0], run.steps[-1]
-    # The report has the numbers of spikes and fluctuations in place of their lists, which may be thousands long.
+    # The report counts spikes and fluctuations instead of listing them: there may be thousands.
     counts = {key: len(measures[key]) for key in ("spikes", "fluctuations")}
     return {
         "name": run.name,
@@ -77,11 +81,11 @@ def _ratios(reference: Point | None, point: Point | None) -> dict[str, float | N
 
 
 def compare_settings(runs: Sequence[Run]) -> dict[str, Any]:
-    """Return the settings that differ and those that are shared, over the runs whose configuration is known.
+    """Return the settings that differ and those that are shared among the runs of known configuration.
 
     ``differing`` [{``key``, ``values``, one per run, None if unknown}], ``shared`` [{``key``, ``value``}].
     """
-    # A run without run.json would make every setting differ: it has None in each list, but no say in which those are.
+    # A run without run.json would make every setting differ. It is not compared, and its value in each list is None.
     known = [run.settings for run in runs if run.settings]
     keys = list(dict.fromkeys(key for settings in known for key in settings))
     differing = [key for key in keys if any(settings.get(key) != known[0].get(key) for settings in known)]

@@ -26,7 +26,7 @@ _THROUGHPUT_POINTS = 200
 
 @dataclass(frozen=True, eq=False)
 class Series:
-    """Logged values (n,) and where they stand, each (n,) too."""
+    """Logged values with their steps, tokens and hours, (n,) each."""
 
     values: Column
     step: Column
@@ -36,11 +36,11 @@ class Series:
     """Time of training and evaluation, without the gaps between launches."""
 
     def thinned(self, most: int = 2000) -> Series:
-        """Return at most ``most`` points and the two ends, with every extreme kept."""
+        """Return at most ``most`` points and the two ends. Every extreme is kept."""
         if len(self.values) <= most:
             return self
-        # 400,000 steps and most = 2000: 1000 buckets of 400 steps, of each its lowest and its highest value. So a spike
-        # of a single step stays as high as it was; means or every 200th value would hide it.
+        # 400,000 steps and most = 2000: the lowest and the highest value of each of 1000 buckets of 400 steps. A spike of a
+        # single step keeps its height. Means or every 200th value would hide it.
         edges = np.linspace(0, len(self.values), most // 2 + 1).astype(int)
         kept = {0, len(self.values) - 1}
         for start, end in pairwise(edges):
@@ -49,8 +49,8 @@ class Series:
         return self[np.array(sorted(kept))]
 
     def changes(self) -> Series:
-        """Return the first point and the last point of every stretch of equal values."""
-        # 8, 8, 8, 16, 16 becomes 8, 8, 16: a value holds back to the point before it, so nothing is lost.
+        """Return the first point, and the last point of each run of equal values."""
+        # 8, 8, 8, 16, 16 becomes 8, 8, 16: each value holds from the previous point on, so nothing is lost.
         kept = np.append(self.values[1:] != self.values[:-1], True)[: len(self.values)]
         kept[:1] = True
         return self[kept]
@@ -61,17 +61,17 @@ class Series:
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """What a run folder holds."""
+    """The contents of a run folder."""
 
     name: str
     records: Records
-    """Of ``runlog.jsonl``, in order."""
+    """The records of ``runlog.jsonl``, in order."""
     info: dict[str, Any] = field(default_factory=dict)
-    """``run.json``; {} where there is none."""
+    """The contents of ``run.json``; {} if there is none."""
     rollbacks: Records | None = None
-    """``rollbacks.json``; None where there is none."""
+    """The contents of ``rollbacks.json``; None if there is none."""
     _series: dict[str, Series] = field(default_factory=dict, init=False, repr=False)
-    """What ``series`` has computed so far."""
+    """The results of ``series`` so far."""
 
     @cached_property
     def steps(self) -> Records:
@@ -102,8 +102,8 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        """Whether the run has consumed its budget and made the evaluation that follows."""
-        # The last step is logged before the evaluation at the end begins: a page that stopped there would lack its result.
+        """True if the run has consumed its budget and made its last evaluation."""
+        # The last step is logged before the last evaluation starts. A page that stopped there would lack its result.
         if not self.budget or not self.records or self.records[-1]["consumed_tokens"] < self.budget:
             return False
         return not self.settings.get("training.eval_interval") or "valid_loss" in self.records[-1]
@@ -132,8 +132,8 @@ class Run:
         """Step, consumed tokens and hours at the end of every record, (records,) each."""
         step, tokens, seconds = (_column(self.records, key) for key in ("step", "consumed_tokens", "seconds"))
         elapsed = np.cumsum(seconds)
-        # A rollback from step 70 to 50 removes steps 51 to 70 from the log, yet their time was spent before the run came
-        # to step 51 again: every record after step 50 is that much later.
+        # A rollback from step 70 to 50 removes steps 51 to 70 from the log, but their time was spent before the new step
+        # 51: it is added to every record after step 50.
         for rollback in self.rollbacks or ():
             elapsed += np.where(step > rollback["returned_to"], rollback.get("seconds", 0), 0)
         return step, tokens, elapsed / 3600
@@ -150,33 +150,33 @@ class Run:
         return sum(bool(record.get("skipped")) for record in self.records)
 
     def series(self, key: str) -> Series:
-        """Return the logged values of ``key``, or ``loss_ratio`` or ``tokens_per_second``, which follow from the log."""
-        # Twenty plots, tables and legends ask for the same few keys of up to 400,000 records.
+        """Return the logged values of ``key``, or the computed ``loss_ratio`` or ``tokens_per_second``."""
+        # Twenty plots, tables and legends read the same few keys of up to 400,000 records.
         if key not in self._series:
             computed = {"loss_ratio": self.loss_ratios, "tokens_per_second": self.throughput}
             self._series[key] = computed[key]() if key in computed else self.logged(key)
         return self._series[key]
 
     def logged(self, key: str) -> Series:
-        """Return the values of ``key`` of the records that have one."""
+        """Return the values of ``key`` from the records that have one."""
         chosen = np.array([n for n, record in enumerate(self.records) if record.get(key) is not None], dtype=int)
         values = np.array([self.records[n][key] for n in chosen.tolist()], dtype=np.float64)
         return Series(values, *(end[chosen] for end in self.ends))
 
     def loss_ratios(self) -> Series:
-        """Return the loss ratio of every step but the first, which has none."""
+        """Return the loss ratio of every step except the first, which has none."""
         losses = self.series("loss")
         ratios = Series(ratios_to_best(losses.values), losses.step, losses.tokens, losses.hours)
         return ratios[np.arange(1, max(1, len(losses.values)))]
 
     @cached_property
     def timed(self) -> tuple[NDArray[Any], Column, Column]:
-        """Numbers of the records, tokens and seconds, (n,) each, of the trained steps whose tokens are known."""
+        """Record indices, tokens and seconds, (n,) each, of the trained steps whose tokens are known."""
         training = np.array([n for n, record in enumerate(self.records) if "valid_loss" not in record], dtype=int)
         step, tokens = (end[training] for end in self.ends[:2])
         has_loss = np.array(["loss" in self.records[n] for n in training.tolist()], dtype=bool)
-        # The log has consumed tokens, so those of a step are its own less those of the step before. Where the step before
-        # isn't in the log (its beginning was lost), the difference would be that of many steps.
+        # The log has consumed tokens. The tokens of a step are the difference from the previous step. If that is not in the
+        # log (its beginning was lost), the difference would be that of many steps.
         known = has_loss & (step == np.concatenate([[0], step[:-1]]) + 1)
         step_tokens = tokens - np.concatenate([[0], tokens[:-1]])
         chosen = training[known]
@@ -184,17 +184,17 @@ class Run:
 
     @property
     def tokens_per_second(self) -> float | None:
-        """Throughput of training, without evaluations; None where no step has a time."""
+        """Training throughput without evaluations; None if no step has a time."""
         _, tokens, seconds = self.timed
         return float(tokens.sum() / seconds.sum()) if seconds.sum() else None
 
     def throughput(self) -> Series:
-        """Return tokens per second of training as at most 200 means, over the same number of steps each."""
+        """Return the training throughput in tokens/s as at most 200 means, each over the same number of steps."""
         chosen, step_tokens, step_seconds = self.timed
         if not len(chosen):
             empty = np.zeros(0)
             return Series(empty, empty, empty, empty)
-        # 1000 steps: the means begin at steps 0, 5, 10, ... and each stands at its last step: 4, 9, 14, ...
+        # 1000 steps: the means start at steps 0, 5, 10, ... and each is plotted at its last step: 4, 9, 14, ...
         starts = np.unique(np.linspace(0, len(chosen), _THROUGHPUT_POINTS, endpoint=False).astype(int))
         lasts = chosen[np.append(starts[1:], len(chosen)) - 1]
         seconds = np.add.reduceat(step_seconds, starts)
@@ -208,7 +208,7 @@ def _column(records: Sequence[dict[str, Any]], key: str) -> Column:
 
 
 def summarise(run: Run) -> str:
-    """Return the run in a few lines for a terminal."""
+    """Return a summary of the run in a few lines for a terminal."""
     steps, evaluations, end = run.steps, run.evaluations, run.end
     seconds = sum(record["seconds"] for record in steps)
     speed = f", {run.tokens_per_second:,.0f} tokens/s" if run.tokens_per_second else ""

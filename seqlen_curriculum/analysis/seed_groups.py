@@ -1,4 +1,4 @@
-"""Runs that differ only in their seed, put together: it takes several to judge a method."""
+"""Group the runs that differ only in their seed: judging a method takes several."""
 
 from __future__ import annotations
 
@@ -17,34 +17,34 @@ _SEED = "training.seed"
 
 
 class SeedGroup(NamedTuple):
-    """Runs of one configuration."""
+    """Runs that differ only in their seed."""
 
     name: str
-    """What the names of its runs begin with."""
+    """The common start of the names of its runs."""
     members: list[int]
-    """Their numbers among all runs."""
+    """Their indices among all runs."""
 
 
 def seed_groups(runs: Sequence[Run]) -> list[SeedGroup]:
-    """Return the groups in the order of their first runs; a run of unknown configuration is a group of its own."""
+    """Return the groups in the order of their first runs. A run of unknown configuration forms its own group."""
     members: dict[str, list[int]] = {}
     for number, run in enumerate(runs):
         settings = {key: value for key, value in run.settings.items() if key != _SEED}
         group = json.dumps(settings, sort_keys=True)
-        # Averaging a seed that was run twice would count it twice: the repeat is a group of its own.
+        # An average would count a repeated seed twice, so the repeat forms its own group.
         repeated = any(runs[member].settings.get(_SEED) == run.settings.get(_SEED) for member in members.get(group, ()))
         if repeated or not settings:
             group = f"run {number}"
         members.setdefault(group, []).append(number)
     names = [shared_name([runs[n].name for n in numbers]) for numbers in members.values()]
-    # Two groups may share a beginning, as two sweeps of slw-seed1 and slw-seed2 do: then each has its first run's name.
+    # Two groups may get the same name, for example two sweeps of slw-seed1 and slw-seed2. Then their first runs name them.
     if len(set(names)) < len(names):
         names = [runs[numbers[0]].name for numbers in members.values()]
     return [SeedGroup(name, numbers) for name, numbers in zip(names, members.values(), strict=True)]
 
 
 def shared_name(names: Sequence[str]) -> str:
-    """Return what the names begin with, without a seed: ``slw`` for ``slw-seed1`` and ``slw-seed2``."""
+    """Return the common start of the names without the seed: ``slw`` for ``slw-seed1`` and ``slw-seed2``."""
     if len(names) == 1:
         return names[0]
     letters = itertools.takewhile(lambda column: len(set(column)) == 1, zip(*names, strict=False))
@@ -55,13 +55,13 @@ def shared_name(names: Sequence[str]) -> str:
 
 
 def over_seeds(runs: Sequence[Run], numbers: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return one summary per seed group; none where no two runs differ only in their seed.
+    """Return one summary per seed group, or an empty list if no two runs differ only in their seed.
 
     ``numbers`` are the runs' entries in the report. Each summary has ``name``, ``runs``, and one value per run of
     ``spikes``, ``max_loss_ratio`` and ``final_valid_loss`` (None for a run that has not finished) with its
-    ``mean_final_valid_loss``. A run is compared with the first group's run of the same seed: ``compared`` of them were,
-    ``reached`` of those reached its best validation perplexity, with the medians ``consumed_tokens_ratio`` and
-    ``hours_ratio`` (None if none did).
+    ``mean_final_valid_loss``. Each run is compared with the first group's run of the same seed: ``compared`` is the number
+    of runs that have one, ``reached`` the number of those that reached its best validation perplexity, and
+    ``consumed_tokens_ratio`` and ``hours_ratio`` are their medians (None if none reached it).
     """
     groups = seed_groups(runs)
     if all(len(group.members) == 1 for group in groups):
@@ -74,7 +74,7 @@ def over_seeds(runs: Sequence[Run], numbers: Sequence[Mapping[str, Any]]) -> lis
 
 
 def _summarise_seeds(group: SeedGroup, numbers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return what the runs of a group came to, and the mean of their final losses."""
+    """Return the results of the runs of a group, and the mean of their final losses."""
     members = [numbers[n] for n in group.members]
     losses = [run["final"]["valid_loss"] if run["finished"] and run["final"] else None for run in members]
     known = [loss for loss in losses if loss is not None]
@@ -89,9 +89,9 @@ def _summarise_seeds(group: SeedGroup, numbers: Sequence[Mapping[str, Any]]) -> 
 
 
 def _compare_by_seed(runs: Sequence[Run], best_by_seed: Mapping[Any, dict[str, Any] | None]) -> dict[str, Any]:
-    """Return how many times fewer tokens and hours the runs took to the best of the reference's run of the same seed."""
-    # Runs of the same seed begin with the same weights and read the same samples in the same order, so the ratio of such a
-    # pair shows the method. Of ratios 4.0, 5.5 and 40 the median is 5.5; the mean, 16.5, would show the outlier.
+    """Return the reduction of tokens and hours to reach the best of the reference run of the same seed (medians)."""
+    # Runs of the same seed start from the same weights and read the same samples in the same order, so the ratio of such a
+    # pair shows the method. The median of 4.0, 5.5 and 40 is 5.5. Their mean, 16.5, would show the outlier.
     compared = [run for run in runs if run.settings.get(_SEED) in best_by_seed]
     tokens_ratios, hours_ratios = [], []
     for run in compared:

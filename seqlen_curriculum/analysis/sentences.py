@@ -12,13 +12,13 @@ __all__ = ["best_run", "best_seeds", "loss_spikes", "outcome"]
 
 
 def outcome(report: Mapping[str, Any]) -> list[str]:
-    """Return which run did best, and how many runs had loss spikes."""
+    """Return a sentence about the best run and one about loss spikes."""
     best = best_seeds(report["seeds"]) if report["seeds"] else best_run(report["runs"])
     return [best, loss_spikes(report["runs"])]
 
 
 def best_seeds(groups: Sequence[Mapping[str, Any]]) -> str:
-    """Return which configuration has the lowest mean loss over its seeds."""
+    """Name the configuration with the lowest mean loss over its seeds."""
     finished = [group for group in groups if group["mean_final_valid_loss"] is not None]
     if not finished:
         return "No configuration has a final evaluation for each of its seeds yet."
@@ -28,7 +28,7 @@ def best_seeds(groups: Sequence[Mapping[str, Any]]) -> str:
 
 
 def best_run(runs: Sequence[Mapping[str, Any]]) -> str:
-    """Return which run reached the first run's best perplexity with the fewest tokens, or came closest."""
+    """Name the run that reached the first run's best perplexity with the fewest tokens, or that came closest."""
     first, *others = runs
     if first["best"] is None:
         return f"{first['name']} has no evaluation yet."
@@ -43,7 +43,7 @@ def best_run(runs: Sequence[Mapping[str, Any]]) -> str:
         time = f" and {1 / ratios['hours']:.0%} of the time" if ratios["hours"] else ""
         tokens = f"{1 / ratios['consumed_tokens']:.0%} of the tokens"
         return f"{best['name']} reached {first['name']}'s {perplexity} with {tokens}{time}."
-    sentence = f"No other run has reached {first['name']}'s {perplexity}"
+    sentence = f"None of the other runs has reached {first['name']}'s {perplexity}"
     evaluated = [run for run in others if run["best"]]
     if not evaluated:
         return f"{sentence}."
@@ -52,7 +52,7 @@ def best_run(runs: Sequence[Mapping[str, Any]]) -> str:
 
 
 def loss_spikes(runs: Sequence[Mapping[str, Any]]) -> str:
-    """Return how many of the runs had spikes, and which had most."""
+    """Return the number of runs with spikes, and the run with the most, as a sentence."""
     definition = f"training loss above {SPIKE} times its lowest earlier value"
     spiking = [run for run in runs if run["stability"]["spikes"]]
     if spiking:

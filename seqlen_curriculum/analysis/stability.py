@@ -1,7 +1,7 @@
-"""How stable a run was, from its log alone: the measures of the paper's Tables 1 and 3.
+"""Training stability measured from a run's log, as in the paper's Tables 1 and 3.
 
-The loss ratio of a step is its training loss over the lowest of all earlier steps. Under a curriculum that compares losses
-at different lengths, so the same ratio of the validation perplexity, which is always at full length, stands beside it.
+The loss ratio of a step is its training loss over the lowest loss of all earlier steps. Under a curriculum it compares
+losses at different lengths, so the same ratio of validation perplexity, always at full length, is reported too.
 """
 
 from __future__ import annotations
@@ -24,14 +24,15 @@ SPIKE = 1.2
 
 
 def stability(steps: Sequence[dict[str, Any]], evaluations: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
-    """Return the measures of training and evaluation records (of ``load_run``) as one JSON-able object.
+    """Return the measures of training and evaluation records (of ``load_run``) as one JSON object.
 
-    ``steps, spikes`` [{step, seqlen, lr, loss, ratio}], ``spike_share`` of all steps, ``max_loss_ratio`` and its
-    ``max_loss_ratio_step`` (None for a single step); ``evaluations, fluctuations`` [{step, valid_ppl, ratio}],
-    ``max_perplexity_ratio``; and ``correlations``.
+    - ``steps``: their number; ``spikes``: [{step, seqlen, lr, loss, ratio}]; ``spike_share``: fraction of the steps
+    - ``max_loss_ratio``, ``max_loss_ratio_step``: None for a single step
+    - ``evaluations``: their number; ``fluctuations``: [{step, valid_ppl, ratio}]; ``max_perplexity_ratio``
+    - ``correlations``: the result of ``correlations``
     """
     ratios = ratios_to_best([record["loss"] for record in steps])
-    # From the loss, because the log's perplexity is cut off at exp(20).
+    # Computed from the loss, because the log's perplexity is cut off at exp(20).
     perplexity = perplexity_ratios([record["valid_loss"] for record in evaluations])
     spikes = _records_above(SPIKE, steps, ratios, ("step", "seqlen", "lr", "loss"))
     # A single step has the ratio NaN, so there is no maximum.
@@ -68,10 +69,10 @@ def listed_spikes(spikes: Sequence[dict[str, Any]], half: int = 10) -> Sequence[
 
 
 def correlations(steps: Sequence[dict[str, Any]], ratios: NDArray[np.float64]) -> dict[str, dict[str, float]]:
-    """Return Pearson's r of Adam's variance and the loss ratio, its p-value, and the number of steps that have both.
+    """Return Pearson's r between Adam's variance and the loss ratio, its p-value, and the number of steps with both.
 
-    {``variance_norm``: {``r``, ``p``, ``steps``}, ``variance_max``: ...}; without a measure that fewer than three steps
-    have, or where one of the two never changes.
+    The result is {``variance_norm``: {``r``, ``p``, ``steps``}, ``variance_max``: ...}. A measure is left out if fewer than
+    three steps have it, or if it or the loss ratio is constant.
     """
     measured = {}
     for name in ("variance_norm", "variance_max"):

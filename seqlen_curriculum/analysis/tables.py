@@ -30,7 +30,7 @@ class ReportTables:
         self.names = [run["name"] for run in self.runs]
 
     def number(self, path: str, text: Format) -> Number:
-        """Return the number at ``path``, for example ``runs/0/end/step``; a dash where the path ends early."""
+        """Return the number at ``path``, for example ``runs/0/end/step``; a dash if there is no such number."""
         value: Any = self.report
         try:
             for key in path.split("/"):
@@ -43,7 +43,7 @@ class ReportTables:
 
     def cell(self, text: Format, *paths: str, separator: str = ", ", ratio: str = "") -> Cell:
         """Return the numbers at ``paths``, and in brackets the one at the path ``ratio`` if there is one."""
-        # No ratio, or one whose path ends early, because the run never came there: nothing in brackets.
+        # There are no brackets without a ratio, or if the run never reached the point.
         fewer = self.number(ratio, formats.ratio)
         return Cell([self.number(path, text) for path in paths], separator, fewer if fewer.value else None)
 
@@ -74,17 +74,17 @@ class ReportTables:
         head = ["Run", f"Spikes over {SPIKE}", "Largest loss ratio", "Final validation loss", "Mean"]
         head += ["Reached best perplexity", "Tokens", "Time"]
         best = f"the best perplexity of {groups[0]['name']} with the same seed"
-        return Table(f"By seed; tokens and time to {best}: how many times fewer (median)", head, rows)
+        return Table(f"By seed. Tokens and time: median reduction factor to reach {best}", head, rows)
 
     def point(self, place: str, point: str) -> list[Cell | str]:
-        """Return steps, tokens and time of a ``point`` of the run at ``place``, with the first run's over them."""
+        """Return steps, tokens and time of a ``point`` of the run at ``place``, with their reduction factors."""
         return [
             self.cell(text, f"{place}/{point}/{key}", ratio=f"{place}/{point}_ratio/{key}")
             for key, text in _POINT.items()
         ]
 
     def cost_to_reference(self) -> Table:
-        """Return what it took to reach the first run's best validation perplexity (Table 2); none for one run."""
+        """Return the cost to reach the first run's best validation perplexity (Table 2); NO_TABLE for one run."""
         reference = self.report["reference"]
         if not reference or len(self.runs) == 1:
             return NO_TABLE
@@ -97,11 +97,11 @@ class ReportTables:
         return Table(caption, ["Run", "Steps", "Tokens", "Time"], rows)
 
     def comparison(self) -> Table:
-        """Return the table that compares the runs best: by seed where there are several."""
+        """Return the main comparison of the runs: by seed if there are several seeds, else by cost."""
         return self.seeds() if self.report["seeds"] else self.cost_to_reference()
 
     def ends(self) -> Table:
-        """Return where each run ended (Table 2), and its best evaluation."""
+        """Return the last values of each run (Table 2), and its best evaluation."""
         columns: dict[str, tuple[str, Format]] = {
             "Tokens/s": ("tokens_per_second", formats.count),
             "Training loss": ("loss", formats.plain),
@@ -121,7 +121,7 @@ class ReportTables:
         return Table(caption, ["Run", "Steps", "Tokens", "Time", *columns], rows)
 
     def stability(self) -> Table:
-        """Return spikes of the training loss (Table 1), and the same measures of the validation perplexity."""
+        """Return the spikes of the training loss (Table 1), and the same measures of the validation perplexity."""
         columns: dict[str, tuple[str, Format]] = {
             "Steps": ("steps", formats.count),
             f"Loss ratio over {SPIKE}": ("spikes", formats.count),
@@ -134,7 +134,7 @@ class ReportTables:
         }
         keys = dict(columns.values())
         rows = [self.row(name, f"runs/{n}/stability", keys) for n, name in enumerate(self.names)]
-        caption = "Stability: training loss and validation perplexity over their lowest earlier value"
+        caption = "Stability: ratios of training loss and validation perplexity to their lowest earlier value"
         return Table(caption, ["Run", *columns], rows)
 
     def correlations(self) -> Table:
@@ -149,21 +149,21 @@ class ReportTables:
         return Table("Correlation of the loss ratio with Adam's variance", head, rows)
 
     def machine(self) -> Table:
-        """Return how fully the machine was used, one row per run whose log says it."""
+        """Return the use of the machine, one row per run whose log has it."""
         keys = {key: text for key, (_, text) in MACHINE.items()}
         known = [n for n, run in enumerate(self.runs) if any(run["machine"][key] is not None for key in keys)]
         rows = [self.row(self.names[n], f"runs/{n}/machine", keys) for n in known]
-        caption = "Use of the machine: mean MFU, memory of rank 0, and shares of the time"
+        caption = "Machine use: mean MFU, peak memory of rank 0, and shares of the time"
         return Table(caption, ["Run", *(title for title, _ in MACHINE.values())], rows)
 
     def spike_count(self) -> str:
-        """Return how many spikes all runs have together."""
+        """Return the number of spikes of all runs together."""
         return formats.count(sum(run["stability"]["spikes"] for run in self.runs))
 
     def spikes(self) -> list[Table]:
-        """Return one table per run that has spikes; of many spikes the first and the largest are listed.
+        """Return one table per run that has spikes. A table of many spikes lists only the first and the largest.
 
-        ``report.json`` lists up to 20 of each run; 24 runs would take 260 KB of the page, so they list 6 each.
+        ``report.json`` lists up to 20 per run. That would take 260 KB of a page of 24 runs, so those list 6 per run.
         """
         columns: dict[str, Format] = {"step": formats.count, "seqlen": formats.count, "lr": formats.significant}
         columns |= {"loss": formats.plain, "ratio": formats.plain}
@@ -176,7 +176,7 @@ class ReportTables:
             if count > 2 * each:
                 others = sorted(listed[each:], key=lambda k: -spikes[k]["ratio"])[:each]
                 listed = sorted([*listed[:each], *others])
-                caption += f", the first {each} and the {each} largest others of {count:,}"
+                caption += f": the first {each} and the {each} largest others of {count:,}"
             # The step is the title of its row.
             rows = [self.row("", f"{place}/{k}", columns)[1:] for k in listed]
             if rows:
@@ -184,7 +184,7 @@ class ReportTables:
         return tables
 
     def rollbacks(self) -> Table:
-        """Return one row per return to an earlier checkpoint."""
+        """Return one row per rollback."""
         columns: dict[str, Format] = {"step": formats.count, "loss": formats.plain, "ratio": formats.plain}
         columns |= {"returned_to": formats.count}
         rows: list[Row] = []
@@ -193,7 +193,7 @@ class ReportTables:
                 place = f"runs/{n}/rollbacks/{k}"
                 skipped = self.cell(formats.count, f"{place}/skipped/0", f"{place}/skipped/1", separator=" to ")
                 rows.append([*self.row(run["name"], place, columns), skipped])
-        head = ["Run", "Spike at step", "Loss", "Loss ratio", "Returned to step", "Then skipped steps"]
+        head = ["Run", "Spike at step", "Loss", "Loss ratio", "Returned to step", "Skipped steps"]
         return Table("Rollbacks", head, rows)
 
     def differing_settings(self) -> Table:
@@ -236,7 +236,7 @@ class ReportTables:
         return Table(caption, ["", *self.names], rows, words=True)
 
     def launches(self) -> Table:
-        """Return every launch of every run; none where no run was launched twice."""
+        """Return every launch of every run; NO_TABLE if no run was launched twice."""
         if all(len(run["launches"] or ()) < 2 for run in self.runs):
             return NO_TABLE
         rows: list[Row] = []

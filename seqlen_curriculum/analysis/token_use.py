@@ -1,4 +1,4 @@
-"""How the ways of shortening samples use a run's corpora, as a picture."""
+"""Plot how each way of shortening samples uses a run's corpora."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ __all__ = ["draw_data_use"]
 
 
 def draw_data_use(summary: dict[str, Any], path: Path) -> None:
-    """Write the tokens each way trains on, recycles and drops, and the epochs of each source against steps.
+    """Plot the tokens that each way trains on, recycles and drops, and the epochs of each source against steps.
 
-    ``summary`` is what ``seqlen_curriculum.data.inspection.token_use.account`` returns; the suffix is the format.
+    ``summary`` is the result of ``seqlen_curriculum.data.inspection.token_use.account``. The suffix of ``path`` sets the
+    format.
     """
     from matplotlib.figure import Figure  # slow to import, and only needed here
 
@@ -20,8 +21,8 @@ def draw_data_use(summary: dict[str, Any], path: Path) -> None:
     _draw_ways(bars, summary["ways"])
     for source in summary["sources"]:
         points = [(step, epoch) for epoch, step in enumerate(source["epoch_steps"])]
-        # 2.5 epochs begin at 3 steps, and the run ends half an epoch after the third. A source of very many epochs lists
-        # the first of them only: its line ends with the last that is listed.
+        # 2.5 epochs start at 3 steps, and the run ends half an epoch after the third. Of very many epochs only the first
+        # are listed, and the line ends at the last of those.
         if len(points) >= source["epochs"]:
             points.append((summary["steps"], source["epochs"]))
         epochs.plot([step for step, _ in points], [epoch for _, epoch in points], marker=".", label=source["name"])
@@ -45,5 +46,5 @@ def _draw_ways(axis: Any, ways: list[dict[str, Any]]) -> None:
         axis.barh(names, tokens, left=left, label=label)
         left = [begin + width for begin, width in zip(left, tokens, strict=True)]
     axis.invert_yaxis()
-    axis.set(xlabel="tokens", title="same budget by method and leftovers (* is this configuration)")
+    axis.set(xlabel="tokens", title="same budget by method and leftovers (*: this configuration)")
     axis.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=3)  # below: bars fill the axis

@@ -1,4 +1,4 @@
-"""A report as files in a folder: each is complete at every moment, and none replaces a file that is not a report's."""
+"""Write a report to a folder. Files are written atomically, and only files of an earlier report are replaced."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ _PAGE, _NUMBERS = "report.html", "report.json"
 
 
 def check_folder(folder: Path) -> None:
-    """Raise ConfigError where a report in ``folder`` would replace a file that isn't part of an earlier one."""
+    """Raise ConfigError if a report in ``folder`` would replace a file that isn't part of an earlier report."""
     for name in (_PAGE, _NUMBERS, *(f"{plot.name}.png" for plot in PLOTS)):
         path = folder / name
-        # The mark stands near the beginning of all three kinds: the page's generator, the first key of the JSON file, and
-        # the Software entry of a PNG, which matplotlib writes before the pixels.
+        # The mark is near the start of all three kinds: the page's generator, the first key of the JSON file, and the
+        # Software entry of a PNG, which matplotlib writes before the pixels.
         if path.is_dir() or (path.exists() and MADE_BY.encode() not in path.read_bytes()[:1000]):
             raise ConfigError(
-                f"--out {folder}: {name} in it is no earlier report's; move it away or choose another folder"
+                f"--out {folder}: {name} in it is not part of an earlier report; move it or choose another folder"
             )
 
 
@@ -39,8 +39,8 @@ def write_report(
 ) -> Path:
     """Write ``report.html``, ``report.json`` and one PNG per plot; return the page's path.
 
-    ``numbers`` is ``report(runs)``, where the caller has it already. With ``refresh_seconds``, for a page that will be
-    written again soon, the page reloads itself and there are no PNGs.
+    ``numbers`` is ``report(runs)``, if the caller has it already. With ``refresh_seconds`` the page reloads itself at this
+    interval and no PNGs are written.
     """
     numbers = report(runs) if numbers is None else numbers
     for plot in PLOTS:
@@ -48,7 +48,7 @@ def write_report(
         if refresh_seconds is None and plot.runs(runs):
             _replace(picture, partial(save_png, plot, runs, made_by=MADE_BY))
         else:
-            picture.unlink(missing_ok=True)  # an earlier report's, by check_folder: of other runs, or out of date
+            picture.unlink(missing_ok=True)  # from an earlier report (check_folder): other runs, or out of date
     numbers_text, page_text = json.dumps(numbers, indent=2) + "\n", page(numbers, runs, refresh_seconds)
     _replace(folder / _NUMBERS, lambda path: path.write_text(numbers_text, encoding="utf-8"))
     _replace(folder / _PAGE, lambda path: path.write_text(page_text, encoding="utf-8"))
@@ -56,9 +56,9 @@ def write_report(
 
 
 def follow(folders: Mapping[str, Path], out: Path, seconds: float) -> Iterator[None]:
-    """Rewrite the report of runs (name to folder) at every ``next`` before which a log has changed.
+    """Rewrite the report of ``folders`` (by run name) at each ``next`` if a log has changed since the last one.
 
-    Ends when all runs have reached their budgets. Waits for runs that have made no step yet. Raises DataError where a
+    Ends when all runs have reached their budgets. Waits for runs that have not made a step yet. Raises DataError if a
     folder doesn't exist.
     """
     before: list[tuple[int, int]] | None = None
@@ -71,13 +71,13 @@ def follow(folders: Mapping[str, Path], out: Path, seconds: float) -> Iterator[N
                 write_report(started, out, refresh_seconds=seconds)
             if all(run.steps and run.finished for run in runs):
                 return
-        # Taken before the logs were read: what was written meanwhile changes the stamps of the next round.
+        # The stamps are from before the logs were read: what was written meanwhile changes those of the next round.
         before = stamps
         yield
 
 
 def _stamp(path: Path) -> tuple[int, int]:
-    """Return a value that changes whenever the file does; (0, 0) where there is none."""
+    """Return a value that changes whenever the file does; (0, 0) if there is none."""
     try:
         stat = path.stat()
     except FileNotFoundError:
@@ -86,7 +86,7 @@ def _stamp(path: Path) -> tuple[int, int]:
 
 
 def _replace(path: Path, write: Callable[[Path], object]) -> None:
-    # A browser that reloads sees the old file or the new one, never half of one.
+    # A browser that reloads sees the old file or the new one, never a partial one.
     try:
         replace(path, write)
     except OSError as error:

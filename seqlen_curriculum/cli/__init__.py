@@ -1,4 +1,4 @@
-"""The command ``slw``, also installed as ``seqlen-curriculum``: its subcommands, each loaded when it is run."""
+"""The command ``slw``, also installed as ``seqlen-curriculum``: its subcommands, each imported only when it is run."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 if sys.version_info < (3, 11):  # noqa: UP036 - scripts and ``python -m`` start with any Python
     sys.exit(
         f"error: Python {sys.version.split()[0]} is too old; the package needs 3.11 or later: install it in an environment "
-        "made by python3.11 -m venv .venv"
+        "created with python3.11 -m venv .venv"
     )
 
 import importlib
@@ -23,12 +23,12 @@ __all__ = ["COMMANDS", "GROUPS", "Command", "main", "overview", "script"]
 
 
 class Command(NamedTuple):
-    """A line of ``slw --help``."""
+    """A subcommand as listed by ``slw --help``."""
 
     summary: str
     example: str
     ranked: bool = False
-    """Whether a launcher may start the command once per rank."""
+    """True if a launcher may start the command once per rank."""
 
 
 GROUPS = {
@@ -43,20 +43,20 @@ GROUPS = {
             "tokenize text into a corpus", "slw prepare --input texts/ --train-vocab 4096 --out corpus/texts"
         ),
         "merge": Command("merge corpora into one", "slw merge corpus/books corpus/wiki --out corpus/all"),
-        "inspect": Command("show what a corpus holds and what a run reads", "slw inspect run.json --step 100"),
+        "inspect": Command("show what a corpus contains and what a run reads", "slw inspect run.json --step 100"),
     },
     "Training": {
         "plan": Command(
-            "show lengths, tokens, learning rates and compute of a run", "slw plan run.json --png plan.png"
+            "show the lengths, tokens, learning rates and compute of a run", "slw plan run.json --png plan.png"
         ),
         "train": Command("train the model of a configuration file", "slw train run.json --save runs/a", ranked=True),
-        "tune": Command("find min_difficulty and the ramp's length", "slw tune run.json --save runs/tuning"),
+        "tune": Command("find min_difficulty and the length of the ramp", "slw tune run.json --save runs/tuning"),
         "benchmark": Command(
             "measure throughput, data loading and the training loop", "slw benchmark loop run.json", ranked=True
         ),
     },
     "Results": {
-        "report": Command("compare runs in a page of plots and tables", "slw report runs/a runs/b --out reports/ab"),
+        "report": Command("compare runs on a page of plots and tables", "slw report runs/a runs/b --out reports/ab"),
         "evaluate": Command(
             "evaluate a checkpoint zero-shot", "slw evaluate runs/a --task lambada=lambada_test.jsonl", ranked=True
         ),
@@ -68,16 +68,16 @@ COMMANDS = {name: command for group in GROUPS.values() for name, command in grou
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the subcommand that ``argv`` begins with, or the arguments of this process, and exit with its status."""
+    """Run the subcommand in ``argv`` (default: this process's arguments) and exit with its status."""
     words = list(sys.argv[1:] if argv is None else argv)
     if len(words) > 1 and words[0].startswith(("--local_rank=", "--local-rank=")):
-        words[:2] = words[1::-1]  # launchers put it before all other arguments
+        words[:2] = words[1::-1]  # launchers put this flag before all other arguments
     command = COMMANDS.get(words[0]) if words else None
     run(lambda: _start(words), ranked=command is not None and command.ranked)
 
 
 def script(name: str) -> None:
-    """Run one subcommand with the arguments of this process: the whole of a file in ``scripts/``."""
+    """Run one subcommand with the arguments of this process, as the files in ``scripts/`` do."""
     main([name, *sys.argv[1:]])
 
 

@@ -28,7 +28,7 @@ from seqlen_curriculum.launchers import global_rank, launch
 def parser() -> Parser:
     flags = Parser(prog="slw benchmark", description=__doc__)
     add_launcher_flags(flags)
-    kinds = flags.add_subparsers(title="what to measure", required=True, metavar="throughput|data|loop")
+    kinds = flags.add_subparsers(title="measurements", required=True, metavar="throughput|data|loop")
     throughput = kinds.add_parser("throughput", help="measure tokens/s at every sequence length")
     throughput.set_defaults(measure=measure_throughput)
     throughput.add_argument(
@@ -73,7 +73,7 @@ def parser() -> Parser:
         "--folder",
         type=Path,
         metavar="PATH",
-        help="folder of both files, which are removed at the end (default: the system's temporary folder)",
+        help="folder for both files, which are removed at the end (default: the system's temporary folder)",
     )
     loop = kinds.add_parser(
         "loop", help="compare the CPU time of the training loop with a bare DeepSpeed loop, on one rank"
@@ -83,10 +83,10 @@ def parser() -> Parser:
     for kind, rounds in ((throughput, 5), (data, 20), (loop, 300)):
         add_run_file(kind)
         kind.add_argument(
-            "--rounds", type=int, default=rounds, help=f"rounds whose median is reported (default: {rounds})"
+            "--rounds", type=int, default=rounds, help=f"number of rounds; the median is reported (default: {rounds})"
         )
         add_json(kind)
-        kind.add_argument("--out", type=Path, metavar="FILE", help="write the object of --json to a file")
+        kind.add_argument("--out", type=Path, metavar="FILE", help="write the JSON object of --json to a file")
     return flags
 
 
@@ -94,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     words = sys.argv[1:] if argv is None else argv
     args = parser().parse_args(words)
     if args.rounds < 1:
-        raise ConfigError(f"--rounds: {args.rounds} is not valid: it must be 1 or more")
+        raise ConfigError(f"--rounds: {args.rounds} is not valid; give 1 or more")
     if args.out:
         writable_folder("--out", args.out.resolve().parent)
     args.measure(args, words)
@@ -108,7 +108,9 @@ def measure_throughput(args: argparse.Namespace, words: Sequence[str]) -> None:
     seq_length = config.data.seq_length
     lengths = args.lengths or [8 << doubling for doubling in range(24) if 8 << doubling <= seq_length]  # 8, 16, 32, ...
     if not all(1 <= seqlen <= seq_length for seqlen in lengths):
-        raise ConfigError(f"--lengths {lengths}: not all from 1 to data.seq_length, {seq_length}; give others")
+        raise ConfigError(
+            f"--lengths {lengths}: some are not from 1 to data.seq_length, {seq_length}; give other lengths"
+        )
     png = picture_path("--png", args.png) if args.png else None
     if args.device != "auto":
         os.environ["DS_ACCELERATOR"] = args.device
@@ -156,11 +158,13 @@ def measure_loop(args: argparse.Namespace, words: Sequence[str]) -> None:  # noq
     config = RunConfig.load(args.config, args.set, require=("optimizer", "model", "data", "training"))
     if args.steps < 1 or (args.rounds + 1) * args.steps > config.plan.steps:
         raise ConfigError(
-            f"--steps {args.steps}: {args.rounds + 1} rounds of it must be 1 to {config.plan.steps} steps, those of the run"
+            f"--steps {args.steps}: {args.rounds + 1} rounds of it must be 1 to {config.plan.steps} steps, the run's length"
         )
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ConfigError(f"WORLD_SIZE: {os.environ['WORLD_SIZE']} ranks; the loops are compared on one")
-    if "RANK" not in os.environ:  # no launcher: a launch of one process
+        raise ConfigError(
+            f"WORLD_SIZE: {os.environ['WORLD_SIZE']} ranks, but the loops are compared on one; start one rank"
+        )
+    if "RANK" not in os.environ:  # without a launcher, this is a launch of one process
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = str(free.getsockname()[1])

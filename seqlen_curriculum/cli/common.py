@@ -1,4 +1,4 @@
-"""What every command shares: errors as one line, printed once, and names of runs."""
+"""Code that all commands share: errors printed once, as one line, and names of runs."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ __all__ = ["grow_memory_segments", "run", "short_names", "usage_error", "warn"]
 
 _STARTED = time.time()
 _PATIENCE = 10.0
-"""Seconds in which rank 0 may come to the same error and print it."""
+"""Seconds that other ranks wait for rank 0 to print the same error."""
 _PRINTED = "seqlen_curriculum/error_printed"
 _MARKER = "seqlen-curriculum-error"
 _MARKER_SECONDS = 60
-"""The age at which no rank of a launch looks for its marker any more."""
+"""The age in seconds at which all ranks of a launch have checked its marker."""
 
 
 def run(main: Callable[[], int | None], ranked: bool = False) -> None:
-    """Call ``main``, which returns an exit status; a user's error is printed as ``error: ...`` and has a status of its own.
+    """Call ``main`` and exit with the status that it returns. A user-facing error is printed as ``error: ...``.
 
-    ``ranked`` is for commands that a launcher starts once per rank: there rank 0 prints, and the other ranks end silently
-    with the same status. The status is DIVERGED for a training that diverged, 130 for an interrupt, 141 where the reader
-    of the output has closed it, else 1.
+    Set ``ranked`` for commands that a launcher starts once per rank: only rank 0 prints, and the other ranks exit silently
+    with the same status. The status after an error is DIVERGED if training diverged, 130 for an interrupt, 141 if the
+    reader of the output has closed it, else 1.
     """
     try:
         try:
@@ -41,7 +41,7 @@ def run(main: Callable[[], int | None], ranked: bool = False) -> None:
         finally:
             if sys.stdout:
                 sys.stdout.flush()
-    except BrokenPipeError:  # of `slw plan FILE | head`: silent, with the status of a process that SIGPIPE ended
+    except BrokenPipeError:  # as in `slw plan FILE | head`: exit silently, with the status for SIGPIPE
         if not _discard_output():
             raise
         status = 128 + signal.SIGPIPE
@@ -59,7 +59,7 @@ def _call(main: Callable[[], int | None], ranked: bool) -> int:
             _keep_status()
         distributed: Any = sys.modules.get("torch.distributed")
         if distributed is not None and distributed.is_initialized():
-            distributed.destroy_process_group()  # else its threads may abort the process as it exits
+            distributed.destroy_process_group()  # otherwise its threads may abort the process at exit
         return status
     except SeqlenCurriculumError as error:
         if isinstance(error, DivergenceError):
@@ -76,13 +76,13 @@ def _call(main: Callable[[], int | None], ranked: bool) -> int:
 
 
 def _discard_output() -> bool:
-    """Send the outputs whose readers have closed them to /dev/null, and return whether there are any.
+    """Redirect outputs that their readers have closed to /dev/null, and return whether there are any.
 
-    Python flushes its outputs once more as it exits, and would print an error.
+    Python flushes its outputs again at exit, and would print an error.
     """
     poll = select.poll()
     for stream in filter(None, (sys.stdout, sys.stderr)):
-        with contextlib.suppress(OSError):  # no file, as in a notebook
+        with contextlib.suppress(OSError):  # not a file, as in a notebook
             poll.register(stream.fileno(), 0)
     closed = [number for number, event in poll.poll(0) if event & select.POLLERR]
     for number in closed:
@@ -91,21 +91,21 @@ def _discard_output() -> bool:
 
 
 def usage_error(message: str) -> NoReturn:
-    """Print a mistake in the command's arguments as one line, and exit with status 2, as is usual for these."""
+    """Print an error about the command's arguments as one line, and exit with status 2."""
     print(f"error: {message}", file=sys.stderr)
     sys.exit(2)
 
 
 def _keep_status() -> None:
-    """Let all ranks exit with the same status: as the first one exits, launchers send SIGTERM to the others."""
+    """Let all ranks exit with the same status: when one exits, launchers send SIGTERM to the others."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _print_once(error: SeqlenCurriculumError) -> None:
-    """Print ``error`` on rank 0; on another rank only where nothing shows within ``_PATIENCE`` that rank 0 printed it.
+    """Print ``error`` on rank 0, and on another rank only if rank 0 has not printed it within ``_PATIENCE``.
 
-    Most errors are those of every rank: the file is wrong, or the checkpoint that rank 0 has read. A corpus that one node
-    lacks is that node's alone: its first rank prints it. A rank that exits ends the launch, so the others wait for rank 0.
+    Most errors occur on every rank, for example a mistake in the file. An error of one node, for example a corpus that is
+    missing there, is printed by that node's first rank. A rank that exits ends the launch, so the others wait for rank 0.
     """
     found = launch()
     rank, local_rank = (found.rank, found.local_rank) if found else (0, 0)
@@ -125,13 +125,13 @@ def _print_once(error: SeqlenCurriculumError) -> None:
 
 
 def _marker(message: str) -> Path:
-    """Return the empty file that says that ``message`` was printed by a process of the same launcher on this node."""
+    """Return the empty file that marks ``message`` as printed by a process of the same launcher on this node."""
     key = hashlib.blake2b(f"{os.getuid()}/{os.getppid()}/{message}".encode(), digest_size=8).hexdigest()
     return Path(tempfile.gettempdir()) / f"{_MARKER}-{key}"
 
 
 def _remove_old_markers() -> None:
-    """Remove this user's markers that no rank looks for any more."""
+    """Remove this user's markers that are older than ``_MARKER_SECONDS``."""
     for marker in Path(tempfile.gettempdir()).glob(f"{_MARKER}-*"):
         with contextlib.suppress(OSError):  # another user's, or removed by another rank
             if marker.stat().st_mtime < time.time() - _MARKER_SECONDS:
@@ -139,14 +139,14 @@ def _remove_old_markers() -> None:
 
 
 def _is_recent(marker: Path) -> bool:
-    """Return whether ``marker`` is of this launch: ranks start within seconds of each other."""
+    """Return whether ``marker`` is from this launch, whose ranks start within seconds of each other."""
     with contextlib.suppress(OSError):
         return marker.stat().st_mtime > _STARTED - 5
     return False
 
 
 def _store() -> Any:
-    """Return the key-value store that the ranks share; None before they have met."""
+    """Return the key-value store of torch.distributed; None before it is initialized."""
     distributed: Any = sys.modules.get("torch.distributed")
     if distributed is None or not distributed.is_initialized():
         return None
@@ -154,29 +154,29 @@ def _store() -> Any:
 
 
 def _is_set(store: Any) -> bool:
-    """Return whether rank 0 has printed the error; False where the store ended with rank 0's process."""
+    """Return whether rank 0 has printed the error; False if the store ended with rank 0's process."""
     with contextlib.suppress(RuntimeError):
         return bool(store.check([_PRINTED]))
     return False
 
 
 def grow_memory_segments() -> None:
-    """Make CUDA's allocator extend its memory segments, unless the user has set it up. Call it before torch is imported."""
-    # Every length asks for blocks of other sizes. Fixed segments keep the free pieces that no later length fits into.
-    # Of the names that the user may have chosen, every version of torch that this package supports reads the second.
+    """Enable expandable segments in CUDA's allocator, unless the user has configured it. Call it before importing torch."""
+    # Each length needs blocks of different sizes. Fixed segments keep free pieces that are too small for later lengths.
+    # Every version of torch that this package supports reads the second of the three names.
     if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"} & os.environ.keys():
         os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
 
 
 def warn(messages: Iterable[str]) -> None:
-    """Print each as ``warning: ...`` on stderr; not on the ranks above 0 of a launch."""
+    """Print each message as ``warning: ...`` on stderr, on rank 0 only."""
     if global_rank() == 0:
         for message in messages:
             print(f"warning: {message}", file=sys.stderr)
 
 
 def short_names(flag: str, paths: Sequence[str]) -> dict[str, str]:
-    """Return paths by the last part of their names, or by the whole where two are equal. ConfigError for one given twice."""
+    """Return paths by their last parts, or by the whole paths if two are equal. Raises ConfigError for a repeated path."""
     real = [Path(path).resolve() for path in paths]
     if len(set(real)) < len(real):
         raise ConfigError(f"{flag}: {max(real, key=real.count)} is given twice; name each once")

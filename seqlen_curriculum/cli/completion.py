@@ -1,4 +1,4 @@
-"""Print a script that completes subcommands, flags and file names of slw when Tab is pressed in a shell.
+"""Print a script for Tab completion of the subcommands, flags and file names of slw.
 
 Example:
   slw completion bash > ~/.local/share/bash-completion/completions/slw
@@ -25,13 +25,13 @@ INSTALLED = {
     "tcsh": "{name} completion tcsh > ~/.{name}.tcsh, with source ~/.{name}.tcsh in ~/.tcshrc",
 }
 _FILES = {"bash": "_shtab_compgen_files", "zsh": "_files", "tcsh": "f"}
-"""What completes file names in each shell, as ``shtab.FILE``."""
+"""The completion of file names in each shell, as in ``shtab.FILE``."""
 _FILE_METAVARS = ("FILE", "FOLDER", "PATH", "PREFIX", "RUN", "CHECKPOINT", ".json", ".bpe")
 
 
 def parser() -> Parser:
     flags = Parser(prog="slw completion", description=__doc__)
-    flags.add_argument("shell", choices=list(INSTALLED), help="the shell that reads the script")
+    flags.add_argument("shell", choices=list(INSTALLED), help="the shell to print the script for")
     return flags
 
 
@@ -40,13 +40,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     import shtab
 
-    name = "seqlen-curriculum" if Path(sys.argv[0]).name == "seqlen-curriculum" else "slw"  # the one that was typed
+    name = "seqlen-curriculum" if Path(sys.argv[0]).name == "seqlen-curriculum" else "slw"  # the name that was typed
     first, _, rest = shtab.complete(whole_parser(name), args.shell).partition("\n")
     print(first, f"# To install: {INSTALLED[args.shell].format(name=name)}", rest, sep="\n")  # zsh reads the first line
 
 
 def whole_parser(name: str) -> Parser:
-    """Return one parser of all subcommands, whose flags for files complete file names."""
+    """Return one parser of all subcommands, with completion of file names for flags that take files."""
     from seqlen_curriculum.cli import COMMANDS
 
     whole = Parser(prog=name, description="Sequence Length Warmup for GPT pre-training with DeepSpeed.")

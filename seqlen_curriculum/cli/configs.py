@@ -5,8 +5,8 @@ Example:
   slw configs show mini/slw_calm
   slw configs copy tiny_cpu --out run.json
 
-A copy is yours to change. Nothing is overwritten. The JSON schema, by which editors complete and check the file, is copied
-beside it.
+Existing files are never overwritten. The JSON schema, with which editors complete and check the file, is copied to the same
+folder.
 """
 
 from __future__ import annotations
@@ -29,17 +29,15 @@ SCHEMA = "run.schema.json"
 def parser() -> Parser:
     flags = Parser(prog="slw configs", description=__doc__)
     actions = flags.add_subparsers(title="actions", required=True, metavar="list|show|copy")
-    listing = actions.add_parser("list", help="name each configuration, with its sizes")
+    listing = actions.add_parser("list", help="list the configurations and their sizes")
     listing.set_defaults(action=list_configs)
     add_json(listing)
-    show = actions.add_parser("show", help="print one")
+    show = actions.add_parser("show", help="print a configuration")
     show.set_defaults(action=show_config)
-    copy = actions.add_parser("copy", help="copy one into a file of your own")
+    copy = actions.add_parser("copy", help="copy a configuration to a new file")
     copy.set_defaults(action=copy_config)
     for action in (show, copy):
-        action.add_argument(
-            "name", metavar="NAME", help="as in the list; its last part alone is enough if it is unique"
-        )
+        action.add_argument("name", metavar="NAME", help="name in the list; the last part is enough if it is unique")
     copy.add_argument(
         "--out", type=Path, metavar="PATH", help="file or folder to copy to (default: the current folder)"
     )
@@ -59,7 +57,7 @@ def shipped_configs() -> dict[str, Path]:
 
 
 def find_config(name: str) -> Path:
-    """Return the file of the configuration ``name``. Raises ConfigError with the nearest names."""
+    """Return the file of the configuration ``name``. Raises ConfigError that lists the nearest names."""
     configs = shipped_configs()
     wanted = name.removesuffix(".json")
     found = [known for known in configs if wanted in (known, known.rpartition("/")[2])]
@@ -110,7 +108,7 @@ def _from_to(first: int, last: int) -> str:
 
 
 def _short(number: int) -> str:
-    """Return a count as papers write it: 124M, 1.56B."""
+    """Format a count as in papers: 124M, 1.56B."""
     unit, size = next(pair for pair in (("B", 1e9), ("M", 1e6), ("k", 1e3), ("", 1)) if number >= pair[1])
     return f"{number / size:.3g}{unit}"
 
@@ -132,7 +130,7 @@ def copy_config(args: argparse.Namespace) -> None:
         if not schema.exists():
             shutil.copy(shipped_folder("configs") / SCHEMA, schema)
     except FileExistsError:
-        raise ConfigError(f"--out {target}: exists, and nothing is overwritten; name another file") from None
+        raise ConfigError(f"--out {target}: already exists and is not overwritten; choose another file") from None
     except OSError as error:
-        raise ConfigError(f"--out {target}: can't be written ({error.strerror}); name another place") from error
+        raise ConfigError(f"--out {target}: can't be written ({error.strerror}); choose another file") from error
     print(target)

@@ -1,11 +1,11 @@
-"""Check this machine without a launch: versions, devices, compiler, memory, ports, locks, disk, launchers, extras.
+"""Check this machine without launching anything: versions, devices, compiler, memory, ports, locks, disk, launchers, extras.
 
 Example:
   slw doctor
   slw doctor /scratch/runs
   slw doctor --json
 
-Each line is ok, warning (some runs need it) or missing (no training without it), with what to install or type. The exit
+Each line is ok, warning (some runs need it) or missing (training needs it), and says what to install or type. The exit
 status is 0 if training can run here, else 1.
 """
 
@@ -36,7 +36,7 @@ def parser() -> Parser:
 def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     if not args.folder.is_dir():
-        raise ConfigError(f"FOLDER {args.folder}: is no folder; give one that exists")
+        raise ConfigError(f"FOLDER {args.folder}: not a folder; give one that exists")
 
     from seqlen_curriculum.training.doctor import can_train, examine
 
@@ -51,6 +51,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(json.dumps({"can_train": ready, "findings": [finding._asdict() for finding in findings]}, indent=2))
     else:
         print(
-            f"\n{'Training can run here.' if ready else 'Training cannot run here before the missing lines are fixed.'}"
+            f"\n{'Training can run here.' if ready else 'Training cannot run here until the missing lines are fixed.'}"
         )
     return 0 if ready else 1

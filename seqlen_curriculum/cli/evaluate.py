@@ -1,4 +1,4 @@
-"""Evaluate a checkpoint zero-shot: WikiText-103 and LAMBADA as Megatron does, GPT-3's tasks with lm-evaluation-harness.
+"""Evaluate a checkpoint zero-shot: WikiText-103 and LAMBADA as in Megatron, GPT-3's tasks with lm-evaluation-harness.
 
 Example:
   slw evaluate runs/slw60k --task wikitext103=wiki.test.tokens --task lambada=lambada_test.jsonl
@@ -7,7 +7,7 @@ Example:
       --include-path tasks
 
 CHECKPOINT is a run's folder (its newest complete checkpoint is used), a global_step<N> folder of it, or any folder that
-Hugging Face loads as a causal language model. Under a launcher, the ranks share the windows and items.
+Hugging Face loads as a causal language model. Under a launcher, the windows and items are split over the ranks.
 """
 
 from __future__ import annotations
@@ -76,14 +76,14 @@ def parser() -> Parser:
         default="float32",
         help="data type of the weights (default: float32)",
     )
-    model.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda if there is one")
+    model.add_argument("--device", choices=["cpu", "cuda"], help="device (default: cuda if available, else cpu)")
     model.add_argument("--batch-tokens", type=int, default=8192, metavar="N", help="tokens per batch (default: 8192)")
     add_json(flags)
     flags.add_argument(
         "--out",
         type=Path,
         metavar="FILE",
-        help="write the object of --json to a file, without the lines that launchers print",
+        help="write the JSON object of --json to a file, without the lines that launchers print",
     )
     add_launcher_flags(flags)
     return flags
@@ -102,25 +102,25 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def task_names(words: Sequence[str]) -> list[str]:
-    """Return the names in words that separate them by commas, as lm-eval's --tasks has them, or not."""
+    """Return the names in ``words``, each of which may hold several separated by commas, as in lm-eval's --tasks."""
     return [name for word in words for name in word.split(",") if name]
 
 
 def check(args: argparse.Namespace) -> None:
-    """Refuse flags that exclude or lack each other, and an --out that can't be written. Raises ConfigError."""
+    """Raise ConfigError for flags that don't go together and for an --out that can't be written."""
     if not args.task and not args.harness:
-        raise ConfigError("--task, --harness: neither is given; name what to evaluate, as --task wikitext103=PATH")
+        raise ConfigError("--task, --harness: neither is given; give a task, for example --task wikitext103=PATH")
     for flag, value in (("--include-path", args.include_path), ("--shots", args.shots)):
         if value and not args.harness:
-            raise ConfigError(f"{flag} {value}: goes with --harness alone; leave it out")
+            raise ConfigError(f"{flag} {value}: only used with --harness; leave it out")
     if args.overlap is not None and not any(task.startswith("wikitext103=") for task in args.task):
-        raise ConfigError(f"--overlap {args.overlap}: goes with --task wikitext103=PATH alone; leave it out")
+        raise ConfigError(f"--overlap {args.overlap}: only used with --task wikitext103=PATH; leave it out")
     if args.shots < 0:
         raise ConfigError(f"--shots: {args.shots} is not valid; give 0 or more")
     if args.batch_tokens < 1:
         raise ConfigError(f"--batch-tokens: {args.batch_tokens} is not valid; give 1 or more")
     if args.out and args.out.is_dir():
-        raise ConfigError(f"--out {args.out}: is a folder; name a file in it")
+        raise ConfigError(f"--out {args.out}: is a folder; give a file in it")
     if args.out:
         writable_folder("--out", args.out.resolve().parent)
 
@@ -130,10 +130,10 @@ def print_lines(*lines: str) -> None:
 
 
 def measure(args: argparse.Namespace, show: Callable[..., None]) -> dict[str, Any]:
-    """Return all numbers of all tasks, and what they were measured on.
+    """Evaluate all tasks. Return their numbers, the checkpoint, ``dtype``, ``seqlen`` and ``ranks``.
 
     Tasks and tokenizer are read and checked before the weights. ``show`` is called with lines for a terminal as soon as
-    there are any.
+    they are known.
     """
     import torch  # takes seconds, so only after --help
 
@@ -155,7 +155,7 @@ def measure(args: argparse.Namespace, show: Callable[..., None]) -> dict[str, An
     model = load_model(folder, getattr(torch, args.dtype)).to(ranks.device)
 
     on_ranks = f", {ranks.world} ranks" if ranks.world > 1 else ""
-    show(f"{folder}: {args.dtype}, {limits.seqlen:,} tokens at once{on_ranks}")
+    show(f"{folder}: {args.dtype}, {limits.seqlen:,} tokens per window{on_ranks}")
     task_numbers = {}
     for name, numbers in evaluate.evaluate(model, tokenized, ranks, args.batch_tokens):
         task_numbers[name] = numbers
@@ -175,7 +175,7 @@ def measure(args: argparse.Namespace, show: Callable[..., None]) -> dict[str, An
 
 
 def write(path: Path, results: dict[str, Any]) -> None:
-    """Write the numbers as one JSON object, whole or not at all. Raises ConfigError."""
+    """Write the numbers atomically as one JSON object. Raises ConfigError."""
     from seqlen_curriculum.files import replace_text
 
     try:

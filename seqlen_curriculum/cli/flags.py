@@ -18,17 +18,17 @@ _MESSAGES = {
     r"^argument (.+?): not allowed with argument (.+)": r"\1: not allowed with \2; leave one of them out",
     r"^one of the arguments (.+) is required": r"\1: one of these is required",
     r"^the following arguments are required: (.+)": r"\1: required, but not given",
-    r"^unrecognized arguments: (.+)": r"\1: more arguments than this command takes",
+    r"^unrecognized arguments: (.+)": r"\1: unexpected argument",
     r"^argument ": "",
 }
-"""What argparse says, and what is printed instead."""
+"""The messages of argparse, and what is printed instead."""
 
 
 class Parser(argparse.ArgumentParser):
-    """The flags of a subcommand. Its description keeps its line breaks in ``--help``.
+    """The flags of a subcommand. ``--help`` keeps the line breaks of the description.
 
-    A mistake is one line and exit status 2. Flags can't be abbreviated: ``--deepspeed`` is a flag of its own, not the
-    beginning of ``--deepspeed_config``.
+    A mistake prints one line and exits with status 2. Flags can't be abbreviated: ``--deepspeed`` is a separate flag, not
+    short for ``--deepspeed_config``.
     """
 
     def __init__(self, **options: Any) -> None:
@@ -40,7 +40,7 @@ class Parser(argparse.ArgumentParser):
         return super().parse_known_args(words, namespace)
 
     def error(self, message: str) -> NoReturn:
-        """Report what argparse has found, with the flag first as in all other errors."""
+        """Print argparse's message with the flag first, as in all other errors, and exit."""
         for pattern, plain in _MESSAGES.items():
             message = re.sub(pattern, plain, message)
         names, colon, text = message.partition(": ")
@@ -65,8 +65,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def similar(name: str, valid: Iterable[str]) -> str:
-    """Return ``"; did you mean x?"`` for the valid name that begins with ``name`` or resembles it, else nothing."""
-    import difflib  # only a mistake needs it
+    """Return ``"; did you mean x?"`` for valid names that start with or resemble ``name``, else an empty string."""
+    import difflib  # needed only after a mistake
 
     names = sorted(valid)
     close = [other for other in names if other.startswith(name)] or difflib.get_close_matches(name, names, n=1)
@@ -76,7 +76,7 @@ def similar(name: str, valid: Iterable[str]) -> str:
 def add_run_file(
     parser: argparse.ArgumentParser, *aliases: str, required: bool = True
 ) -> argparse._MutuallyExclusiveGroup:
-    """Accept a run's file as a positional argument or as ``--config``, and ``--set``; return the group of the first two."""
+    """Add FILE, as a positional argument or ``--config``, and ``--set``. Return the group of the first two."""
     group = parser.add_mutually_exclusive_group(required=required)
     group.add_argument(
         "config", nargs="?", default=argparse.SUPPRESS, metavar="FILE", help="the run's configuration file"
@@ -101,6 +101,6 @@ def add_json(parser: argparse.ArgumentParser) -> None:
 
 
 def add_launcher_flags(parser: argparse.ArgumentParser) -> None:
-    """Accept the flags that launchers add, and those that scripts for DeepSpeed usually have."""
+    """Add the flags that launchers pass, and those that scripts for DeepSpeed usually accept."""
     parser.add_argument("--deepspeed", action="store_true", help="accepted for compatibility; it has no effect")
     parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)

@@ -41,7 +41,7 @@ def parser() -> Parser:
         "--temperature",
         type=float,
         default=0.8,
-        help="divide the logits by this; 0 always takes the most likely token (default: 0.8)",
+        help="divisor of the logits; 0 selects the most likely token (default: 0.8)",
     )
     sampling.add_argument(
         "--top-p",
@@ -53,7 +53,9 @@ def parser() -> Parser:
         "--top-k", type=int, default=0, help="sample from this many of the most likely tokens (default: 0, all)"
     )
     sampling.add_argument("--samples", type=int, default=1, metavar="N", help="texts per prompt (default: 1)")
-    sampling.add_argument("--seed", type=int, default=0, help="the same seed gives the same texts (default: 0)")
+    sampling.add_argument(
+        "--seed", type=int, default=0, help="random seed; the same seed gives the same texts (default: 0)"
+    )
     add_json(flags)
     return flags
 
@@ -80,14 +82,14 @@ def main(argv: Sequence[str] | None = None) -> None:
                 print(f"--- sample {number} of {len(samples)} ---")
             print(sample.text, flush=True)
             if sample.full:
-                warn([f"the text ends after {sample.new_tokens} new tokens: the model has no further positions"])
+                warn([f"the text ends after {sample.new_tokens} new tokens: the model has no more positions"])
     if args.json:
         print(json.dumps({"samples": objects}, indent=2))
 
 
 def _stdin() -> str:
     if sys.stdin.isatty():
-        raise ConfigError("--prompt: not given; give it, or text on stdin")
+        raise ConfigError("--prompt: not given; give a prompt, or text on stdin")
     assert isinstance(sys.stdin, io.TextIOWrapper)
     sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")  # other bytes as in --prompt
     return sys.stdin.read().removesuffix("\n")

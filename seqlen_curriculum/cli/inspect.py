@@ -22,7 +22,7 @@ from seqlen_curriculum.cli.flags import Parser, add_json, add_set
 from seqlen_curriculum.errors import ConfigError
 from seqlen_curriculum.files import picture_path
 
-_ALLOWED_MODES = {  # of each flag; the modes are named after what selects them
+_ALLOWED_MODES = {  # the modes that accept each flag, by the argument that selects the mode
     "seq_length": ["PREFIX"],
     "set": ["--config", "--step"],
     "step": ["--step"],
@@ -75,12 +75,12 @@ def mode(args: argparse.Namespace) -> str:
         is_given = value not in (None, []) and value is not False  # 0 is a value
         if is_given and selected not in allowed:
             flag = "--" + name.replace("_", "-")
-            raise ConfigError(f"{flag} {value}: goes with {' and '.join(allowed)} alone; leave it out here")
+            raise ConfigError(f"{flag} {value}: only used with {' and '.join(allowed)}; leave it out here")
     return selected
 
 
 def corpora(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    """Return what is in the corpora, as numbers and as text."""
+    """Return the contents of the corpora, as numbers and as text."""
     from seqlen_curriculum.data.inspection.corpus import corpus_warnings, describe_corpora, inspect_corpora
 
     facts = inspect_corpora(args.prefix, args.seq_length)
@@ -89,7 +89,7 @@ def corpora(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
 
 def whole_run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    """Return what is in the run's corpora and how it uses them, as numbers and as text."""
+    """Return the contents of the run's corpora and how it uses them, as numbers and as text."""
     from seqlen_curriculum.config.run import RunConfig
     from seqlen_curriculum.data.inspection.corpus import corpus_warnings, describe_corpora, inspect_corpora
     from seqlen_curriculum.data.inspection.token_use import account, describe_account
@@ -98,7 +98,7 @@ def whole_run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     config = RunConfig.load(args.config, args.set, require=("data",))
     summary = account(config)
     if png and "ways" not in summary:
-        raise ConfigError(f"--png {png}: there are no steps to draw; give the file training and train_batch_size")
+        raise ConfigError(f"--png {png}: there are no steps to plot; add training and train_batch_size to the file")
     if png:
         from seqlen_curriculum.analysis.token_use import draw_data_use
 
@@ -109,7 +109,7 @@ def whole_run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
 
 def one_step(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    """Return what the ranks read at a step, as numbers and as text."""
+    """Return the samples that the ranks read at a step, as numbers and as text."""
     from seqlen_curriculum.config.run import RunConfig
     from seqlen_curriculum.data.from_config import open_training_data
     from seqlen_curriculum.data.inspection.step import describe_step, read_step

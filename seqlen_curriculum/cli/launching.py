@@ -17,9 +17,9 @@ from seqlen_curriculum.launchers import launch
 __all__ = ["add_ranks", "local_launcher", "local_ranks", "start_ranks"]
 
 _PORT = 29500
-"""Where ranks meet unless the launcher names another port."""
+"""The default port of DeepSpeed's launcher."""
 _VISIBLE_DEVICES = ("CUDA_VISIBLE_DEVICES", "ZE_AFFINITY_MASK")
-"""The variables by which users choose devices that DeepSpeed's launcher reads."""
+"""The variables from which DeepSpeed's launcher reads the visible devices."""
 
 
 def add_ranks(parser: argparse.ArgumentParser) -> None:
@@ -27,22 +27,22 @@ def add_ranks(parser: argparse.ArgumentParser) -> None:
         "--ranks",
         type=int,
         metavar="N",
-        help="processes to start on this machine (default: one per accelerator, or 1 on the CPU); under a launcher, which "
-        "starts them itself, leave it out",
+        help="processes to start on this machine (default: one per accelerator, or 1 on the CPU); leave it out under a "
+        "launcher, which starts them itself",
     )
 
 
 def local_ranks(ranks: int | None) -> int:
-    """Return how many ranks to start here: ``ranks``, else one for each accelerator of this machine, and 1 without any.
+    """Return the number of ranks to start here: ``ranks``, else one per accelerator of this machine, else 1.
 
-    Without an accelerator DS_ACCELERATOR and OMP_NUM_THREADS are set for the ranks where they are unset. Raises ConfigError
-    for a number that is no number of ranks, and where a launcher has started this process as a rank.
+    Without an accelerator, DS_ACCELERATOR=cpu and OMP_NUM_THREADS=1 are set for the ranks unless they are set already.
+    Raises ConfigError if ``ranks`` is below 1, or if it is given and a launcher has started this process.
     """
     if ranks is not None and ranks < 1:
         raise ConfigError(f"--ranks: {ranks} is not valid; give 1 or more")
     if ranks is not None and (found := launch()) is not None:
-        raise ConfigError(f"--ranks {ranks}: {found.launcher} has started {found.ranks} already; leave it out")
-    if importlib.util.find_spec("deepspeed") is None:  # before the seconds that torch takes
+        raise ConfigError(f"--ranks {ranks}: {found.launcher} has already started {found.ranks} ranks; leave it out")
+    if importlib.util.find_spec("deepspeed") is None:  # before torch, which takes seconds to import
         raise ModuleNotFoundError("deepspeed is not installed", name="deepspeed")
     accelerators = 0 if os.environ.get("DS_ACCELERATOR") == "cpu" else _accelerators()
     if accelerators == 0:
@@ -52,17 +52,17 @@ def local_ranks(ranks: int | None) -> int:
 
 
 def local_launcher(ranks: int) -> list[str]:
-    """Return the words that begin DeepSpeed's launch of ``ranks`` processes on this machine, on a port that is free."""
+    """Return the start of the command by which DeepSpeed launches ``ranks`` processes here, on a free port."""
     port = _free_port()
     on_port = [] if port == _PORT else ["--master_port", str(port)]
-    # Not the script `deepspeed`: it is not on PATH where the environment of this Python is not activated.
+    # Not the script `deepspeed`, which is not on PATH unless the environment of this Python is activated.
     return [sys.executable, "-m", "deepspeed.launcher.runner", *_devices(ranks), *on_port]
 
 
 def start_ranks(ranks: int, module: str, arguments: Sequence[str]) -> NoReturn:
-    """Become the launcher of ``module`` on ``ranks`` ranks, after printing its command.
+    """Print the command that launches ``module`` on ``ranks`` ranks, and replace this process with it.
 
-    The launcher takes the place of this process, so signals reach it and its exit status is that of the command.
+    Signals reach the launcher, and its exit status is that of this command.
     """
     command = [*local_launcher(ranks), "--module", module, *_without_ranks(arguments)]
     print(shlex.join(["deepspeed", *command[3:]]), flush=True)
@@ -70,7 +70,7 @@ def start_ranks(ranks: int, module: str, arguments: Sequence[str]) -> NoReturn:
 
 
 def _devices(ranks: int) -> list[str]:
-    """Return the launcher's flags for the first ``ranks`` devices that this process may see. Raises ConfigError."""
+    """Return the launcher's flags for the first ``ranks`` devices visible to this process. Raises ConfigError."""
     name = next((name for name in _VISIBLE_DEVICES if os.environ.get(name)), "")
     if not name or os.environ.get("DS_ACCELERATOR") == "cpu":
         return ["--num_accelerators", str(ranks)]
@@ -78,11 +78,13 @@ def _devices(ranks: int) -> list[str]:
     visible = os.environ[name].split(",")
     if not all(number.isdigit() for number in visible):
         raise ConfigError(
-            f"{name}: {os.environ[name]} are not all numbers, which DeepSpeed's launcher needs; give numbers, or launch "
+            f"{name}: {os.environ[name]} are not all numbers, as DeepSpeed's launcher requires; give numbers, or launch "
             "with torchrun"
         )
     if ranks > len(visible):
-        raise ConfigError(f"--ranks {ranks}: {name} shows {len(visible)} devices, {os.environ[name]}; give fewer ranks")
+        raise ConfigError(
+            f"--ranks {ranks}: {name} lists only {len(visible)} devices, {os.environ[name]}; give fewer ranks"
+        )
     return ["--include", f"localhost:{','.join(visible[:ranks])}"]
 
 
@@ -93,7 +95,7 @@ def _accelerators() -> int:
 
 
 def _free_port() -> int:
-    """Return DeepSpeed's own port, or one that the system knows to be free where another launch uses it."""
+    """Return DeepSpeed's default port, or another free one if it is in use."""
     for port in (_PORT, 0):
         try:
             with socket.create_server(("", port)) as free:

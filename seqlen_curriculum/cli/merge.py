@@ -1,6 +1,6 @@
 """Merge corpora into one, at the speed of the disk.
 
-The result is byte-identical to preparing all their texts at once.
+The result is byte-identical to a corpus prepared from all their texts at once.
 
 Example:
   slw merge corpus/books corpus/wiki --out corpus/all
@@ -16,7 +16,9 @@ from seqlen_curriculum.cli.prepare import show_corpus
 
 def parser() -> Parser:
     flags = Parser(prog="slw merge", description=__doc__)
-    flags.add_argument("prefix", nargs="+", metavar="PREFIX", help="corpora made by slw prepare, in this order")
+    flags.add_argument(
+        "prefix", nargs="+", metavar="PREFIX", help="corpora made by slw prepare, in the order to merge them"
+    )
     flags.add_argument(
         "--out",
         "--output-prefix",

@@ -5,7 +5,7 @@ Example:
   slw plan --compare baseline.json run.json --png plans.png
   slw plan run.json --ranks 128
 
-It needs neither torch nor a GPU nor the corpus.
+It needs no torch, no GPU and no corpus.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     names = short_names("--compare", args.compare or [args.config])
     for flag, value in {"--tflops": args.tflops, "--gpus-per-node": args.gpus_per_node}.items():
         if value is not None and args.ranks is None:
-            raise ConfigError(f"{flag}: {value} is for the hours on a number of ranks; give --ranks too")
+            raise ConfigError(f"{flag}: {value} is only used with --ranks; give --ranks too")
     png = picture_path("--png", args.png) if args.png else None
 
     # After --help: numpy and pydantic take a moment.

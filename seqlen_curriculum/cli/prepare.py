@@ -37,7 +37,7 @@ def parser() -> Parser:
         "(.gz .zst). Folders written by save_to_disk of Hugging Face datasets are read too",
     )
     text.add_argument(
-        "--stdlib", action="store_true", help="the source of Python's standard library, one document per file"
+        "--stdlib", action="store_true", help="add the source of Python's standard library, one document per file"
     )
     tokens = flags.add_argument_group("tokenizer (give exactly one)")
     tokens.add_argument(
@@ -107,7 +107,7 @@ def _add_rules(flags: argparse._ArgumentGroup) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: keep what is done
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C: keep finished work
     args = parser().parse_args(argv)
 
     from seqlen_curriculum.data.preparation.pieces import Rules  # after --help: numpy and tokenizers take a moment
@@ -130,6 +130,6 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def show_corpus(corpus: PreparedCorpus, as_json: bool) -> None:
-    """Print the summary of a corpus, or with --json its record."""
+    """Print the summary of a corpus, or its record with --json."""
     facts = {"prefix": corpus.prefix, "already": corpus.already, **corpus.record}
     print(json.dumps(facts, indent=2) if as_json else corpus)

@@ -45,7 +45,7 @@ def parser() -> Parser:
         "--tensorboard",
         type=Path,
         metavar="FOLDER",
-        help="write the logs as event files, one folder per run; then: tensorboard --logdir FOLDER",
+        help="write the logs as event files, one folder per run, for tensorboard --logdir FOLDER",
     )
     add_json(flags)
     flags.add_argument(
@@ -93,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def check_outputs(args: argparse.Namespace, names: dict[str, str]) -> None:
     """Raise ConfigError for outputs that can't be written, before anything is read."""
     if args.watch is not None and (not 0 < args.watch < 1e6 or args.out is None or args.json):
-        raise ConfigError("--watch: give seconds above 0 and below 1e6, and with it --out FOLDER, without --json")
+        raise ConfigError("--watch: give seconds above 0 and below 1e6, with --out FOLDER and without --json")
     if args.png:
         picture_path("--png", args.png)
     if args.out:
@@ -108,7 +108,7 @@ def check_outputs(args: argparse.Namespace, names: dict[str, str]) -> None:
 
 
 def print_runs(runs: list[Run], numbers: dict[str, Any]) -> None:
-    """Print each run in a few lines, then the comparison."""
+    """Print a summary of each run, then the comparison."""
     from seqlen_curriculum.analysis.run import summarise
     from seqlen_curriculum.analysis.stability import describe_stability
     from seqlen_curriculum.analysis.tables import ReportTables

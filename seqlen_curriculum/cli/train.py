@@ -1,4 +1,4 @@
-"""Pre-train a GPT-2, or train any causal language model of Hugging Face, from one configuration file.
+"""Train GPT-2, or any causal language model of Hugging Face, from one configuration file.
 
 Example:
   slw train run.json --save runs/a
@@ -38,8 +38,8 @@ def parser() -> Parser:
         "--resume",
         default="auto",
         metavar="auto|none|CHECKPOINT",
-        help="auto (default): resume from the newest complete checkpoint in --save; none: start a new run, and refuse a "
-        "folder that holds one; CHECKPOINT: resume from this checkpoint of the same run",
+        help="auto (default): resume from the newest complete checkpoint in --save; none: start a new run, in a folder "
+        "without one; CHECKPOINT: resume from this checkpoint of the same run",
     )
     flags.add_argument(
         "--until-step",
@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else argv
     args = parser().parse_args(words)
     if args.until_step is not None and args.until_step < 1:
-        raise ConfigError(f"--until-step: {args.until_step} is no step of a run; steps count from 1")
+        raise ConfigError(f"--until-step: {args.until_step} is not valid; give 1 or more")
     initial = [f"model.hf_checkpoint={json.dumps(args.hf_checkpoint)}"] if args.hf_checkpoint is not None else []
 
     from seqlen_curriculum.config.run import RunConfig  # after --help: numpy and pydantic take a moment
@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     warn(config.warnings())
     grow_memory_segments()
 
-    from seqlen_curriculum.training.pretrain import pretrain  # seconds to import: a mistake shows before them
+    from seqlen_curriculum.training.pretrain import pretrain  # takes seconds to import: mistakes are reported before
 
     ending = pretrain(config, train, valid, args.save, args.resume, args.until_step)
     return STOPPED if ending == "signal" else 0

@@ -1,13 +1,13 @@
-"""Find min_difficulty and the ramp's length T by short probes: the low-cost tuning of the paper.
+"""Find min_difficulty and the length T of the ramp with short probes: the low-cost tuning of the paper.
 
 Example:
   slw tune run.json --save runs/tuning --dry-run
   slw tune run.json --save runs/tuning
   slw tune run.json --save runs/tuning --launcher "deepspeed --hostfile hostfile"
 
-Each probe trains the first steps of a schedule with slw train and stops where the validation perplexity fluctuates. --save
-receives tuned.json (the file with the schedule that was found), a report of all probes, and the state of the search. Rerun
-the same command to resume a search that was interrupted or killed.
+Each probe trains the first steps of a schedule with slw train and stops when the validation perplexity fluctuates. The
+folder of --save then contains tuned.json (the file with the schedule that was found), a report of all probes, and the state
+of the search. Rerun the same command to resume a search that was interrupted or killed.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ if TYPE_CHECKING:
     from seqlen_curriculum.tuning.study import ProbeResult, Study
 
 TRAIN = Path(__file__).parents[1] / "train.py"
-"""What launchers run for each probe."""
+"""The script that launchers run for each probe."""
 SEARCH: dict[str, tuple[type, str, str]] = {
-    "--min-difficulty": (int, "LENGTH", "first min_difficulty to try; each further one is twice as long (default: 8)"),
+    "--min-difficulty": (int, "LENGTH", "first min_difficulty to try; each next one is twice as long (default: 8)"),
     "--first-warmups": (float, "N", "T used while searching min_difficulty, in LR warmups (default: 4)"),
     "--beginning-warmups": (float, "N", "length of a probe of min_difficulty, in LR warmups (default: 1)"),
     "--probe-warmups": (float, "N", "length of a probe of T, in LR warmups (default: 3)"),
@@ -104,14 +104,14 @@ def parser() -> Parser:
         type=float,
         default=0.2,
         metavar="SHARE",
-        help="tokens of all probes, as a share of the training's tokens (default: 0.2)",
+        help="tokens of all probes, as a share of training.train_tokens (default: 0.2)",
     )
     budget.add_argument(
         "--max-minutes",
         type=float,
         default=float("inf"),
         metavar="N",
-        help="minutes of all calls together (default: no limit)",
+        help="total minutes of all calls (default: no limit)",
     )
     group = flags.add_argument_group("search")
     for flag, (kind, metavar, text) in SEARCH.items():
@@ -126,7 +126,7 @@ def read_launcher(command: str) -> list[str]:
     except ValueError as error:
         raise ConfigError(f"--launcher {command!r}: can't be read as a command ({error}); fix the quotes") from error
     if not words or shutil.which(words[0]) is None:
-        raise ConfigError(f"--launcher {command!r}: no such command is found; give deepspeed, with its flags")
+        raise ConfigError(f"--launcher {command!r}: command not found; give deepspeed, with its flags")
     return words
 
 
@@ -147,11 +147,11 @@ def search(study: Study, as_json: bool) -> None:
         (length, total), bar.total = result.probe.candidate, result.probe.until_step
         bar.set_description_str(f"probe {result.number}: min_difficulty {length}, T {total:,}: step", refresh=False)
         if trial.ratio is not None:
-            bar.set_postfix_str(f"perplexity at most {trial.ratio:.3f} times its best before", refresh=False)
+            bar.set_postfix_str(f"perplexity at most {trial.ratio:.3f} x the best so far", refresh=False)
         bar.n = trial.step
         bar.refresh()
 
-    # SIGTERM as Ctrl-C: the running probe is stopped and saved first.
+    # Handle SIGTERM like Ctrl-C: the running probe is stopped and saved first.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with bar:
         outcome = study.run(watch)
@@ -166,17 +166,15 @@ def search(study: Study, as_json: bool) -> None:
         if outcome.best:
             print(f"configuration     {study.result}")
     if outcome.best is None and outcome.complete:
-        raise DivergenceError(
-            "no schedule is without fluctuation; lower optimizer.params.lr and tune in another --save"
-        )
+        raise DivergenceError("every schedule fluctuates; lower optimizer.params.lr and tune in another --save folder")
     if outcome.best is None:
         sys.exit(
-            "error: the budget ended before a stable T was found; raise --max-share or --max-minutes, rerun the command"
+            "error: the budget ended before a stable T was found; raise --max-share or --max-minutes and rerun the command"
         )
 
 
 def facts(study: Study, outcome: Outcome, page: Path | None) -> dict[str, Any]:
-    """Return the result of a search and its cost as --json prints them; what was not found is None."""
+    """Return the result and the cost of a search, as --json prints them. Values that were not found are None."""
     best = outcome.best
     return {
         "min_difficulty": best.min_difficulty if best else None,

@@ -20,7 +20,7 @@ class Page {
   }
 
   legendSwitch(item, group) {
-    const button = element("button", { type: "button", title: "click: hide or show; double click: this one alone, or all" })
+    const button = element("button", { type: "button", title: "click to hide or show; double click to show only this run, or all" })
     button.append(...item.childNodes)
     item.append(button)
     button.ariaPressed = !chosen.off.includes(group)
@@ -48,7 +48,7 @@ class Page {
     controls.hidden = false
   }
 
-  // Show the values at a place of a plot, once per frame, and the cursor in all plots of the same x axis.
+  // Show the values at a point of a plot, once per frame, and the cursor in all plots with the same x axis.
   point(plot, place, event, box = null) {
     cancelAnimationFrame(this.frame)
     this.frame = requestAnimationFrame(() => {
@@ -76,9 +76,9 @@ class Page {
     const head = element("tr", {}, ...["", ...titles, plot.spec.x === "hours" ? "time" : plot.spec.x].map(title => element("th", {}, title)))
     this.tip.replaceChildren(element("table", {}, head, ...rows))
     this.tip.hidden = !rows.length
-    // A finger hides what is beside it: the values go to the other half of the screen.
+    // On a touch screen the values are shown on the other half of the screen, away from the finger.
     this.tip.className = event.pointerType !== "touch" ? "tip" : event.clientY > innerHeight / 2 ? "tip above" : "tip below"
-    // Beside the cursor, on the side with room, and within the window.
+    // Place the values beside the cursor, on the side with room, and within the window.
     const { offsetWidth: width, offsetHeight: height } = this.tip
     const left = event.clientX + 18 + width < innerWidth ? event.clientX + 18 : event.clientX - 18 - width
     this.tip.style.left = `${Math.max(4, left)}px`

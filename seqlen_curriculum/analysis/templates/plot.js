@@ -51,7 +51,7 @@ class Plot {
     return this.curves.filter(curve => !chosen.off.includes(this.page.groups[curve.group]))
   }
 
-  // The lowest and the highest value of an axis: those of the reader's zoom, or of all that is drawn and a little more.
+  // Return the lowest and the highest value of an axis: the reader's zoom, or all drawn values with a margin.
   range(side) {
     const { zoom, log } = this.chosen
     if (zoom[side]) return zoom[side]
@@ -72,7 +72,7 @@ class Plot {
     return [low === 0 ? 0 : low - share * (high - low), high + share * (high - low)]
   }
 
-  // Pixels of a value, and back. An axis is {low, high, log, start, length}, with a negative length for y.
+  // Convert a value to pixels, and back. An axis is {low, high, log, start, length}, with a negative length for y.
   pixel(side, value) {
     const { low, high, log, start, length } = this.axes[side]
     return start + length * (log ? Math.log(value / low) / Math.log(high / low) : (value - low) / (high - low))
@@ -145,7 +145,7 @@ class Plot {
     context.restore()
   }
 
-  // The threshold, the marks of rollbacks and, where the curves are not the legend's runs, their names.
+  // Draw the threshold, the marks of rollbacks and, if the curves are not the legend's runs, their names.
   drawLevels(context) {
     const { x, y } = this.axes
     const line = (points, stroke, dashes) => {
@@ -188,7 +188,7 @@ class Plot {
       context.beginPath()
       curve.x.forEach((x, n) => {
         const [across, up] = [this.pixel("x", x), this.pixel("y", values[n])]
-        // A step's length holds from the step before it: the line goes up there, then across.
+        // A value holds from the previous step on: the line rises there, then runs across.
         if (this.spec.steps && n) context.lineTo(this.pixel("x", curve.x[n - 1]), up)
         context.lineTo(across, up)
         if (n % 20) return
@@ -207,7 +207,7 @@ class Plot {
     trace(curve.line)
   }
 
-  // The point of every curve that is nearest to x; none of a curve that ended more than 12 pixels before.
+  // Return the point of every curve nearest to x, without curves that end more than 12 pixels from it.
   readings(x) {
     const at = this.pixel("x", x)
     return this.visible.flatMap(curve => {
@@ -261,7 +261,7 @@ class Plot {
       const to = place(event)
       const wide = Math.abs(to.x - from.x), high = Math.abs(to.y - from.y)
       const between = side => [from[side], to[side]].map(pixel => this.value(side, pixel)).sort((a, b) => a - b)
-      // A flat box zooms x alone, a narrow one y alone, and a click nothing.
+      // A flat box zooms only x and a narrow one only y. A click does not zoom.
       const range = { ...this.chosen.zoom }
       if (wide > 12) range.x = between("x")
       if (high > 12) range.y = between("y")

@@ -1,5 +1,5 @@
 // The plots of a report with values at the cursor, zoom, smoothing and logarithmic axes. They are drawn on canvases that
-// replace the static plots. Where no script runs, or the browser can't inflate the data, the static plots stay.
+// replace the static plots. Without scripts, or if the browser can't inflate the data, the static plots stay.
 "use strict"
 
 const DASHES = { solid: [], dashed: [6, 3], dotted: [1.5, 2.5] }
@@ -14,7 +14,7 @@ const short = value => {
 }
 const digits = value => (Math.abs(value) < 1e5 ? String(Number(value.toPrecision(5))) : Math.round(value).toLocaleString("en"))
 
-// The places of ticks between two values, in steps of 1, 2, 2.5 or 5 times a power of ten.
+// Return the ticks between two values, in steps of 1, 2, 2.5 or 5 times a power of ten.
 function linearTicks(low, high, most) {
   const power = 10 ** Math.floor(Math.log10((high - low) / most))
   const step = power * [1, 2, 2.5, 5, 10].find(factor => (high - low) / (factor * power) <= most)
@@ -22,7 +22,7 @@ function linearTicks(low, high, most) {
   return Array.from({ length: Math.floor(high / step + 1e-9) - first + 1 }, (_, k) => (first + k) * step)
 }
 
-// Powers of ten; over less than three of them also twice and five times each; over less than a factor of 8 linear ticks.
+// Return powers of ten, also twice and five times each below a factor of 1000, or linear ticks below a factor of 8.
 function logTicks(low, high, most) {
   if (high / low < 8) return linearTicks(low, high, most)
   const ticks = []
@@ -43,7 +43,7 @@ function smoothed(values, weight) {
   })
 }
 
-// The number of values below x in a rising column.
+// Return the number of values below x in a rising column.
 function countBelow(column, x) {
   let low = 0, high = column.length
   while (low < high) {
@@ -68,13 +68,13 @@ async function unpack(text) {
   return data
 }
 
-// ---- what the reader has chosen, kept over reloads of the page ------------------------------------------------------
+// ---- the reader's choices, kept when the page reloads ----------------------------------------------------------------
 
 const KEY = `report ${location.pathname}`
 const chosen = { smoothing: 0, off: [], plots: {} }
 try {
   Object.assign(chosen, JSON.parse(sessionStorage.getItem(KEY)))
-} catch { /* no storage: nothing is kept */ }
+} catch { /* without storage, choices are lost */ }
 function keep() {
   try {
     sessionStorage.setItem(KEY, JSON.stringify(chosen))
