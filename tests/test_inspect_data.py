@@ -341,7 +341,7 @@ def test_on_the_command_line(folder, one, two, saved):
         (["{one}", "--png", "x.png"], "--png x.png: goes with --config alone"),
         (["{one}", "nowhere"], "nowhere: no corpus here"),
         (["--config", "{saved}", "--rows", "0"], "--rows 0: goes with --step alone"),
-        (["--config", "{saved}", "--png", "data.foo"], "--png data.foo: not the name of a picture"),
+        (["--config", "{saved}", "--png", "data.foo"], "--png data.foo: not the name of an image file"),
         (
             ["--config", "{saved}", "--png", "{saved}.png", "--set", "training=null"],
             "run.json.png: there are no steps",
