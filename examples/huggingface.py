@@ -1,4 +1,4 @@
-"""Hugging Face models and a loader of full-length batches, unchanged: each batch is shortened to the step's length.
+"""Train Hugging Face models with an unchanged loader: each full-length batch is shortened to the step's length.
 
 Run:  deepspeed --num_accelerators 2 examples/huggingface.py --architecture llama   (or bloom, or bert)
 """
@@ -36,7 +36,7 @@ CONFIG = {
 
 
 def causal_batch(starts: list[int]) -> dict[str, torch.Tensor]:
-    """Return successive numbers, (B, S). The model itself compares each column with the label of the next."""
+    """Return rows (B, S) of successive numbers. The model shifts the labels itself."""
     tokens = (torch.tensor(starts)[:, None] + torch.arange(SEQ_LENGTH)).remainder(MASK)
     return {"input_ids": tokens, "labels": tokens.clone()}
 
@@ -57,7 +57,7 @@ def main(architecture: str) -> list[dict[str, float]]:
     model = model_class(model_config)
     engine, _, _, lr_scheduler = initialize(model=model, model_parameters=model.parameters(), config=CONFIG)
     plan, causal = lr_scheduler.rate.timeline, architecture != "bert"
-    starts = range(engine.global_rank, 10_000, engine.dp_world_size)  # each rank reads samples of its own
+    starts = range(engine.global_rank, 10_000, engine.dp_world_size)  # each rank reads its own samples
     collate = causal_batch if causal else masked_batch
     loader = DataLoader(starts, batch_size=engine.train_micro_batch_size_per_gpu(), collate_fn=collate)
 

@@ -1,4 +1,4 @@
-"""A model that truncates in its own forward, as Megatron-DeepSpeed's do: the engine passes it the step's length.
+"""Train a model that truncates in its forward, as in Megatron-DeepSpeed: the engine passes it the step's length.
 
 Run:  deepspeed --num_accelerators 2 examples/megatron_style.py
 """

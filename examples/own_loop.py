@@ -1,4 +1,4 @@
-"""Sequence length warmup in a training loop of your own: any model, any data.
+"""Use sequence length warmup in your own training loop, with any model and any data.
 
 Run:  deepspeed --num_accelerators 2 examples/own_loop.py
 """
@@ -31,7 +31,7 @@ def main() -> None:
 
     consumed_tokens = 0
     while consumed_tokens < CONFIG["training"]["train_tokens"]:
-        # The length of the next step: ask before reading the batch, and read no more than that.
+        # Get the length of the next step before reading the batch, and read only that many tokens per row.
         seqlen = engine.curriculum_scheduler.update_difficulty(engine.global_steps + 1)
         rows = engine.train_micro_batch_size_per_gpu()
         tokens = torch.arange(rows)[:, None] + torch.arange(seqlen + 1)  # (B, S + 1): each token follows from the last

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Check lint, format, types and the direction of imports. Nothing is changed; `ruff check --fix . && ruff format .` fixes most.
+# Check lint, format, types and the direction of imports without changing files. Fix most problems with
+# `ruff check --fix . && ruff format .`.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 bash scripts/install.sh dev

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Build the documentation into site/, strictly: a broken link or anchor is an error.
-# usage: bash scripts/docs.sh [--serve]     --serve: show it at http://127.0.0.1:8000 and rebuild on changes
+# Build the documentation into site/. A broken link or anchor is an error.
+# usage: bash scripts/docs.sh [--serve]     --serve: serve it at http://127.0.0.1:8000 and rebuild on changes
 set -euo pipefail
 cd "$(dirname "$0")/.."
 bash scripts/install.sh dev

@@ -1,4 +1,4 @@
-# Sourced by the other scripts, from the repository root: the virtual environment and DeepSpeed's settings.
+# Set up the virtual environment and DeepSpeed's variables. Other scripts source this file from the repository root.
 export PATH="$PWD/.venv/bin:$PATH"
 accelerators=$(python -c 'import torch; print(torch.accelerator.device_count() if torch.accelerator.is_available() else 0)')
 if [ "$accelerators" = 0 ]; then

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Make .venv in the repository root and install the package in it. Does nothing if pyproject.toml, setup.py and constraints.txt are
+# Create .venv in the repository root and install the package into it. Does nothing if pyproject.toml, setup.py and constraints.txt are
 # unchanged. On a machine with NVIDIA GPUs this installs torch's CUDA build.
 # usage: bash scripts/install.sh [EXTRA]     EXTRA: train (default), or dev for the tests
 set -euo pipefail
@@ -16,7 +16,7 @@ python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
 }
 echo "installing into .venv (a few minutes the first time)"
 [ -x .venv/bin/python ] || python3 -m venv .venv || {
-    echo "error: python3 can't make virtual environments; on Debian and Ubuntu: apt-get install python3-venv" >&2
+    echo "error: python3 can't create virtual environments; on Debian and Ubuntu: apt-get install python3-venv" >&2
     exit 1
 }
 .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[$extra]"

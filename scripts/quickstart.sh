@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Install, make a corpus from Python's own source, train a small GPT-2 under sequence length warmup, show the curves.
+# Install the package, make a corpus from Python's own source, train a small GPT-2 with sequence length warmup and plot its curves.
 # Safe to rerun: finished parts are skipped, and training resumes where it stopped.
 set -euo pipefail
 cd "$(dirname "$0")/.."

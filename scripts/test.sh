@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Install what the tests need into .venv and run them; arguments go to pytest.   bash scripts/test.sh -m slow   runs the soak tests
+# Install the test dependencies into .venv and run the tests; arguments are passed to pytest. With -m slow, run the soak tests.
 # A test that needs something this machine lacks is skipped, and the summary names it. SEQLEN_TEST_WITHOUT=fp16,compiler,browser,npm
 # runs the tests as on a machine without these.
 set -euo pipefail

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Train on two nodes of one CPU rank each that are namespaces of this machine: each has its own network, processes, hostname and
-# /dev/shm, and a virtual cable joins them. Needs root, or a kernel that gives users namespaces of their own; util-linux and iproute2.
+# Train on two simulated nodes of one CPU rank each. Each node is a set of namespaces with its own network, processes, hostname and
+# /dev/shm; a virtual cable connects them. Needs root or a kernel that allows user namespaces, util-linux and iproute2.
 # usage: bash scripts/two_nodes.sh ARGUMENTS OF train_gpt2.py...       example:
 #   bash scripts/two_nodes.sh --config configs/tiny_cpu.json --save runs/two_nodes
-# To see one node die: kill -9 the process `unshare` of node-b; the other ends with an error, and the same command resumes.
+# To test a node failure, kill -9 the process `unshare` of node-b. The other node ends with an error; rerun the command to resume.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 [ "$(id -u)" = 0 ] || exec unshare --user --map-root-user --net bash scripts/two_nodes.sh "$@"
@@ -22,7 +22,7 @@ shift 2
 pids=()
 for number in 0 1; do
     name=$([ "$number" = 0 ] && echo node-a || echo node-b)
-    # --kill-child: with this process all processes of the node end.
+    # --kill-child: when this process ends, all processes of the node end.
     unshare --mount --uts --ipc --net --pid --fork --kill-child --mount-proc \
         bash -ec "$node" "$name" "$name" "10.77.0.$((number + 1))" \
         "$python" -m torch.distributed.run --nnodes 2 --node_rank "$number" --nproc_per_node 1 \

@@ -1,7 +1,7 @@
-"""Strict base classes of configuration sections and flags, their types of values, and the text of their errors.
+"""Strict base classes of configuration sections and flags, types of their values, and error messages.
 
 Sections forbid unknown keys, never coerce a string to a number, and reject NaN and infinity. Counts may be written
-as whole floats, so that ``"train_tokens": 157e9`` and ``--set training.train_tokens=2e9`` are integers.
+as whole floats, so that ``"train_tokens": 157e9`` and ``--set training.train_tokens=2e9`` are accepted.
 """
 
 from __future__ import annotations
@@ -34,18 +34,18 @@ __all__ = [
 
 
 def _whole(value: object) -> object:
-    """Return ``2e9`` as ``2000000000``, and anything else unchanged for pydantic to judge."""
+    """Return ``2e9`` as ``2000000000``, and anything else unchanged for pydantic to check."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-# Upper limits turn a slip such as 1e30 into an error here instead of an overflow of 64 bits later.
+# Upper limits make a mistake such as 1e30 an error here instead of a 64-bit overflow later.
 Count = Annotated[int, BeforeValidator(_whole), Field(ge=1, le=10**15)]
 Seqlen = Annotated[int, BeforeValidator(_whole), Field(ge=1, le=2**24)]
 CountOrZero = Annotated[int, BeforeValidator(_whole), Field(ge=0, le=10**15)]
 
 
 def load_function(path: str) -> Callable[[int], float]:
-    """Import the function that ``package.module:function`` names. Raises ValueError if it can't."""
+    """Import the function ``package.module:function``. Raises ValueError if it can't be imported."""
     module_name, _, name = path.partition(":")
     if not module_name or not name:
         raise ValueError(f"{path!r} is not an import path; write 'package.module:function'")
@@ -65,7 +65,7 @@ def _importable(path: str) -> str:
 
 
 ImportPath = Annotated[str, AfterValidator(_importable), Field(json_schema_extra={"pattern": "^[^:]+:[^:]+$"})]
-"""Imported once when the configuration is checked, so that a wrong path is an error before the run starts."""
+"""Path of a function. It is imported when the configuration is checked: a wrong path is an error before the run starts."""
 
 
 class Section(BaseModel):
@@ -82,7 +82,7 @@ class Section(BaseModel):
 class Flags(Section):
     """Base of a group of command-line flags: the field ``top_p`` is checked as the flag ``--top-p``.
 
-    Limits are those of the fields, as in ``top_p: float = Field(default=1.0, gt=0, le=1)``. A validator of several
+    Limits are set on the fields, as in ``top_p: float = Field(default=1.0, gt=0, le=1)``. A validator of several
     fields raises ValueError with a message that names the flags. The constructor raises one ConfigError that lists all
     problems.
     """
@@ -129,7 +129,7 @@ def suggest(name: str, valid: Iterable[str], cutoff: float = 0.6) -> str | None:
 def nearest(name: str, valid: Iterable[str]) -> str:
     """Return ``"; did you mean 'x'?"`` for the valid names that contain or resemble ``name``, else list them all."""
     names = sorted(valid)
-    # A part of a name is meant more often than a similar one: "117m" is gpt2-117m, and "linear" is fixed_linear.
+    # Names that contain ``name`` are more likely than similar ones: "117m" is gpt2-117m, "linear" is fixed_linear.
     close = [other for other in names if name and name in other]
     if not close and (meant := suggest(name, names)):
         close = [meant]
@@ -141,8 +141,8 @@ def nearest(name: str, valid: Iterable[str]) -> str:
 def misspelt_sections(raw: Mapping[str, Any], known: Iterable[str]) -> list[str]:
     """Return one problem for each top-level key that looks like a misspelt section.
 
-    DeepSpeed ignores top-level keys it doesn't know, so a misspelt section would be lost in silence. Keys that resemble
-    no section are left to DeepSpeed, and those with a leading underscore (``_data``) are comments.
+    DeepSpeed ignores unknown top-level keys, so a misspelt section would be silently ignored. Keys that resemble no section
+    are left to DeepSpeed. Keys with a leading underscore (``_data``) are comments.
     """
     names = set(known)
     problems = []
@@ -161,16 +161,14 @@ def describe_errors(error: ValidationError, section: type[BaseModel], where: str
 def _describe(detail: Any, section: type[BaseModel], where: str) -> str:
     path, value, message = detail["loc"], detail["input"], detail["msg"].removeprefix("Value error, ")
     key = ".".join([*filter(None, [where]), *map(str, path)])
-    if issubclass(
-        section, Flags
-    ):  # a flag is a field of the group itself; the rest of the path is an index into its list
+    if issubclass(section, Flags):  # the rest of the path is an index into the flag's list
         key = flag(str(path[0])) if path else ""
     if detail["type"] == "extra_forbidden":
         parent = _section_at(section, path[:-1])
         return f"{key}: unknown key" + nearest(str(path[-1]), parent.model_fields if parent else ())
     if detail["type"] == "missing":
         return f"{key}: required, but not given"
-    if detail["type"] == "value_error":  # a message of our own, which states value and fix itself
+    if detail["type"] == "value_error":  # a custom message, which states the value and the fix
         return f"{key}: {message}" if key else message
     if detail["type"] in ("model_type", "dict_type"):
         return f"{key}: {value!r} is not an object; write {{...}}"

@@ -1,4 +1,4 @@
-"""Files and folders: JSON without surprises, durable writes and renames, locks, and checks before any work starts."""
+"""File utilities: strict JSON, durable writes and renames, locks, and checks of output paths."""
 
 from __future__ import annotations
 
@@ -43,19 +43,19 @@ __all__ = [
 ]
 
 _LEFTOVER_SECONDS = 3600
-"""The age at which a temporary file belongs to no process: none takes an hour to write one."""
+"""Older temporary files are leftovers of killed processes: no process takes an hour to write one."""
 
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
-"""How flock fails where a file system has no locks: Lustre without ``-o flock``, NFS without a lock daemon."""
+"""Errors of flock on a file system without locks: Lustre without ``-o flock``, NFS without a lock daemon."""
 
 
 def read_json(path: Path, comments: bool = False) -> dict[str, Any]:
-    """Return the object in a JSON file; with ``comments`` also from JSON as people write it (``without_comments``).
+    """Return the object in a JSON file; ``comments`` allows comments and trailing commas (``without_comments``).
 
     Duplicate keys and numbers that aren't finite are errors. Raises ConfigError with the file, the line and the column.
     """
     try:
-        # "utf-8-sig" skips the byte order mark that some editors on Windows put first.
+        # "utf-8-sig" skips the byte order mark that some editors on Windows write.
         text = path.read_text(encoding="utf-8-sig" if comments else "utf-8")
     except (OSError, ValueError) as error:
         raise ConfigError(f"can't be read ({error}); give the path of a run's JSON file", str(path)) from error
@@ -65,7 +65,7 @@ def read_json(path: Path, comments: bool = False) -> dict[str, Any]:
         raise ConfigError(
             f"not valid JSON: {error.msg} at line {error.lineno}, column {error.colno}", str(path)
         ) from error
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, a tower of brackets
+    except (ValueError, RecursionError) as error:  # a number with thousands of digits, deeply nested brackets
         raise ConfigError(str(error), str(path)) from error
     if not isinstance(value, dict):
         raise ConfigError(f"holds {type(value).__name__}, not an object; write {{...}}", str(path))
@@ -78,11 +78,11 @@ _LAST_COMMA = re.compile(rf'(?:{_STRING}|[^\s\[{{,:"])\s*+(?P<comma>,)(?=\s*+[\]
 
 
 def without_comments(text: str) -> str:
-    """Return ``text`` with spaces in place of ``// ...``, ``# ...``, ``/* ... */`` and commas after a last element.
+    """Replace ``// ...``, ``# ...``, ``/* ... */`` and commas after a last element with spaces.
 
-    Every other character stays where it is, so that an error in the result has its line and column in ``text``. This is
-    the part of Hjson that can't hide a mistake: strings without quotes, which Hjson reads too, would make a text of
-    ``tru``. Raises json.JSONDecodeError for a comment without an end.
+    Every other character keeps its position, so that errors in the result have the line and column of ``text``. Strings
+    without quotes, which Hjson also allows, are not accepted, because they would hide a misspelling such as ``tru``.
+    Raises json.JSONDecodeError for a comment without an end.
     """
 
     def blank(found: re.Match[str]) -> str:
@@ -103,7 +103,7 @@ def _loads(text: str) -> Any:
 
 
 def _no_constant(name: str) -> None:
-    raise ConfigError(f"{name} is no JSON number; write a finite one")
+    raise ConfigError(f"{name} is not a JSON number; write a finite one")
 
 
 def _finite(digits: str) -> float:
@@ -123,7 +123,7 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def apply_override(raw: dict[str, Any], override: str) -> None:
-    """Set ``a.b=value`` in place; the value is read as JSON, or as a string if it is none. Raises ConfigError."""
+    """Set ``a.b=value`` in place; the value is read as JSON, or as a string if it isn't JSON. Raises ConfigError."""
     path, equals, text = override.partition("=")
     if not equals or not all(path.split(".")):
         raise ConfigError(f"--set {override!r}: write section.key=value, as in --set training.train_tokens=2e9")
@@ -143,18 +143,18 @@ def apply_override(raw: dict[str, Any], override: str) -> None:
 
 
 def replace(path: Path, write: Callable[[Path], object]) -> None:
-    """Replace the file ``path`` by what ``write(temporary_path)`` writes; on return the new content is on disk.
+    """Replace the file ``path`` with the one that ``write(temporary_path)`` writes. On return it is on disk.
 
-    A reader sees the old content or the new one, never a part. Raises OSError, which leaves the old file as it was.
+    A reader sees the old content or the new one, never a part. On an error (OSError) the old file is unchanged.
     """
-    # The process id keeps two processes that replace one file from writing into each other's.
+    # The process id keeps two processes from writing to the same temporary file.
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):  # of a process that was killed
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):  # left by killed processes
         if leftover.stat().st_mtime < time.time() - _LEFTOVER_SECONDS:
             leftover.unlink(missing_ok=True)
     try:
         write(unfinished)
-        # Content before name: a power cut between a rename and its data would leave an empty file under the final name.
+        # Sync before the rename: otherwise a power cut could leave an empty file under the final name.
         sync(unfinished)
         move(unfinished, path)
     finally:
@@ -162,18 +162,18 @@ def replace(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """``replace`` with ``text``, as UTF-8."""
+    """Replace the file ``path`` with ``text`` in UTF-8, as ``replace`` does."""
     replace(path, lambda unfinished: unfinished.write_text(text, encoding="utf-8"))
 
 
 def move(source: Path, target: Path) -> None:
     """Rename ``source`` to ``target`` on the same file system; on return the disk has the new name. Raises OSError."""
     os.replace(source, target)
-    sync(target.parent)  # a name belongs to its folder
+    sync(target.parent)  # the name is part of the folder
 
 
 def sync(path: Path) -> None:
-    """Wait until the disk has the content of a file, or the names in a folder. Raises OSError."""
+    """Wait until the content of a file, or the names in a folder, are on disk. Raises OSError."""
     file = os.open(path, os.O_RDONLY)
     try:
         os.fsync(file)
@@ -182,14 +182,14 @@ def sync(path: Path) -> None:
 
 
 def sync_tree(folder: Path) -> None:
-    """Wait until the disk has ``folder``, all files below it and their names. Raises OSError."""
+    """Wait until ``folder``, all files below it and their names are on disk. Raises OSError."""
     for path in (*folder.rglob("*"), folder):
         sync(path)
 
 
 def follow_umask(path: Path) -> None:
-    """Give ``path`` the mode of a new file: safetensors makes files that only their owner can read. Raises OSError."""
-    # A new file shows the mode. Reading the umask would mean to change it, which another thread's files might catch.
+    """Set ``path`` to the mode of a new file; safetensors makes files that only the owner can read. Raises OSError."""
+    # Copied from a new file: reading the umask requires setting it, which affects files of other threads.
     new = path.with_name(f".{path.name}.{os.getpid()}.mode")
     new.touch()
     shutil.copymode(new, path)
@@ -197,7 +197,7 @@ def follow_umask(path: Path) -> None:
 
 
 def discard_folder(folder: Path) -> None:
-    """Delete ``folder``; a kill leaves it whole, or hidden as ``.NAME.discarded.tmp``. Raises OSError."""
+    """Delete ``folder``. A kill leaves it intact or renamed to ``.NAME.discarded.tmp``. Raises OSError."""
     hidden = folder.with_name(f".{folder.name}.discarded.tmp")
     shutil.rmtree(hidden, ignore_errors=True)
     move(folder, hidden)
@@ -205,7 +205,7 @@ def discard_folder(folder: Path) -> None:
 
 
 def set_aside(path: Path) -> Path:
-    """Rename ``path`` to the first free one of ``PATH.damaged``, ``PATH.damaged2``, ... and return it. Raises OSError."""
+    """Rename ``path`` to the first unused name of ``PATH.damaged``, ``PATH.damaged2``, ... and return it. Raises OSError."""
     names = (f"{path.name}.damaged{number if number > 1 else ''}" for number in itertools.count(1))
     target = next(free for free in map(path.with_name, names) if not free.exists())
     move(path, target)
@@ -213,15 +213,15 @@ def set_aside(path: Path) -> Path:
 
 
 def lock_of(folder: Path) -> Path:
-    """Return the file whose lock stands for ``folder``."""
+    """Return the lock file of ``folder``."""
     return folder / ".lock"
 
 
 def try_lock(path: Path) -> int | None:
     """Lock the file ``path`` and return its descriptor, which holds the lock until all copies of it are closed.
 
-    None while another process holds the lock, and where it has just deleted the file. On a file system without locks a
-    warning is printed and the lock counts as held.
+    Return None if another process holds the lock or has just deleted the file. On a file system without locks, print a
+    warning and return the descriptor without a lock.
     """
     file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
@@ -231,7 +231,7 @@ def try_lock(path: Path) -> int | None:
             if error.errno not in _NO_LOCKS:
                 raise
             _warn_of_no_locks(path.parent, str(error.strerror))
-        # The holder may delete the file between our open and its release: then we hold a lock that nobody else can see.
+        # The holder may delete the file between our open and its release. No other process can see our lock then.
         is_current = os.path.samestat(os.fstat(file), os.stat(path))
     except (BlockingIOError, FileNotFoundError):
         is_current = False
@@ -243,16 +243,16 @@ def try_lock(path: Path) -> int | None:
 
 @functools.cache  # once per folder
 def _warn_of_no_locks(folder: Path, reason: str) -> None:
-    """Warn that nothing keeps a second process out of ``folder``."""
+    """Warn that a second process can write to ``folder`` unnoticed."""
     print(
-        f"warning: {folder}: its file system has no locks ({reason}), so make sure yourself that no two commands write into "
-        "it at once (Lustre: mount it with -o flock)",
+        f"warning: {folder}: its file system has no locks ({reason}); make sure that no two commands write to it at the "
+        "same time (Lustre: mount it with -o flock)",
         file=sys.stderr,
     )
 
 
 def is_locked(path: Path) -> bool:
-    """Return whether a living process, this one included, holds the lock of ``path``."""
+    """Return whether a running process, this one included, holds the lock of ``path``."""
     if not path.exists():
         return False
     file = try_lock(path)
@@ -262,12 +262,12 @@ def is_locked(path: Path) -> bool:
 
 
 def lock_folder(folder: Path, flag: str, what: str) -> None:
-    """Keep other processes out of ``folder`` for as long as this one lives; make it if need be.
+    """Make ``folder`` if needed, and lock it until this process ends.
 
-    Raises CheckpointError, naming ``flag``, while another process does ``what`` in it.
+    Raises CheckpointError, naming ``flag``, if another process holds the lock. ``what`` describes the work of both.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    if try_lock(lock_of(folder)) is None:  # never closed
+    if try_lock(lock_of(folder)) is None:  # closed when the process ends
         raise CheckpointError(
             f"{flag} {folder}: another process is {what}; stop that one (also ranks left behind by a killed launcher), or "
             "choose another folder"
@@ -275,15 +275,15 @@ def lock_folder(folder: Path, flag: str, what: str) -> None:
 
 
 def picture_path(flag: str, path: Path) -> Path:
-    """Return ``path`` if a picture can be written there. Raises ConfigError naming ``flag``."""
+    """Return ``path`` if an image can be written there. Raises ConfigError naming ``flag``."""
     if path.suffix.lower() not in (".png", ".pdf", ".svg") or path.is_dir():
-        raise ConfigError(f"{flag} {path}: not the name of a picture; give one that ends in .png, .pdf or .svg")
+        raise ConfigError(f"{flag} {path}: not the name of an image file; give one that ends in .png, .pdf or .svg")
     writable_folder(flag, path.resolve().parent)
     return path
 
 
 def new_folder(flag: str, folder: Path) -> None:
-    """Raise ConfigError naming ``flag`` if ``folder`` exists and is anything but an empty folder."""
+    """Raise ConfigError naming ``flag`` if ``folder`` exists and is not an empty folder."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"{flag} {folder}: exists and is not empty; name a new folder, nothing is overwritten")
 

@@ -384,7 +384,7 @@ class TestWhatTellsTheLength:
 
     @pytest.mark.parametrize("labels", [[[1] * 8] * 2, np.ones((2, 8))], ids=["list", "array"])
     def test_labels_that_are_no_tensor_are_not_passed_over(self, labels):
-        with pytest.raises(DataError, match=r"labels.*: a \w+ is not cut; give a tensor"):
+        with pytest.raises(DataError, match=r"labels.*: a \w+ can't be shortened; give a tensor"):
             cut({"input_ids": ids(), "labels": labels}, 4)
 
     def test_images_are_not_taken_for_masks(self):

@@ -226,11 +226,11 @@ class TestRefusals:
         ],
     )
     def test_boundaries_that_contradict_the_positions(self, name, value):
-        with pytest.raises(DataError, match=f"^{name}: its boundaries are not those of position_ids.* 2 places"):
+        with pytest.raises(DataError, match=f"^{name}: its boundaries differ from those of position_ids.* 2 places"):
             cut({**every_key(5, 3), name: value}, 4)
 
     def test_lists(self):
-        with pytest.raises(DataError, match=r"^cu_seq_lens_q: a list is not cut; give a tensor"):
+        with pytest.raises(DataError, match=r"^cu_seq_lens_q: a list can't be shortened; give a tensor"):
             cut({**every_key(5, 3), "cu_seq_lens_q": [0, 5, 8]}, 4)
 
     def test_positions_of_another_shape(self):

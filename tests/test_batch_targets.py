@@ -42,7 +42,7 @@ class TestShiftLabels:
         assert new["shift_labels"].tolist() == [[2, -100, 4, 5], [12, 13, 14, 15]]
         assert counted == 7
         assert set_batch_sequence_length(inside(shift_labels=targets), 8, labels_shifted=labels_shifted)[1] == 15
-        with pytest.raises(DataError, match="shift_labels: a list is not cut"):
+        with pytest.raises(DataError, match="shift_labels: a list can't be shortened"):
             set_batch_sequence_length(inside(shift_labels=targets.tolist()), 4)
 
     def test_emitted_ones_know_the_token_behind_the_cut(self):

@@ -30,7 +30,7 @@ RUN = {
 MISTAKES = {
     "two precisions": (
         {"fp16": {"enabled": True}, "bf16": {"enabled": True}},
-        "fp16.enabled and bf16.enabled: a run has one precision",
+        "fp16.enabled and bf16.enabled: only one precision",
     ),
     "more stages than layers": ({"pipeline": {"stages": 3}}, "pipeline.stages: 3 is above model.num_layers 2"),
     "pipeline under ZeRO-2": (
@@ -48,7 +48,7 @@ MISTAKES = {
             "bf16": {"enabled": True},
             "data_types": {"grad_accum_dtype": "fp32"},
         },
-        "data_types.grad_accum_dtype: fp32 sums bf16 gradients wrongly with pipeline.stages 2",
+        "data_types.grad_accum_dtype: fp32 accumulates bf16 gradients wrongly with pipeline.stages 2",
     ),
     "pipeline of shards": (
         {"pipeline": {"stages": 2}, "sequence_parallel_size": 2},

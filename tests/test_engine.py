@@ -631,10 +631,10 @@ def test_misuse_is_problem_before_deepspeed_starts():
         initialize(config="config.json")
     with pytest.raises(ConfigError, match="given more than once"):
         initialize(config=config, config_params=config)
-    with pytest.raises(ConfigError, match=r"batch_size_warmup: DeepSpeed's engine doesn't follow it"):
+    with pytest.raises(ConfigError, match=r"batch_size_warmup: DeepSpeed's engine doesn't support it"):
         initialize(config={**config, "batch_size_warmup": {"start": 2, "increment": 2, "tokens": 100}})
     growth = {"batch_growth": True, "min_tokens_per_step": 64}
-    with pytest.raises(ConfigError, match=r"curriculum_learning\.batch_growth: DeepSpeed's engine doesn't follow it"):
+    with pytest.raises(ConfigError, match=r"curriculum_learning\.batch_growth: DeepSpeed's engine doesn't support it"):
         initialize(config={**config, "curriculum_learning": {**LINEAR, **growth}})
     ours = {"scheduler": {"type": "TokenCosineLR"}, "curriculum_learning": {"enabled": False, "max_difficulty": 8}}
     with pytest.raises(ConfigError, match="lr_scheduler= is given too"):
@@ -664,9 +664,7 @@ def test_a_model_that_takes_no_length_is_problem_before_deepspeed_starts(keyword
 
 def test_a_length_that_no_section_gives_is_problem_before_deepspeed_starts():
     config = {"train_batch_size": 4, "optimizer": {"type": "Adam", "params": {"lr": 1e-3}}}
-    with pytest.raises(
-        ConfigError, match="'curriculum_seqlen' asks for the step's length, but no section gives it; add"
-    ):
+    with pytest.raises(ConfigError, match="'curriculum_seqlen' needs the step's length, but no section sets it; add"):
         initialize(model=Truncating(4, 4), config=config, curriculum_kwarg="curriculum_seqlen")
 
 

@@ -341,7 +341,7 @@ def test_on_the_command_line(folder, one, two, saved):
         (["{one}", "--png", "x.png"], "--png x.png: only used with --config"),
         (["{one}", "nowhere"], "nowhere: no corpus here"),
         (["--config", "{saved}", "--rows", "0"], "--rows 0: only used with --step"),
-        (["--config", "{saved}", "--png", "data.foo"], "--png data.foo: not the name of a picture"),
+        (["--config", "{saved}", "--png", "data.foo"], "--png data.foo: not the name of an image file"),
         (
             ["--config", "{saved}", "--png", "{saved}.png", "--set", "training=null"],
             "run.json.png: there are no steps",

@@ -78,9 +78,9 @@ def test_flops_leave_out_what_is_looked_up(folders):
 
 def test_sizes_that_contradict_name_both(folders):
     message = refusal(section(folders / "llama", num_layers=3))
-    assert f"num_layers: 3 is not that of hf_checkpoint {folders / 'llama'}, 2" in message
+    assert f"num_layers: 3 differs from 2 in hf_checkpoint {folders / 'llama'}" in message
     message = refusal(section(folders / "llama", preset="tiny-200k"))
-    assert "hidden_size: 64 is not that of hf_checkpoint" in message
+    assert "hidden_size: 64 differs from 32" in message
     assert ModelConfig.model_validate(section(folders / "llama", num_layers=2)).num_layers == 2
     message = refusal({"hf_checkpoint": str(folders / "bloom")})
     assert "config.json has no max_position_embeddings (as max_position_embeddings or n_positions" in message
@@ -90,10 +90,10 @@ def test_sizes_that_contradict_name_both(folders):
 def test_what_is_no_causal_language_model_is_refused(folders, tmp_path):
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
     masked = save(BertForMaskedLM(BertConfig(vocab_size=257, **sizes)), tmp_path / "masked")
-    assert "names the architecture BertForMaskedLM; give a causal" in refusal({"hf_checkpoint": str(masked)})
+    assert "has the architecture BertForMaskedLM; give a causal" in refusal({"hf_checkpoint": str(masked)})
     t5 = T5ForConditionalGeneration(T5Config(vocab_size=257, d_model=32, d_ff=32, num_layers=1, num_heads=2, d_kv=16))
     message = refusal({"hf_checkpoint": str(save(t5, tmp_path / "t5"))})
-    assert "T5ForConditionalGeneration is an encoder with a decoder" in message
+    assert "T5ForConditionalGeneration is an encoder-decoder model" in message
     both_ways = save(BertLMHeadModel(BertConfig(vocab_size=257, **sizes)), tmp_path / "both_ways")
     with pytest.raises(ConfigError, match="its logits change with later tokens"):
         build_model(ModelConfig.model_validate({"hf_checkpoint": str(both_ways)}))
@@ -109,7 +109,7 @@ def test_folders_that_are_not_whole_are_refused(folders, tmp_path):
     message = refusal({"hf_checkpoint": str(tmp_path / "nothing")})
     assert "nothing: there is no such folder" in message
     assert "needs its files each time it is resumed" in message
-    assert "hf_checkpoint: '' names no folder" in refusal({"hf_checkpoint": ""})  # not the current one
+    assert "hf_checkpoint: '' is not a folder" in refusal({"hf_checkpoint": ""})  # not the current one
     assert "neither a config.json" in refusal({"hf_checkpoint": str(tmp_path / "empty")})
     cut = shutil.copytree(folders / "llama", tmp_path / "cut")
     (cut / "model.safetensors").write_bytes((cut / "model.safetensors").read_bytes()[:-1])

@@ -217,7 +217,7 @@ def test_compute_is_compared_with_the_full_length_of_the_data():
         (["configs/tiny_cpu.json", "--set", "model.preset=gpt3-1b"], "did you mean 'gpt3-1.3b'?"),
         (["configs/tiny_cpu.json", "--at", "0"], "--at: 0 is not a step"),
         (["configs/tiny_cpu.json", "--at", "611"], "--at: 611 is not a step of this run; give steps from 1 to 610"),
-        (["configs/tiny_cpu.json", "--png", "plan.foo"], "--png plan.foo: not the name of a picture"),
+        (["configs/tiny_cpu.json", "--png", "plan.foo"], "--png plan.foo: not the name of an image file"),
         (["configs/tiny_cpu.json", "--png", "/dev/null/plan.png"], "--png /dev/null: can't be written to"),
     ],
 )

@@ -146,22 +146,6 @@ def test_only_what_the_run_can_change_is_advised():
     assert warning.endswith("min_tokens_per_step 2048")  # 8 rows of 256, where 2 x 2,816 would be above every step
 
 
-def test_the_readme_has_these_numbers():
-    readme = (ROOT / "README.md").read_text()
-    path = PAPER / "gpt2_1.5b_bsz512_seqlen1k_slw270k.json"
-    config = RunConfig.load(path).for_ranks(128)
-    summary = on_ranks(config, RankFlags(ranks=128, tflops=0.4 * 989.4))
-    for group in summary["lengths"]:
-        spans = ["-".join(f"{value:,}" for value in sorted({*group[name]})) for name in ("seqlen", "rows", "tokens")]
-        shares = f"{group['token_share']:.1%} | {group['speed']:.0%} | {group['hours']:.2f}".replace("%", " %")
-        assert f"| {' | '.join(spans)} | {group['steps']:,} | {shares} |" in readme
-    assert f"{summary['hours']:.2f} hours, and {summary['hours_of_full_length']:.2f} for as many" in readme
-    growth = ["curriculum_learning.batch_growth=true", "curriculum_learning.min_tokens_per_step=173056"]
-    config = RunConfig.load(path, growth).for_ranks(128)
-    summary = on_ranks(config, RankFlags(ranks=128, tflops=0.4 * 989.4))
-    assert f"{summary['hours']:.2f} hours in {config.plan.steps:,} steps" in readme
-
-
 def test_few_ranks_are_not_warned_of():
     config = RunConfig.load(PAPER / "gpt2_1.5b_bsz512_seqlen1k_slw270k.json").for_ranks(8)
     assert rank_warnings(config, on_ranks(config, RankFlags(ranks=8))) == []

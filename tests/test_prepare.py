@@ -459,4 +459,4 @@ def test_the_flags_of_the_command(tmp_path: Path) -> None:
 def test_the_command_has_an_example() -> None:
     shown = script("--help")
     assert shown.returncode == 0
-    assert "--stdlib --train-vocab 4096 --output-prefix corpus/stdlib" in shown.stdout
+    assert "--stdlib --train-vocab 512 --out corpus/stdlib" in shown.stdout

@@ -105,7 +105,7 @@ def test_a_model_that_is_not_whole_is_refused(llama):
     weights = load_file(llama / "model.safetensors")
     del weights["lm_head.weight"]
     save_file(weights, llama / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(CheckpointError, match=r"lack 1 of the model's weights, such as lm_head\.weight"):
+    with pytest.raises(CheckpointError, match=r"1 of the model's weights are missing, such as lm_head\.weight"):
         load_model(llama)
     (llama / "model.safetensors").write_bytes(b"abc")
     with pytest.raises(CheckpointError, match="can't be loaded as a causal language model"):

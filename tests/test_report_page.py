@@ -193,7 +193,7 @@ def test_following_rewrites_when_a_log_has_changed_and_ends_at_the_budget(tmp_pa
         (["{run}", "--watch", "5"], "--watch: give seconds above 0 and below 1e6, with --out FOLDER"),
         (["{run}", "--watch", "0", "--out", "{run}"], "--watch: give seconds above 0"),
         (["{run}", "--out", "/dev/null/report"], "can't be written to"),
-        (["{run}", "--png", "curves.html"], "not the name of a picture"),
+        (["{run}", "--png", "curves.html"], "not the name of an image file"),
     ],
 )
 def test_mistakes_are_reported_in_one_line(tmp_path, arguments, message):

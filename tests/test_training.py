@@ -349,7 +349,7 @@ def test_a_second_run_into_the_same_folder_is_refused(one_rank):
 
 
 MISTAKES = {
-    "no corpus": (["--set", 'data.train=["nowhere/x"]'], "nowhere/x: no corpus here"),
+    "no corpus": (["--set", 'data.train=["nowhere/x"]'], "nowhere/x: no corpus, neither in"),
     "corpus too short": (
         ["--set", "data.seq_length=1000000", "--set", "model.max_position_embeddings=1000000"],
         "no sample in this split",

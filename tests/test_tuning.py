@@ -241,7 +241,7 @@ def test_a_folder_of_another_search_is_refused(searches, config_file):
     command = tune_command(config_file, searches / "whole", *SEARCH, "--ratio", "1.2")
     result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert result.returncode == 1
-    assert "holds a search with another settings" in result.stderr
+    assert "contains a search with another settings" in result.stderr
 
 
 def test_a_training_that_diverges_is_no_answer(config_file, tmp_path):

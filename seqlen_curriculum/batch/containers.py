@@ -27,14 +27,14 @@ _MUST_BE_TENSORS = {*ONE_VALUE_PER_TOKEN, "seq_idx", "cu_seq_lens_q", "cu_seq_le
 
 
 def iter_values(value: object, path: Path = ()) -> Iterator[tuple[Path, object]]:
-    """Yield the path and value of all that is not a container: ``{"a": [x, 5]}`` gives ``(("a", 0), x), (("a", 1), 5)``.
+    """Yield the path and value of each leaf (no container): ``{"a": [x, 5]}`` gives ``(("a", 0), x), (("a", 1), 5)``.
 
     Raises DataError for a list or array whose name implies one value per token, because it would not be shortened.
     """
     parts = None if isinstance(value, Tensor) else _parts(value)
     is_named = bool(path) and path[-1] in _MUST_BE_TENSORS
     if is_named and value is not None and not isinstance(value, (Tensor, Mapping)):
-        raise DataError(f"{dotted(path)}: a {type(value).__name__} is not cut; give a tensor")
+        raise DataError(f"{dotted(path)}: a {type(value).__name__} can't be shortened; give a tensor")
     if parts is None:
         yield path, value
     for name, part in (parts or {}).items():
@@ -47,7 +47,7 @@ def iter_tensors(batch: object) -> Iterator[tuple[Path, Tensor]]:
 
 
 def replace_values(value: Any, new_values: Mapping[Path, Any], path: Path = ()) -> Any:
-    """Return ``value`` with the values at these paths replaced, and its containers copied with the same types."""
+    """Return a copy of ``value`` with the values at these paths replaced; containers keep their types."""
     if path in new_values:
         return new_values[path]
     parts = _parts(value)
@@ -87,7 +87,7 @@ def find(tensors: Mapping[Path, Tensor], name: str, ndim: int = 2) -> Path | Non
 
 
 def dotted(path: Path) -> str:
-    """Return a path as messages name it: ``0.labels``."""
+    """Return a path in the form that messages use: ``0.labels``."""
     return ".".join(map(str, path)) or "batch"
 
 

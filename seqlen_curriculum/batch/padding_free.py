@@ -4,7 +4,7 @@ Hugging Face's ``DataCollatorWithFlattening``, TRL's ``padding_free`` and BFD pa
 token may attend to another document: Hugging Face's models derive the block mask from ``position_ids`` if there is neither
 an ``attention_mask`` nor a cache, FlashAttention reads ``cu_seq_lens_*``, and Mamba layers read ``seq_idx``.
 
-Labels stay as they are. The last token of a piece still predicts the next token of its document, which is the first of the
+Labels are unchanged. The last token of a piece still predicts the next token of its document, which is the first of the
 next piece, so a document of 13 tokens in pieces of 4 trains the same 12 targets as a whole one.
 
 Shapes: B rows (mostly 1), T tokens per row, N pieces of all rows, s the step's length.
@@ -39,9 +39,9 @@ def find_positions(tensors: Mapping[Path, Tensor], ndim: int) -> Path | None:
 def find_packed_positions(
     tensors: Mapping[Path, Tensor], tokens: Path, padding_free: bool | None, truncate: bool
 ) -> Path | None:
-    """Return the path of the position ids (B or 1, T) by which to cut a padding-free batch, None for any other batch.
+    """Return the path of the position ids (B or 1, T) for cutting a padding-free batch; None for any other batch.
 
-    With ``padding_free=None`` it is detected. Raises ConfigError or DataError for a batch that can't be cut correctly.
+    ``padding_free=None`` detects such a batch. Raises ConfigError or DataError for a batch that can't be cut correctly.
     """
     positions = find_positions(tensors, tensors[tokens].ndim)
     markers = [path for path in tensors if path[-1:] and _is_marker(path[-1])]
@@ -70,10 +70,10 @@ def find_packed_positions(
 
 
 def cut_documents(values: Mapping[Path, Any], tokens: Path, positions: Path, seqlen: int) -> dict[Path, Any]:
-    """Return the values that change if documents are cut into pieces of ``seqlen`` tokens that don't see one another.
+    """Cut documents into pieces of ``seqlen`` tokens that don't attend to each other; return the changed values.
 
-    Position ids restart in each piece. ``cu_seq_lens_*``, ``max_length_*`` and ``seq_idx`` describe the pieces, with the
-    dtype and device that they had. Raises DataError if they had a boundary where the position ids don't restart.
+    Position ids restart in each piece. ``cu_seq_lens_*``, ``max_length_*`` and ``seq_idx`` describe the pieces, in
+    their original dtype and device. Raises DataError if they had a boundary where the position ids don't restart.
     """
     shape, old = values[tokens].shape, values[positions]
     if old.shape[-1] != shape[-1] or (old.ndim == 2 and len(old) not in (1, shape[0])):
@@ -83,7 +83,7 @@ def cut_documents(values: Mapping[Path, Any], tokens: Path, positions: Path, seq
     offsets = (columns - torch.where(starts, columns, 0).cummax(-1).values) % seqlen  # 0 at the start of each piece
     is_first = (offsets == 0).expand(shape)
     edges = torch.cat([is_first.flatten().nonzero()[:, 0], columns.new_tensor([is_first.numel()])])  # (N + 1)
-    # transformers' FlashAttention takes the smallest position for the start of a document, so every piece has it.
+    # transformers' FlashAttention takes the smallest position as the start of a document, so every piece starts with it.
     new: dict[Path, Any] = {positions: (offsets + old.min()).to(old.dtype)}
     for path, value in values.items():
         name = path[-1] if path else None
@@ -104,20 +104,20 @@ def _is_marker(name: object) -> bool:
 
 
 def _masks(tensors: Mapping[Path, Tensor], full: int) -> Iterator[Path]:
-    """Yield the paths of attention masks: by their name, or by two axes of T or S tokens."""
+    """Yield the paths of attention masks, found by name or by two last axes of ``full`` tokens."""
     for path, tensor in tensors.items():
         if (path and "attention_mask" in str(path[-1])) or (tensor.ndim > 2 and tensor.shape[-2:] == (full, full)):
             yield path
 
 
 def _document_starts(positions: Tensor) -> Tensor:
-    """Return a mask of the columns where documents start, by transformers' rule: a position isn't the one before plus 1."""
+    """Return a mask of the columns where documents start: the position isn't the previous one + 1 (transformers' rule)."""
     first = torch.ones_like(positions[..., :1], dtype=torch.bool)
     return torch.cat([first, positions[..., 1:] != positions[..., :-1] + 1], -1)
 
 
 def _restart(positions: Tensor) -> bool:
-    """Return whether positions count up and restart at their smallest value inside a row, as documents side by side do."""
+    """Return whether positions count up and restart at their smallest value inside a row, as in packed rows."""
     # Positions that restart at their smallest value never end T - 1 above their first one.
     if bool((positions[..., -1] - positions[..., 0] == positions.shape[-1] - 1).all()):
         return False
@@ -135,6 +135,6 @@ def _check_boundaries(path: Path, value: Tensor, starts: Tensor) -> None:
         agrees = fits and bool(starts[..., 1:][(value[..., 1:] != value[..., :-1]).to(starts.device)].all())
     if not agrees:
         raise DataError(
-            f"{dotted(path)}: its boundaries are not those of position_ids, which restart at {int(starts.sum())} "
-            "places; let the same collator make both"
+            f"{dotted(path)}: its boundaries differ from those of position_ids, which restart at "
+            f"{int(starts.sum())} places; make both with the same collator"
         )

@@ -1,4 +1,4 @@
-"""The columns that each row of a batch keeps, and how the sequence axes of a tensor are found and shortened to them.
+"""Choose the columns that each row of a batch keeps, find the sequence axes of its tensors and shorten them.
 
 Shapes: B rows, S full length, s the step's length, K segments per row (1 if rows are truncated), H any other size.
 """
@@ -86,7 +86,7 @@ class RowColumns:
         return torch.where(before_fall, positions - positions[:, :1], positions)
 
     def sequence_axes(self, path: Path, tensor: Tensor) -> tuple[int, ...]:
-        """Return the sequence axes by the rules at the top of this file. Raises DataError if they are ambiguous."""
+        """Return the sequence axes by the rules in ``sequence_length.py``. Raises DataError if they are ambiguous."""
         rows, name = self.rows, str(path[-1]) if path else ""
         axes = tuple(axis for axis in range(1, tensor.ndim) if tensor.shape[axis] == self.full)
         is_mask = tensor.dtype == torch.bool or "mask" in name or "bias" in name
@@ -113,9 +113,7 @@ class RowColumns:
         is_slice = len(columns) == 1 and columns is self.window
         if is_slice and (len(axes) == 1 or columns.shape[1] == 1):
             return self.slice(tensor, axes)
-        one_for_all = (
-            len(tensor) == 1 and len(columns) == 1 and columns.shape[1] == 1
-        )  # one mask for all rows stays one
+        one_for_all = len(tensor) == 1 and len(columns) == 1 and columns.shape[1] == 1  # a mask shared by all rows
         rows = 1 if one_for_all else self.rows
         columns = columns.to(tensor.device)
         front = tuple(range(1, 1 + len(axes)))
@@ -128,7 +126,7 @@ class RowColumns:
         return taken.flatten(0, 1).movedim(front, axes).contiguous()
 
     def slice(self, tensor: Tensor, axes: tuple[int, ...]) -> Tensor:
-        """Return what ``take`` returns where all rows keep the same neighbouring columns, about 40 times as fast."""
+        """Return the result of ``take`` if all rows keep the same contiguous columns, about 40 times as fast."""
         _, segments, seqlen = self.window.shape
         for axis in axes:
             tensor = tensor.narrow(axis, int(self.window[0, 0, 0]), segments * seqlen)
@@ -140,7 +138,7 @@ class RowColumns:
 
 
 def _padding_mask(tensors: Mapping[Path, Tensor], rows: int, full: int) -> Tensor | None:
-    """Return the 2-D ``attention_mask`` (B or 1, S), None without one."""
+    """Return the 2-D ``attention_mask`` (B or 1, S); None if there is none."""
     path = find(tensors, "attention_mask")
     if path is not None and tensors[path].shape not in ((1, full), (rows, full)):
         raise misfit(path, tensors[path], rows, full)

@@ -94,7 +94,7 @@ def set_batch_sequence_length(
     if there is enough, else tokens at the end. Masks keep the block of each segment, position ids restart at 0, and values
     per row are repeated.
 
-    ``labels_shifted=True``: the label in a column is what that column predicts (shifted by the loader, or masked LM).
+    ``labels_shifted=True``: the label in a column is the target of that column (shifted by the loader, or masked LM).
     ``False``: the model shifts the labels, as Hugging Face's causal models do, so the first label of each row and of each
     segment is not a target. Labels of -100 are never targets. The targets are ``shift_labels``, which Hugging Face's loss
     takes as they are, else the 2-D ``labels``, else the second tensor of a pair ``(inputs, labels)``. Without any of them
@@ -105,9 +105,9 @@ def set_batch_sequence_length(
     The batch must be a mapping, and the model must pass ``shift_labels`` on to its loss. Causal models of transformers do:
     their ``forward`` hands its keyword arguments to ``loss_function``.
 
-    ``padding_free``: whether the rows hold documents side by side, separated by position ids that restart, as TRL's BFD
-    packing and Hugging Face's ``DataCollatorWithFlattening`` make them. Every document is then cut into pieces of at most
-    ``seqlen`` tokens that don't see one another. ``position_ids``, ``cu_seq_lens_*``, ``max_length_*`` and ``seq_idx``
+    ``padding_free=True``: the rows hold documents side by side, separated by position ids that restart, as from TRL's BFD
+    packing and Hugging Face's ``DataCollatorWithFlattening``. Every document is cut into pieces of at most ``seqlen``
+    tokens that don't attend to each other. ``position_ids``, ``cu_seq_lens_*``, ``max_length_*`` and ``seq_idx``
     change; tokens and labels stay, so no target is lost, and ``truncate`` has no effect. ``None`` detects such a batch:
 
     - it has ``cu_seq_lens_*`` or ``seq_idx``,
@@ -120,8 +120,8 @@ def set_batch_sequence_length(
     ``count_targets=False`` returns None for the count. Counting waits for a GPU, as does reading a 2-D ``attention_mask``
     or, unless ``padding_free=False``, integer position ids: shorten batches on the CPU where you can.
 
-    Raises ConfigError for an argument, and DataError naming a tensor whose sequence axes are ambiguous or a padding-free
-    batch that can't be cut: without position ids, with an attention mask, or with boundaries that contradict each other.
+    Raises ConfigError for an invalid argument. Raises DataError for a tensor whose sequence axes are ambiguous, and for a
+    padding-free batch without position ids, with an attention mask, or with boundaries that contradict each other.
     """
     if isinstance(seqlen, bool) or not isinstance(seqlen, Integral) or seqlen < 1:
         raise ConfigError(f"seqlen: {seqlen!r} is not valid: give a whole number of tokens, 1 or more")
@@ -145,7 +145,7 @@ def set_batch_sequence_length(
 
 
 def _with_shift_labels(batch: Batch) -> Batch:
-    """Return a copy with ``shift_labels`` (B, S), which have the next column's label in each column and -100 in the last."""
+    """Return a copy with ``shift_labels`` (B, S): the label of the next column, and -100 in the last column."""
     if isinstance(batch, Mapping) and "shift_labels" in batch:
         return batch
     labels = batch.get("labels") if isinstance(batch, Mapping) else None
@@ -176,7 +176,7 @@ def _find_tokens(tensors: Mapping[Path, Tensor], batch: object) -> Path:
 
 
 def _count_targets(values: Mapping[Path, Any], tokens: Path, labels_shifted: bool) -> int:
-    """Return the number of columns with a target, on the batch after it was shortened."""
+    """Return the number of columns with a target in a shortened batch."""
     tensors = {path: value for path, value in values.items() if isinstance(value, Tensor)}
     ndim = tensors[tokens].ndim
     shift_labels = find(tensors, "shift_labels", ndim)
@@ -186,7 +186,7 @@ def _count_targets(values: Mapping[Path, Any], tokens: Path, labels_shifted: boo
         return tensors[tokens][..., first:].numel()
     targets = tensors[labels][..., first:]
     if targets.is_cpu and not targets.is_floating_point():
-        return int(np.count_nonzero(targets.numpy() != IGNORED))  # a third of torch's time on one thread
+        return int(np.count_nonzero(targets.numpy() != IGNORED))  # three times as fast as torch on one thread
     return int(torch.count_nonzero(targets != IGNORED))
 
 

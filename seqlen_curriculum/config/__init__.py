@@ -1,4 +1,4 @@
-"""The one JSON file of a run: its sections, checked strictly."""
+"""The sections of a run's JSON file and their checks."""
 
 from seqlen_curriculum.config.data import DataConfig
 from seqlen_curriculum.config.model import ModelConfig

@@ -1,4 +1,4 @@
-"""Problems between the sections of a run's file, and what is allowed but ill-advised."""
+"""Check a run's file for conflicts between sections and for settings that are allowed but ill-advised."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _JUMPING = ("fixed_discrete", "fixed_mixed", "custom")
 
 
 def conflicts(config: RunConfig, complete: bool) -> list[str]:
-    """Return one line per problem between sections; with ``complete`` (every section is valid) the schedule is built too."""
+    """Return one line per conflict between sections; build the schedule if ``complete`` (every section is valid)."""
     problems = [*_length_problems(config), *_budget_problems(config), *_evaluation_problems(config)]
     problems += growth_problems(config)
     compiled = bool(config.training and config.training.compile)
@@ -65,7 +65,7 @@ def _budget_problems(config: RunConfig) -> Iterator[str]:
 
 
 def growth_problems(config: RunConfig) -> Iterator[str]:
-    """Yield a problem of a batch growth with the rest of the run; its floor is judged once ``train_batch_size`` is known."""
+    """Yield the conflicts of batch growth with other settings. Its floor is checked once ``train_batch_size`` is known."""
     curriculum, rows = config.curriculum, config.keys.train_batch_size
     if curriculum is None or curriculum.min_tokens_per_step is None:
         return
@@ -74,7 +74,7 @@ def growth_problems(config: RunConfig) -> Iterator[str]:
             "curriculum_learning.batch_growth: true doesn't work together with batch_size_warmup, which makes the first "
             "steps smaller; remove one of them"
         )
-    # Above it even the longest steps would grow, and no step would have train_batch_size rows.
+    # With a higher floor even the longest steps would grow, and no step would have train_batch_size rows.
     longest = config.shortening.used_tokens_per_sample(curriculum.max_difficulty)
     if rows and curriculum.min_tokens_per_step > rows * longest:
         yield (
@@ -87,8 +87,8 @@ def growth_problems(config: RunConfig) -> Iterator[str]:
 def _evaluation_problems(config: RunConfig) -> Iterator[str]:
     if config.adapts and config.training and not config.training.eval_interval:
         yield (
-            "training.eval_interval: 0 never evaluates, and curriculum_learning.schedule_type adaptive follows the "
-            "evaluations; give the steps between them, or use fixed_linear"
+            "training.eval_interval: 0 disables evaluation, which curriculum_learning.schedule_type adaptive needs; set it "
+            "to a number of steps, or use fixed_linear"
         )
 
 
@@ -100,20 +100,20 @@ def warnings(config: RunConfig) -> list[str]:
     lines = []
     if config.adapts:
         lines.append(
-            "curriculum_learning.schedule_type adaptive: a plan is that of a run that never fluctuates; each evaluation "
-            "that does holds the lengths for training.eval_interval steps more"
+            "curriculum_learning.schedule_type adaptive: the plan assumes that validation perplexity never fluctuates; "
+            "each fluctuation pauses the ramp for training.eval_interval steps"
         )
     if config.batch_size_warmup:
         lines.append(
             "batch_size_warmup and curriculum_learning are both on, and each makes the first steps smaller. The paper "
-            "(Section 5.1) advises against it: a batch size warmup gave no stability benefit, because fewer full-length "
-            "sequences are not simpler ones, and the batch must stay a multiple of the data-parallel size. Leave "
-            "batch_size_warmup out"
+            "(Section 5.1) advises against it: batch size warmup gave no stability benefit, because fewer full-length "
+            "sequences are not simpler, and the batch must stay a multiple of the data-parallel size. Remove "
+            "batch_size_warmup"
         )
     if config.training and config.training.on_spike != "log" and curriculum.schedule_type in _JUMPING:
         lines.append(
-            f'training.on_spike: "{config.training.on_spike}" compares each loss with the least before it, at any length, '
-            f'and the lengths of curriculum_learning.schedule_type "{curriculum.schedule_type}" may jump, where a higher '
-            'loss is no spike. Raise training.spike_ratio above what the lengths alone cause, or set on_spike to "log"'
+            f'training.on_spike: "{config.training.on_spike}" compares each loss with the minimum of all earlier ones. '
+            f'Lengths of curriculum_learning.schedule_type "{curriculum.schedule_type}" may jump, which raises the loss by '
+            'itself. Raise training.spike_ratio above what the lengths alone cause, or set on_spike to "log"'
         )
     return lines

@@ -1,4 +1,4 @@
-"""Combinations of engines, models and degrees that can't train, found from the configuration alone."""
+"""Check for combinations of engine, model and parallel degrees that can't train, from the configuration alone."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ def engine_problems(keys: DeepSpeedKeys, model: ModelConfig | None, compiled: bo
 
 
 def compiles_by_default(keys: DeepSpeedKeys, model: ModelConfig, method: Method) -> bool:
-    """Return whether ``training.compile`` is on where the file leaves it open and the device is a GPU."""
+    """Return the default of ``training.compile`` on a GPU."""
     allowed = not any(EngineChecks(keys, model, True, method).compilation())
     return allowed and all(degree == 1 for degree in keys.degrees.values())
 
 
 def length_problems(keys: DeepSpeedKeys, lengths: Sequence[int]) -> list[str]:
-    """Return a problem if some of the ``lengths`` of a run don't divide over the ranks that share a sequence."""
+    """Return one line if any of ``lengths`` is not a multiple of the number of ranks that share a sequence."""
     degree = keys.sequence_ranks
     ragged = [length for length in lengths if length % degree]
     if not ragged:
@@ -56,7 +56,7 @@ class EngineChecks:
 
     @property
     def is_half_without_zero(self) -> bool:
-        """Whether 16-bit weights are trained without ZeRO."""
+        """True if 16-bit weights are trained without ZeRO."""
         return self.keys.zero_stage == 0 and self.keys.is_half
 
     @property
@@ -69,7 +69,7 @@ class EngineChecks:
         enabled = self.keys.enabled_precisions
         if len(enabled) > 1:
             names = " and ".join(f"{name}.enabled" for name in enabled)
-            yield f"{names}: a run has one precision; keep one of them"
+            yield f"{names}: only one precision can be enabled; keep one of them"
 
     def pipeline(self) -> Iterator[str]:
         stages, zero_stage = self.keys.pipeline_stages, self.keys.zero_stage
@@ -89,11 +89,11 @@ class EngineChecks:
             )
         sums, own = (self.keys.data_types or {}).get("grad_accum_dtype"), self.keys.enabled_precisions
         if self.keys.is_half and sums not in (None, *own):
-            # Found in DeepSpeed 0.19.8: in bf16 every stage but the last adds each gradient twice; in fp16 the gradient of
-            # the tied embedding is looked for where it no longer is.
+            # In DeepSpeed 0.19.8 every stage except the last adds each bf16 gradient twice. In fp16 the gradient of the tied
+            # embedding is read from where it is no longer stored.
             yield (
-                f"data_types.grad_accum_dtype: {sums} sums {own[0]} gradients wrongly with pipeline.stages {stages}; remove "
-                "it"
+                f"data_types.grad_accum_dtype: {sums} accumulates {own[0]} gradients wrongly with pipeline.stages {stages}; "
+                "remove it"
             )
         for name, degree in self.keys.degrees.items():
             if name != "pipeline.stages" and degree > 1:
@@ -106,7 +106,7 @@ class EngineChecks:
         if self.is_half_without_zero:
             yield (
                 f"zero_optimization.stage: half precision with tensor_parallel.autotp_size {degree} needs stage 1, because "
-                "without ZeRO DeepSpeed clips by a norm that omits the other ranks' weights; set it to 1"
+                "without ZeRO DeepSpeed clips by a norm that omits the weights of other ranks; set it to 1"
             )
         if self.keys.sequence_ranks > 1:
             yield (
@@ -142,7 +142,7 @@ class EngineChecks:
         if self.compiled and self.keys.zero_stage == 3:
             yield (
                 "training.compile: true doesn't work with zero_optimization.stage 3, which gathers weights inside every "
-                "block and so breaks it into dozens of graphs; set the stage to 2 or compile to false"
+                "block and breaks it into dozens of graphs; set the stage to 2 or compile to false"
             )
 
     def architecture(self) -> Iterator[str]:

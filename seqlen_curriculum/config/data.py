@@ -1,4 +1,4 @@
-"""The ``data`` section: which corpora are read, in which proportions, and the full length of a sample."""
+"""The ``data`` section: corpora, their proportions, and the full length of a sample."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["DataConfig", "corpus_prefix"]
 
 
 def corpus_prefix(path: str | os.PathLike[str]) -> str:
-    """Return ``path`` without a ``.bin`` or ``.idx`` at its end."""
+    """Return ``path`` without a trailing ``.bin`` or ``.idx``."""
     name = os.fspath(path)
     return name[:-4] if name.endswith((".bin", ".idx")) else name
 
@@ -48,9 +48,9 @@ class DataConfig(Section):
         list[str] | list[tuple[float, str]],
         BeforeValidator(_corpora, json_schema_input_type=_Prefixes | _Blend),
     ]
-    """Prefixes of Megatron ``.bin/.idx`` pairs; several are read as one corpus, in proportion to their sizes. Or
-    ``[[weight, prefix], ...]``: samples are taken in proportion to the weights, whatever the sizes. A relative path is
-    looked up in the current folder first, then in the folder of this file; so are those of ``valid`` and ``test``."""
+    """Prefixes of Megatron ``.bin/.idx`` pairs. Several are read as one corpus, in proportion to their sizes. With
+    ``[[weight, prefix], ...]`` samples are taken in proportion to the weights instead. A relative path here, in ``valid``
+    or in ``test`` is looked up in the current folder first, then in the folder of this file."""
     seq_length: Seqlen
     """Full length of a sample in tokens."""
     split: str = Field(default="949,50,1", pattern=r"^\s*(\d+\.?\d*|\.\d+)(\s*[,/]\s*(\d+\.?\d*|\.\d+)){0,2}\s*$")
@@ -60,8 +60,8 @@ class DataConfig(Section):
     test: _Prefixes | None = None
     """Prefixes of corpora for testing only, instead of the last share of ``split``."""
     leftovers: Literal["drop", "recycle"] = "drop"
-    """What happens to the tokens that shortening leaves over. ``drop`` skips them, as in the paper. ``recycle`` reads them
-    as further samples before the next epoch begins, so that fewer than ``seq_length`` tokens per epoch are lost."""
+    """Use of the tokens that shortening leaves over. ``drop`` skips them, as in the paper. ``recycle`` reads them as
+    further samples before the next epoch starts, so that fewer than ``seq_length`` tokens per epoch are lost."""
 
     @model_validator(mode="after")
     def _each_corpus_once(self) -> DataConfig:
@@ -75,9 +75,7 @@ class DataConfig(Section):
                     raise ValueError(f"{name} names {prefix!r}, which {seen[place]} names too; keep it in one of them")
                 seen[place] = name
         if self.valid is not None and "split" in self.model_fields_set:
-            raise ValueError(
-                f'split: "{self.split}" isn\'t used where valid names corpora of its own; remove one of them'
-            )
+            raise ValueError(f'split: "{self.split}" isn\'t used if valid is given; remove one of them')
         return self
 
     @property
@@ -87,6 +85,6 @@ class DataConfig(Section):
 
     @property
     def weights(self) -> list[float] | None:
-        """The weights of the training corpora as written; None if their sizes decide."""
+        """The weights of the training corpora as given; None without weights."""
         pairs = [item[0] for item in self.train if not isinstance(item, str)]
         return pairs or None

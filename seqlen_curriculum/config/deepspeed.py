@@ -1,6 +1,6 @@
-"""The DeepSpeed keys that a run is planned from, checked before any work begins.
+"""The DeepSpeed keys that affect the plan of a run, checked before any work starts.
 
-All other keys are passed to DeepSpeed unchanged, which checks their values itself.
+All other keys are passed unchanged to DeepSpeed, which checks their values.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ __all__ = ["DeepSpeedKeys", "OtherScheduler", "batch_shape", "with_bf16", "witho
 
 
 class _Open(Section):
-    """A section of DeepSpeed's: keys that aren't declared here are kept."""
+    """A section of a DeepSpeed configuration. Undeclared keys are kept."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -39,74 +39,74 @@ class _Nested(_Open):
 
 
 class OptimizerParams(_Nested):
-    """The optimizer's arguments. All others go to the optimizer unchanged."""
+    """The optimizer's arguments. Keys that aren't listed here are passed to the optimizer unchanged."""
 
     lr: Annotated[float, Field(gt=0, lt=1e30)] | None = None
-    """The learning rate that a schedule warms up to."""
+    """Peak learning rate. A schedule warms up to it."""
 
 
 class OptimizerKeys(_Nested):
     """The ``optimizer`` section."""
 
     type: str
-    """A name that DeepSpeed or ``torch.optim`` knows, such as ``Adam``."""
+    """Name of an optimizer of DeepSpeed or ``torch.optim``, such as ``Adam``."""
     params: OptimizerParams = OptimizerParams()
     """The optimizer's arguments."""
 
 
 class OtherScheduler(_Nested):
-    """A learning rate schedule of DeepSpeed's own, such as ``WarmupDecayLR``; it is passed to DeepSpeed unchanged."""
+    """One of DeepSpeed's learning rate schedules, such as ``WarmupDecayLR``. It is passed to DeepSpeed unchanged."""
 
     type: str
-    """A name that DeepSpeed or ``torch.optim.lr_scheduler`` knows."""
+    """Name of a schedule of DeepSpeed or ``torch.optim.lr_scheduler``."""
 
 
 class ZeroKeys(_Nested):
-    """The ``zero_optimization`` section. All other keys go to DeepSpeed unchanged."""
+    """The ``zero_optimization`` section. All other keys are passed to DeepSpeed unchanged."""
 
     stage: Annotated[int, Field(ge=0, le=3)] = 0
-    """What ZeRO shards over the data-parallel ranks. 1: optimizer states. 2: gradients too. 3: weights too."""
+    """ZeRO stage. 0: off. 1: shard optimizer states over the data-parallel ranks. 2: gradients too. 3: weights too."""
 
 
 class PipelineKeys(_Nested):
     """The ``pipeline`` section."""
 
-    # "auto" is DeepSpeed's default, which is no pipeline here.
+    # "auto" is DeepSpeed's default. Here it means no pipeline.
     stages: Annotated[
         Count,
         BeforeValidator(lambda value: 1 if value == "auto" else value, json_schema_input_type=Count | Literal["auto"]),
     ] = 1
-    """Stages that the layers are divided over, one rank each."""
+    """Number of stages that the layers are divided into, one rank each."""
 
 
 class TensorParallelKeys(_Nested):
     """The ``tensor_parallel`` section."""
 
     autotp_size: CountOrZero = 0
-    """Ranks that share each layer."""
+    """Number of ranks that share each layer. 0 or 1: off."""
     partition_config: dict[str, Any] | None = None
-    """How the layers of a model other than GPT-2 are cut."""
+    """Partitioning of the layers of a model other than GPT-2."""
     preset_model: str | None = None
-    """A model whose partition DeepSpeed knows."""
+    """Name of a model whose partitioning DeepSpeed knows."""
 
 
 class DeepSpeedKeys(_Open):
     """The keys of a DeepSpeed config that this package reads."""
 
     train_batch_size: Count | None = None
-    """Rows of one optimizer step over all ranks: it fixes the run whatever the number of ranks."""
+    """Rows per optimizer step over all ranks. The run is the same on any number of ranks."""
     train_micro_batch_size_per_gpu: Count | None = None
-    """Rows of a micro-batch at full length."""
+    """Rows per micro-batch at full length."""
     gradient_accumulation_steps: Count | None = None
-    """Micro-batches of a step on one rank."""
+    """Micro-batches per step on one rank."""
     gradient_clipping: Annotated[float, Field(ge=0)] | None = None
-    """The largest norm of a step's gradient. 0: gradients aren't clipped."""
+    """Maximum norm of a step's gradient. 0: no clipping."""
     optimizer: OptimizerKeys | None = None
     """The optimizer and its arguments."""
     scheduler: OtherScheduler | None = None
     """The learning rate schedule."""
     zero_optimization: ZeroKeys | None = None
-    """ZeRO: what ranks shard instead of copying."""
+    """ZeRO: sharding of optimizer states, gradients and weights over the ranks."""
     fp16: dict[str, Any] | None = None
     """Mixed precision in fp16 with loss scaling: ``{"enabled": true}``. A run has one precision."""
     bf16: dict[str, Any] | None = None
@@ -116,15 +116,15 @@ class DeepSpeedKeys(_Open):
     torch_autocast: dict[str, Any] | None = None
     """Mixed precision by ``torch.autocast``."""
     data_types: dict[str, Any] | None = None
-    """``grad_accum_dtype``: the type in which gradients accumulate; fp32 by default under 16 bits with ZeRO."""
+    """``grad_accum_dtype``: the dtype in which gradients accumulate. In half precision with ZeRO the default is fp32."""
     communication_data_type: str | None = None
-    """The type in which gradients are reduced over the ranks."""
+    """The dtype in which gradients are reduced over the ranks."""
     pipeline: PipelineKeys | None = None
     """Pipeline parallelism."""
     tensor_parallel: TensorParallelKeys | None = None
     """Tensor parallelism (AutoTP)."""
     sequence_parallel_size: Count | None = None
-    """Ranks that share each sequence (Ulysses)."""
+    """Number of ranks that share each sequence (Ulysses)."""
 
     @property
     def lr(self) -> float | None:
@@ -133,27 +133,27 @@ class DeepSpeedKeys(_Open):
 
     @property
     def zero_stage(self) -> int:
-        """0 where ZeRO is off."""
+        """The ZeRO stage; 0 if ZeRO is off."""
         return self.zero_optimization.stage if self.zero_optimization else 0
 
     @property
     def pipeline_stages(self) -> int:
-        """Ranks that the layers of a model are divided over; 1 without a pipeline."""
+        """Number of pipeline stages; 1 without a pipeline."""
         return self.pipeline.stages if self.pipeline else 1
 
     @property
     def tensor_parallel_size(self) -> int:
-        """Ranks that share each layer (AutoTP)."""
+        """Number of ranks that share each layer (AutoTP)."""
         return max(self.tensor_parallel.autotp_size, 1) if self.tensor_parallel else 1
 
     @property
     def sequence_ranks(self) -> int:
-        """Ranks that share each sequence (Ulysses)."""
+        """Number of ranks that share each sequence (Ulysses)."""
         return self.sequence_parallel_size or 1
 
     @property
     def degrees(self) -> dict[str, int]:
-        """How many ranks share a model or a sequence, by the key that sets it."""
+        """The number of ranks that share a model or a sequence, by the key that sets it."""
         return {
             "pipeline.stages": self.pipeline_stages,
             "tensor_parallel.autotp_size": self.tensor_parallel_size,
@@ -162,7 +162,7 @@ class DeepSpeedKeys(_Open):
 
     @property
     def model_cuts(self) -> dict[str, int]:
-        """Those of ``degrees`` above 1 that split the model itself."""
+        """The ``degrees`` above 1 that split the model itself."""
         return {key: degree for key, degree in self.degrees.items() if degree > 1 and key != "sequence_parallel_size"}
 
     @property
@@ -173,15 +173,15 @@ class DeepSpeedKeys(_Open):
 
     @property
     def is_half(self) -> bool:
-        """Whether the weights that DeepSpeed computes with, and their gradients, are 16-bit numbers."""
+        """True if DeepSpeed computes with 16-bit weights and gradients."""
         return bool({"bf16", "fp16"} & set(self.enabled_precisions))
 
     @property
     def fp32_gradients(self) -> dict[str, Any]:
-        """The keys that make DeepSpeed accumulate and reduce 16-bit gradients in fp32; empty where nothing is to be added.
+        """The keys that make DeepSpeed accumulate and reduce 16-bit gradients in fp32; empty if none is to be added.
 
-        A file that has one of these keys keeps both as they are. DeepSpeed refuses fp32 accumulation at ZeRO stage 0, and
-        its pipelines accumulate wrongly under it.
+        A file that sets one of these keys is left unchanged. DeepSpeed refuses fp32 accumulation at ZeRO stage 0, and its
+        pipelines accumulate incorrectly with it.
         """
         # The sum of n bf16 gradients in bf16 rounds n - 1 times to 8 binary digits; in fp32 it rounds once, at the end.
         data_types = self.data_types or {}
@@ -192,7 +192,7 @@ class DeepSpeedKeys(_Open):
 
     @property
     def gradient_dtype(self) -> str:
-        """The type in which gradients accumulate and reduce; two of them where the file has DeepSpeed differ."""
+        """The dtype in which gradients accumulate and reduce; ``"fp32 and bf16"`` if the file sets them differently."""
         if not self.is_half or self.fp32_gradients:
             return "fp32"
         own = self.enabled_precisions[0]
@@ -201,7 +201,7 @@ class DeepSpeedKeys(_Open):
         return accumulated if accumulated == reduced else f"{accumulated} and {reduced}"
 
     def data_ranks(self, world_size: int) -> int:
-        """Return the data-parallel ranks: all ranks over those that share a model or a sequence. Raises ConfigError."""
+        """Return the number of data-parallel ranks: ``world_size`` / the product of ``degrees``. Raises ConfigError."""
         # 16 ranks with 4 pipeline stages: 4 ranks share a copy of the model and read the same rows, so 4 are data-parallel.
         ranks, ragged = divmod(world_size, math.prod(self.degrees.values()))
         if ragged:
@@ -213,7 +213,7 @@ class DeepSpeedKeys(_Open):
 def batch_shape(keys: DeepSpeedKeys, world_size: int) -> tuple[int, int, int]:
     """Return (rows per rank, rows per micro-batch, micro-batches per step) for ``world_size`` ranks. Raises ConfigError.
 
-    Ranks that share a model or a sequence count once. DeepSpeed's rule, of which any part may be left out:
+    Ranks that share a model or a sequence count once. DeepSpeed's rule, from which missing keys are derived:
     ``train_batch_size = train_micro_batch_size_per_gpu * gradient_accumulation_steps * data-parallel ranks``.
     """
     world_size = keys.data_ranks(world_size)
@@ -242,7 +242,7 @@ def batch_shape(keys: DeepSpeedKeys, world_size: int) -> tuple[int, int, int]:
 
 
 def with_bf16(config: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
-    """Return ``config`` with ``bfloat16``, DeepSpeed's older name, as ``bf16``; add a problem if both are given."""
+    """Rename ``bfloat16``, DeepSpeed's older name, to ``bf16`` in a copy; add a problem if both are given."""
     if "bfloat16" not in config:
         return dict(config)
     if "bf16" in config:
@@ -251,7 +251,7 @@ def with_bf16(config: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
 
 
 def without_max_grad_norm(config: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
-    """Return ``config`` with ``optimizer.params.max_grad_norm`` as ``gradient_clipping``; add a problem if they differ.
+    """Move ``optimizer.params.max_grad_norm`` to ``gradient_clipping`` in a copy; add a problem if they differ.
 
     DeepSpeed rejects ``max_grad_norm``, which old files still have.
     """

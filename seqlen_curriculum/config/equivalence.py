@@ -1,7 +1,7 @@
-"""Whether two runs are identical up to a step: then a checkpoint of one serves the other as its own.
+"""Compare two runs up to a step: if they are identical, a checkpoint of one run can continue the other.
 
-Training is a function of the step, so runs of different schedules share what they have in common, such as the beginning
-of two ramps from the same length, up to the step at which the steeper one leaves it.
+Training is a function of the step, so two runs are identical until their schedules differ. Two ramps from the same length
+share their first steps, until the steeper one reaches the next length.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _SCHEDULES = ("curriculum_learning", "batch_size_warmup", "scheduler")
 
 
 class ScheduledValues(NamedTuple):
-    """What the schedules of a run decide, (steps,) each; ``rate`` is None where it is DeepSpeed's own."""
+    """Values set by a run's schedules, of shape (steps,); ``rate`` is None if DeepSpeed schedules it."""
 
     seqlen: IntArray
     samples: IntArray
@@ -37,10 +37,10 @@ class ScheduledValues(NamedTuple):
 
 
 def count_identical_steps(one: RunConfig, other: RunConfig, last_step: int) -> int:
-    """Return how many leading steps, at most ``last_step``, are identical in two runs that differ in their schedules alone.
+    """Return how many leading steps, at most ``last_step``, are identical in two runs that differ only in their schedules.
 
-    0 where something else than the step decides: an ``adaptive`` schedule, or other rates of DeepSpeed's own. Raises
-    ConfigError for a run without ``train_batch_size`` or ``training.train_tokens``.
+    Return 0 if a schedule is ``adaptive``, or if DeepSpeed schedules different learning rates. Raises ConfigError for a run
+    without ``train_batch_size`` or ``training.train_tokens``.
     """
     if one.adapts or other.adapts or one.deepspeed.get("scheduler") != other.deepspeed.get("scheduler"):
         return 0
@@ -54,25 +54,25 @@ def count_identical_steps(one: RunConfig, other: RunConfig, last_step: int) -> i
 
 
 def trains_identically(saved: Mapping[str, Any], ours: Mapping[str, Any], step: int) -> bool:
-    """Return whether two runs (``RunConfig.settings``) differ in schedules alone, and not up to ``step``."""
+    """Return whether two runs (``RunConfig.settings``) differ only in their schedules, and only after ``step``."""
     changed = [name for name in {*saved, *ours} if saved.get(name) != ours.get(name)]
     if not all(_is_scheduled(name) for name in changed):
         return False
     try:
         return count_identical_steps(_from_settings(saved), _from_settings(ours), step) == step
-    except ConfigError:  # of another version
+    except ConfigError:  # settings of another version
         return False
 
 
 def _is_scheduled(setting: str) -> bool:
-    """Return whether a setting matters only through the lengths, rows and rates it gives, all of which are compared."""
+    """Return whether a setting affects only lengths, rows and rates, all of which are compared."""
     if setting in ("training.train_tokens", "training.seqlen_bucket"):
         return True
     return setting.partition(".")[0] in _SCHEDULES and setting != "curriculum_learning.restart_positions"
 
 
 def _from_settings(settings: Mapping[str, Any]) -> RunConfig:
-    """Read the schedules of a run back from its settings."""
+    """Rebuild the schedules of a run from its settings."""
     tree: dict[str, Any] = {}
     for name, value in settings.items():
         *parents, key = name.split(".")

@@ -1,6 +1,6 @@
-"""The ``model`` section: presets, sizes, and the counts that follow from them (parameters, FLOPs).
+"""The ``model`` section: presets, sizes, and the numbers of parameters and FLOPs.
 
-Needs no torch, so a run can be planned on a machine that couldn't build the model.
+Needs no torch, so that a run can be planned on a machine that can't build the model.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def _shape(
 
 PRESETS: dict[str, dict[str, int]] = {
     # For a CPU and for tests; heads of 16, 32 and 32.
-    "tiny-200k": _shape(2, 64, 4, 1024, 512),  # 198,400 parameters, half of them positions and words
+    "tiny-200k": _shape(2, 64, 4, 1024, 512),  # 198,400 parameters, half of them embeddings
     "tiny-1m": _shape(2, 128, 4, 1024, 4096),  # 1,052,160
     "tiny-2m": _shape(4, 160, 5, 1024, 4096),  # 2,056,640
     # GPT-2 (Radford et al. 2019, table 2). The smallest was published as 117M; it has 124M.
@@ -59,31 +59,31 @@ class ModelConfig(Section):
     """The ``model`` section: a preset, the five sizes, a preset with some sizes overridden, or a pretrained model."""
 
     preset: str | None = None
-    """A name in ``PRESETS``; it sets every size below that isn't written out."""
+    """Name of a preset. It sets every size below that isn't given."""
 
     hf_checkpoint: str | None = None
-    """Folder of any Hugging Face causal language model whose architecture and weights training starts from. It sets the
-    five sizes; those that are written out too must be the same. A relative path is looked up in the current folder first,
-    then in the folder of this file."""
+    """Folder of a Hugging Face causal language model. Training starts from its architecture and weights. It sets the five
+    sizes; a size that is given too must be the same. A relative path is looked up in the current folder first, then in the
+    folder of this file."""
 
     num_layers: Count
-    """Transformer blocks."""
+    """Number of transformer blocks."""
 
     hidden_size: Count
     """Width of the residual stream; a multiple of ``num_attention_heads``."""
 
     num_attention_heads: Count
-    """Attention heads of a block."""
+    """Number of attention heads per block."""
 
     max_position_embeddings: Seqlen
-    """Learned positions: the longest seqlen the model can read, in tokens."""
+    """Number of learned positions: the maximum sequence length in tokens."""
 
     vocab_size: Count
-    """Token ids the data uses, ``0`` to ``vocab_size - 1``; 50257 for GPT-2's BPE."""
+    """Number of token ids, ``0`` to ``vocab_size - 1``; 50257 for GPT-2's BPE."""
 
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Probability for embeddings, attention and residuals of a GPT-2. The paper's Megatron recipe has 0.1. Other
-    architectures of ``hf_checkpoint`` have their own in ``config.json``."""
+    """Dropout probability for embeddings, attention and residuals of a GPT-2. The paper's Megatron recipe uses 0.1. Other
+    architectures set theirs in the ``config.json`` of ``hf_checkpoint``."""
 
     activation_checkpointing: bool = False
     """Keep only each block's input and recompute the rest in the backward pass: less memory, about a third more compute."""
@@ -97,7 +97,7 @@ class ModelConfig(Section):
         if isinstance(name, str):
             if name not in PRESETS:
                 raise ValueError(f"preset '{name}' is unknown{nearest(name, PRESETS)}")
-            data = {**PRESETS[name], **data}  # a size that is written out overrides the preset's
+            data = {**PRESETS[name], **data}  # a size that is given overrides the preset's
         return _with_sizes_of_folder(data)
 
     @model_validator(mode="after")
@@ -126,7 +126,7 @@ class ModelConfig(Section):
 
     @property
     def is_gpt2(self) -> bool:
-        """Whether the model is a GPT-2, which every engine trains. Other architectures train data-parallel only."""
+        """True for a GPT-2, which every engine can train. Other architectures train data-parallel only."""
         return self.initial is None or self.initial.is_plain_gpt2
 
     @property
@@ -155,10 +155,10 @@ class ModelConfig(Section):
     def flops_per_token(self, seqlen: Any) -> Any:
         """Return the training FLOPs (forward and backward) of one token in a sequence of ``seqlen`` tokens, elementwise.
 
-        ``6 N + 12 num_layers hidden_size seqlen`` (PaLM, appendix B; Megatron's formula to within biases). ``N`` leaves
-        out position embeddings, which are looked up, and counts the word embedding once, for the head's product.
-        Attention counts as if it were not causal, as in both sources. Recomputation for activation checkpointing doesn't
-        count.
+        ``6 N + 12 num_layers hidden_size seqlen`` (PaLM, appendix B; Megatron's formula to within biases). ``N`` excludes
+        position embeddings, which are looked up, and counts the word embedding once, for the product of the head.
+        Attention is counted as if it were not causal, as in both sources. Recomputation for activation checkpointing is
+        not counted.
         """
         # GPT-2 117M at seqlen 1024: 6 * (124.5M - 0.8M) + 12 * 12 * 768 * 1024 = 742M + 113M = 855M FLOPs per token.
         looked_up = self.max_position_embeddings * self.hidden_size
@@ -169,12 +169,12 @@ class ModelConfig(Section):
 
 
 def _with_sizes_of_folder(data: dict[str, Any]) -> dict[str, Any]:
-    """Return a section with the sizes of its ``hf_checkpoint``. Raises ValueError for a size that differs or is missing."""
+    """Return the section with the sizes of ``hf_checkpoint``. Raises ValueError for a size that differs or is missing."""
     path = data.get("hf_checkpoint")
     if not isinstance(path, str):
         return data
     if not path:
-        raise ValueError("hf_checkpoint: '' names no folder; give one, or remove the key to start a new model")
+        raise ValueError("hf_checkpoint: '' is not a folder; give one, or remove the key to start a new model")
     try:
         pretrained = read_pretrained(Path(path))
         sizes = pretrained.sizes()
@@ -183,14 +183,14 @@ def _with_sizes_of_folder(data: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(f"hf_checkpoint: {error}; {reason}") from error
     except SeqlenCurriculumError as error:
         raise ValueError(f"hf_checkpoint: {error}") from error
-    # A size that config.json lacks may be written out in the section; one that both have must be the same in both.
+    # A size that config.json lacks may be given in the section. A size that both have must be equal.
     missing = [size for size in SIZES if size not in sizes and size not in data]
     if missing:
         raise ValueError(f"hf_checkpoint: {path}: {no_size(missing[0], pretrained.config)}")
     for size, value in sizes.items():
         if data.get(size, value) != value:
             raise ValueError(
-                f"{size}: {data[size]} is not that of hf_checkpoint {path}, {value}; remove the size, and the preset that "
-                "sets it, or give another folder"
+                f"{size}: {data[size]} differs from {value} in hf_checkpoint {path}; remove the size (or the preset that "
+                "sets it), or give another folder"
             )
     return {**data, **sizes}

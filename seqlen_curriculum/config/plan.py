@@ -1,7 +1,6 @@
-"""One run by arithmetic: the length, rows, tokens and rate of every step, and what each rank does of it. Needs no torch.
+"""The plan of a run: length, rows, tokens and learning rate of every step, and each rank's share. Needs no torch.
 
-``RunConfig.plan`` derives it from the configuration once; whatever trains is handed the plan and never asks the
-configuration again.
+``RunConfig.plan`` derives it from the configuration once. Training reads only the plan, not the configuration.
 """
 
 from __future__ import annotations
@@ -27,32 +26,33 @@ __all__ = ["RunPlan"]
 
 @dataclass(frozen=True)
 class RunPlan:
-    """What a run is. Steps are 1-based; tokens are target tokens over all ranks.
+    """The values of every step of a run. Steps are 1-based; tokens are target tokens over all ranks.
 
-    ``timeline`` answers for lengths, rows and tokens of any step, ``scheduler`` is the engine's view of the same lengths.
+    ``timeline`` returns the length, rows and tokens of any step. ``scheduler`` provides the same lengths to the engine.
     """
 
     scheduler: CurriculumScheduler
     timeline: Timeline
     global_batch: GlobalBatch
-    """Samples of every step over all ranks, their warmup or their growth."""
+    """Samples per step over all ranks: a constant, a warmup or a growth."""
     lr_params: TokenCosineParams | None
-    """``scheduler.params`` of a ``TokenCosineLR``; None where the rate is DeepSpeed's own."""
+    """``scheduler.params`` of a ``TokenCosineLR``; None if DeepSpeed schedules the rate."""
     max_lr: float | None
     """``optimizer.params.lr``."""
     data_ranks: int
-    """Ranks that read rows of their own; 1 until the number of ranks is known (``RunConfig.for_ranks``)."""
+    """Number of data-parallel ranks; 1 until the number of ranks is known (``RunConfig.for_ranks``)."""
     micro_batch: int
-    """Rows of a rank's micro-batch at full length."""
+    """Rows per micro-batch at full length."""
     balanced: bool
-    """Whether micro-batches have more rows at short lengths."""
+    """True if micro-batches have more rows at short lengths."""
     least_micro_batches: int
-    """The stages of a pipeline, 1 without one: fewer micro-batches leave stages idle, more were slower at short lengths."""
+    """Number of pipeline stages, 1 without a pipeline. Fewer micro-batches per step leave stages idle; more were slower at
+    short lengths."""
     eval_interval: int
     """Steps between evaluations; 0: never."""
     held: tuple[int, ...] = ()
-    """Steps after whose evaluation an ``adaptive`` schedule holds its lengths until the next one: state of a run, in no
-    file."""
+    """Steps after whose evaluation the ramp of an ``adaptive`` schedule pauses until the next evaluation. They are state of
+    the run, not part of its configuration."""
 
     @classmethod
     def of(cls, config: RunConfig) -> RunPlan:
@@ -68,7 +68,7 @@ class RunPlan:
             lr_params=config.scheduler.params if config.scheduler else None,
             max_lr=keys.lr,
             data_ranks=config.data_ranks,
-            # Known once the ranks are: 512 rows = 8 ranks x 16 micro-batches of 4 rows.
+            # Final once the number of ranks is known: 512 rows = 8 ranks x 16 micro-batches of 4 rows.
             micro_batch=keys.train_micro_batch_size_per_gpu or config.global_batch,
             balanced=training.micro_batch == "balanced",
             least_micro_batches=keys.pipeline_stages,
@@ -86,9 +86,10 @@ class RunPlan:
         return self.timeline.shortening
 
     def learning_rate(self, max_lr: float | None = None) -> TokenCosine | None:
-        """Return the rate of every step, None where it is DeepSpeed's own; ``max_lr`` of a user's own optimizer.
+        """Return the learning rate schedule, None if DeepSpeed schedules the rate.
 
-        Raises ConfigError where neither the file nor ``max_lr`` gives the rate to warm up to.
+        ``max_lr`` overrides ``optimizer.params.lr``, for an optimizer that the user made. Raises ConfigError if neither
+        gives the peak rate.
         """
         if self.lr_params is None:
             return None
@@ -98,18 +99,18 @@ class RunPlan:
         return TokenCosine(self.timeline, self.lr_params, peak)
 
     def samples_of_rank(self, step: int, data_rank: int) -> tuple[int, int]:
-        """Return (first, count) of the samples of ``step`` that this rank reads."""
+        """Return (first, count) of the samples that ``data_rank`` reads at ``step``."""
         count = self.timeline.samples(step) // self.data_ranks
         return data_rank * count, count
 
     def micro_batch_rows(self, rows: int, row_tokens: int) -> int:
-        """Return the rows of a micro-batch where a rank's step has ``rows`` rows of ``row_tokens`` tokens."""
+        """Return the rows per micro-batch if a rank has ``rows`` rows of ``row_tokens`` tokens per step."""
         if not self.balanced:
             return self.micro_batch
         return balanced_rows(rows, self.micro_batch, self.shortening.seq_length, row_tokens, self.least_micro_batches)
 
     def largest_micro_batch(self) -> tuple[int, int]:
-        """Return (rows, tokens of a row) of the micro-batch of most tokens, evaluation's too; of equals the longest rows."""
+        """Return (rows, tokens per row) of the micro-batch with most tokens, evaluation included; of equals, the longest."""
         shapes = [
             (self.micro_batch_rows(rows // self.data_ranks, tokens), tokens) for rows, tokens in self.timeline.shapes()
         ]
@@ -118,9 +119,9 @@ class RunPlan:
         return max(shapes, key=lambda shape: (shape[0] * shape[1], shape[1]))
 
     def holds_at(self, step: int, perplexity_ratio: float) -> bool:
-        """Return whether an ``adaptive`` schedule holds its lengths after an evaluation at ``step``.
+        """Return whether the ramp of an ``adaptive`` schedule pauses after an evaluation at ``step``.
 
-        ``perplexity_ratio`` is that of the evaluation to the best one before it. Never once full length is reached.
+        ``perplexity_ratio`` is the perplexity divided by that of the best earlier evaluation. False at full length.
         """
         curriculum, settles_at = self.scheduler.config, self.timeline.pacing.settles_at
         if not isinstance(curriculum, AdaptiveCurriculum) or (settles_at is not None and step >= settles_at):
@@ -128,7 +129,7 @@ class RunPlan:
         return perplexity_ratio > curriculum.schedule_config.perplexity_ratio
 
     def holding(self, *steps: int) -> RunPlan:
-        """Return the plan whose lengths also wait for ``eval_interval`` steps after each of ``steps``."""
+        """Return the plan whose ramp also pauses for ``eval_interval`` steps after each of ``steps``."""
         if not steps:
             return self
         held, scheduler = (*self.held, *steps), copy.copy(self.scheduler)

@@ -1,7 +1,7 @@
-"""The one JSON file of a run: a DeepSpeed config plus our sections, read strictly.
+"""Read the JSON file of a run strictly: a DeepSpeed configuration plus the sections of this package.
 
-Ours are ``curriculum_learning``, ``batch_size_warmup``, ``model``, ``data``, ``training`` and a ``scheduler`` whose type is
-``TokenCosineLR``; the rest is passed to DeepSpeed unchanged. All problems of a file are reported in one ConfigError.
+These are ``curriculum_learning``, ``batch_size_warmup``, ``model``, ``data``, ``training``, and ``scheduler`` if its type is
+``TokenCosineLR``. The rest is passed to DeepSpeed unchanged. All problems of a file are reported in one ConfigError.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ OURS: dict[str, type[Section]] = {
 
 @dataclass(frozen=True)
 class RunConfig:
-    """A checked run. ``deepspeed`` goes to DeepSpeed, ``keys`` is what of it we read; a section the file lacks is None."""
+    """A checked run. ``deepspeed`` is passed to DeepSpeed; ``keys`` are its parsed keys. A missing section is None."""
 
     deepspeed: dict[str, Any]
     keys: DeepSpeedKeys
@@ -58,23 +58,23 @@ class RunConfig:
     training: TrainingConfig | None = None
     batch_size_warmup: BatchSizeWarmup | None = None
     data_ranks: int = 1
-    """Ranks that read rows of their own, set by ``for_ranks``; no file has it."""
+    """Number of data-parallel ranks, set by ``for_ranks``; not a key of the file."""
     folder: Path | None = field(default=None, compare=False)
-    """The folder of the file, where its relative paths are looked up second; None for a configuration in memory."""
+    """The folder of the file, in which relative paths are looked up second; None for a configuration in memory."""
 
     @classmethod
     def load(cls, path: str | Path, overrides: Sequence[str] = (), require: Sequence[str] = ()) -> RunConfig:
-        """Read a file, apply ``a.b=value`` overrides, check all of it. Raises ConfigError.
+        """Read a file, apply ``a.b=value`` overrides and check the result. Raises ConfigError.
 
-        ``path`` is a JSON file, in which comments and trailing commas are allowed; or a run's folder or its ``run.json``,
-        for the configuration of that run's newest launch.
+        ``path`` is a JSON file, in which comments and trailing commas are allowed. A run's folder or its ``run.json`` gives
+        the configuration of that run's newest launch.
         """
         raw = read_run_file(path, overrides)
         return replace(cls.from_dict(raw, where=str(path), require=require), folder=folder_of(path))
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any], where: str = "", require: Sequence[str] = ()) -> RunConfig:
-        """Check a configuration in memory; ``require`` names sections that must be there. Raises ConfigError."""
+        """Check a configuration in memory; ``require`` lists sections that must be present. Raises ConfigError."""
         problems = [f"{name}: section required, but not given" for name in require if raw.get(name) is None]
         problems += misspelt_sections(raw, {*OURS, "curriculum_learning", *DeepSpeedKeys.model_fields})
         sections: dict[str, Any] = {}
@@ -117,33 +117,33 @@ class RunConfig:
 
     @property
     def global_batch(self) -> int:
-        """Return the rows of an optimizer step over all ranks. Raises ConfigError without ``train_batch_size``."""
+        """Return the rows per optimizer step over all ranks. Raises ConfigError without ``train_batch_size``."""
         if self.keys.train_batch_size is None:
             raise ConfigError(
-                "train_batch_size: required, but not given; give the rows of one optimizer step over all ranks (it fixes "
-                "the run whatever the number of ranks)"
+                "train_batch_size: required, but not given; give the rows per optimizer step over all ranks (the run is "
+                "the same on any number of ranks)"
             )
         return self.keys.train_batch_size
 
     @property
     def rows(self) -> GlobalBatch:
-        """Return the global batch, its warmup or its growth. Raises ConfigError without ``train_batch_size``."""
+        """Return the rows per step: a constant, a warmup or a growth. Raises ConfigError without ``train_batch_size``."""
         if self.batch_size_warmup:
             return self.batch_size_warmup.rows(self.global_batch)
         return self.curriculum.global_batch(self.global_batch) if self.curriculum else self.global_batch
 
     @property
     def adapts(self) -> bool:
-        """Return whether evaluations decide on the lengths to come."""
+        """Return whether later lengths depend on evaluations."""
         return isinstance(self.curriculum, AdaptiveCurriculum)
 
     @property
     def train_tokens(self) -> int | None:
-        """Return the token budget, None in a file without a training section."""
+        """Return the token budget; None without a ``training`` section."""
         return self.training.train_tokens if self.training else None
 
     def curriculum_scheduler(self) -> CurriculumScheduler:
-        """Return the length of every step: full length where there is no curriculum. ConfigError without either section."""
+        """Return the length scheduler, at full length without a curriculum. Raises ConfigError without ``data`` too."""
         if self.curriculum is None and self.data is None:
             raise ConfigError("data: section required, but not given")
         curriculum = self.curriculum or constant_curriculum(self.shortening.seq_length)
@@ -159,7 +159,7 @@ class RunConfig:
 
     @cached_property
     def plan(self) -> RunPlan:
-        """Derive the whole run, once. Raises ConfigError without ``train_batch_size`` or ``training.train_tokens``."""
+        """Derive the plan of the run, once. Raises ConfigError without ``train_batch_size`` or ``training.train_tokens``."""
         return RunPlan.of(self)
 
     def timeline(self) -> Timeline:
@@ -167,14 +167,14 @@ class RunConfig:
         return self.plan.timeline
 
     def settings(self) -> dict[str, Any]:
-        """Return what identifies the run, flat: ``{"model.num_layers": 12, ...}``. Ranks, ZeRO and paths are left out."""
+        """Return the settings that identify the run: ``{"model.num_layers": 12, ...}``, without ranks, ZeRO and paths."""
         chosen: dict[str, Any] = {}
         if self.model:
             chosen["model"] = self.model.model_dump(exclude={"preset", "activation_checkpointing", "hf_checkpoint"})
             if self.model.initial:
                 chosen["model"]["initial_weights"] = self.model.initial.fingerprint
         if self.curriculum:
-            # Left out where it is off, so that checkpoints from before there was a growth are of the same run.
+            # Omitted if it is off: checkpoints of versions without batch growth belong to the same run.
             off = set() if self.curriculum.batch_growth else set(BatchGrowthKeys.model_fields)
             chosen["curriculum_learning"] = self.curriculum.model_dump(exclude=off)
         if self.data and self.training:
@@ -187,12 +187,12 @@ class RunConfig:
         chosen |= {name: self.deepspeed[name] for name in shared if name in self.deepspeed}
         if self.scheduler:
             chosen["scheduler"] = self.scheduler.model_dump()
-        return {**dict(flat(chosen)), **self.keys.model_cuts}  # a model that is cut over ranks is saved in parts
+        return {**dict(flat(chosen)), **self.keys.model_cuts}  # a model that is split over ranks is saved in parts
 
     def as_file(self) -> dict[str, Any]:
-        """Return the configuration as a file would have it, with defaults, overrides and absolute paths.
+        """Return the configuration as the content of a file, with defaults, overrides and absolute paths.
 
-        Reading it gives the same run, also in another folder.
+        Reading it gives the same run in any folder.
         """
         sections = {"curriculum_learning": self.curriculum, "scheduler": self.scheduler}
         sections |= {name: getattr(self, name) for name in OURS}
@@ -206,7 +206,7 @@ class RunConfig:
 
 
 def _parse_curriculum(raw: Mapping[str, Any], problems: list[str]) -> CurriculumConfig | None:
-    """Read the block if it is enabled. DeepSpeed took a missing ``enabled`` for false in silence; here it must be given."""
+    """Read the block if it is enabled. DeepSpeed silently read a missing ``enabled`` as false; here it is required."""
     block = raw.get("curriculum_learning")
     if block is None:
         return None

@@ -1,4 +1,4 @@
-"""Read a run's file as a user gives it: JSON with comments, or the folder of a run; find the paths named in it."""
+"""Read a run's file, which may be JSON with comments or the folder of a run, and resolve its paths."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from seqlen_curriculum.run_folder import RUN_INFO
 __all__ = ["SCHEMA_KEY", "absolute_paths", "folder_of", "is_corpus", "places", "read_run_file"]
 
 SCHEMA_KEY = "$schema"
-"""Names the JSON schema of the file for editors. It is no setting: neither the run nor DeepSpeed gets to see it."""
+"""The key that gives editors the JSON schema of the file. It is not a setting and is removed before checks."""
 
 
 def read_run_file(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """Return the configuration in a file, changed by ``a.b=value`` overrides. Raises ConfigError.
+    """Return the configuration in a file after applying ``a.b=value`` overrides. Raises ConfigError.
 
-    ``path`` may also be a run's ``run.json`` or its folder: then it is the configuration of that run's newest launch, and a
-    line on stderr says so. Relative paths in the file, ``data.train``, ``data.valid``, ``data.test`` and
-    ``model.hf_checkpoint``, are looked up in the current folder first, then in the folder of the file.
+    ``path`` may also be a run's ``run.json`` or its folder. The configuration is then that of the run's newest launch, and
+    a note is printed to stderr. Relative paths in ``data.train``, ``data.valid``, ``data.test`` and
+    ``model.hf_checkpoint`` are looked up in the current folder first, then in the folder of the file.
     """
     given = Path(path)
     file = given / RUN_INFO if given.is_dir() else given
@@ -61,25 +61,25 @@ def folder_of(path: str | Path) -> Path:
 
 
 def _configuration_of_run(info: Mapping[str, Any], file: Path) -> dict[str, Any]:
-    """Return the configuration that ``run.json`` holds, which depends on no number of ranks."""
+    """Return the configuration in ``run.json``, without the key that depends on the number of ranks."""
     launches, config = info["launches"], dict(info["config"])
     started = launches[-1].get("started") if launches and isinstance(launches[-1], Mapping) else None
     if global_rank() == 0:
         newest = f"launch {len(launches)}" + (f", started {started}" if started else "")
         print(f"note: {file}: a run's record; using the configuration of {newest}", file=sys.stderr)
-    # It was written for the ranks of that launch. With the other two batch keys it follows from the ranks of this one.
+    # It was derived for the ranks of that launch. Here it follows from the other two batch keys.
     if {"train_batch_size", "train_micro_batch_size_per_gpu"} <= config.keys():
         config.pop("gradient_accumulation_steps", None)
     return config
 
 
 def absolute_paths(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a configuration whose paths mean the same in every folder."""
+    """Return a copy of the configuration with absolute paths."""
     return _with_paths(raw, lambda path, _: os.path.abspath(path))
 
 
 def places(folder: Path | None) -> list[str]:
-    """Return where relative paths are looked up: the current folder, and the file's where that is another one."""
+    """Return the folders in which relative paths are looked up: the current one, then the file's if it differs."""
     return list(dict.fromkeys(os.path.realpath(place) for place in (".", folder or ".")))
 
 
@@ -89,7 +89,7 @@ def is_corpus(prefix: str) -> bool:
 
 
 def _with_paths(raw: Mapping[str, Any], place: Callable[[str, Callable[[str], bool]], str]) -> dict[str, Any]:
-    """Return ``raw`` with ``place(path, exists)`` instead of each path; what isn't of the right type stays as it is."""
+    """Return ``raw`` with each path replaced by ``place(path, exists)``. Values of a wrong type are unchanged."""
 
     def corpora(value: Any) -> Any:
         if isinstance(value, str):

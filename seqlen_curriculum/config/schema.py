@@ -1,4 +1,4 @@
-"""The JSON schema (draft 2020-12) of a run's file, made from the sections and their docstrings."""
+"""Generate the JSON schema (draft 2020-12) of a run's file from the sections and their docstrings."""
 
 from __future__ import annotations
 
@@ -23,37 +23,37 @@ __all__ = ["run_schema"]
 
 _DIALECT = "https://json-schema.org/draft/2020-12/schema"
 _SHORTEST_GUARDED = 6
-"""Shorter names, such as ``fp16``, are near too many others to tell a misspelling."""
+"""Shorter names, such as ``fp16``, resemble too many others to detect a misspelling."""
 
 
 _LIMITS = {"ge": "minimum", "le": "maximum"}
-"""pydantic's names for limits that it checks after a validator of ours, and JSON schema's."""
+"""JSON schema's names of limits for which pydantic writes its own names after a custom validator."""
 
 
 class _RunFile(DeepSpeedKeys):
-    """A run's file: a DeepSpeed configuration plus the sections of seqlen-curriculum. Other keys go to DeepSpeed."""
+    """A run's file: a DeepSpeed configuration plus the sections of seqlen-curriculum. Other keys are passed to DeepSpeed."""
 
     curriculum_learning: Annotated[CurriculumConfig, Field(discriminator="schedule_type")] | None = None
     """The schedule of the sequence length. Without it, or with ``enabled`` false, all steps have full length."""
     scheduler: TokenCosineConfig | OtherScheduler | None = None  # type: ignore[assignment]
     """The learning rate schedule: ``TokenCosineLR``, or one of DeepSpeed's own."""
     model: ModelConfig | None = None
-    """The model: a preset, its five sizes, or a pretrained model."""
+    """The model: a preset, five sizes, or a pretrained model."""
     data: DataConfig | None = None
     """The corpora and the full length of a sample."""
     training: TrainingConfig | None = None
-    """The token budget, evaluation, checkpoints and what is measured."""
+    """The token budget, evaluation, checkpoints and measurements."""
     batch_size_warmup: BatchSizeWarmup | None = None
     """GPT-3's batch size warmup, the baseline of the paper."""
 
 
 class _Generator(GenerateJsonSchema):
     def int_schema(self, schema: core_schema.IntSchema) -> JsonSchemaValue:
-        # By the standard 1.5e9 is an "integer", but VS Code takes a number with a point for none.
+        # The standard accepts 1.5e9 as an "integer", but VS Code rejects a number with a decimal point.
         return {**super().int_schema(schema), "type": "number", "multipleOf": 1}
 
     def nullable_schema(self, schema: core_schema.NullableSchema) -> JsonSchemaValue:
-        """Write ``{"type": ["number", "null"], ...}`` where it is enough, which is easier to read than ``anyOf``."""
+        """Write ``{"type": ["number", "null"], ...}`` where possible, which is easier to read than ``anyOf``."""
         inner = self.generate_inner(schema["schema"])
         if isinstance(inner.get("type"), str) and "enum" not in inner:
             return {**inner, "type": [inner["type"], "null"]}
@@ -61,12 +61,12 @@ class _Generator(GenerateJsonSchema):
 
 
 def run_schema() -> dict[str, Any]:
-    """Return the schema of a run's file. It knows each key's name, type and range, but no relation between keys."""
+    """Return the schema of a run's file. It checks each key's name, type and range, but not relations between keys."""
     schema = _readable(_RunFile.model_json_schema(schema_generator=_Generator))
     properties, definitions = schema["properties"], schema["$defs"]
     _require_enabled(properties, definitions)
     _require_a_model(definitions["ModelConfig"])
-    # What is almost "TokenCosineLR" is an error, and no scheduler of DeepSpeed's.
+    # A misspelt "TokenCosineLR" is an error, not one of DeepSpeed's schedulers.
     definitions["OtherScheduler"]["properties"]["type"]["not"] = {
         "pattern": f"^[Tt][Oo][Kk][Ee][Nn]_?[Cc][Oo][Ss][Ii][Nn][Ee]|{_misspelt('TokenCosineLR')}"
     }
@@ -74,14 +74,17 @@ def run_schema() -> dict[str, Any]:
         if section.get("additionalProperties") is True:
             section["patternProperties"] = {_misspelt(name): False for name in _guarded(section["properties"])}
     schema["properties"] = {
-        SCHEMA_KEY: {"type": "string", "description": "The path or URL of this schema, for editors. It is no setting."},
+        SCHEMA_KEY: {
+            "type": "string",
+            "description": "The path or URL of this schema, for editors. It is not a setting.",
+        },
         **properties,
     }
     return {"$schema": _DIALECT, "title": "A run of seqlen-curriculum", **schema}
 
 
 def _readable(value: Any) -> Any:
-    """Return a schema without pydantic's titles and OpenAPI's discriminators, its docstrings as plain sentences."""
+    """Return the schema without pydantic's titles and OpenAPI's discriminators, with docstrings as plain text."""
     if isinstance(value, list):
         return [_readable(item) for item in value]
     if not isinstance(value, dict):
@@ -96,7 +99,7 @@ def _readable(value: Any) -> Any:
 
 
 def _require_enabled(properties: dict[str, Any], definitions: dict[str, Any]) -> None:
-    """Require ``enabled`` in the block, and let a block that is off hold anything, as the checks of the file do."""
+    """Require ``enabled`` in the block. Accept any keys in a disabled block, as the checks of the file do."""
     block = properties["curriculum_learning"]
     (kinds,) = (option["oneOf"] for option in block.pop("anyOf") if "oneOf" in option)
     for kind in kinds:
@@ -123,7 +126,7 @@ def _guarded(names: Iterable[str]) -> list[str]:
 
 
 def _misspelt(name: str) -> str:
-    """Return the pattern of names with a slip in one place of ``name``: a letter missing, added or wrong, or two swapped."""
-    # Of "model": ^(?!model$)(?:.{0,3}del|m.{0,3}el|mo.{0,3}l|mod.{0,3})$
+    """Return a pattern that matches misspellings of ``name``: a letter missing, added or wrong, or two swapped."""
+    # For "model": ^(?!model$)(?:.{0,3}del|m.{0,3}el|mo.{0,3}l|mod.{0,3})$
     slips = "|".join(f"{name[:at]}.{{0,3}}{name[at + 2 :]}" for at in range(len(name) - 1))
     return f"^(?!{name}$)(?:{slips})$"

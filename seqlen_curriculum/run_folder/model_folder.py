@@ -135,7 +135,7 @@ def _check_causal(folder: Path, config: dict[str, Any]) -> None:
     if config.get("is_encoder_decoder"):
         problem = f"{name or 'it'} is an encoder-decoder model"
     elif not name.endswith(_CAUSAL):
-        problem = f"its config.json has the architecture {name or 'of no model'}"
+        problem = f"its config.json has the architecture {name}" if name else "its config.json has no architecture"
     elif not isinstance(config.get("model_type"), str):
         problem = "its config.json has no model_type"
     else:

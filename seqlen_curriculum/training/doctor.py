@@ -1,4 +1,4 @@
-"""Checks of the machine for ``slw doctor``, without a launch. Without torch, the checks that need it are left out."""
+"""Checks of the machine for ``slw doctor``, without a launch. Without torch, the checks that need it are skipped."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ __all__ = ["Finding", "can_train", "examine"]
 
 _GIB = 2**30
 _PORT = 29500
-"""The port at which the ranks of a launch meet, unless the launcher gives another one."""
+"""The port on which the ranks of a launch connect, unless the launcher sets another one."""
 
 
 class Finding(NamedTuple):
@@ -42,14 +42,14 @@ class Finding(NamedTuple):
 
     name: str
     state: Literal["ok", "warning", "missing"]
-    """``warning``: some runs need it; ``missing``: no training without it."""
+    """``warning``: some runs need it. ``missing``: all training needs it."""
     found: str
     fix: str = ""
     """The package to install or the command to type; empty if there is nothing to do."""
 
 
 def examine(folder: Path) -> Iterator[Finding]:
-    """Yield what each check finds; ``folder``, which exists, is where runs will be saved."""
+    """Yield the finding of each check. ``folder`` must exist; runs will be saved in it."""
     yield Finding("Python", "ok", f"{platform.python_version()}, {sys.prefix}")
     versions = {name: package_version(name) for name in EXTRAS["train"]}
     yield packages(versions)
@@ -69,7 +69,7 @@ def can_train(findings: list[Finding]) -> bool:
 
 
 def packages(versions: dict[str, str]) -> Finding:
-    """Judge the versions of what the extra ``train`` installs; empty for a package that is missing."""
+    """Check the versions of the packages of the extra ``train``; a missing package has an empty version."""
     if absent := [name for name, found in versions.items() if not found]:
         found = f"no {', '.join(absent)}: planning, reports and inspection work, training doesn't"
         return Finding("packages", "missing", found, install_command("train"))
@@ -81,7 +81,7 @@ def packages(versions: dict[str, str]) -> Finding:
 
 
 def _accelerator() -> Iterator[Finding]:
-    """Yield what depends on the accelerator: devices, precisions, compiler, CUDA toolkit and /dev/shm."""
+    """Yield the findings on devices, precisions, compiler, CUDA toolkit and /dev/shm."""
     try:
         with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed logs to stdout
             import torch
@@ -89,7 +89,7 @@ def _accelerator() -> Iterator[Finding]:
             if not torch.accelerator.is_available():
                 os.environ.setdefault("DS_ACCELERATOR", "cpu")
             machine = importlib.import_module("seqlen_curriculum.training.machine")
-    except Exception as error:  # of a driver, a broken installation, DS_ACCELERATOR
+    except Exception as error:  # from a driver, a broken installation or DS_ACCELERATOR
         first_line = (str(error).splitlines() or [type(error).__name__])[0]
         yield Finding("devices", "missing", f"DeepSpeed can't be imported: {first_line}", install_command("train"))
         return
@@ -107,14 +107,14 @@ def _accelerator() -> Iterator[Finding]:
 
 
 def devices(names: list[str], has_driver: bool, torch_cuda: str | None) -> Finding:
-    """Judge the accelerators that torch sees; ``has_driver``: nvidia-smi is there."""
+    """Check the accelerators that torch finds; ``has_driver``: nvidia-smi is installed."""
     if names:
         return Finding("devices", "ok", ", ".join(f"{count} x {name}" for name, count in Counter(names).items()))
     if has_driver and torch_cuda is None:
-        found = "nvidia-smi is there, but this torch is a build for CPUs; training runs on the CPU"
+        found = "nvidia-smi is installed, but this torch is a CPU build; training runs on the CPU"
         return Finding("devices", "warning", found, "install torch's CUDA build: https://pytorch.org/get-started")
     if has_driver:
-        found = f"nvidia-smi is there, but torch for CUDA {torch_cuda} sees no GPU; training runs on the CPU"
+        found = f"nvidia-smi is installed, but torch for CUDA {torch_cuda} finds no GPU; training runs on the CPU"
         return Finding("devices", "warning", found, "check the driver's version and CUDA_VISIBLE_DEVICES")
     return Finding("devices", "ok", "no GPU: training runs on the CPU, which suits small models")
 
@@ -126,7 +126,7 @@ def precisions(supported: dict[str, bool]) -> Finding:
 
 
 def compiler(problem: str, fix: str, must_compile: bool, on_cpu: bool) -> Finding:
-    """Judge the compiler. DeepSpeed compiles a part at the first run on a CPU, and its own Adam if a file selects it."""
+    """Check the compiler. DeepSpeed compiles a part at the first run on a CPU, and its own Adam if a file selects it."""
     if not problem:
         use = "DeepSpeed compiles a C++ part at the first run" if must_compile else "nothing is left to compile"
         return Finding("compiler", "ok", f"C++ compiler and ninja; {use}")
@@ -134,8 +134,8 @@ def compiler(problem: str, fix: str, must_compile: bool, on_cpu: bool) -> Findin
         return Finding(
             "compiler", "missing", f"{problem}; DeepSpeed compiles a C++ part at the first run on a CPU", fix
         )
-    needed = "is compiled already" if on_cpu else "needs none on a GPU"
-    return Finding("compiler", "warning", f"{problem}; training {needed}, DeepSpeed's own Adam would need it", fix)
+    needed = "training is compiled already" if on_cpu else "training on a GPU needs no compiler"
+    return Finding("compiler", "warning", f"{problem}; {needed}, but DeepSpeed's own Adam would need one", fix)
 
 
 def cuda_toolkit(nvcc: str | None) -> Finding:
@@ -144,7 +144,7 @@ def cuda_toolkit(nvcc: str | None) -> Finding:
 
 
 def shared_memory(free: int, rank_bytes: int) -> Finding:
-    """Judge the bytes that are free in /dev/shm; a CPU rank takes ``rank_bytes``."""
+    """Check the free bytes in /dev/shm; each CPU rank takes ``rank_bytes``."""
     found = f"{free >> 20:,} MiB free: room for {free // rank_bytes:,} CPU ranks of {rank_bytes >> 20} MiB"
     if free >= 2 * rank_bytes:
         return Finding("/dev/shm", "ok", found)
@@ -153,7 +153,7 @@ def shared_memory(free: int, rank_bytes: int) -> Finding:
 
 
 def cores(count: int, memory: int | None) -> Finding:
-    """Judge the cores and the bytes of memory that this process may use."""
+    """Check the cores and the bytes of memory that this process may use."""
     if memory is None:
         return Finding("memory", "ok", f"{count} cores")
     found = f"{count} cores, {memory / _GIB:.1f} GiB of memory available"
@@ -163,17 +163,17 @@ def cores(count: int, memory: int | None) -> Finding:
 
 
 def port(is_free: bool, any_free: bool) -> Finding:
-    """Judge whether ranks can meet: at DeepSpeed's own port, or at any."""
+    """Check whether ranks can connect: on DeepSpeed's default port, or on any."""
     if is_free:
-        return Finding("port", "ok", f"{_PORT}, where ranks meet, is free")
+        return Finding("port", "ok", f"{_PORT}, DeepSpeed's default, is free")
     if any_free:
-        found = f"{_PORT}, where ranks meet, is in use; slw train takes another"
+        found = f"{_PORT}, DeepSpeed's default, is in use; slw train uses another one"
         return Finding("port", "warning", found, "deepspeed --master_port N")
-    return Finding("port", "missing", "no port can be listened at", "allow this process to open ports")
+    return Finding("port", "missing", "can't listen on any port", "allow this process to open ports")
 
 
 def locks(folder: Path) -> Finding:
-    """Lock a file of ``folder``, as a run does so that no second one writes into its folder."""
+    """Check that a file in ``folder`` can be locked; a run locks its folder against a second one."""
     try:
         with tempfile.TemporaryFile(dir=folder) as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -193,14 +193,14 @@ def disk(folder: Path, free: int) -> Finding:
 
 
 def hub(problem: str) -> Finding:
-    """Judge the way to the Hugging Face Hub; only names of models and tasks on it need one."""
+    """Check the connection to the Hugging Face Hub, which only models and tasks given by Hub name need."""
     if not problem:
         return Finding("Hub", "ok", "the Hugging Face Hub is reachable")
-    return Finding("Hub", "warning", f"the Hugging Face Hub is not reachable ({problem}); local files need none")
+    return Finding("Hub", "warning", f"the Hugging Face Hub is not reachable ({problem}); local files don't need it")
 
 
 def launchers(found: dict[str, str | None]) -> Finding:
-    """Judge the commands that start ranks; the first of ``found`` is DeepSpeed's, the others are for several nodes."""
+    """Check the commands that start ranks: ``deepspeed``, and the others for several nodes."""
     there = [name for name, path in found.items() if path]
     absent = [name for name, path in found.items() if not path]
     several = f"; not found: {', '.join(absent)} (for several nodes)" if absent else ""

@@ -1,4 +1,4 @@
-"""``deepspeed.initialize`` for a configuration that holds our sections."""
+"""``deepspeed.initialize`` for a configuration with the sections of this package."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from seqlen_curriculum.training.versions import check_deepspeed_version
 __all__ = ["Rate", "begin_step", "build_engine", "follow_plan", "initialize", "skip_step"]
 
 Rate: TypeAlias = Callable[[float], TokenCosine | None]
-"""The rate of every step, given the largest ``lr`` of the optimizer."""
+"""Returns the learning rate schedule, given the largest ``lr`` of the optimizer."""
 
 
 def initialize(
@@ -55,11 +55,11 @@ def initialize(
 ) -> tuple[Any, Any, Any, Any]:
     """Return (engine, optimizer, dataloader, lr_scheduler), as ``deepspeed.initialize`` does for the same arguments.
 
-    The sections of this package are taken out of the configuration, and DeepSpeed gets the rest.
+    The sections of this package are removed from the configuration, and the rest is passed to DeepSpeed.
 
     - The engine gains ``curriculum_scheduler``. Its ``update_difficulty(engine.global_steps + 1)`` returns the length of the
       next step in tokens. It is None if the configuration has neither a curriculum nor a data section.
-    - A ``TokenCosineLR`` follows the engine's steps by itself, and counts the tokens of steps that fp16 skipped.
+    - A ``TokenCosineLR`` advances with the engine's steps, and counts the tokens of steps that fp16 skips.
     - ``train_batch`` and ``eval_batch`` of a pipeline accept batches whose length changes.
 
     Without a launcher, as in a notebook, the process is rank 0 of 1.
@@ -67,27 +67,27 @@ def initialize(
     Args:
         args: Its ``deepspeed_config`` is the path of the configuration if ``config`` is None.
         model: The module to train, or a ``PipelineModule``. Required.
-        optimizer: Used instead of the configuration's; or a function of ``model_parameters`` that returns one.
-        model_parameters: What is trained: parameters, or groups of them as for ``torch.optim``.
-        training_data: A dataset. The third value returned is a dataloader of it, which keeps the full length.
-        lr_scheduler: Used instead of the configuration's; or a function of the optimizer that returns one. A configuration
-            with ``TokenCosineLR`` refuses it.
-        distributed_port: Where rank 0 listens if neither the launcher nor MASTER_PORT says so.
+        optimizer: An optimizer, or a function of ``model_parameters`` that returns one. It replaces the configuration's.
+        model_parameters: The parameters to train, or groups of them as for ``torch.optim``.
+        training_data: A dataset. The third return value is a dataloader for it, with rows of full length.
+        lr_scheduler: A scheduler, or a function of the optimizer that returns one. It replaces the configuration's, and is
+            an error with ``TokenCosineLR``.
+        distributed_port: Port of rank 0 if neither the launcher nor MASTER_PORT sets it.
         mpu: Megatron's model parallel unit, with ``get_data_parallel_world_size()`` and the like.
-        dist_init_required: Accepted as DeepSpeed does: torch.distributed is initialized if it isn't yet.
-        collate_fn: Makes a batch of a list of samples of ``training_data``.
+        dist_init_required: Passed to DeepSpeed. torch.distributed is initialized if it isn't yet.
+        collate_fn: Makes a batch from a list of samples of ``training_data``.
         config: A path, a dict or a ``RunConfig``. The path may be a run's folder, for the configuration of that run.
         mesh_param: (data-parallel ranks, sequence-parallel ranks).
         config_params: DeepSpeed's older name of ``config``.
-        curriculum_kwarg: Hand the model the step's length under this keyword in each training forward, for a model that
-            truncates inside. DeepSpeed up to 0.19.7 did so as ``curriculum_seqlen``.
+        curriculum_kwarg: Keyword with which the step's length is passed to the model in each training forward, for a model
+            that truncates inside. DeepSpeed up to 0.19.7 passed it as ``curriculum_seqlen``.
 
     Raises:
         ConfigError: The configuration or an argument is wrong, also where DeepSpeed refuses it. Under ``batch_size_warmup``
             or ``batch_growth``, ``config`` must be a ``RunConfig``: the loop reads ``RunConfig.timeline().rows(step)`` rows
-            in each step and hands them to ``training.accumulate.accumulate``.
+            in each step and passes them to ``training.accumulate.accumulate``.
     """
-    # What isn't given is left out, as a DeepSpeed of another version may not have it.
+    # Arguments that aren't given are left out: another version of DeepSpeed may not have them.
     possible = {
         "model": model,
         "optimizer": optimizer,
@@ -103,12 +103,12 @@ def initialize(
     run = _run_config(args, config, config_params)
     if run.adapts:
         raise ConfigError(
-            "curriculum_learning.schedule_type: adaptive follows the evaluations of a run, which DeepSpeed's engine doesn't "
-            "do; train with slw train, or use fixed_linear"
+            "curriculum_learning.schedule_type: adaptive depends on evaluations, which DeepSpeed's engine doesn't run; "
+            "train with slw train, or use fixed_linear"
         )
     run = run if run.keys.train_batch_size else run.for_ranks(_ranks(run, given))
     if run.scheduler is not None and lr_scheduler is not None:
-        raise ConfigError("scheduler: the file asks for TokenCosineLR and lr_scheduler= is given too; keep one")
+        raise ConfigError("scheduler: the file sets TokenCosineLR and lr_scheduler= is given too; keep one")
     if model is None:
         raise ConfigError("model: required, but not given; give the module to train")
     scheduler = run.curriculum_scheduler() if run.curriculum or run.data else None
@@ -128,9 +128,9 @@ def initialize(
 
 
 def _without_config(args: argparse.Namespace) -> argparse.Namespace:
-    """Return the flags without ``deepspeed_config``, and with the number of this process's device."""
+    """Return the flags without ``deepspeed_config``, with this process's device number as ``local_rank``."""
     values = {**vars(args), "deepspeed_config": None}
-    if "local_rank" in values:  # a rank that sees one device alone is its number 0
+    if "local_rank" in values:  # a rank that sees only one device has number 0
         values["local_rank"] = int(os.environ.get("LOCAL_RANK", values["local_rank"]))
     return argparse.Namespace(**values)
 
@@ -141,10 +141,10 @@ def build_engine(
     rate: Rate | None = None,
     **given: Any,
 ) -> tuple[Any, Any, Any, Any]:
-    """Build DeepSpeed's engine for ``scheduler`` and ``rate``; ``given`` is for ``deepspeed.initialize``.
+    """Build DeepSpeed's engine with ``scheduler`` and ``rate``; ``given`` is passed to ``deepspeed.initialize``.
 
-    A pipeline follows both by itself; other engines do where ``begin_step`` is called before each step. Without ``rate``
-    the learning rate is left to DeepSpeed. Returns and raises as ``initialize``.
+    A pipeline applies both by itself. For other engines call ``begin_step`` before each step. Without ``rate`` DeepSpeed
+    sets the learning rate. Returns and raises as ``initialize`` does.
     """
     if rate is not None:
         given["lr_scheduler"] = partial(_token_lr, rate)
@@ -159,7 +159,7 @@ def build_engine(
 
 
 def _ranks(run: RunConfig, given: Mapping[str, Any]) -> int:
-    """Return the number of ranks, by the file's degrees and the user's own ``mpu`` or ``PipelineModule``."""
+    """Return the number of ranks, from the user's ``mpu`` or ``PipelineModule`` or from the launcher."""
     model, mpu = given.get("model"), given.get("mpu")
     mpu = model.mpu() if isinstance(model, PipelineModule) else mpu
     if mpu is not None:
@@ -169,7 +169,7 @@ def _ranks(run: RunConfig, given: Mapping[str, Any]) -> int:
 
 
 def _token_lr(rate: Rate, optimizer: Optimizer) -> TokenCosineLR:
-    """Build the scheduler of the optimizer that DeepSpeed has made, or was given."""
+    """Build the learning rate scheduler of DeepSpeed's optimizer."""
     token_cosine = rate(max(group["lr"] for group in optimizer.param_groups))
     assert token_cosine is not None
     return TokenCosineLR(optimizer, token_cosine)
@@ -183,7 +183,7 @@ def _free_shared_memory(engine: Any) -> None:
 
 
 def _run_config(args: argparse.Namespace | None, *configs: object) -> RunConfig:
-    """Return the run of the one configuration that is given. Raises ConfigError."""
+    """Return the run of the one configuration that is given. Raises ConfigError if there is none or more than one."""
     given = [config for config in (*configs, getattr(args, "deepspeed_config", None)) if config is not None]
     if len(given) > 1:
         raise ConfigError(
@@ -196,20 +196,20 @@ def _run_config(args: argparse.Namespace | None, *configs: object) -> RunConfig:
         raise ConfigError(f"config: {config!r} is neither a path, a dict nor a RunConfig; give one of them")
     run = RunConfig.from_dict(config) if isinstance(config, Mapping) else RunConfig.load(config)
     grows = run.curriculum is not None and run.curriculum.batch_growth
-    if run.batch_size_warmup is not None or grows:  # in silence DeepSpeed's engine would keep to train_batch_size
+    if run.batch_size_warmup is not None or grows:  # DeepSpeed's engine would silently use train_batch_size
         key = "curriculum_learning.batch_growth" if grows else "batch_size_warmup"
         raise ConfigError(
-            f"{key}: DeepSpeed's engine doesn't follow it; give config=RunConfig.load(path), read its "
-            "timeline().rows(step) rows in each step, and hand them to training.accumulate.accumulate"
+            f"{key}: DeepSpeed's engine doesn't support it; give config=RunConfig.load(path), read its "
+            "timeline().rows(step) rows in each step, and pass them to training.accumulate.accumulate"
         )
     return run
 
 
 def _check_takes_length(model: Any, keyword: str, has_lengths: bool) -> None:
-    """Raise ConfigError if the model takes no length, or there is none to pass."""
+    """Raise ConfigError if the model's forward doesn't accept ``keyword``, or if there is no length to pass."""
     if not has_lengths:
         raise ConfigError(
-            f"curriculum_kwarg: {keyword!r} asks for the step's length, but no section gives it; add curriculum_learning "
+            f"curriculum_kwarg: {keyword!r} needs the step's length, but no section sets it; add curriculum_learning "
             "or data, or leave curriculum_kwarg out"
         )
     try:
@@ -231,9 +231,9 @@ def _follow_steps(engine: Any, _inputs: Any) -> None:
 
 
 def begin_step(engine: Any, seqlen: int | None = None) -> None:
-    """Put the coming step's length and rate in force, also after a step that fp16 skipped or a resume.
+    """Set the length and learning rate of the next step, also after a resume or a step that fp16 skipped.
 
-    ``seqlen`` is that length, where the caller knows it: a timeline finds it in a tenth of the time.
+    Pass ``seqlen`` if that length is known: a timeline computes it in a tenth of the time.
     """
     step = engine.global_steps + 1
     if engine.curriculum_scheduler is not None and seqlen is not None:
@@ -245,7 +245,7 @@ def begin_step(engine: Any, seqlen: int | None = None) -> None:
 
 
 def follow_plan(engine: Any, plan: RunPlan) -> None:
-    """Put the lengths and rates of ``plan`` in force for the steps to come."""
+    """Set the lengths and learning rates of ``plan`` for the following steps."""
     engine.curriculum_scheduler = plan.scheduler
     if isinstance(engine.lr_scheduler, TokenCosineLR):
         rate = plan.learning_rate(engine.lr_scheduler.rate.max_lr)
@@ -254,7 +254,7 @@ def follow_plan(engine: Any, plan: RunPlan) -> None:
 
 
 def skip_step(engine: Any, rows: int) -> None:
-    """Count the step begun, of ``rows`` rows as the engine counts them, as done: the rate advances, nothing is trained."""
+    """Count the current step as done without training, with ``rows`` rows by the engine's count; the rate advances."""
     if engine.lr_scheduler is not None:
         engine.lr_scheduler.step()
     engine.global_steps += 1
@@ -262,7 +262,7 @@ def skip_step(engine: Any, rows: int) -> None:
 
 
 def _hand_over_length(keyword: str) -> Callable[[Any, Any, dict[str, Any]], tuple[Any, dict[str, Any]]]:
-    """Return the hook that adds the length set by ``_follow_steps`` to the keywords of a training forward."""
+    """Return the hook that adds the length set by ``_follow_steps`` to the keyword arguments of a training forward."""
 
     def hook(engine: Any, inputs: Any, keywords: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         if _trains(engine):

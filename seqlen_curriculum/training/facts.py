@@ -1,4 +1,4 @@
-"""Facts about this machine and this environment, read without torch unless it is needed."""
+"""Read facts about this machine and environment; only ``device_name`` needs torch."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def package_version(package: str) -> str:
 
 
 def device_name(number: int) -> str:
-    """Return the name of an accelerator, of a GPU with its memory."""
+    """Return the name of an accelerator; for a GPU, its memory too."""
     import torch
 
     if torch.version.cuda is None and torch.version.hip is None:
@@ -48,9 +48,9 @@ def device_name(number: int) -> str:
 
 
 def compiler_problem() -> tuple[str, str]:
-    """Return what is missing to compile DeepSpeed's C++ parts, and what to type; two empty strings if nothing is.
+    """Return (problem, fix) if DeepSpeed's C++ parts can't be compiled, else two empty strings.
 
-    Needed are ninja, a C++ compiler, which CXX may name, and Python's headers.
+    Compilation needs ninja, a C++ compiler (``c++`` or the one in CXX) and Python's headers.
     """
     command = os.environ.get("CXX", "c++")
     if not find_command("ninja"):
@@ -66,12 +66,12 @@ def compiler_problem() -> tuple[str, str]:
 
 
 def usable_cores() -> int:
-    """Return how many cores this process may use."""
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def available_memory() -> int | None:
-    """Return the bytes that are available, of the machine or of this container; None where Linux's files are missing."""
+    """Return the bytes of memory available on the machine or in this container; None if Linux's files are missing."""
     found = []
     with contextlib.suppress(OSError, StopIteration):
         lines = Path("/proc/meminfo").read_text().splitlines()
@@ -83,7 +83,7 @@ def available_memory() -> int | None:
 
 
 def can_listen(number: int) -> bool:
-    """Return whether a port of this machine is free; with 0, whether any is."""
+    """Return whether this process can listen on the port ``number``; 0 is any port."""
     try:
         with socket.create_server(("", number)):
             return True
@@ -92,11 +92,11 @@ def can_listen(number: int) -> bool:
 
 
 def hub_problem() -> str:
-    """Return why the Hub can't be reached, within ``_HUB_SECONDS``; empty if it can."""
+    """Return why the Hub can't be reached within ``_HUB_SECONDS``; empty if it can."""
     if os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "yes", "on"):
         return "HF_HUB_OFFLINE is set"
     answers: list[str] = []
-    # In a thread, because the resolver of names has a time limit of its own, of up to a minute.
+    # In a thread, because name resolution has its own time limit of up to a minute.
     thread = threading.Thread(target=lambda: answers.append(_ask_hub()), daemon=True)
     thread.start()
     thread.join(_HUB_SECONDS)
@@ -107,7 +107,7 @@ def _ask_hub() -> str:
     request = urllib.request.Request(os.environ.get("HF_ENDPOINT", "https://huggingface.co"), method="HEAD")
     try:
         urllib.request.urlopen(request, timeout=_HUB_SECONDS).close()
-    except urllib.error.HTTPError as error:  # it answers
+    except urllib.error.HTTPError as error:  # the server has responded
         return "" if error.code < 500 else f"status {error.code}"
     except (OSError, ValueError) as error:
         return str(getattr(error, "reason", error))
@@ -115,6 +115,6 @@ def _ask_hub() -> str:
 
 
 def find_command(name: str) -> str | None:
-    """Return the path of a command, on PATH or beside Python: an environment works without being activated."""
+    """Return the path of a command on PATH or next to Python, so that an environment needn't be activated."""
     beside = Path(sys.executable).with_name(name)
     return shutil.which(name) or (str(beside) if beside.exists() else None)

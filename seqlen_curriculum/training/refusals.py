@@ -1,4 +1,4 @@
-"""Errors of ``deepspeed.initialize`` that are about the configuration."""
+"""Report errors of ``deepspeed.initialize`` about the configuration as ConfigError."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from seqlen_curriculum.errors import ConfigError, SeqlenCurriculumError
 __all__ = ["initialize_deepspeed"]
 
 _REFUSING_PACKAGES = ("deepspeed", "pydantic", "torch")
-"""Whose errors in ``deepspeed.initialize`` are about the configuration."""
+"""Packages whose errors in ``deepspeed.initialize`` are about the configuration."""
 _MONITORS = {"wandb": "wandb", "comet_ml": "comet"}
-"""The sections of monitors that connect to a service, by their packages."""
+"""The sections of monitors that connect to a service, by package."""
 
 
 def initialize_deepspeed(**arguments: Any) -> tuple[Any, ...]:
-    """Call ``deepspeed.initialize``, and raise ConfigError where it refuses its own keys.
+    """Call ``deepspeed.initialize`` and raise ConfigError if it rejects its own keys.
 
-    DeepSpeed and the optimizers it calls refuse a value by an assertion or a bare error. The same kinds of error raised by
-    this package's code or the user's, which DeepSpeed calls back, are bugs or errors of their own and pass unchanged.
+    DeepSpeed and the optimizers it calls reject a value with an assertion or a built-in exception. The same exceptions
+    raised in callbacks, by code of this package or the user's, are not about the configuration and pass unchanged.
     """
     try:
         return tuple(deepspeed.initialize(**arguments))

@@ -74,7 +74,7 @@ WRONG_RUNS = {
     "blended twice": (changed(data__train=[[1, "a"], [2, "a"]]), "train names 'a' twice"),
     "valid twice": (changed(data__valid=["a", "a"]), "valid names 'a' twice"),
     "valid of nothing": (changed(data__valid=[]), "data.valid: [] is not valid"),
-    "valid and split": (changed(data__valid=["a"], data__split="9,1"), "isn't used where valid names corpora"),
+    "valid and split": (changed(data__valid=["a"], data__split="9,1"), "isn't used if valid is given"),
     "windows compiled": (
         changed(curriculum_learning__method="window", training__compile=True),
         'training.compile: true compiles one graph per length with curriculum_learning.method "window"',
@@ -181,7 +181,7 @@ WRONG_BLOCKS = {
     ),
     "stage outside": (
         block({"difficulty": [8, 4096], "max_step": [10]}, schedule_type="fixed_discrete"),
-        r"\[4096\] lie outside min_difficulty 8 to max_difficulty 1024",
+        r"\[4096\] are outside min_difficulty 8 to max_difficulty 1024",
     ),
     "turns don't match": (
         block({"difficulty": [8, 16], "steps": [5]}, schedule_type="fixed_mixed"),
@@ -189,7 +189,7 @@ WRONG_BLOCKS = {
     ),
     "turn outside": (
         block({"difficulty": [4, 16], "steps": [5, 5]}, schedule_type="fixed_mixed"),
-        r"\[4\] lie outside min_difficulty 8 to max_difficulty 1024",
+        r"\[4\] are outside min_difficulty 8 to max_difficulty 1024",
     ),
     "turn of no steps": (
         block({"difficulty": [8, 16], "steps": [5, 0]}, schedule_type="fixed_mixed"),
