@@ -10,9 +10,6 @@ import pytest
 from helpers.launching import forked, launch
 from helpers.settings import changed
 
-from seqlen_curriculum import RunConfig
-from seqlen_curriculum.files import read_json
-
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 

@@ -1,1 +1,1 @@
-"""Sequence length warmup in other trainers: each module serves one of them and imports it, and no other heavy package."""
+"""Sequence length warmup in other trainers. Each module imports at most one heavy package."""

@@ -42,7 +42,7 @@ class TrainerPlan:
         Only our sections are read: a trainer reads the keys of DeepSpeed by itself, where they may be ``"auto"``.
         ``max_lr`` is the rate of the trainer's optimizer, which a ``TokenCosineLR`` warms up to. ``padding_free`` batches
         are cut into pieces that don't see one another, with every token kept: that is ``method: "window"``, which they
-        need, and which no other batches can have here.
+        need. Other batches can't have it here.
 
         Raises ConfigError for another ``train_batch_size`` or rate in the file, and for what no trainer with steps of
         equal size can do: ``batch_size_warmup``, ``batch_growth`` and an ``adaptive`` schedule.
@@ -96,7 +96,7 @@ class TrainerPlan:
             return
         listed = "".join(f"\n  - {name}: {change}" for name, change in changed.items())
         raise CheckpointError(
-            f"the checkpoint of step {step} is of another schedule; restore these settings, or start anew:{listed}"
+            f"the checkpoint of step {step} is of another schedule; restore these settings, or start a new run:{listed}"
         )
 
 

@@ -51,7 +51,7 @@ class RunRows(Dataset[dict[str, Tensor]]):
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Tensor]]:
-        """Return several samples; torch's ``DataLoader`` asks for a batch this way. Neighbours are read together."""
+        """Return several samples; torch's ``DataLoader`` reads a batch this way. Neighbours are read together."""
         bad = [index for index in indices if not 0 <= index < len(self)]
         if bad:
             raise IndexError(f"sample {bad[0]} is outside the {len(self)} of the run")
@@ -83,7 +83,7 @@ class RunSampler(Sampler[int]):
     """The items of ``RunRows`` that a rank reads, in order.
 
     A step's ``global_batch`` items are dealt out in micro-batches: number *m* of rank *r* of *n* has the items from
-    ``(m * n + r) * micro_batch`` on, as Accelerate deals batches out. ``first_step`` is the step to begin with.
+    ``(m * n + r) * micro_batch`` on, as Accelerate deals batches out. ``first_step`` is the first step to read.
     """
 
     def __init__(self, rows: RunRows, micro_batch: int, *, rank: int = 0, ranks: int = 1, first_step: int = 1) -> None:
@@ -122,7 +122,7 @@ class RunLoader(DataLoader[dict[str, Tensor]]):
     def __init__(
         self, rows: RunRows, micro_batch: int, *, rank: int = 0, ranks: int = 1, first_step: int = 1, **options: Any
     ) -> None:
-        """``options`` are those of ``DataLoader``, such as ``num_workers``. Raises ConfigError as ``RunSampler`` does."""
+        """Set up the loader; ``options`` go to ``DataLoader``. Raises ConfigError as ``RunSampler`` does."""
         sampler = RunSampler(rows, micro_batch, rank=rank, ranks=ranks, first_step=first_step)
         super().__init__(rows, micro_batch, sampler=sampler, collate_fn=RunRows.collate, **options)
         self._sampler = sampler

@@ -135,7 +135,7 @@ class SequenceLengthWarmupMixin:
         saved = (stored[0] if isinstance(stored, list) else stored or {}).get("attributes", {}).get("plan")
         if not saved:
             raise CheckpointError(
-                f"the checkpoint of step {self.state.global_step} was made without a sequence length warmup; start anew"
+                f"the checkpoint of step {self.state.global_step} was made without a sequence length warmup; start a new run"
             )
         self.plan.check(saved, self.state.global_step)
 
