@@ -59,7 +59,7 @@ def test_the_outcome_in_two_sentences():
     assert (base["spikes"], base["steps"], base["max_loss_ratio"]) == (1, 4, pytest.approx(1.3))
     assert (fast["spikes"], fast["steps"]) == (0, 4)
     comparison, spikes = report([FAST, BASE])["outcome"]
-    assert re.fullmatch(r"No other .* fast's .* 6\.686; .* base .* 7\.389\.", comparison)
+    assert re.fullmatch(r"None of the other .* fast's .* 6\.686; .* base .* 7\.389\.", comparison)
     assert report([BASE, SLOW, FAST])["outcome"][0].startswith("fast reached base's")
     numbers = report([FAST])
     alone, spikes = numbers["outcome"]
