@@ -90,10 +90,10 @@ def test_sizes_that_contradict_name_both(folders):
 def test_what_is_no_causal_language_model_is_refused(folders, tmp_path):
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
     masked = save(BertForMaskedLM(BertConfig(vocab_size=257, **sizes)), tmp_path / "masked")
-    assert "names the architecture BertForMaskedLM; give a causal" in refusal({"hf_checkpoint": str(masked)})
+    assert "has the architecture BertForMaskedLM; give a causal" in refusal({"hf_checkpoint": str(masked)})
     t5 = T5ForConditionalGeneration(T5Config(vocab_size=257, d_model=32, d_ff=32, num_layers=1, num_heads=2, d_kv=16))
     message = refusal({"hf_checkpoint": str(save(t5, tmp_path / "t5"))})
-    assert "T5ForConditionalGeneration is an encoder with a decoder" in message
+    assert "T5ForConditionalGeneration is an encoder-decoder model" in message
     both_ways = save(BertLMHeadModel(BertConfig(vocab_size=257, **sizes)), tmp_path / "both_ways")
     with pytest.raises(ConfigError, match="its logits change with later tokens"):
         build_model(ModelConfig.model_validate({"hf_checkpoint": str(both_ways)}))
