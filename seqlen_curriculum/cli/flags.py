@@ -70,7 +70,7 @@ def similar(name: str, valid: Iterable[str]) -> str:
 
     names = sorted(valid)
     close = [other for other in names if other.startswith(name)] or difflib.get_close_matches(name, names, n=1)
-    return f"; did you mean {' or '.join(close)}?" if close else ""
+    return f"; did you mean {' or '.join(close)}?" if close and name else ""
 
 
 def add_run_file(
