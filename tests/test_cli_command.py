@@ -87,6 +87,9 @@ def test_help_loads_nothing_slow(arguments):
 # --- mistakes
 
 
+EMPTY = "the value is empty, as from a shell variable that is not set"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -98,6 +101,9 @@ def test_help_loads_nothing_slow(arguments):
         (["plan", CONFIG, "--jsn"], "--jsn: no such flag; did you mean --json?; see slw plan --help"),
         (["train", CONFIG, "--sav", "x"], "--sav: no such flag; did you mean --save?; see slw train --help"),
         (["train", CONFIG, "--sav=x"], "--sav: no such flag; did you mean --save?; see slw train --help"),
+        (["train", CONFIG, "--save", ""], f"--save: {EMPTY}; see slw train --help"),
+        (["train", CONFIG, "--save="], f"--save: {EMPTY}; see slw train --help"),
+        (["plan", ""], f"an argument: {EMPTY}; see slw plan --help"),
         (["train", CONFIG, "-s", "x"], "-s: no such flag; see slw train --help"),
         (["train", CONFIG], "--save: required, but not given; see slw train --help"),
         (["plan", CONFIG, "--config", "a"], "--config: not allowed with FILE; leave one of them out; see slw plan --help"),
