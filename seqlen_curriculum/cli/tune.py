@@ -6,7 +6,7 @@ Example:
   slw tune run.json --save runs/tuning --launcher "deepspeed --hostfile hostfile"
 
 Each probe trains the first steps of a schedule with slw train and stops when the validation perplexity fluctuates. The
-folder of --save then contains tuned.json (the file with the schedule that was found), a report of all probes, and the state
+folder of --save contains tuned.json (the file with the schedule that was found), a report of all probes, and the state
 of the search. Rerun the same command to resume a search that was interrupted or killed.
 """
 
