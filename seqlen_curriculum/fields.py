@@ -130,7 +130,7 @@ def nearest(name: str, valid: Iterable[str]) -> str:
     """Return ``"; did you mean 'x'?"`` for the valid names that contain or resemble ``name``, else list them all."""
     names = sorted(valid)
     # Names that contain ``name`` are more likely than similar ones: "117m" is gpt2-117m, "linear" is fixed_linear.
-    close = [other for other in names if name and name in other]
+    close = [other for other in names if len(name) > 2 and name in other]  # x is in 'max_difficulty'
     if not close and (meant := suggest(name, names)):
         close = [meant]
     if close:

@@ -58,7 +58,8 @@ def read_json(path: Path, comments: bool = False) -> dict[str, Any]:
         # "utf-8-sig" skips the byte order mark that some editors on Windows write.
         text = path.read_text(encoding="utf-8-sig" if comments else "utf-8")
     except (OSError, ValueError) as error:
-        raise ConfigError(f"can't be read ({error}); give the path of a run's JSON file", str(path)) from error
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ConfigError(f"can't be read ({reason}); give the path of a run's JSON file", str(path)) from error
     try:
         value = _loads(without_comments(text) if comments else text)
     except json.JSONDecodeError as error:

@@ -17,6 +17,7 @@ from typing import NamedTuple
 from seqlen_curriculum.errors import ConfigError
 
 __all__ = [
+    "DEFAULT_PORT",
     "Launch",
     "be_only_rank",
     "device_number",
@@ -27,6 +28,8 @@ __all__ = [
     "read_launch",
 ]
 
+DEFAULT_PORT = 29500
+"""The port on which ranks connect if neither the launcher nor MASTER_PORT sets another one; DeepSpeed's default."""
 
 _COMM_WORLD = ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")
 _MPI_VARIABLES = (
@@ -173,9 +176,9 @@ def port_problem() -> Iterator[str]:
 
 
 def _port(common: str) -> int:
-    """Return a port below the ephemeral range (32768 and up on Linux), derived from ``common``; 29500 if that is empty."""
+    """Return a port below the ephemeral range (32768 and up on Linux), derived from ``common``, if it is not empty."""
     digest = hashlib.blake2b(common.encode(), digest_size=8).digest()
-    return 15_000 + int.from_bytes(digest, "little") % 14_000 if common else 29_500
+    return 15_000 + int.from_bytes(digest, "little") % 14_000 if common else DEFAULT_PORT
 
 
 def device_number(local_rank: int, devices: int) -> int:

@@ -151,3 +151,18 @@ def test_memory_segments_grow_unless_the_user_has_set_up_the_allocator(monkeypat
 def test_training_asks_for_growing_segments_before_it_imports_torch():
     script = (ROOT / "seqlen_curriculum" / "cli" / "train.py").read_text()
     assert script.index("    grow_memory_segments()") < script.index("from seqlen_curriculum.training")
+
+
+@pytest.mark.parametrize(
+    ("paths", "names"),
+    [
+        (["/r/a", "/r/b.json"], ["a", "b"]),
+        (["/r/1/x", "/r/2/x"], ["1/x", "2/x"]),
+        (["/r/1/x/y", "/r/2/x/y", "/r/2/x/z"], ["1/x/y", "2/x/y", "2/x/z"]),
+        (["/x", "/r/x"], ["x", "r/x"]),
+        (["/r/x", "/r/x.json"], ["x", "x.json"]),
+        (["/"], ["/"]),
+    ],
+)
+def test_runs_are_named_by_the_shortest_ends_that_differ(paths, names):
+    assert common.short_names("RUN", paths) == dict(zip(names, paths, strict=True))

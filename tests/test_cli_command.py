@@ -87,6 +87,9 @@ def test_help_loads_nothing_slow(arguments):
 # --- mistakes
 
 
+EMPTY = "the value is empty, as from a shell variable that is not set"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -94,9 +97,13 @@ def test_help_loads_nothing_slow(arguments):
         (["eval"], "eval: no such command; did you mean evaluate?; see slw --help"),
         (["--versoin"], "--versoin: no such command; did you mean --version?; see slw --help"),
         (["xyzzy"], "xyzzy: no such command; see slw --help"),
+        ([""], ": no such command; see slw --help"),
         (["plan", CONFIG, "--jsn"], "--jsn: no such flag; did you mean --json?; see slw plan --help"),
         (["train", CONFIG, "--sav", "x"], "--sav: no such flag; did you mean --save?; see slw train --help"),
         (["train", CONFIG, "--sav=x"], "--sav: no such flag; did you mean --save?; see slw train --help"),
+        (["train", CONFIG, "--save", ""], f"--save: {EMPTY}; see slw train --help"),
+        (["train", CONFIG, "--save="], f"--save: {EMPTY}; see slw train --help"),
+        (["plan", ""], f"an argument: {EMPTY}; see slw plan --help"),
         (["train", CONFIG, "-s", "x"], "-s: no such flag; see slw train --help"),
         (["train", CONFIG], "--save: required, but not given; see slw train --help"),
         (["plan", CONFIG, "--config", "a"], "--config: not allowed with FILE; leave one of them out; see slw plan --help"),
@@ -149,6 +156,14 @@ def test_an_old_python_is_one_line():
     assert result.stderr.count("\n") == 1
 
 
+def test_a_configuration_is_copied_to_a_new_folder(tmp_path):
+    result = subprocess.run(
+        [*SLW, "configs", "copy", "tiny_cpu", "--out", tmp_path / "new/run.json"], capture_output=True
+    )
+    assert (result.returncode, result.stderr) == (0, b"")
+    assert {path.name for path in (tmp_path / "new").iterdir()} == {"run.json", "run.schema.json"}
+
+
 # --- broken pipes
 
 
@@ -167,6 +182,15 @@ def test_a_broken_pipe_is_silent(command, unbuffered):
     assert result.stderr == ""
     # Unbuffered, argparse ignores the error as it prints its help.
     assert result.returncode == (0 if unbuffered and "--help" in command[1:] else 141)
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_full_disk_is_one_line(unbuffered):
+    environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    with open("/dev/full", "w") as full:
+        result = subprocess.run([*SLW, "plan", CONFIG], stdout=full, stderr=subprocess.PIPE, text=True, env=environment)
+    assert result.stderr == "error: the output can't be written (No space left on device); free space and rerun\n"
+    assert result.returncode == 1
 
 
 def test_another_broken_pipe_is_no_silent_end():

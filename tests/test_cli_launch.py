@@ -128,7 +128,7 @@ def test_a_signal_and_the_status_pass_through(corpus, config_file, tmp_path):
 
 def test_a_busy_port_is_avoided(monkeypatch):
     with socket.create_server(("", 0)) as busy:
-        monkeypatch.setattr(launching, "_PORT", busy.getsockname()[1])
+        monkeypatch.setattr(launching, "DEFAULT_PORT", busy.getsockname()[1])
         *_, flag, port = launching.local_launcher(1)
         assert flag == "--master_port"
         assert int(port) != busy.getsockname()[1]

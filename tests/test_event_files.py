@@ -62,14 +62,29 @@ def test_every_value_of_the_log_is_in_the_event_files(tmp_path):
     assert events(tmp_path / "b") == expected(other, 0)
 
 
-@pytest.mark.needs("tensorboard")
-def test_events_are_never_added_to_others(tmp_path, capsys):
-    run, out = tmp_path / "run", tmp_path / "events"
-    run.mkdir()
+def write_log(run):
+    run.mkdir(parents=True)
     log = RunLog(run / "runlog.jsonl")
     for record in BASE.records:
         log.write(record)
     log.close()
+
+
+@pytest.mark.needs("tensorboard")
+def test_event_files_of_runs_with_one_name_stay_in_the_folder(tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for run in ("1/x", "2/x"):
+        write_log(tmp_path / run)
+    main(["../1/x", str(tmp_path / "2/x"), "--tensorboard", "events"])
+    found = sorted(path.parent.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*tfevents*"))
+    assert found == ["here/events/1/x", "here/events/2/x"]
+
+
+@pytest.mark.needs("tensorboard")
+def test_events_are_never_added_to_others(tmp_path, capsys):
+    run, out = tmp_path / "run", tmp_path / "events"
+    write_log(run)
     main([str(run), "--tensorboard", str(out)])
     assert f"event files      {out}" in capsys.readouterr().out
     before = {path.name: path.read_bytes() for path in (out / "run").iterdir()}

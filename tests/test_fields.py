@@ -46,6 +46,7 @@ def test_suggestions():
     assert suggest("trainning", ["training"], cutoff=0.99) is None
     assert nearest("117m", ["gpt2-117m", "gpt2-345m"]) == "; did you mean 'gpt2-117m'?"
     assert nearest("sed", ["seed", "split"]) == "; did you mean 'seed'?"
+    assert nearest("x", ["max_step", "seed"]) == "; valid names: max_step, seed"
     assert nearest("", ["b", "a"]) == "; valid names: a, b"
 
 

@@ -392,7 +392,7 @@ def test_missing_and_repeated_inputs(texts: Path, tmp_path: Path) -> None:
 
 def test_output_folder_that_can_not_be_made(texts: Path, tmp_path: Path) -> None:
     (tmp_path / "out").write_text("a file")
-    with pytest.raises(ConfigError, match=r"--output-prefix .*out: .*can't be written"):
+    with pytest.raises(ConfigError, match=r"--out .*out: .*can't be written"):
         run_prepare(tmp_path, texts)
 
 

@@ -252,3 +252,17 @@ def test_values_of_another_type_are_left_to_the_checks(elsewhere):
     for value in ("5", "null", '[["a"]]', "{}"):
         with pytest.raises(ConfigError, match=r"data\.train: "):
             RunConfig.load("../project/f.json", [*sections, f"data.train={value}"])
+
+
+def test_a_misspelt_section_is_one_problem(tmp_path):
+    path = tmp_path / "run.json"
+    path.write_text('{"train_batch_size": 4, "trainng": {}}')
+    with pytest.raises(ConfigError) as caught:
+        RunConfig.load(path, require=("training", "data"))
+    problems = ["data: section required, but not given", "trainng: unknown section; did you mean 'training'?"]
+    assert caught.value.problems == problems
+
+
+def test_a_missing_file_is_named_once(tmp_path):
+    with pytest.raises(ConfigError, match=rf"^{tmp_path}/none: can't be read \(No such file or directory\); give"):
+        RunConfig.load(tmp_path / "none")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 import select
@@ -33,7 +34,7 @@ def run(main: Callable[[], int | None], ranked: bool = False) -> None:
 
     Set ``ranked`` for commands that a launcher starts once per rank: only rank 0 prints, and the other ranks exit silently
     with the same status. The status after an error is DIVERGED if training diverged, 130 for an interrupt, 141 if the
-    reader of the output has closed it, else 1.
+    reader of the output has closed it, else 1. A full disk is a user-facing error too.
     """
     try:
         try:
@@ -45,6 +46,12 @@ def run(main: Callable[[], int | None], ranked: bool = False) -> None:
         if not _discard_output():
             raise
         status = 128 + signal.SIGPIPE
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print(f"error: the output can't be written ({error.strerror}); free space and rerun", file=sys.stderr)
+        _discard_unwritten()
+        status = 1
     if status:
         sys.exit(status)
 
@@ -88,6 +95,15 @@ def _discard_output() -> bool:
     for number in closed:
         os.dup2(os.open(os.devnull, os.O_WRONLY), number)
     return bool(closed)
+
+
+def _discard_unwritten() -> None:
+    """Redirect stdout to /dev/null if what it holds can't be written; Python would print another error at exit."""
+    try:
+        if sys.stdout:
+            sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def usage_error(message: str) -> NoReturn:
@@ -176,9 +192,17 @@ def warn(messages: Iterable[str]) -> None:
 
 
 def short_names(flag: str, paths: Sequence[str]) -> dict[str, str]:
-    """Return paths by their last parts, or by the whole paths if two are equal. Raises ConfigError for a repeated path."""
+    """Return paths by the shortest ends that differ: ``a`` and ``b``, or ``1/a`` and ``2/a``.
+
+    The names are relative, because event files are written to folders of these names. Raises ConfigError for a repeated
+    path.
+    """
     real = [Path(path).resolve() for path in paths]
     if len(set(real)) < len(real):
         raise ConfigError(f"{flag}: {max(real, key=real.count)} is given twice; name each once")
-    names = [path.name.removesuffix(".json") for path in real]
-    return dict(zip(names if len(set(names)) == len(names) else paths, paths, strict=True))
+    for suffix in (".json", ""):  # two files x.json and x of one folder keep theirs
+        for length in range(1, max(len(path.parts) for path in real)):
+            names = ["/".join(path.parts[1:][-length:]).removesuffix(suffix) for path in real]
+            if len(set(names)) == len(names):
+                return dict(zip(names, paths, strict=True))
+    return dict(zip(map(str, paths), paths, strict=True))  # the root folder

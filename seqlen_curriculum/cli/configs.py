@@ -125,6 +125,7 @@ def copy_config(args: argparse.Namespace) -> None:
     schema = target.with_name(SCHEMA)
     text = re.sub(r'("\$schema"\s*:\s*)"[^"]*"', rf'\1"{SCHEMA}"', source.read_text(encoding="utf-8"), count=1)
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
         with target.open("x", encoding="utf-8") as file:
             file.write(text)
         if not schema.exists():

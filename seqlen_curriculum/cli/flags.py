@@ -36,6 +36,7 @@ class Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         words = list(sys.argv[1:] if args is None else args)
+        self._refuse_empty_values(words)
         self._refuse_unknown_flags(words)  # before argparse reports that the misspelt flag is required
         return super().parse_known_args(words, namespace)
 
@@ -55,6 +56,13 @@ class Parser(argparse.ArgumentParser):
                 found |= {flag for parser in action.choices.values() for flag in parser._option_string_actions}
         return found
 
+    def _refuse_empty_values(self, words: Sequence[str]) -> None:
+        """Refuse ``--save "$RUN"`` with an unset variable: an empty path is the current folder."""
+        for before, word in itertools.pairwise(["", *words]):
+            flag = word[:-1] if word.startswith("--") and word.endswith("=") else before if before[:2] == "--" else ""
+            if word in ("", f"{flag}=") and flag != "--prompt":
+                self.error(f"{flag or 'an argument'}: the value is empty, as from a shell variable that is not set")
+
     def _refuse_unknown_flags(self, words: Sequence[str]) -> None:
         flags = self.flags()
         for word in itertools.takewhile(lambda word: word != "--", words):
@@ -70,7 +78,7 @@ def similar(name: str, valid: Iterable[str]) -> str:
 
     names = sorted(valid)
     close = [other for other in names if other.startswith(name)] or difflib.get_close_matches(name, names, n=1)
-    return f"; did you mean {' or '.join(close)}?" if close else ""
+    return f"; did you mean {' or '.join(close)}?" if close and name else ""
 
 
 def add_run_file(

@@ -75,8 +75,16 @@ def mode(args: argparse.Namespace) -> str:
         is_given = value not in (None, []) and value is not False  # 0 is a value
         if is_given and selected not in allowed:
             flag = "--" + name.replace("_", "-")
-            raise ConfigError(f"{flag} {value}: only used with {' and '.join(allowed)}; leave it out here")
+            given = " ".join(value) if isinstance(value, list) else value
+            raise ConfigError(f"{flag} {given}: {_condition(selected, allowed)}; leave it out here")
     return selected
+
+
+def _condition(selected: str, allowed: list[str]) -> str:
+    """Return why a flag that the modes ``allowed`` accept is not accepted in the mode ``selected``."""
+    if selected == "PREFIX":
+        return "only used with the configuration file of a run"
+    return "not used with --step" if "--config" in allowed else f"only used with {allowed[0]}"
 
 
 def corpora(args: argparse.Namespace) -> tuple[dict[str, Any], str]:

@@ -12,12 +12,10 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from seqlen_curriculum.errors import ConfigError
-from seqlen_curriculum.launchers import launch
+from seqlen_curriculum.launchers import DEFAULT_PORT, launch
 
 __all__ = ["add_ranks", "local_launcher", "local_ranks", "start_ranks"]
 
-_PORT = 29500
-"""The default port of DeepSpeed's launcher."""
 _VISIBLE_DEVICES = ("CUDA_VISIBLE_DEVICES", "ZE_AFFINITY_MASK")
 """The variables from which DeepSpeed's launcher reads the visible devices."""
 
@@ -54,7 +52,7 @@ def local_ranks(ranks: int | None) -> int:
 def local_launcher(ranks: int) -> list[str]:
     """Return the start of the command by which DeepSpeed launches ``ranks`` processes here, on a free port."""
     port = _free_port()
-    on_port = [] if port == _PORT else ["--master_port", str(port)]
+    on_port = [] if port == DEFAULT_PORT else ["--master_port", str(port)]
     # Not the script `deepspeed`, which is not on PATH unless the environment of this Python is activated.
     return [sys.executable, "-m", "deepspeed.launcher.runner", *_devices(ranks), *on_port]
 
@@ -96,13 +94,13 @@ def _accelerators() -> int:
 
 def _free_port() -> int:
     """Return DeepSpeed's default port, or another free one if it is in use."""
-    for port in (_PORT, 0):
+    for port in (DEFAULT_PORT, 0):
         try:
             with socket.create_server(("", port)) as free:
                 return int(free.getsockname()[1])
         except OSError:
             continue
-    return _PORT
+    return DEFAULT_PORT
 
 
 def _without_ranks(arguments: Sequence[str]) -> list[str]:

@@ -75,8 +75,10 @@ class RunConfig:
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any], where: str = "", require: Sequence[str] = ()) -> RunConfig:
         """Check a configuration in memory; ``require`` lists sections that must be present. Raises ConfigError."""
-        problems = [f"{name}: section required, but not given" for name in require if raw.get(name) is None]
-        problems += misspelt_sections(raw, {*OURS, "curriculum_learning", *DeepSpeedKeys.model_fields})
+        misspelt = misspelt_sections(raw, {*OURS, "curriculum_learning", *DeepSpeedKeys.model_fields})
+        suggested = [name for name in require if any(problem.endswith(f"'{name}'?") for problem in misspelt)]
+        absent = [name for name in require if raw.get(name) is None and name not in suggested]
+        problems = [*(f"{name}: section required, but not given" for name in absent), *misspelt]
         sections: dict[str, Any] = {}
         for name, section in OURS.items():
             if raw.get(name) is not None:

@@ -78,7 +78,7 @@ def _check_places(prefixes: Sequence[str], folder: Path | None) -> None:
         if len(looked_up) > 1 and not os.path.isabs(prefix) and not is_corpus(prefix):
             raise DataError(
                 f"{prefix}: no corpus, neither in {' nor in '.join(looked_up)}, the folder of the run's file; give the "
-                "prefix of a .bin/.idx pair relative to one of them, or make one with seqlen-curriculum prepare"
+                "prefix of a .bin/.idx pair relative to one of them, or make one with slw prepare"
             )
 
 

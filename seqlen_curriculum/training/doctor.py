@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from seqlen_curriculum.extras import EXTRAS, install_command, installed_extras
+from seqlen_curriculum.launchers import DEFAULT_PORT
 from seqlen_curriculum.training.extensions import extensions_folder
 from seqlen_curriculum.training.facts import (
     available_memory,
@@ -33,8 +34,6 @@ from seqlen_curriculum.training.versions import untested_deepspeed
 __all__ = ["Finding", "can_train", "examine"]
 
 _GIB = 2**30
-_PORT = 29500
-"""The port on which the ranks of a launch connect, unless the launcher sets another one."""
 
 
 class Finding(NamedTuple):
@@ -56,7 +55,7 @@ def examine(folder: Path) -> Iterator[Finding]:
     if all(versions.values()):
         yield from _accelerator()
     yield cores(usable_cores(), available_memory())
-    yield port(can_listen(_PORT), can_listen(0))
+    yield port(can_listen(DEFAULT_PORT), can_listen(0))
     yield locks(folder)
     yield disk(folder, shutil.disk_usage(folder).free)
     yield hub(hub_problem())
@@ -165,9 +164,9 @@ def cores(count: int, memory: int | None) -> Finding:
 def port(is_free: bool, any_free: bool) -> Finding:
     """Check whether ranks can connect: on DeepSpeed's default port, or on any."""
     if is_free:
-        return Finding("port", "ok", f"{_PORT}, DeepSpeed's default, is free")
+        return Finding("port", "ok", f"{DEFAULT_PORT}, DeepSpeed's default, is free")
     if any_free:
-        found = f"{_PORT}, DeepSpeed's default, is in use; slw train uses another one"
+        found = f"{DEFAULT_PORT}, DeepSpeed's default, is in use; slw train uses another one"
         return Finding("port", "warning", found, "deepspeed --master_port N")
     return Finding("port", "missing", "can't listen on any port", "allow this process to open ports")
 

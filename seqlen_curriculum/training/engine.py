@@ -21,13 +21,13 @@ from torch.utils.data import Dataset
 from seqlen_curriculum.config.plan import RunPlan
 from seqlen_curriculum.config.run import RunConfig
 from seqlen_curriculum.errors import ConfigError
-from seqlen_curriculum.launchers import launch
+from seqlen_curriculum.launchers import DEFAULT_PORT, launch
 from seqlen_curriculum.schedule.scheduler import CurriculumScheduler
 from seqlen_curriculum.schedule.token_lr import TokenCosine
 from seqlen_curriculum.training.lr_scheduler import TokenCosineLR
 from seqlen_curriculum.training.pipeline import follow_shapes
 from seqlen_curriculum.training.refusals import initialize_deepspeed
-from seqlen_curriculum.training.start import DEFAULT_PORT, join_ranks
+from seqlen_curriculum.training.start import join_ranks
 from seqlen_curriculum.training.versions import check_deepspeed_version
 
 __all__ = ["Rate", "begin_step", "build_engine", "follow_plan", "initialize", "skip_step"]

@@ -13,14 +13,11 @@ import torch
 from deepspeed.accelerator import get_accelerator
 
 from seqlen_curriculum.errors import ConfigError
-from seqlen_curriculum.launchers import be_only_rank, device_number, fill_environment, launch
+from seqlen_curriculum.launchers import DEFAULT_PORT, be_only_rank, device_number, fill_environment, launch
 from seqlen_curriculum.training.extensions import set_up_extensions
 from seqlen_curriculum.training.machine import machine_problems
 
-__all__ = ["DEFAULT_PORT", "join_ranks"]
-
-DEFAULT_PORT = 29500
-"""DeepSpeed's default of ``distributed_port``."""
+__all__ = ["join_ranks"]
 
 
 def join_ranks(deepspeed_config: Mapping[str, Any], distributed_port: int = DEFAULT_PORT) -> None:
@@ -34,9 +31,8 @@ def join_ranks(deepspeed_config: Mapping[str, Any], distributed_port: int = DEFA
     found = launch()
     if found is not None:
         fill_environment()
-    elif (
-        importlib.util.find_spec("mpi4py") is None
-    ):  # with it DeepSpeed finds ranks that an mpirun unknown to us started
+    elif importlib.util.find_spec("mpi4py") is None:
+        # With mpi4py, DeepSpeed finds ranks that an mpirun unknown to us started.
         be_only_rank(None if distributed_port == DEFAULT_PORT else distributed_port)
         _warn_of_idle_devices()
     # Before any collective, which uses the current device: NCCL refuses two ranks on one device, and a context on device 0

@@ -58,7 +58,7 @@ def find_prepared(
         return None
     raise DataError(
         f"{outputs[0]}: exists and was not made from these inputs and settings; give --overwrite to replace it, "
-        "or another --output-prefix"
+        "or another --out"
     )
 
 
@@ -83,4 +83,4 @@ def require_record(prefix: str) -> dict[str, Any]:
 def check_prefix(prefix: str) -> None:
     """Raise ``ConfigError`` unless ``prefix`` ends in the name of a file."""
     if not prefix or prefix.endswith(("/", os.sep)):
-        raise ConfigError(f"--output-prefix: {prefix!r} has no file name; add one, as in corpus/text")
+        raise ConfigError(f"--out: {prefix!r} has no file name; add one, as in corpus/text")

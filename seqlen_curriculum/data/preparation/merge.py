@@ -47,7 +47,7 @@ def merge(prefixes: Sequence[str | os.PathLike[str]], output_prefix: str, overwr
         if prepared is not None:
             return PreparedCorpus(prefix, True, prepared)
     check_prefix(prefix)
-    writable_folder("--output-prefix", Path(prefix).resolve().parent)
+    writable_folder("--out", Path(prefix).resolve().parent)
     total_bytes = sum(os.path.getsize(path + ".bin") for path in given)
     bar = tqdm(desc="merging", total=total_bytes, unit="B", unit_scale=True, file=sys.stderr)
     with bar, CorpusWriter(prefix, record["vocab_size"]) as writer:

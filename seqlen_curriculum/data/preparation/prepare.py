@@ -104,7 +104,7 @@ def prepare(request: Request) -> PreparedCorpus:
         record = find_prepared(prefix, facts, request.overwrite, request.rules.stops_at)
         if record is not None:
             return PreparedCorpus(prefix, True, record)
-    writable_folder("--output-prefix", Path(prefix).resolve().parent)
+    writable_folder("--out", Path(prefix).resolve().parent)
     # Progress is counted in batches, so resuming needs the same batch size and the same library.
     reader = {"piece_bytes": PIECE_BYTES, "tokenizers": tokenizers.__version__}
     with PartialCorpus(prefix, {**facts, **reader}, request.rules.stops_at) as partial:
