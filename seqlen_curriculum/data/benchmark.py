@@ -69,7 +69,9 @@ def measure_reading(folder: Path, tokens: int, rows: int, seq_length: int, round
     random = np.random.default_rng(0)
 
     def fill(stream: Any) -> None:
-        for start in tqdm(range(0, tokens, _CHUNK_TOKENS), desc=f"writing {tokens:,} tokens", unit="chunk"):
+        for start in tqdm(
+            range(0, tokens, _CHUNK_TOKENS), desc=f"writing {tokens:,} tokens", unit="chunk", disable=None
+        ):
             stream.write(random.integers(0, 50257, min(_CHUNK_TOKENS, tokens - start), dtype=np.uint16).tobytes())
 
     _write_corpus(folder / "real", tokens, fill)
@@ -79,7 +81,7 @@ def measure_reading(folder: Path, tokens: int, rows: int, seq_length: int, round
         # Each round measures all lengths, so that a slowdown of the machine doesn't affect only one of them.
         readers = [BatchReader(folder / "real", rows, seq_length, length, state == "cold") for length in lengths]
         timings: list[list[tuple[float, float, float]]] = [[] for _ in lengths]  # (read, gather, pread) of each round
-        for turn in tqdm(range(count + 1), desc=f"reading, {state}", unit="round"):
+        for turn in tqdm(range(count + 1), desc=f"reading, {state}", unit="round", disable=None):
             for reader, timing in zip(readers, timings, strict=True):
                 timed = reader.read(turn + 1), reader.gather(), reader.pread()
                 if turn > 0:  # the first round is a warmup

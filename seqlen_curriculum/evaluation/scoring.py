@@ -43,7 +43,9 @@ def score(model: Any, rows: Sequence[Row], ranks: Ranks, batch_tokens: int = BAT
     nll, right = np.zeros(len(rows)), np.zeros(len(rows))
     own_batches = batches(rows, batch_tokens)[ranks.rank :: ranks.world]
     own_rows = sum(map(len, own_batches))
-    with tqdm(desc=name, total=own_rows, unit="row", file=sys.stderr, disable=ranks.rank != 0, delay=1) as bar:
+    with tqdm(
+        desc=name, total=own_rows, unit="row", file=sys.stderr, disable=True if ranks.rank else None, delay=1
+    ) as bar:
         for batch in own_batches:
             nll[batch], right[batch] = _score_batch(model, [rows[number] for number in batch])
             bar.update(len(batch))

@@ -75,7 +75,7 @@ def measure_throughput(
     ]
     seen: list[list[tuple[float, int | None]]] = [[] for _ in cases]
     moments_seconds: list[float] = []
-    for turn in tqdm(range(rounds + 1), unit="round", disable=dist.get_rank() != 0):
+    for turn in tqdm(range(rounds + 1), unit="round", disable=True if dist.get_rank() else None):
         for case, measured in zip(cases, seen, strict=True):
             tokens = torch.randint(0, model_config.vocab_size, (case.rows, case.row_tokens + 1), generator=draw)
             if isinstance(model, CausalLM):

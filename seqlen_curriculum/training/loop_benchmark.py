@@ -62,7 +62,7 @@ def measure_loop(config: RunConfig, folder: Path, steps: int, pairs: int) -> dic
     ours: list[_Time] = []
     theirs: list[_Time] = []
     micro_batches: list[tuple[torch.Tensor, torch.Tensor]] = []
-    for turn in tqdm(range(pairs + 1), unit="pair"):
+    for turn in tqdm(range(pairs + 1), unit="pair", disable=None):
         numbers = range(turn * steps + 1, (turn + 1) * steps + 1)
         data, rates = [trainer.read(step) for step in numbers], [rate(step) for step in numbers]
         for is_ours in (True, False) if turn % 2 else (False, True):  # alternate which loop is first

@@ -83,7 +83,7 @@ def _id_range(corpus: IndexedCorpus) -> tuple[int, int]:
 
 def _blocks(corpus: IndexedCorpus, total: int, block: int, unit: str) -> Iterator[tuple[int, int]]:
     """Yield (first, end) of each block of ``total`` items, with a progress bar that appears after a second."""
-    with tqdm(total=total, desc=f"{corpus.prefix}: {unit}", unit_scale=True, delay=1, leave=False) as bar:
+    with tqdm(total=total, desc=f"{corpus.prefix}: {unit}", unit_scale=True, delay=1, leave=False, disable=None) as bar:
         for first in range(0, total, block):
             end = min(first + block, total)
             yield first, end

@@ -49,7 +49,7 @@ def merge(prefixes: Sequence[str | os.PathLike[str]], output_prefix: str, overwr
     check_prefix(prefix)
     writable_folder("--out", Path(prefix).resolve().parent)
     total_bytes = sum(os.path.getsize(path + ".bin") for path in given)
-    bar = tqdm(desc="merging", total=total_bytes, unit="B", unit_scale=True, file=sys.stderr)
+    bar = tqdm(desc="merging", total=total_bytes, unit="B", unit_scale=True, file=sys.stderr, disable=None)
     with bar, CorpusWriter(prefix, record["vocab_size"]) as writer:
         for path in given:
             writer.add_corpus(path)

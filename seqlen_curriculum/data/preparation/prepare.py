@@ -193,4 +193,12 @@ class _Job:
 
     def progress_bar(self, work: str) -> Any:
         """Return a progress bar over the bytes of all input files."""
-        return tqdm(desc=work, total=self.input_bytes(), unit="B", unit_scale=True, file=sys.stderr, mininterval=0.5)
+        return tqdm(
+            desc=work,
+            total=self.input_bytes(),
+            unit="B",
+            unit_scale=True,
+            file=sys.stderr,
+            mininterval=0.5,
+            disable=None,
+        )
