@@ -91,7 +91,7 @@ def test_the_devices_that_the_user_shows(machine, monkeypatch):
         command = launching.local_launcher(ranks)
         assert "--num_accelerators" not in command
         assert command[command.index("--include") + 1] == devices
-    with pytest.raises(ConfigError, match=r"--ranks 3: CUDA_VISIBLE_DEVICES shows 2 devices, 4,5"):
+    with pytest.raises(ConfigError, match=r"--ranks 3: CUDA_VISIBLE_DEVICES lists only 2 devices, 4,5"):
         launching.local_launcher(3)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-1e0a,GPU-77b2")
     with pytest.raises(ConfigError, match=r"CUDA_VISIBLE_DEVICES: GPU-1e0a,GPU-77b2 are not all numbers"):
