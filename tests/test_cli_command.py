@@ -180,8 +180,8 @@ def test_a_broken_pipe_is_silent(command, unbuffered):
     result = subprocess.run([*SLW, *command], stdout=write, stderr=subprocess.PIPE, text=True, env=environment)
     os.close(write)
     assert result.stderr == ""
-    # Unbuffered, argparse ignores the error as it prints its help.
-    assert result.returncode == (0 if unbuffered and "--help" in command[1:] else 141)
+    # Unbuffered, argparse of Python 3.11.4 and later ignores the error as it prints its help.
+    assert result.returncode in ({0, 141} if unbuffered and "--help" in command[1:] else {141})
 
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])

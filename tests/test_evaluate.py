@@ -248,7 +248,7 @@ def test_a_bare_hugging_face_folder_with_a_tokenizer_of_choice(evaluated_place, 
         ),
         (
             ["runs/gpt3", "--task", "lambada=lambada_test.jsonl", "--out", "runs"],
-            "--out runs: is a folder; name a file",
+            "--out runs: is a folder; give a file in it",
         ),
         (
             ["runs/gpt3", "--task", "lambada=lambada_test.jsonl", "--out", "/proc/a.json"],

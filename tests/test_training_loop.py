@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from helpers.launching import wait_until
 from helpers.settings import changed
 
 from seqlen_curriculum import RunConfig
@@ -215,6 +216,7 @@ def test_held_lengths_throw_away_what_was_read_ahead(trainer_of, tiny_run, monke
     seen = reads_of(trainer, monkeypatch)
     for step in range(1, 8):
         trainer.step(step, False)
+    wait_until(lambda: 8 in seen, "step 8 is not read ahead")
     assert trainer._hold_lengths(7, perplexity_ratio=2.0) == 7
     trainer.step(8, False)
     assert engine.seen[-1][1] == trainer.plan.timeline.seqlen(8) == trainer.plan.timeline.seqlen(7)
