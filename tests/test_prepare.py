@@ -425,7 +425,7 @@ def test_the_command_gives_the_same_bytes_with_any_workers(tmp_path: Path) -> No
         done = script(*flags)
         assert done.returncode == 0, done.stderr
         assert done.stdout.startswith(f"prepared: {prefix} (")
-        assert "encoding: 100%" in done.stderr
+        assert "\r" not in done.stderr  # a bar is for terminals
     for suffix in SUFFIXES:
         assert (tmp_path / f"1/corpus{suffix}").read_bytes() == (tmp_path / f"2/corpus{suffix}").read_bytes()
     again = script(*flags)
