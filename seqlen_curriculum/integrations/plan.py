@@ -41,8 +41,8 @@ class TrainerPlan:
 
         Only our sections are read: a trainer reads the keys of DeepSpeed by itself, where they may be ``"auto"``.
         ``max_lr`` is the rate of the trainer's optimizer, which a ``TokenCosineLR`` warms up to. ``padding_free`` batches
-        are cut into pieces that don't see one another, with every token kept: that is ``method: "window"``, which they
-        need. Other batches can't have it here.
+        keep every token and are cut into pieces that don't see one another. They need ``method: "window"``, which other
+        batches can't have here.
 
         Raises ConfigError for another ``train_batch_size`` or rate in the file, and for what no trainer with steps of
         equal size can do: ``batch_size_warmup``, ``batch_growth`` and an ``adaptive`` schedule.

@@ -1,6 +1,6 @@
 """Sequence length warmup in Hugging Face's ``Trainer`` and its subclasses, such as TRL's.
 
-Three changed lines: ``trainer = warm_up(Trainer(...), "run.json")``. The trainer's own loop, data and optimizer stay. Each
+An existing script adds ``trainer = warm_up(trainer, "run.json")``. The trainer's own loop, data and optimizer stay. Each
 optimizer step has one length on all ranks, its batches are cut where the loop takes them (behind workers and prefetching),
 and evaluations are at full length. ``max_steps`` is the run's number of steps, and a ``TokenCosineLR`` of the file sets the
 rate of every step from its consumed tokens. A checkpoint keeps the schedule, and resuming it with another one is refused.
@@ -52,8 +52,8 @@ class SequenceLengthWarmupMixin:
     """Put before a ``Trainer`` class: ``class MyTrainer(SequenceLengthWarmupMixin, Trainer)``.
 
     ``curriculum`` is a file with our sections, or its content. ``balance`` gives the micro-batches of short steps more rows
-    of the same step, so that each has about as many tokens as at full length; None: where the gradient stays the same
-    (not under DeepSpeed, and only if the model's loss takes ``num_items_in_batch``).
+    of the same step, so that each has about as many tokens as at full length. None selects this if the gradient stays the
+    same: not under DeepSpeed, and only if the model's loss takes ``num_items_in_batch``.
     """
 
     def __init__(self, *args: Any, curriculum: Curriculum, balance: bool | None = None, **kwargs: Any) -> None:
