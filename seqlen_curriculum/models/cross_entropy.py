@@ -24,6 +24,8 @@ at H=4096 and 8e14 FLOP/s, while its 44 bytes take 13 ps at 3.35e12 byte/s.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -32,6 +34,8 @@ from torch.nn import functional as F
 
 __all__ = ["mean_cross_entropy"]
 
+LossOf = Callable[[Tensor, Tensor], Tensor]
+
 _CPU_CHUNK_TOKENS = 256
 """Maximum tokens with logits in memory on a CPU. At V=50304 in fp32, torch's own choice took 8 times as long."""
 _MOST_LOGITS = 2**29
@@ -39,8 +43,10 @@ _MOST_LOGITS = 2**29
 in all. Smaller chunks would increase the share of the weights, which every chunk reads, in the traffic."""
 
 
-def mean_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+def mean_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, compiled: bool = False) -> Tensor:
     """Return the mean cross entropy in nats, an fp32 scalar, of ``targets`` (N) int64.
+
+    On a GPU, ``compiled`` computes the loss of the logits by compiled kernels, which write no fp32 copy of them.
 
     Memory for the logits of ``hidden`` (N, H) and ``weight`` (V, H) is bounded. At N=65536 and V=50304 they would take
     65536 * 50304 * 4 bytes = 13 GB in fp32, and their gradient the same. With chunks, second derivatives aren't available.
@@ -48,7 +54,7 @@ def mean_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tenso
     if hidden.device.type == "cpu" and hasattr(F, "linear_cross_entropy"):
         return _cpu_cross_entropy(hidden, weight, targets)
     chunks = -(-len(targets) * len(weight) // _MOST_LOGITS)
-    return _chunked_cross_entropy(hidden, weight, targets, chunks)
+    return _chunked_cross_entropy(hidden, weight, targets, chunks, _compiled_loss() if compiled else _loss_of)
 
 
 def _cpu_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -66,32 +72,39 @@ def _cpu_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tenso
     return losses.float().mean()
 
 
-def _chunked_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, chunks: int) -> Tensor:
+def _chunked_cross_entropy(
+    hidden: Tensor, weight: Tensor, targets: Tensor, chunks: int, loss_of: LossOf | None = None
+) -> Tensor:
     """Return the mean cross entropy, computed from the logits of one chunk of tokens at a time."""
+    loss_of = loss_of or _loss_of
+    total: Tensor
     if chunks <= 1:
-        total = _summed(hidden, weight, targets)
+        total = loss_of(F.linear(hidden, weight), targets)
     elif torch.is_grad_enabled():
-        total = _ChunkedSum.apply(hidden, weight, targets, chunks)  # type: ignore[no-untyped-call]
+        total = _ChunkedSum.apply(hidden, weight, targets, chunks, loss_of)  # type: ignore[no-untyped-call]
     else:
         pairs = zip(hidden.chunk(chunks), targets.chunk(chunks), strict=True)
-        total = torch.stack([_summed(rows, weight, wanted) for rows, wanted in pairs]).sum()
+        total = torch.stack([loss_of(F.linear(rows, weight), wanted) for rows, wanted in pairs]).sum()
     return total / len(targets)
 
 
-def _summed(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """Return the summed cross entropy from all logits at once, with an fp32 softmax in half precision."""
-    return _loss_of(F.linear(hidden, weight), targets)
-
-
 def _loss_of(logits: Tensor, targets: Tensor) -> Tensor:
-    return F.nll_loss(F.log_softmax(logits, dim=-1, dtype=torch.float32), targets, reduction="sum")
+    """Return the summed cross entropy of ``targets`` (n) by ``logits`` (n, V), with an fp32 softmax in half precision."""
+    loss: Tensor = F.nll_loss(F.log_softmax(logits, dim=-1, dtype=torch.float32), targets, reduction="sum")
+    return loss
+
+
+@functools.cache
+def _compiled_loss() -> LossOf:
+    """Return ``_loss_of`` as compiled kernels for any number of tokens."""
+    return torch.compile(_loss_of, dynamic=True)
 
 
 class _ChunkedSum(torch.autograd.Function):
-    """``_summed`` by chunks, with gradients computed in the forward pass so that logits aren't stored or recomputed."""
+    """Summed cross entropy by chunks, with gradients computed in the forward pass: no logits are stored or recomputed."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunks: int) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunks: int, loss_of: LossOf) -> Tensor:
         # The losses are summed, not averaged, because in fp16 a gradient divided by N=16384 would be 0 or subnormal. The
         # weight's gradient is accumulated in fp32, because in bf16 each addition would round it by 0.2 %.
         weight_grad: Tensor | None = None  # (V, H)
@@ -102,7 +115,7 @@ class _ChunkedSum(torch.autograd.Function):
         for rows, wanted in zip(hidden.chunk(chunks), targets.chunk(chunks), strict=True):
             logits = F.linear(rows, weight).requires_grad_()  # (n, V)
             with torch.enable_grad():
-                loss = _loss_of(logits, wanted)
+                loss = loss_of(logits, wanted)
             (logits_grad,) = torch.autograd.grad(loss, logits)
             total += loss.detach()
             hidden_grads.append(logits_grad @ weight)
@@ -115,9 +128,9 @@ class _ChunkedSum(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         hidden_grad, weight_grad = ctx.saved_tensors
         # Rounded to the weight's dtype in the kernel that writes it.
         scaled = torch.empty_like(weight_grad, dtype=ctx.weight_dtype)
         torch.mul(weight_grad, grad * ctx.weight_scale, out=scaled)
-        return hidden_grad * grad, scaled, None, None
+        return hidden_grad * grad, scaled, None, None, None

@@ -112,12 +112,13 @@ class LossHead(nn.Module):
     def __init__(self, weight: nn.Parameter) -> None:
         super().__init__()
         self.weight = weight  # (V, H)
+        self.compiled = False
 
     def forward(self, hidden: Tensor, targets: Tensor | None = None) -> Tensor:
         """Return the logits (..., V) of ``hidden`` (..., H), or, given ``targets`` (...), their mean cross entropy."""
         if targets is None:
             return F.linear(hidden, self.weight)
-        return mean_cross_entropy(hidden.flatten(0, -2), self.weight, targets.flatten())
+        return mean_cross_entropy(hidden.flatten(0, -2), self.weight, targets.flatten(), self.compiled)
 
 
 def set_window(model: CausalLM, window: int | None, restart_positions: bool = False) -> None:

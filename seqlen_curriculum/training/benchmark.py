@@ -24,6 +24,7 @@ from seqlen_curriculum.schedule.micro_batch import balanced_rows
 from seqlen_curriculum.schedule.shortening import Method, Shortening
 from seqlen_curriculum.training.adam_moments import adam_moments
 from seqlen_curriculum.training.build import build_executor
+from seqlen_curriculum.training.compile import compile_model
 from seqlen_curriculum.training.executor import Executor
 from seqlen_curriculum.training.start import join_ranks
 
@@ -67,6 +68,8 @@ def measure_throughput(
     torch.manual_seed(0)  # the same weights on every rank
     model = build_model(model_config)
     executor, _ = build_executor(config.keys, config.deepspeed, model, config.curriculum_scheduler())
+    if "window" not in kinds:  # windows aren't compiled
+        compile_model(config, model, executor.engine.device)
     draw = torch.Generator().manual_seed(executor.data_rank)  # ranks that share rows draw the same
     cases = [
         _case(seqlen, kind, full, rows, micro_batch, config.keys.pipeline_stages)

@@ -1,34 +1,37 @@
-"""``torch.compile`` of a model's blocks, with a few graphs for all lengths of a run."""
+"""``torch.compile`` of a model's blocks and of its loss, with a few graphs for all lengths of a run."""
 
 from __future__ import annotations
 
 import torch
 import torch.fx.experimental._config
 from deepspeed import comm as dist
-from torch import nn
 
 from seqlen_curriculum.config.compatibility import compiles_by_default
 from seqlen_curriculum.config.run import RunConfig
+from seqlen_curriculum.models.causal_lm import AnyCausalLM
+from seqlen_curriculum.models.gpt2 import CausalLM
 from seqlen_curriculum.training.telemetry import log_rank0
 
-__all__ = ["compile_blocks", "is_compiled"]
+__all__ = ["compile_model", "is_compiled"]
 
 
 def is_compiled(config: RunConfig, device: torch.device) -> bool:
-    """Return ``training.compile`` of a file with model and training sections; if it is unset, the device decides."""
-    assert config.training is not None
+    """Return ``training.compile``; if it is unset, the device decides. Needs the model section."""
     assert config.model is not None
-    if config.training.compile is not None:
+    if config.training is not None and config.training.compile is not None:
         return config.training.compile
     return device.type == "cuda" and compiles_by_default(config.keys, config.model, config.shortening.method)
 
 
-def compile_blocks(blocks: nn.ModuleList, device: torch.device) -> None:
-    """Compile each block with dynamic rows and lengths. Without a working compiler, log a message and don't compile.
+def compile_model(config: RunConfig, model: CausalLM | AnyCausalLM, device: torch.device) -> bool:
+    """Compile each block, and on a GPU the loss, if ``is_compiled``; return that. Call it on all ranks.
 
-    All blocks share their graphs: one for training, one for evaluation, and one for micro-batches of a single row, because
-    torch always specializes size 1.
+    All lengths share their graphs, and so do all blocks: one for training, one for evaluation, and one for micro-batches of
+    a single row, because torch always specializes size 1. Without a working compiler, log a message and don't compile.
     """
+    if not is_compiled(config, device):
+        return False
+    assert isinstance(model, CausalLM)
     problem = _compiler_problem(device)
     missing = torch.tensor(float(bool(problem)), device=device)
     dist.all_reduce(missing)  # a mix would train, but with different rounding on each rank
@@ -36,13 +39,15 @@ def compile_blocks(blocks: nn.ModuleList, device: torch.device) -> None:
         log_rank0(
             f"training.compile: {problem or 'another rank has no working compiler'}; training without compilation"
         )
-        return
-    log_rank0("training.compile: compiling the model's blocks, so the first micro-batches take longer")
+        return True
+    log_rank0("training.compile: compiling the model, so the first micro-batches take longer")
     # Otherwise torch treats equal sizes as one size: a step of length 64 in a model of hidden size 64 would get its own
     # graph.
     torch.fx.experimental._config.use_duck_shape = False
-    for block in blocks:
+    for block in model.lm.transformer.h:
         block.compile(dynamic=True)
+    model.lm.lm_head.compiled = True
+    return True
 
 
 def _compiler_problem(device: torch.device) -> str:

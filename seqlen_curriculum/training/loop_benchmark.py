@@ -20,6 +20,7 @@ from seqlen_curriculum.run_folder.evaluations import Evaluations
 from seqlen_curriculum.run_folder.run_log import read_run_log
 from seqlen_curriculum.training.accumulate import set_accumulation
 from seqlen_curriculum.training.build import build_executor
+from seqlen_curriculum.training.compile import compile_model
 from seqlen_curriculum.training.prefetch import StepData
 from seqlen_curriculum.training.spike_guard import LossesSoFar, SpikeGuard
 from seqlen_curriculum.training.telemetry import Telemetry
@@ -92,6 +93,7 @@ def _trainer(config: RunConfig, folder: Path) -> Trainer:
     torch.manual_seed(config.training.seed)  # the same weights for both loops
     plan, model = config.plan, build_model(config.model)
     executor, _ = build_executor(config.keys, config.deepspeed, model, plan.scheduler, plan.learning_rate)
+    compile_model(config, model, executor.engine.device)
     utilization = utilization_of(executor.engine, config.model)
     return Trainer(
         executor=executor,
@@ -118,8 +120,9 @@ class _BareLoop:
         assert config.model is not None
         torch.manual_seed(config.training.seed)
         model = build_model(config.model)
-        arguments = {"model": model, "model_parameters": model.parameters(), "config": dict(config.deepspeed)}
-        self.engine, *_ = deepspeed.initialize(**arguments)
+        keys = {**config.deepspeed, **config.keys.fp32_gradients}
+        self.engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=keys)
+        compile_model(config, model, self.engine.device)
         self.losses: list[float] = []
 
     def train(self, data: Sequence[StepData], rates: Sequence[float]) -> None:

@@ -26,7 +26,7 @@ from seqlen_curriculum.run_folder.evaluations import Evaluations
 from seqlen_curriculum.run_folder.run_log import RunLog, read_run_log
 from seqlen_curriculum.training.build import build_executor
 from seqlen_curriculum.training.checkpoint import Checkpoints
-from seqlen_curriculum.training.compile import compile_blocks, is_compiled
+from seqlen_curriculum.training.compile import compile_model
 from seqlen_curriculum.training.deterministic import be_deterministic
 from seqlen_curriculum.training.ranks import on_rank_0
 from seqlen_curriculum.training.rollback import log_skipped_steps, read_losses, roll_back
@@ -116,9 +116,7 @@ class _Pretraining:
             config.keys, config.deepspeed, self.model, self.plan.scheduler, rate
         )
         self.utilization = utilization_of(self.executor.engine, model_config)
-        self.compiles = is_compiled(config, self.executor.engine.device)
-        if self.compiles:
-            compile_blocks(self.model.lm.transformer.h, self.executor.engine.device)
+        self.compiles = compile_model(config, self.model, self.executor.engine.device)
 
     def run(self) -> Ending:
         """Train to the end, returning to a checkpoint whenever the spike guard requests it."""
