@@ -82,7 +82,7 @@ class SequenceLengthWarmupMixin:
                 "balance: not available under DeepSpeed, which counts micro-batches itself, or with a model whose loss "
                 "takes no num_items_in_batch; leave it out"
             )
-        self._balances = can_balance if balance is None else balance
+        self.balances = can_balance if balance is None else balance
         self._held: list[dict[str, Any]] = []
         self._checked_state: Any = None
         self._state_callback = SequenceLengthWarmupState()
@@ -165,7 +165,7 @@ class SequenceLengthWarmupMixin:
 
     def training_step(self: Any, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """Run forward and backward; a balanced step's first calls only collect rows, and its last call runs them all."""
-        if not self._balances or num_items_in_batch is None:
+        if not self.balances or num_items_in_batch is None:
             return super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc,no-any-return]
         self._held.append(dict(inputs))
         if len(self._held) < self.args.gradient_accumulation_steps:
