@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo.utils
+import torch.fx.experimental._config
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -110,6 +112,28 @@ def test_gpu_chunks_equal_plain_cross_entropy(chunks: int) -> None:
     with torch.no_grad():
         evaluated = cross_entropy._chunked_cross_entropy(hidden, weight, targets, chunks)
     assert relative_error(evaluated, loss.detach()) < 1e-6
+
+
+@pytest.mark.needs("compiler")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # from tracing
+def test_the_compiled_loss_equals_the_uncompiled_one_with_one_graph_for_all_lengths(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.fx.experimental._config, "use_duck_shape", False)  # as compile_model sets it
+    compiled = cross_entropy._compiled_loss()
+    torch._dynamo.utils.counters.clear()
+    for tokens in (24, 64, 256, 300):  # 64 equals the width, 256 the vocabulary
+        for chunks in (1, 3):
+            hidden, weight, targets = head_problem(tokens, 64, 256, torch.bfloat16)
+            found, expected = (
+                loss_and_gradients(
+                    cross_entropy._chunked_cross_entropy(hidden, weight, targets, chunks, loss_of), hidden, weight
+                )
+                for loss_of in (compiled, cross_entropy._loss_of)
+            )
+            for ours, theirs in zip(found, expected, strict=True):
+                assert relative_error(ours, theirs) < 1e-3
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
 def test_many_tokens_of_one_target_do_not_overflow_a_chunk_in_fp16() -> None:

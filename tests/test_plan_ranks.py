@@ -121,14 +121,13 @@ def test_with_many_ranks_short_lengths_idle_and_a_batch_growth_as_advised_ends_i
     path, sets = PAPER / "gpt2_117m_bsz512_seqlen1k_slw60k.json", []
     for expected in (1, 0):
         config = RunConfig.load(path, sets).for_ranks(128)
-        warnings = rank_warnings(config, on_ranks(config, RankFlags(ranks=128)))
+        warnings = rank_warnings(config, on_ranks(config, RankFlags(ranks=128, tflops=100)))
         assert len(warnings) == expected
         if warnings:
             assert (
                 "lengths 8 to 1016 have too few tokens to fill a device (down to 32, where about 2,816 do)"
                 in warnings[0]
             )
-            assert "not measured on a GPU" in warnings[0]
             floor = warnings[0].split("min_tokens_per_step ")[1]
             assert int(floor) == 2816 * 128
             sets = ["curriculum_learning.batch_growth=true", f"curriculum_learning.min_tokens_per_step={floor}"]
@@ -148,13 +147,25 @@ def test_only_what_the_run_can_change_is_advised():
 
 def test_few_ranks_are_not_warned_of():
     config = RunConfig.load(PAPER / "gpt2_1.5b_bsz512_seqlen1k_slw270k.json").for_ranks(8)
-    assert rank_warnings(config, on_ranks(config, RankFlags(ranks=8))) == []
+    assert rank_warnings(config, on_ranks(config, RankFlags(ranks=8, tflops=150))) == []
+    (warning,) = rank_warnings(
+        config, on_ranks(config, RankFlags(ranks=8, tflops=400))
+    )  # 48 blocks need the host longer
+    assert "Consider train_micro_batch_size_per_gpu above 4 or fewer ranks" in warning
 
 
 def test_what_fills_a_device_by_hand():
-    model = RunConfig.load(PAPER / "gpt2_1.5b_bsz512_seqlen1k.json").model
-    assert fill_tokens(model) == 1352  # 132 x 128 x 128 / 1600 = 1351.7
-    assert fill_tokens(model.model_copy(update={"hidden_size": 16_384})) == 295
+    assert fill_tokens(1600, 0.0, 1.0) == 1352  # 132 x 128 x 128 / 1600 = 1351.7
+    assert fill_tokens(768, 12 * 1.8e-3, FLOPS[1024] / 396e12) == 10_000  # 21.6 ms / 2.16 ns
+
+
+def test_a_micro_batch_that_the_host_takes_longer_for_limits_the_assumed_speed():
+    # 4 x 1024 tokens of 12 blocks take 21.6 ms, as measured; then each rank computes 4096 * 855e6 FLOPs in it
+    summary, _ = planned(2)
+    assert summary["tflops"] == pytest.approx(4096 * FLOPS[1024] / 21.6e-3 / 1e12)
+    assert summary["fill_tokens"] == 4096
+    assert summary["lengths"][-1]["speed"] == 1
+    assert planned(2, tflops=300)[0]["tflops"] == 300
 
 
 @pytest.mark.parametrize(
@@ -194,7 +205,8 @@ def test_the_speed_is_that_of_the_card_present_or_an_h100s(monkeypatch, tmp_path
     if model:
         (tmp_path / "0000:3b:00.0").mkdir()
         (tmp_path / "0000:3b:00.0" / "information").write_text(f"Model: \t\t {model}\nIRQ:   \t\t 64\n")
-    run = {name: value for name, value in RUN.items() if name != "bf16"}
+    run = {name: value for name, value in changed(RUN, train_batch_size=32).items() if name != "bf16"}
+    run["train_micro_batch_size_per_gpu"] = 16  # fewer rows would be limited by the host
     summary, _ = planned(2, {**run, **({precision: {"enabled": True}} if precision else {})})
     assert summary["tflops"] == pytest.approx(tflops)
     assert source in summary["tflops_source"]

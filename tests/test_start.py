@@ -8,6 +8,7 @@ import sys
 from collections import namedtuple
 
 import pytest
+import torch
 from deepspeed.accelerator import get_accelerator
 from helpers import launchers
 from helpers.capabilities import require_launches
@@ -185,6 +186,17 @@ def test_a_script_without_a_launcher_trains_as_the_only_rank(tmp_path):
     assert done.returncode == 0, done.stderr
     # 8 rows of 672 columns in the ramp of 20 steps, and 64 in each of 19 steps after it
     assert "39 steps, 15104 tokens, last length 64, loss 1." in done.stdout
+
+
+@pytest.mark.parametrize(("seq_length", "cudnn"), [(1024, False), (1032, True)])
+def test_short_sequences_use_flash_attention_which_has_no_plan_for_each_shape(seq_length, cudnn):
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    try:
+        torch.backends.cuda.enable_cudnn_sdp(True)
+        start.choose_attention(seq_length)
+        assert torch.backends.cuda.cudnn_sdp_enabled() == cudnn
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
 
 
 def test_idle_devices_are_warned_of(monkeypatch, capsys):

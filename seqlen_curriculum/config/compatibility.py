@@ -9,7 +9,7 @@ from seqlen_curriculum.config.deepspeed import DeepSpeedKeys
 from seqlen_curriculum.config.model import ModelConfig
 from seqlen_curriculum.schedule.shortening import Method
 
-__all__ = ["EngineChecks", "compiles_by_default", "engine_problems", "length_problems"]
+__all__ = ["EngineChecks", "engine_problems", "length_problems"]
 
 
 def engine_problems(keys: DeepSpeedKeys, model: ModelConfig | None, compiled: bool, method: Method) -> list[str]:
@@ -23,12 +23,6 @@ def engine_problems(keys: DeepSpeedKeys, model: ModelConfig | None, compiled: bo
         *checks.compilation(),
         *checks.architecture(),
     ]
-
-
-def compiles_by_default(keys: DeepSpeedKeys, model: ModelConfig, method: Method) -> bool:
-    """Return the default of ``training.compile`` on a GPU."""
-    allowed = not any(EngineChecks(keys, model, True, method).compilation())
-    return allowed and all(degree == 1 for degree in keys.degrees.values())
 
 
 def length_problems(keys: DeepSpeedKeys, lengths: Sequence[int]) -> list[str]:

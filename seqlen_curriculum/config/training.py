@@ -49,8 +49,8 @@ class TrainingConfig(Section):
     micro-batches per step. The gradient is the same up to rounding. ``fixed``: ``train_micro_batch_size_per_gpu`` rows at
     every length."""
     compile: bool | None = None
-    """Compile the model's blocks with ``torch.compile``, in at most 3 graphs for all lengths. None: on for a GPT-2 on CUDA
-    with data parallelism only, ZeRO 0 to 2 and no attention windows, otherwise off."""
+    """Compile a GPT-2 with ``torch.compile``, in a few graphs for all lengths. True: its blocks, and on a GPU its loss.
+    None: only the loss, on a GPU. False: nothing."""
     deterministic: bool = False
     """Use only torch's deterministic algorithms, which are slower, so that the same step on the same GPUs is bit-identical.
     CPU runs are bit-identical either way."""

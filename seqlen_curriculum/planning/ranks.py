@@ -6,6 +6,7 @@ long as one that just fills it. Communication, the optimizer, evaluations and ch
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -28,6 +29,9 @@ __all__ = ["RankFlags", "describe_ranks", "fill_tokens", "on_ranks", "rank_warni
 MFU = 0.4
 """Assumed model FLOPs utilization at full length."""
 DEFAULT_CARD = "NVIDIA H100"
+_HOST_SECONDS = 1.8e-3
+"""Host time of a block per micro-batch, forward and backward. 12 blocks of GPT-2 117M take 21 to 23 ms on an H200 with up to
+4096 tokens, uncompiled."""
 _MULTIPROCESSORS, _TILE = 132, 128  # of an H100; rows and columns of the output tile that each computes at a time
 _DRIVER = Path("/proc/driver/nvidia/gpus")
 _COLUMNS = {
@@ -89,15 +93,16 @@ class _Shapes(NamedTuple):
         return np.asarray(timed * model.flops_per_token(self.seqlen) / speed, np.float64)
 
 
-def fill_tokens(model: ModelConfig) -> int:
-    """Return the tokens of a micro-batch that occupy all of an H100: an estimate, not measured on a GPU.
+def fill_tokens(hidden_size: int, host_seconds: float, token_seconds: float) -> int:
+    """Return the tokens of a micro-batch that keep a GPU busy, if it takes ``token_seconds`` for each: an estimate.
 
-    The narrowest products of a block have ``hidden_size`` columns and one row per token. A multiprocessor computes a tile of
-    128 x 128, and an H100 has 132 of them. Below 295 rows (989 TFLOP/s over 3.35 TB/s) reading the weights is the limit, but
-    295 is the larger number only at a ``hidden_size`` above 7,331.
+    It is the larger of two limits. The host takes ``host_seconds`` for a micro-batch of any size. And the narrowest products
+    of a block have ``hidden_size`` columns and one row per token, which a multiprocessor computes in tiles of 128 x 128; an
+    H100 has 132.
     """
-    # GPT-2 117M, 768 columns: 6 tiles wide, so 22 tiles high, 2,816 tokens. GPT-2 1.5B, 1600 columns: 1,352 tokens.
-    return max(ceil_div(_MULTIPROCESSORS * _TILE * _TILE, model.hidden_size), 295)
+    # GPT-2 117M at 396 TFLOP/s and length 1024: 12 * 1.8 ms / (855e6 / 396e12 s) = 10,003 tokens. By tiles 2,816: 768
+    # columns are 6 tiles, and 6 * 22 = 132.
+    return max(math.ceil(host_seconds / token_seconds), ceil_div(_MULTIPROCESSORS * _TILE * _TILE, hidden_size))
 
 
 def on_ranks(config: RunConfig, flags: RankFlags) -> dict[str, Any]:
@@ -128,9 +133,16 @@ def on_ranks(config: RunConfig, flags: RankFlags) -> dict[str, Any]:
         # The speed is that at full length, so it includes the effect of small micro-batches at full length.
         seq_length = config.shortening.seq_length
         full_tokens = config.plan.micro_batch * seq_length // config.keys.sequence_ranks
-        least_tokens = min(fill_tokens(model), full_tokens)
         # A rank that shares a model with others does a part of the work for the tokens of all of them.
-        speed = tflops * 1e12 * flags.ranks / (config.data_ranks * config.keys.sequence_ranks)
+        parts = flags.ranks / (config.data_ranks * config.keys.sequence_ranks)
+        token_flops = model.flops_per_token(float(seq_length)) / parts  # of a rank
+        host_seconds = _HOST_SECONDS * ceil_div(model.num_layers, config.keys.pipeline_stages)
+        fed = full_tokens * token_flops / host_seconds / 1e12
+        if flags.tflops is None and fed < tflops:
+            tflops, source = fed, f"what the host can feed with {full_tokens:,} tokens at a time; --tflops changes it"
+            summary |= {"tflops": tflops, "tflops_source": source}
+        least_tokens = min(fill_tokens(model.hidden_size, host_seconds, token_flops / tflops / 1e12), full_tokens)
+        speed = tflops * 1e12 * parts
         timed, ideal = shapes.seconds(model, speed, least_tokens), shapes.seconds(model, speed)
         constant = _Shapes.of(replace(config, curriculum=constant_curriculum(seq_length)))
         full_length = constant.seconds(model, speed, least_tokens)
@@ -217,8 +229,8 @@ def _idle(config: RunConfig, summary: dict[str, Any]) -> list[str]:
     ratio = summary["hours"] / summary["hours_at_full_speed"]
     return [
         f"--ranks {summary['ranks']}: some micro-batches at {span} have too few tokens to fill a device (down to "
-        f"{fewest:,}, where about {fill:,} do), so the run takes {ratio:.2f} times as long as at full speed (an estimate, "
-        f"not measured on a GPU). Consider {' or '.join(_remedies(config, fill))}"
+        f"{fewest:,}, where about {fill:,} do), so the run takes {ratio:.2f} times as long as at full speed (an "
+        f"estimate). Consider {' or '.join(_remedies(config, fill))}"
     ]
 
 
@@ -226,6 +238,8 @@ def _remedies(config: RunConfig, fill: int) -> Iterator[str]:
     """Yield the settings to change so that micro-batches have ``fill`` tokens."""
     if not config.plan.balanced:
         yield 'training.micro_batch "balanced"'
+    if config.plan.timeline.rows(config.plan.timeline.steps) // config.plan.data_ranks > config.plan.micro_batch:
+        yield f"train_micro_batch_size_per_gpu above {config.plan.micro_batch}"
     yield "fewer ranks"
     if config.curriculum is None or config.batch_size_warmup is not None:
         return

@@ -26,7 +26,7 @@ from seqlen_curriculum.training.adam_moments import adam_moments
 from seqlen_curriculum.training.build import build_executor
 from seqlen_curriculum.training.compile import compile_model
 from seqlen_curriculum.training.executor import Executor
-from seqlen_curriculum.training.start import join_ranks
+from seqlen_curriculum.training.start import choose_attention, join_ranks
 
 __all__ = ["KINDS", "measure_throughput"]
 
@@ -63,6 +63,7 @@ def measure_throughput(
             "--kinds window: only a GPT-2 has windows of attention, not model.hf_checkpoint's; leave it out"
         )
     join_ranks(config.deepspeed)
+    choose_attention(full)
     config = config.for_ranks(dist.get_world_size())
     rows, micro_batch, _ = batch_shape(config.keys, dist.get_world_size())
     torch.manual_seed(0)  # the same weights on every rank

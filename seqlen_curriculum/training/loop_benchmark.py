@@ -23,6 +23,7 @@ from seqlen_curriculum.training.build import build_executor
 from seqlen_curriculum.training.compile import compile_model
 from seqlen_curriculum.training.prefetch import StepData
 from seqlen_curriculum.training.spike_guard import LossesSoFar, SpikeGuard
+from seqlen_curriculum.training.start import choose_attention, join_ranks
 from seqlen_curriculum.training.telemetry import Telemetry
 from seqlen_curriculum.training.trainer import StopSignals, Trainer
 from seqlen_curriculum.training.utilization import utilization_of
@@ -56,7 +57,8 @@ def measure_loop(config: RunConfig, folder: Path, steps: int, pairs: int) -> dic
             "model.dropout: the comparison needs a GPT-2 on one rank without dropout, because the loops draw different "
             "masks, and a TokenCosineLR; set it to 0, and scheduler.type"
         )
-    deepspeed.init_distributed()
+    join_ranks(config.deepspeed)
+    choose_attention(config.shortening.seq_length)
     config = config.for_ranks(1)
     trainer, bare, rate = _trainer(config, folder), _BareLoop(config), config.plan.learning_rate()
     assert rate is not None

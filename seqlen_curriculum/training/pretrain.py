@@ -32,7 +32,7 @@ from seqlen_curriculum.training.ranks import on_rank_0
 from seqlen_curriculum.training.rollback import log_skipped_steps, read_losses, roll_back
 from seqlen_curriculum.training.run_info import record_launch
 from seqlen_curriculum.training.spike_guard import RollbackRequested, SpikeGuard
-from seqlen_curriculum.training.start import join_ranks
+from seqlen_curriculum.training.start import choose_attention, join_ranks
 from seqlen_curriculum.training.telemetry import Telemetry, log_rank0
 from seqlen_curriculum.training.trainer import Ending, StopSignals, Trainer
 from seqlen_curriculum.training.utilization import utilization_of
@@ -78,6 +78,7 @@ class _Pretraining:
         config = config.for_ranks(dist.get_world_size())
         assert config.model is not None
         assert config.training is not None
+        choose_attention(config.shortening.seq_length)
         self.plan, self.settings = config.plan, config.training
         self.train_data, self.valid_samples, self.until_step = train, valid, until_step
         self.save, self.signals = save.resolve(), StopSignals()
