@@ -82,3 +82,19 @@ WARMUP = {"type": "WarmupLR", "params": {"warmup_num_steps": 10}}
 )
 def test_differences_outside_the_schedules_make_another_run(saved, ours):
     assert not trains_identically(saved.settings(), ours.settings(), 2)
+
+
+@pytest.mark.parametrize("ours_is_custom", [False, True])
+def test_a_checkpoint_imports_no_function_that_the_file_does_not_name(tmp_path, monkeypatch, ours_is_custom):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "own.py").write_text("def lengths(step): return 16\n")
+    (tmp_path / "foreign.py").write_text("open('canary', 'w')\ndef lengths(step): return 16\n")
+    monkeypatch.chdir(tmp_path)
+    custom = {"curriculum_learning__schedule_type": "custom", "curriculum_learning__schedule_config": {}}
+    config = run(**custom, curriculum_learning__schedule_config__function="own:lengths")
+    ours = (config if ours_is_custom else run()).settings()
+    saved = {**config.settings(), "curriculum_learning.schedule_config.function": "foreign:lengths"}
+    assert not trains_identically(saved, ours, 7)
+    assert not (tmp_path / "canary").exists()
+    longer = run(**custom, curriculum_learning__schedule_config__function="own:lengths", training__train_tokens=30_000)
+    assert trains_identically(longer.settings(), config.settings(), 7)

@@ -87,7 +87,9 @@ class Checkpoints:
         on_rank_0(self._delete_hidden)
         # The leading dot hides the unfinished folder from checkpoint_folders.
         unfinished = self.save_folder / f".{final.name}.tmp"
-        files = shard_files(engine, self.in_background)
+        files = shard_files(engine)
+        if files:
+            files.begin(self.in_background)
         try:
             engine.save_checkpoint(str(self.save_folder), tag=unfinished.name, save_latest=False)
             write_model = model_writer()

@@ -24,6 +24,7 @@ from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngi
 from safetensors import SafetensorError
 
 from seqlen_curriculum.errors import SeqlenCurriculumError
+from seqlen_curriculum.training.read_shard import read_shard
 
 __all__ = ["ModelWriter", "PendingSave", "ShardFiles", "nothing_to_write", "shard_files", "write_part"]
 
@@ -42,17 +43,18 @@ class ShardFiles(CheckpointEngine):  # type: ignore[misc]
     ``in_background``: ``save`` serialises to host memory, and ``write_held`` writes the same bytes later.
     """
 
-    def __init__(self, engine: TorchCheckpointEngine, in_background: bool) -> None:
+    def __init__(self, engine: TorchCheckpointEngine) -> None:
         super().__init__()
-        self._engine, self._in_background = engine, in_background
+        self._engine, self._in_background = engine, False
         self._held: dict[Path, io.BytesIO] = {}
         self.crc32: dict[Path, int] = {}
         """CRC-32 of the files written since ``begin``."""
         self.problem = ""
         """The reason why a file couldn't be written. Not raised, because other ranks wait for this one in DeepSpeed."""
 
-    def begin(self) -> None:
+    def begin(self, in_background: bool) -> None:
         """Reset the state of the previous checkpoint."""
+        self._in_background = in_background
         self._held, self.crc32, self.problem = {}, {}, ""
 
     def create(self, info: Any) -> None:
@@ -94,25 +96,22 @@ class ShardFiles(CheckpointEngine):  # type: ignore[misc]
                 self.crc32[path] = zlib.crc32(content)
 
     def load(self, path: str, map_location: Any = None) -> Any:
-        """Read a file written by ``save``."""
-        return self._engine.load(path, map_location)
+        """Read a file written by ``save``. Raises CheckpointError for one with other content."""
+        return read_shard(path, map_location)
 
     def commit(self, info: Any) -> bool:
         """Return True; the manifest, not DeepSpeed, marks a checkpoint as complete."""
         return bool(self._engine.commit(info))
 
 
-def shard_files(engine: Any, in_background: bool) -> ShardFiles | None:
-    """Install and reset the writer of the shards of DeepSpeed's ``engine``, and return it.
+def shard_files(engine: Any) -> ShardFiles | None:
+    """Return the reader and writer of the shards of DeepSpeed's ``engine``; the first call installs it.
 
     Returns None if ``checkpoint.writer`` in the file selects one of DeepSpeed's writers.
     """
     if type(engine.checkpoint_engine) is TorchCheckpointEngine:
-        engine.checkpoint_engine = ShardFiles(engine.checkpoint_engine, in_background)
-    if not isinstance(engine.checkpoint_engine, ShardFiles):
-        return None
-    engine.checkpoint_engine.begin()
-    return engine.checkpoint_engine
+        engine.checkpoint_engine = ShardFiles(engine.checkpoint_engine)
+    return engine.checkpoint_engine if isinstance(engine.checkpoint_engine, ShardFiles) else None
 
 
 def write_part(files: ShardFiles | None, folder: Path, write_model: Callable[[Path], None]) -> dict[str, int]:

@@ -11,6 +11,7 @@ from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from seqlen_curriculum.config.equivalence import trains_identically
 from seqlen_curriculum.errors import CheckpointError
 from seqlen_curriculum.run_folder.checkpoint_manifest import Checkpoint, differences
+from seqlen_curriculum.training.checkpoint_files import shard_files
 from seqlen_curriculum.training.reshard import load_resharded
 from seqlen_curriculum.training.telemetry import log_rank0
 
@@ -59,6 +60,7 @@ def _load(engine: Any, checkpoint: Checkpoint) -> None:
     # Other ZeRO keys may change the layout of shards of the same size, which DeepSpeed would load without an error.
     same_layout = (checkpoint.data_ranks, checkpoint.zero) == (ranks, zero)
     if checkpoint.zero_stage == stage and (stage == 0 or same_layout):
+        shard_files(engine)  # reads no pickled code, unlike DeepSpeed's
         engine.load_checkpoint(str(checkpoint.folder.parent), tag=checkpoint.folder.name)
         return
     if checkpoint.zero.get("round_robin_gradients") or zero.get("round_robin_gradients"):

@@ -40,6 +40,7 @@ from deepspeed.runtime.pipe.engine import PipelineEngine
 from torch import Tensor
 
 from seqlen_curriculum.errors import CheckpointError
+from seqlen_curriculum.training.read_shard import read_shard
 
 __all__ = ["Span", "load_resharded", "spans_of_groups", "spans_of_parameters", "spans_of_whole", "take"]
 
@@ -115,14 +116,14 @@ class _Saved:
     def __init__(self, folder: Path, stage: int, ranks: int, names: list[str], model_rank: int) -> None:
         part = f"{MODEL_FILE_PREFIX}{model_rank:02d}"
         # The file of data-parallel rank 0. The values read from it are the same in the files of all ranks.
-        self.model = _mapped(min(folder.glob(f"*{part}{MODEL_FILE_SUFFIX}")))
+        self.model = read_shard(min(folder.glob(f"*{part}{MODEL_FILE_SUFFIX}")), mmap=True)
         self.scaler: dict[str, Any] = {}
         if stage == 0:
             weights, base = {name: self.model["module"][name] for name in names}, self.model["optimizer"]
             shards = [_Shard(spans_of_whole(weights), list(weights.values()), base["state"])]
         else:
             files = (f"*{ZERO_FILE_PREFIX}{rank}_{part}{OPTIM_FILE_SUFFIX}" for rank in range(ranks))
-            states = [_mapped(next(folder.glob(file)))[OPTIMIZER_STATE_DICT] for file in files]
+            states = [read_shard(next(folder.glob(file)), mmap=True)[OPTIMIZER_STATE_DICT] for file in files]
             base = states[0][OPTIMIZER_STATE_DICT if stage == 3 else BASE_OPTIMIZER_STATE]
             if LOSS_SCALER in states[0]:  # DeepSpeed's BF16_Optimizer has none
                 self.scaler = {key: states[0][key] for key in _SCALER}
@@ -248,11 +249,6 @@ def take(pieces: Iterable[tuple[int, Tensor]], first: int, target: Tensor) -> No
             taken += end - begin
     if taken != target.numel():
         raise ValueError(f"the shards contain {taken} of {target.numel()} elements of a parameter")
-
-
-def _mapped(path: Path) -> dict[str, Any]:
-    states: dict[str, Any] = torch.load(path, map_location="cpu", mmap=True, weights_only=False)
-    return states
 
 
 def _elementwise(state: Mapping[str, Any]) -> dict[str, Tensor]:
