@@ -97,6 +97,8 @@ class MixedSchedule(Section):
             raise ValueError(
                 f"difficulty has {len(self.difficulty)} entries and steps {len(self.steps)}; give each length its steps"
             )
+        if sum(self.steps) > 10**15:
+            raise ValueError(f"steps add up to {sum(self.steps)}, at most 10**15 steps are planned; shorten the cycle")
         return self
 
 

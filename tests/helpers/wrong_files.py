@@ -102,7 +102,7 @@ WRONG_RUNS = {
             curriculum_learning__min_difficulty=1,
             curriculum_learning__max_difficulty=2**24,
             curriculum_learning__schedule_config__difficulty_step=2**10,
-            curriculum_learning__schedule_config__total_curriculum_step=1e12,
+            curriculum_learning__schedule_config__total_curriculum_step=1e6,
         ),
         "can't be counted in 64 bits",
     ),
