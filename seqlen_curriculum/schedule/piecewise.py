@@ -56,6 +56,8 @@ class Piecewise:
             return Piecewise(self.first_steps, self.values * other.values)
         if len(self.values) == 1:
             return Piecewise(other.first_steps, self.values * other.values)
+        if self.first_steps is other.first_steps:  # both were made by ``map``
+            return Piecewise(self.first_steps, self.values * other.values)
         # The product changes only where one of the factors changes.
         both = np.sort(np.concatenate((self.first_steps, other.first_steps)), kind="stable")  # merges two sorted lists
         first_steps = both[np.append(True, both[1:] != both[:-1])]

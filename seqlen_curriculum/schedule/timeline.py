@@ -6,9 +6,6 @@ bisection. Of lengths that repeat it stores one period. The cost depends on the 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from fractions import Fraction
-
 import numpy as np
 
 from seqlen_curriculum.errors import ConfigError
@@ -23,7 +20,7 @@ from seqlen_curriculum.schedule.pacing import Pacing, lengths_by_run
 from seqlen_curriculum.schedule.piecewise import IntArray, Periodic, Piecewise, Steps, ceil_div
 from seqlen_curriculum.schedule.shortening import TRUNCATE, Shortening
 
-__all__ = ["Timeline", "ramp_steps_for_fraction", "ramp_steps_for_tokens"]
+__all__ = ["Timeline"]
 
 _MOST_ASKED = 2**20
 """Steps for which the function of a custom schedule is called, which takes a second."""
@@ -150,10 +147,8 @@ class Timeline:
             first_steps = self._tokens.first_steps[self._tokens.first_steps <= self.steps]
             lengths, samples = self._lengths.at(first_steps), self._samples.at(first_steps)
             counts = np.diff(first_steps, append=self.steps + 1)
-        order = np.lexsort((samples, lengths))
-        lengths, samples, counts = lengths[order], samples[order], counts[order]
-        is_new = np.append(True, (lengths[1:] != lengths[:-1]) | (samples[1:] != samples[:-1]))
-        return lengths[is_new], samples[is_new], np.add.reduceat(counts, np.flatnonzero(is_new))
+        lengths, samples, order, first = _sorted_pairs(lengths, samples)
+        return lengths, samples, np.add.reduceat(counts[order], first)
 
     def _repeated_kinds(self, repeated: Periodic) -> tuple[IntArray, IntArray, IntArray]:
         """Return length, samples and number of steps of each piece of the period, within each piece of the samples."""
@@ -188,9 +183,9 @@ class Timeline:
     def shapes(self) -> list[tuple[int, int]]:
         """Return every (rows, tokens per row) in the run, shortest rows first."""
         lengths, samples, _ = self.kinds_of_steps()
-        rows = (samples * self.shortening.rows_per_sample(lengths)).tolist()
-        shapes = set(zip(rows, self.shortening.tokens_per_row(lengths).tolist(), strict=True))
-        return sorted(shapes, key=lambda shape: (shape[1], shape[0]))
+        rows, row_tokens = samples * self.shortening.rows_per_sample(lengths), self.shortening.tokens_per_row(lengths)
+        row_tokens, rows, _, _ = _sorted_pairs(row_tokens, rows)
+        return list(zip(rows.tolist(), row_tokens.tolist(), strict=True))
 
     def tokens_by_sample(self) -> Piecewise:
         """Return the target tokens of each sample in reading order; samples are numbered from 1, as steps are.
@@ -215,56 +210,9 @@ class Timeline:
         return Piecewise(*self._lengths.listed(self.steps))
 
 
-def ramp_steps_for_tokens(
-    pacing: Callable[[int], Pacing], rows: GlobalBatch, tokens: int, shortening: Shortening = TRUNCATE
-) -> int:
-    """Return the smallest T whose ramp ``pacing(T)`` consumes at least ``tokens`` target tokens by its last step, T.
-
-    The result is exact, also under a batch size warmup: each length of the ramp of T + 1 steps is at least the length of
-    the ramp of T steps one step earlier. By induction the same holds for consumed tokens, and for the rows derived from
-    them. So the tokens of a ramp increase with T, and bisection finds the smallest T. Under ``segment`` and batch growth
-    the tokens of a step are not monotone in the length. Then the result is a T that consumes enough while T - 1 does not.
-    """
-
-    def enough(total_steps: int) -> bool:
-        return Timeline(pacing(total_steps), rows, tokens, shortening).consumed_tokens(total_steps) >= tokens
-
-    return _smallest(enough, 1, _most_steps(pacing, rows, tokens, shortening))
-
-
-def ramp_steps_for_fraction(
-    pacing: Callable[[int], Pacing],
-    rows: GlobalBatch,
-    train_tokens: int,
-    fraction: float,
-    shortening: Shortening = TRUNCATE,
-) -> int:
-    """Return the largest T with ``T <= fraction * steps``, where ``steps`` is the number of steps of the run with this T.
-
-    This is Composer's ``duration``. One more step of ramp lengthens the run by at most one step (by the induction of
-    ``ramp_steps_for_tokens``), so for ``fraction <= 1`` bisection finds the largest T, at least 1. Under ``segment`` and
-    batch growth the result is a T within the fraction while T + 1 is not.
-    """
-
-    share = Fraction(str(fraction))  # the decimal as written: 0.29 of 100 steps is 29, in floats 28.999...
-
-    def too_long(total_steps: int) -> bool:
-        return total_steps > share * Timeline(pacing(total_steps), rows, train_tokens, shortening).steps
-
-    # A ramp longer than the longest run is too long at any fraction, so the bisection is bounded.
-    longest_run = _most_steps(pacing, rows, train_tokens, shortening)
-    return max(_smallest(too_long, 1, longest_run + 1) - 1, 1)
-
-
-def _most_steps(pacing: Callable[[int], Pacing], rows: GlobalBatch, tokens: int, shortening: Shortening) -> int:
-    """Return an upper bound for the steps that consume ``tokens``, with every step as small as the smallest."""
-    smallest_step = least_tokens(rows, shortening.least_used_tokens(pacing(1).lowest))
-    return max(ceil_div(tokens, smallest_step), 1)
-
-
-def _smallest(holds: Callable[[int], bool], low: int, high: int) -> int:
-    """Return the smallest value in [low, high] for which the monotone ``holds`` is true; it must be true at ``high``."""
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (low, middle) if holds(middle) else (middle + 1, high)
-    return low
+def _sorted_pairs(first: IntArray, second: IntArray) -> tuple[IntArray, IntArray, IntArray, IntArray]:
+    """Return the different pairs in ascending order, the order that sorts all of them, and where each pair starts in it."""
+    order = np.lexsort((second, first))
+    first, second = first[order], second[order]
+    starts = np.flatnonzero(np.append(True, (first[1:] != first[:-1]) | (second[1:] != second[:-1])))
+    return first[starts], second[starts], order, starts
