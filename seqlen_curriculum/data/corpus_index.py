@@ -120,7 +120,7 @@ class CorpusIndex:
             raise DataError(f"{bin_path}: the corpus is empty (0 tokens); prepare it from text with content")
 
     def _entries(self, stream: BinaryIO, block: NDArray[Any], first: int, count: int) -> IntArray:
-        """Return up to ``count`` entries of a block, read as a file: pages of a memory map count as memory of the process."""
+        """Return up to ``count`` entries of a block, read as a file: mapped pages would count as memory of this process."""
         place = HEADER.size + 12 * len(self.lengths)  # of the document indices
         if block is not self.documents:
             place = HEADER.size + (0 if block is self.lengths else 4 * len(self.lengths))
