@@ -149,7 +149,7 @@ def misspelt_sections(raw: Mapping[str, Any], known: Iterable[str]) -> list[str]
     for key in map(str, raw):
         meant = None if key in names or key.startswith("_") else suggest(key, names, cutoff=0.8)
         if meant:
-            problems.append(f"{key}: unknown section; did you mean '{meant}'?")
+            problems.append(f"{key}: unknown key; did you mean '{meant}'?")
     return problems
 
 

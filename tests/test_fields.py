@@ -52,7 +52,7 @@ def test_suggestions():
 
 def test_misspelt_sections_are_found_among_keys_of_others():
     raw = {"trainning": {}, "_training": {}, "wall_clock_breakdown": True, "data": {}}
-    assert misspelt_sections(raw, ["training", "data"]) == ["trainning: unknown section; did you mean 'training'?"]
+    assert misspelt_sections(raw, ["training", "data"]) == ["trainning: unknown key; did you mean 'training'?"]
 
 
 def test_flat_names_leaves_by_their_path():

@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import hjson
 import numpy as np
@@ -12,11 +13,12 @@ from helpers.wrong_files import GOOD
 from hypothesis import given
 from hypothesis import strategies as st
 
-from seqlen_curriculum import ConfigError, DataError, RunConfig
+from seqlen_curriculum import ConfigError, DataError, RunConfig, strict_json
 from seqlen_curriculum.config.run_file import read_run_file
 from seqlen_curriculum.data.from_config import open_run_data, open_samples
 from seqlen_curriculum.data.writer import CorpusWriter
-from seqlen_curriculum.files import read_json, without_comments
+from seqlen_curriculum.files import read_json
+from seqlen_curriculum.strict_json import loads, without_comments
 
 COMMENTED = """\ufeff{
   // a curriculum of "8" to 64 tokens, /* and no end
@@ -113,15 +115,33 @@ def test_nothing_but_comments_and_commas_is_added_to_json(tmp_path, text, place)
 
 
 @pytest.mark.parametrize(
-    "text", ['{"a": 1, // "a"\n "a": 2}', '{"a": NaN /* */}', '{"a": -Infinity,}', '{"a": 1e999,}']
+    ("text", "message"),
+    [
+        ('{"a": 1, // "a"\n "a": 2}', "key 'a' is given twice in one object; keep one (line 2, column 2)"),
+        ('{"a": NaN /* */}', "a: NaN is not a JSON number; write a finite one (line 1, column 7)"),
+        ('{"a": [0, {"b": [\n-Infinity]}],}', "a.1.b.0: -Infinity is not a JSON number; write a finite one (line 2, "),
+        ('{"a": "b, \\"c",\n "d":\n  1e999,}', "d: 1e999 is too large for a number; write a smaller one (line 3, "),
+        ('{"a": [1, 2], "b": {"c": {}, "d": [],\n\n "\\u0064": 1}}', "b: key 'd' is given twice in one object; "),
+    ],
 )
-def test_what_json_must_not_hold_is_refused_beside_comments(tmp_path, text):
+def test_what_json_must_not_hold_is_refused_beside_comments(tmp_path, text, message):
     (tmp_path / "run.json").write_text(text)
-    with pytest.raises(ConfigError, match=r"run\.json: (key 'a' is given twice|NaN|-Infinity|1e999)"):
+    with pytest.raises(ConfigError, match=re.escape(f"run.json: {message}")):
         RunConfig.load(tmp_path / "run.json")
 
 
-def test_every_key_is_looked_up_once(tmp_path, monkeypatch):
+def test_a_wrong_number_in_a_flag_has_its_key(tmp_path):
+    (tmp_path / "run.json").write_text(json.dumps(GOOD))
+    with pytest.raises(ConfigError, match=r"--set 'model=.*: layers\.0: NaN is not a JSON number"):
+        RunConfig.load(tmp_path / "run.json", ['model={"layers": [NaN]}'])
+
+
+@given(VALUES)
+def test_strict_json_without_duplicates_is_accepted(value):
+    assert loads(json.dumps(value)) == value
+
+
+def test_every_key_is_looked_up_once(monkeypatch):
     """20,000 keys: comparing each with all others would take 4e8 comparisons."""
     compared = 0
 
@@ -134,9 +154,12 @@ def test_every_key_is_looked_up_once(tmp_path, monkeypatch):
             compared += 1
             return str.__eq__(self, other)
 
-    from seqlen_curriculum.files import _unique_keys
-
-    assert len(_unique_keys([(Key(number), number) for number in range(20_000)])) == 20_000
+    reading = SimpleNamespace(
+        loads=lambda text: Key(json.loads(text)) if text[0] == '"' else json.loads(text),
+        JSONDecodeError=json.JSONDecodeError,
+    )
+    monkeypatch.setattr(strict_json, "json", reading)
+    assert len(loads(json.dumps({f"key{number}": number for number in range(20_000)}))) == 20_000
     assert compared < 20_000
 
 
@@ -259,7 +282,7 @@ def test_a_misspelt_section_is_one_problem(tmp_path):
     path.write_text('{"train_batch_size": 4, "trainng": {}}')
     with pytest.raises(ConfigError) as caught:
         RunConfig.load(path, require=("training", "data"))
-    problems = ["data: section required, but not given", "trainng: unknown section; did you mean 'training'?"]
+    problems = ["data: section required, but not given", "trainng: unknown key; did you mean 'training'?"]
     assert caught.value.problems == problems
 
 

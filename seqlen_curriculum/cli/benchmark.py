@@ -18,10 +18,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from seqlen_curriculum.cli.flags import Parser, add_json, add_launcher_flags, add_run_file
-from seqlen_curriculum.cli.launching import add_ranks, local_ranks, start_ranks
+from seqlen_curriculum.cli.flags import Parser, add_json, add_launcher_flags, add_overwrite, add_run_file
+from seqlen_curriculum.cli.launching import add_ranks, check_ranks, local_ranks, start_ranks
 from seqlen_curriculum.errors import ConfigError
-from seqlen_curriculum.files import picture_path, replace_text, writable_folder
+from seqlen_curriculum.files import output_file, picture_path, replace_text, writable_folder
 from seqlen_curriculum.launchers import global_rank, launch
 
 
@@ -87,6 +87,7 @@ def parser() -> Parser:
         )
         add_json(kind)
         kind.add_argument("--out", type=Path, metavar="FILE", help="write the JSON object of --json to a file")
+        add_overwrite(kind, "--out", *(["--png"] if kind is throughput else []))
     return flags
 
 
@@ -96,11 +97,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.rounds < 1:
         raise ConfigError(f"--rounds: {args.rounds} is not valid; give 1 or more")
     if args.out:
-        writable_folder("--out", args.out.resolve().parent)
+        output_file("--out", args.out, args.overwrite)
     args.measure(args, words)
 
 
 def measure_throughput(args: argparse.Namespace, words: Sequence[str]) -> None:
+    if args.png:
+        picture_path("--png", args.png, args.overwrite)
+    check_ranks(args.ranks)
+
     from seqlen_curriculum.config.run import RunConfig  # after --help: numpy and pydantic take a moment
 
     config = RunConfig.load(args.config, args.set, require=("optimizer", "model", "data"))
@@ -111,10 +116,9 @@ def measure_throughput(args: argparse.Namespace, words: Sequence[str]) -> None:
         raise ConfigError(
             f"--lengths {lengths}: some are not from 1 to data.seq_length, {seq_length}; give other lengths"
         )
-    png = picture_path("--png", args.png) if args.png else None
     if args.device != "auto":
         os.environ["DS_ACCELERATOR"] = args.device
-    if launch() is None or args.ranks is not None:
+    if launch() is None:
         start_ranks(local_ranks(args.ranks), "seqlen_curriculum", ["benchmark", *words])
 
     from seqlen_curriculum.training.benchmark import measure_throughput
@@ -125,8 +129,8 @@ def measure_throughput(args: argparse.Namespace, words: Sequence[str]) -> None:
     from seqlen_curriculum.analysis.benchmark import draw_throughput, throughput_table
 
     show(args, {"throughput": records}, throughput_table(records))
-    if png:
-        draw_throughput(records, png)
+    if args.png:
+        draw_throughput(records, args.png)
 
 
 def measure_data(args: argparse.Namespace, words: Sequence[str]) -> None:  # noqa: ARG001 - as the other two
