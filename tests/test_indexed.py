@@ -148,6 +148,19 @@ def test_both_files_missing(tmp_path: Path) -> None:
         IndexedCorpus(tmp_path / "nothing")
 
 
+@pytest.mark.parametrize("suffix", [".bin", ".idx"])
+def test_a_file_that_can_not_be_read(prefix: str, suffix: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def closed(path: Any, *args: Any) -> Any:  # as for another user's file; root may read it
+        if str(path) == prefix + suffix:
+            raise PermissionError(13, "Permission denied", str(path))
+        return open(path, *args)
+
+    for module in ("indexed", "corpus_index"):
+        monkeypatch.setattr(f"seqlen_curriculum.data.{module}.open", closed, raising=False)
+    with pytest.raises(DataError, match=rf"corpus{suffix}: can't be read \(Permission denied\); check its owner"):
+        IndexedCorpus(prefix)
+
+
 # 3 documents: header 34 bytes, lengths 34..46, offsets 46..70, document indices 70..102.
 @pytest.mark.parametrize(
     ("position", "content", "problem"),

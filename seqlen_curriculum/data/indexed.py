@@ -49,12 +49,16 @@ class IndexedCorpus:
             raise DataError(
                 f"{missing[0]}: missing, though the other file of the pair exists; copy or prepare both again"
             )
-        self.index = CorpusIndex(Path(idx_path))
-        self.index.check(bin_path)
+        try:
+            self.index = CorpusIndex(Path(idx_path))
+            self.index.check(bin_path)
+            with open(bin_path, "rb") as stream:
+                self._map = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+        except OSError as error:
+            path = error.filename or self.prefix
+            raise DataError(f"{path}: can't be read ({error.strerror}); check its owner and its mode") from error
         self.dtype = self.index.dtype
         self.num_documents = len(self.index.documents) - 1
-        with open(bin_path, "rb") as stream:
-            self._map = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
         # Rows are far apart. With read-ahead, each row of 2 KiB would read 128 KiB or more from the disk.
         self._map.madvise(mmap.MADV_RANDOM)
         self.tokens: NDArray[Any] = np.frombuffer(self._map, self.dtype)
@@ -163,7 +167,7 @@ def _recorded_vocab_size(path: Path) -> int | None:
         return None
     try:
         record = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path}: not valid JSON ({error}); prepare the corpus again, or remove this file") from None
     vocab_size = record.get("vocab_size") if isinstance(record, dict) else None
     if vocab_size is not None and (not isinstance(vocab_size, int) or vocab_size < 1):

@@ -24,6 +24,7 @@ from seqlen_curriculum.schedule.schedule_config import (
     RootSchedule,
 )
 from seqlen_curriculum.schedule.shortening import Method, Shortening
+from seqlen_curriculum.strict_json import shown
 
 __all__ = [
     "AdaptiveCurriculum",
@@ -188,7 +189,7 @@ class LevelsCurriculum(_PlainCurriculum):
         outside = [length for length in lengths if not self.min_difficulty <= length <= self.max_difficulty]
         if outside:
             raise ValueError(
-                f"schedule_config.difficulty: {outside} are outside min_difficulty {self.min_difficulty} to "
+                f"schedule_config.difficulty: {shown(outside)} are outside min_difficulty {self.min_difficulty} to "
                 f"max_difficulty {self.max_difficulty}; widen the range or change the lengths"
             )
         return self
@@ -259,13 +260,13 @@ _TYPES: dict[str, type[CurriculumConfig]] = {
 def curriculum_problems(block: object) -> tuple[CurriculumConfig | None, list[str]]:
     """Return the parsed block, or None and one line for each of its problems."""
     if not isinstance(block, Mapping):
-        return None, [f"{BLOCK}: {block!r} is not an object; write {{...}}"]
+        return None, [f"{BLOCK}: {shown(block)} is not an object; write {{...}}"]
     # Looked up here instead of by a tagged union, so that the error for a misspelt type has a suggestion.
     kind = block.get("schedule_type")
     if kind is None:
         return None, [f"{BLOCK}.schedule_type: required, but not given{nearest('', _TYPES)}"]
     if not isinstance(kind, str) or kind not in _TYPES:
-        return None, [f"{BLOCK}.schedule_type: {kind!r} is not a schedule type{nearest(str(kind), _TYPES)}"]
+        return None, [f"{BLOCK}.schedule_type: {shown(kind)} is not a schedule type{nearest(str(kind)[:99], _TYPES)}"]
     try:
         return TypeAdapter(_TYPES[kind]).validate_python(dict(block)), []
     except ValidationError as error:

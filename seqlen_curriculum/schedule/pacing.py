@@ -87,9 +87,11 @@ class StepFunction(ABC):
     def __call__(self, steps: int | IntArray) -> int | IntArray:
         at = np.asarray(steps)
         if at.dtype.kind not in "iu":
-            raise ConfigError(f"step: {steps!r} is not a whole number; give steps counted from 1")
+            raise ConfigError(f"step: {steps!r} is not a whole number of at most 64 bits; give steps counted from 1")
         if at.size and int(at.min()) < 0:
             raise ConfigError(f"step: {int(at.min())} is negative; give steps counted from 1")
+        if at.size and int(at.max()) >= 2**62:
+            raise ConfigError(f"step: {int(at.max())} is above 2**62; give steps counted from 1")
         # A single step takes the same vectorised path, so a plan of all steps equals the run step by step.
         lengths = self._lengths(np.atleast_1d(at))
         return int(lengths[0]) if at.ndim == 0 else lengths
