@@ -21,5 +21,5 @@ echo "4/5  training on $ranks ranks with DeepSpeed (the first run compiles DeepS
 deepspeed --num_accelerators "$ranks" scripts/train_gpt2.py --config configs/tiny_cpu.json --save runs/quickstart
 
 echo "5/5  result"
-slw report runs/quickstart --png runs/quickstart/curves.png --out runs/quickstart/report
+slw report runs/quickstart --png runs/quickstart/curves.png --overwrite --out runs/quickstart/report
 echo "checkpoint       $(ls -d runs/quickstart/global_step* | sort -V | tail -n 1) (loads with transformers too)"

@@ -1,4 +1,4 @@
-"""File utilities: strict JSON, durable writes and renames, locks, and checks of output paths."""
+"""File utilities: reading JSON, durable writes and renames, locks, and checks of output paths."""
 
 from __future__ import annotations
 
@@ -8,9 +8,7 @@ import functools
 import glob
 import itertools
 import json
-import math
 import os
-import re
 import shutil
 import sys
 import tempfile
@@ -20,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from seqlen_curriculum.errors import CheckpointError, ConfigError
+from seqlen_curriculum.strict_json import loads, without_comments
 
 __all__ = [
     "apply_override",
@@ -30,6 +29,7 @@ __all__ = [
     "lock_of",
     "move",
     "new_folder",
+    "output_file",
     "picture_path",
     "read_json",
     "replace",
@@ -38,7 +38,6 @@ __all__ = [
     "sync",
     "sync_tree",
     "try_lock",
-    "without_comments",
     "writable_folder",
 ]
 
@@ -52,7 +51,7 @@ _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 def read_json(path: Path, comments: bool = False) -> dict[str, Any]:
     """Return the object in a JSON file; ``comments`` allows comments and trailing commas (``without_comments``).
 
-    Duplicate keys and numbers that aren't finite are errors. Raises ConfigError with the file, the line and the column.
+    Raises ConfigError with the file, the line and the column, also for a duplicate key and a number that isn't finite.
     """
     try:
         # "utf-8-sig" skips the byte order mark that some editors on Windows write.
@@ -61,7 +60,7 @@ def read_json(path: Path, comments: bool = False) -> dict[str, Any]:
         reason = error.strerror if isinstance(error, OSError) else error
         raise ConfigError(f"can't be read ({reason}); give the path of a run's JSON file", str(path)) from error
     try:
-        value = _loads(without_comments(text) if comments else text)
+        value = loads(without_comments(text) if comments else text)
     except json.JSONDecodeError as error:
         raise ConfigError(
             f"not valid JSON: {error.msg} at line {error.lineno}, column {error.colno}", str(path)
@@ -73,63 +72,13 @@ def read_json(path: Path, comments: bool = False) -> dict[str, Any]:
     return value
 
 
-_STRING = r'"[^"\\\n]*+(?:\\.[^"\\\n]*+)*+"?'
-_COMMENT = re.compile(rf"{_STRING}|(?://|#)[^\n]*|/\*.*?(?P<end>\*/|\Z)", re.DOTALL)
-_LAST_COMMA = re.compile(rf'(?:{_STRING}|[^\s\[{{,:"])\s*+(?P<comma>,)(?=\s*+[\]}}])|{_STRING}')
-
-
-def without_comments(text: str) -> str:
-    """Replace ``// ...``, ``# ...``, ``/* ... */`` and commas after a last element with spaces.
-
-    Every other character keeps its position, so that errors in the result have the line and column of ``text``. Strings
-    without quotes, which Hjson also allows, are not accepted, because they would hide a misspelling such as ``tru``.
-    Raises json.JSONDecodeError for a comment without an end.
-    """
-
-    def blank(found: re.Match[str]) -> str:
-        if found[0].startswith('"'):
-            return found[0]
-        if found["end"] == "":
-            raise json.JSONDecodeError("Comment without its end '*/'", text, found.start())
-        return re.sub(r"[^\n]", " ", found[0])
-
-    def without_comma(found: re.Match[str]) -> str:
-        return found[0][:-1] + " " if found["comma"] else found[0]
-
-    return _LAST_COMMA.sub(without_comma, _COMMENT.sub(blank, text))
-
-
-def _loads(text: str) -> Any:
-    return json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_no_constant, parse_float=_finite)
-
-
-def _no_constant(name: str) -> None:
-    raise ConfigError(f"{name} is not a JSON number; write a finite one")
-
-
-def _finite(digits: str) -> float:
-    number = float(digits)
-    if math.isinf(number):
-        raise ConfigError(f"{digits[:20]} is too large for a number; write a smaller one")
-    return number
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    keys: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in keys:
-            raise ConfigError(f"key '{key}' is given twice in one object; keep one")
-        keys[key] = value
-    return keys
-
-
 def apply_override(raw: dict[str, Any], override: str) -> None:
     """Set ``a.b=value`` in place; the value is read as JSON, or as a string if it isn't JSON. Raises ConfigError."""
     path, equals, text = override.partition("=")
     if not equals or not all(path.split(".")):
         raise ConfigError(f"--set {override!r}: write section.key=value, as in --set training.train_tokens=2e9")
     try:
-        value = _loads(text)
+        value = loads(text)
     except json.JSONDecodeError:
         value = text
     except (ValueError, RecursionError) as error:
@@ -275,12 +224,27 @@ def lock_folder(folder: Path, flag: str, what: str) -> None:
         )
 
 
-def picture_path(flag: str, path: Path) -> Path:
-    """Return ``path`` if an image can be written there. Raises ConfigError naming ``flag``."""
-    if path.suffix.lower() not in (".png", ".pdf", ".svg") or path.is_dir():
-        raise ConfigError(f"{flag} {path}: not the name of an image file; give one that ends in .png, .pdf or .svg")
+def output_file(flag: str, path: Path, overwrite: bool) -> Path:
+    """Return ``path`` if a file can be written there, after making its folder. Raises ConfigError naming ``flag``.
+
+    Without ``overwrite`` an existing file is an error. Every command calls this before its work, for each file that the user
+    names.
+    """
+    if path.is_dir():
+        raise ConfigError(f"{flag} {path}: is a folder; give a file in it")
+    if path.exists() and not path.is_file():
+        raise ConfigError(f"{flag} {path}: is not a regular file; choose another name")
+    if path.exists() and not overwrite:
+        raise ConfigError(f"{flag} {path}: exists already; choose another name, or replace the file with --overwrite")
     writable_folder(flag, path.resolve().parent)
     return path
+
+
+def picture_path(flag: str, path: Path, overwrite: bool) -> Path:
+    """Return ``path`` if an image can be written there, as ``output_file`` does."""
+    if path.suffix.lower() not in (".png", ".pdf", ".svg") or path.is_dir():
+        raise ConfigError(f"{flag} {path}: not the name of an image file; give one that ends in .png, .pdf or .svg")
+    return output_file(flag, path, overwrite)
 
 
 def new_folder(flag: str, folder: Path) -> None:

@@ -129,7 +129,7 @@ def test_a_bucketed_ramp_keeps_its_promises(ramp, data):
         )
     )
     pacing = bucketed(ramp, bucket)
-    first_steps, _ = ramp.changes(0)
+    first_steps, _ = ramp.changes(ramp.total_steps)
     steps = np.unique([*first_steps, *(first_steps[1:] - 1), ramp.total_steps + 1])
     before, lengths = ramp(steps), pacing(steps)
     assert np.all((lengths % bucket == 0) | (lengths == ramp.max_difficulty))
@@ -138,6 +138,6 @@ def test_a_bucketed_ramp_keeps_its_promises(ramp, data):
     assert np.all(lengths >= ramp.lowest)
     assert pacing(ramp.total_steps) == ramp.max_difficulty
     assert (pacing.settles_at, pacing.highest) == (ramp.total_steps, ramp.max_difficulty)
-    changed_at, changed_to = pacing.changes(0)
+    changed_at, changed_to = pacing.changes(ramp.total_steps)
     assert np.array_equal(pacing(changed_at), changed_to)
     assert np.array_equal(pacing(changed_at[1:] - 1), changed_to[:-1])

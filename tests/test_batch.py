@@ -173,6 +173,12 @@ class TestSegments:
             batch = {"input_ids": ids(2), "position_ids": torch.tensor([positions] * rows)}
             assert cut(batch, 3, truncate=False)["position_ids"].tolist() == expected * 2
 
+    def test_segments_of_one_token_have_position_0(self):
+        batch = {"input_ids": ids(2, 4), "position_ids": torch.arange(4).repeat(2, 1)}
+        new, targets = set_batch_sequence_length(batch, 1, truncate=False)
+        assert new["input_ids"].tolist() == [[0], [1], [2], [3], [100], [101], [102], [103]]
+        assert (new["position_ids"].tolist(), targets) == ([[0]] * 8, 8)
+
     def test_padding_is_dropped_before_tokens(self):
         # 8 columns give 2 segments of 3: of the 2 over, padding goes first
         new = cut(padded_left(8, 7, 5), 3, truncate=False)

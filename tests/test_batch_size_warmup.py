@@ -46,13 +46,13 @@ def test_equals_megatron_wherever_no_level_begins_within_its_rounding(start, inc
 
 def test_steps_by_hand():
     # rows 2 until 20 tokens are consumed, 4 until 40, then 6; lengths 4, 4, 4, 8, ...: 8 + 8 + 8 = 24, 24 + 4 * 8 = 56
-    rows = BatchSizeRamp(2, 2, 40, 6).by_step(Piecewise(np.array([1, 4]), np.array([4, 8])))
+    rows = BatchSizeRamp(2, 2, 40, 6).by_step(Piecewise(np.array([1, 4]), np.array([4, 8])), 10**6)
     assert (rows.first_steps.tolist(), rows.values.tolist()) == ([1, 4, 5], [2, 4, 6])
 
 
 def test_a_long_step_jumps_over_levels():
     rows = BatchSizeRamp(1, 1, 40, 5).by_step(
-        Piecewise.constant(25)
+        Piecewise.constant(25), 10**6
     )  # 10 tokens a level: 25 is level 2, 25 + 75 the last
     assert (rows.first_steps.tolist(), rows.values.tolist()) == ([1, 2, 3], [1, 3, 5])
 

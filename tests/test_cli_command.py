@@ -93,14 +93,14 @@ EMPTY = "the value is empty, as from a shell variable that is not set"
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["trian"], "trian: no such command; did you mean train?; see slw --help"),
-        (["eval"], "eval: no such command; did you mean evaluate?; see slw --help"),
-        (["--versoin"], "--versoin: no such command; did you mean --version?; see slw --help"),
+        (["trian"], "trian: no such command; did you mean train? See slw --help"),
+        (["eval"], "eval: no such command; did you mean evaluate? See slw --help"),
+        (["--versoin"], "--versoin: no such command; did you mean --version? See slw --help"),
         (["xyzzy"], "xyzzy: no such command; see slw --help"),
         ([""], ": no such command; see slw --help"),
-        (["plan", CONFIG, "--jsn"], "--jsn: no such flag; did you mean --json?; see slw plan --help"),
-        (["train", CONFIG, "--sav", "x"], "--sav: no such flag; did you mean --save?; see slw train --help"),
-        (["train", CONFIG, "--sav=x"], "--sav: no such flag; did you mean --save?; see slw train --help"),
+        (["plan", CONFIG, "--jsn"], "--jsn: no such flag; did you mean --json? See slw plan --help"),
+        (["train", CONFIG, "--sav", "x"], "--sav: no such flag; did you mean --save? See slw train --help"),
+        (["train", CONFIG, "--sav=x"], "--sav: no such flag; did you mean --save? See slw train --help"),
         (["train", CONFIG, "--save", ""], f"--save: {EMPTY}; see slw train --help"),
         (["train", CONFIG, "--save="], f"--save: {EMPTY}; see slw train --help"),
         (["plan", ""], f"an argument: {EMPTY}; see slw plan --help"),
@@ -110,8 +110,8 @@ EMPTY = "the value is empty, as from a shell variable that is not set"
         (["train", "--save", "x"], "FILE, --config: one of these is required; see slw train --help"),
         (["plan", CONFIG, CONFIG], f"{CONFIG}: unexpected argument; see slw plan --help"),
         (["plan", CONFIG, "--ranks", "two"], "--ranks: invalid int value: 'two'; see slw plan --help"),
-        (["tune", CONFIG, "--dry", "--save", "x"], "--dry: no such flag; did you mean --dry-run?; see slw tune --help"),
-        (["benchmark", "loop", "--round"], "--round: no such flag; did you mean --rounds?; see slw benchmark --help"),
+        (["tune", CONFIG, "--dry", "--save", "x"], "--dry: no such flag; did you mean --dry-run? See slw tune --help"),
+        (["benchmark", "loop", "--round"], "--round: no such flag; did you mean --rounds? See slw benchmark --help"),
     ],
 )  # fmt: skip
 def test_a_mistake_is_one_line_and_status_2(arguments, message):

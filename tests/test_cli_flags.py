@@ -107,6 +107,11 @@ def test_what_is_written_is_named_by_out():
             assert PARSERS[name].parse_args([*words, flag, "corpus/x"]).out == "corpus/x"
 
 
+def test_commands_that_write_a_file_can_replace_it():
+    writing = {name for name, parser in PARSERS.items() if {"--out", "--png"} & parser.flags()}
+    assert {name for name, parser in PARSERS.items() if "--overwrite" in parser.flags()} == writing - {"export"}
+
+
 def test_lm_evals_names_are_accepted():
     parser = evaluate.parser()
     ours = parser.parse_args(["x", "--harness", "lambada", "piqa", "--shots", "2"])

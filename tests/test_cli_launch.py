@@ -58,7 +58,7 @@ def test_one_rank_on_a_cpu(machine, monkeypatch):
 def test_numbers_of_ranks_that_make_no_sense(machine, monkeypatch):
     machine(0)
     with pytest.raises(ConfigError, match="--ranks: 0 is not valid"):
-        launching.local_ranks(0)
+        launching.check_ranks(0)
     monkeypatch.setattr(launching.importlib.util, "find_spec", lambda _: None)
     with pytest.raises(ModuleNotFoundError) as missing:
         launching.local_ranks(1)

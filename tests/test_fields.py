@@ -1,6 +1,10 @@
 """Groups of flags, suggestions for misspelt names, and the text of a section's problems."""
 
+import difflib
+
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from pydantic import Field, model_validator
 
 from seqlen_curriculum.errors import ConfigError
@@ -52,8 +56,15 @@ def test_suggestions():
 
 def test_misspelt_sections_are_found_among_keys_of_others():
     raw = {"trainning": {}, "_training": {}, "wall_clock_breakdown": True, "data": {}}
-    assert misspelt_sections(raw, ["training", "data"]) == ["trainning: unknown section; did you mean 'training'?"]
+    assert misspelt_sections(raw, ["training", "data"]) == ["trainning: unknown key; did you mean 'training'?"]
 
 
 def test_flat_names_leaves_by_their_path():
     assert dict(flat({"a": {"b": 1, "c": {"d": 2}}, "e": 3})) == {"a.b": 1, "a.c.d": 2, "e": 3}
+
+
+@given(st.text("abcdeflrz_1", max_size=9), st.lists(st.text("abcdeflrz_1", max_size=9), max_size=5))
+def test_a_suggestion_is_the_one_of_difflib(name, names):
+    for cutoff in (0.6, 0.8, 0.85):
+        expected = difflib.get_close_matches(name, names, n=1, cutoff=cutoff)
+        assert suggest(name, names, cutoff) == (expected[0] if expected else None)

@@ -3,6 +3,7 @@ import os
 import pickle
 import struct
 import warnings
+from collections import Counter
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -147,6 +148,19 @@ def test_both_files_missing(tmp_path: Path) -> None:
         IndexedCorpus(tmp_path / "nothing")
 
 
+@pytest.mark.parametrize("suffix", [".bin", ".idx"])
+def test_a_file_that_can_not_be_read(prefix: str, suffix: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def closed(path: Any, *args: Any) -> Any:  # as for another user's file; root may read it
+        if str(path) == prefix + suffix:
+            raise PermissionError(13, "Permission denied", str(path))
+        return open(path, *args)
+
+    for module in ("indexed", "corpus_index"):
+        monkeypatch.setattr(f"seqlen_curriculum.data.{module}.open", closed, raising=False)
+    with pytest.raises(DataError, match=rf"corpus{suffix}: can't be read \(Permission denied\); check its owner"):
+        IndexedCorpus(prefix)
+
+
 # 3 documents: header 34 bytes, lengths 34..46, offsets 46..70, document indices 70..102.
 @pytest.mark.parametrize(
     ("position", "content", "problem"),
@@ -189,13 +203,65 @@ def test_tokens_of_another_size(prefix: str, size: int) -> None:
         IndexedCorpus(prefix)
 
 
-def test_an_index_that_points_outside_is_reported_when_used(prefix: str) -> None:
-    _edit(prefix + ".idx", 54, struct.pack("<q", 7))  # the second sequence's offset: half a token
-    with pytest.raises(DataError, match="document 1 starts outside the tokens"):
-        IndexedCorpus(prefix).document_start(1)
-    _edit(prefix + ".idx", 78, struct.pack("<q", -1))  # the second document's first sequence
-    with pytest.raises(DataError, match="document 1 starts outside the tokens"):
-        IndexedCorpus(prefix).document_start(1)
+# Lengths 4, 2, 5 of uint16: offsets 0, 8, 12 and document indices 0, 1, 2, 3.
+@pytest.mark.parametrize(
+    ("position", "content", "problem"),
+    [
+        (54, struct.pack("<q", 7), "sequence 1 starts at byte 7 of the .bin, and sequence 0 ends at byte 8"),
+        (46, struct.pack("<qqq", 0, 12, 12), "sequence 1 starts at byte 12 .* sequence 0 ends at byte 8"),
+        (34, struct.pack("<iii", 4, 3, 5), "sequence 2 starts at byte 12 .* sequence 1 ends at byte 14"),
+        (34, struct.pack("<iiiqqq", 4, -2, 5, 0, 8, 12), "sequence 1 has -2 tokens"),
+        (78, struct.pack("<q", -1), "document 1 starts at sequence -1, before document 0 at 0"),
+        (78, struct.pack("<q", 3), "document 2 starts at sequence 2, before document 1 at 3"),
+    ],
+)
+def test_an_index_in_another_order_than_its_tokens(prefix: str, position: int, content: bytes, problem: str) -> None:
+    _edit(prefix + ".idx", position, content)
+    with pytest.raises(DataError, match=rf"corpus\.idx: .*{problem}.*prepare (it|the text) again"):
+        IndexedCorpus(prefix)
+
+
+def test_an_error_past_the_first_block_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("seqlen_curriculum.data.corpus_index._BLOCK", 4)
+    prefix = write(tmp_path / "c", [[1, 2]] * 21)  # header 34, lengths 34..118, offsets 118..286, documents 286..462
+    assert IndexedCorpus(prefix).num_documents == 21
+    for number in range(1, 20):
+        good = Path(prefix + ".idx").read_bytes()
+        _edit(prefix + ".idx", 118 + 8 * number, struct.pack("<q", 4 * number + 2))
+        with pytest.raises(DataError, match=f"sequence {number} starts at byte {4 * number + 2} "):
+            IndexedCorpus(prefix)
+        Path(prefix + ".idx").write_bytes(good)
+        _edit(prefix + ".idx", 286 + 8 * number, struct.pack("<q", number + 1))
+        with pytest.raises(DataError, match=f"document {number} starts at sequence {number + 1}, and every other one"):
+            IndexedCorpus(prefix)
+        _edit(prefix + ".idx", 286 + 8 * number, struct.pack("<q", number - 2))
+        with pytest.raises(DataError, match=f"document {number} starts at sequence {number - 2}, before"):
+            IndexedCorpus(prefix)
+        Path(prefix + ".idx").write_bytes(good)
+
+
+def test_a_file_is_checked_once_unless_it_changes(prefix: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    os.utime(prefix + ".idx", (1e9, 1e9))
+    IndexedCorpus(prefix)
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            "seqlen_curriculum.data.corpus_index.CorpusIndex._check_sequences", lambda _: pytest.fail("again")
+        )
+        assert IndexedCorpus(prefix).num_documents == 3
+    _edit(prefix + ".idx", 54, struct.pack("<q", 7))
+    with pytest.raises(DataError, match="sequence 1 starts at byte 7"):
+        IndexedCorpus(prefix)
+
+
+def test_a_file_truncated_while_it_is_open_ends_in_words(long_corpus: IndexedCorpus) -> None:
+    os.truncate(long_corpus.prefix + ".bin", 6_000)
+    for read in (
+        lambda: long_corpus.gather([9_000], 10),
+        lambda: long_corpus.block(0, 50),
+        long_corpus.fingerprint,
+    ):
+        with pytest.raises(DataError, match=r"long.bin: has 6000 bytes, and had 20000 when it was opened"):
+            read()
 
 
 @pytest.mark.parametrize("documents", [[], [[]]])
@@ -311,6 +377,98 @@ def _write_with_megatron(megatron: Any, prefix: str, documents: list[np.ndarray]
     builder.finalize(prefix + ".idx")
 
 
+def _outcome(megatron: Any, prefix: str) -> str:
+    """Return what opening the pair gives: an error of this package, or the very documents that megatron-core reads."""
+    try:
+        corpus = IndexedCorpus(prefix)
+    except DataError:
+        return "refused"
+    theirs = megatron.IndexedDataset(prefix, mmap=False)
+    expected = [theirs[number].astype(np.int64).tolist() for number in range(len(theirs))]
+    assert corpus.tokens.tolist() == [token for sequence in expected for token in sequence]
+    starts = [0, *np.cumsum([len(sequence) for sequence in expected]).tolist()]
+    documents = corpus.document_starts(0, corpus.num_documents).tolist()
+    assert documents == [starts[number] for number in theirs.document_indices.tolist()]
+    return "read"
+
+
+def _flip(data: bytes, bit: int) -> bytes:
+    flipped = bytearray(data)
+    flipped[bit // 8] ^= 1 << bit % 8
+    return bytes(flipped)
+
+
+def _index_flips(tmp_path: Path, megatron: Any, bits: range) -> int:
+    """Return how many flips of one bit of an index of 40 documents are read, in every case as megatron-core reads them."""
+    random = np.random.default_rng(3)
+    prefix = write(
+        tmp_path / "flips", [random.integers(0, 30_000, n).tolist() for n in random.integers(0, 9, 40)], 40_000
+    )
+    good, documents = Path(prefix + ".idx").read_bytes(), IndexedCorpus(prefix).document_starts(0, 40).tolist()
+    read = 0
+    for bit in bits:
+        if bit < 8 * len(good):
+            Path(prefix + ".idx").write_bytes(_flip(good, bit))
+            if _outcome(megatron, prefix) == "read":
+                assert IndexedCorpus(prefix).document_starts(0, 40).tolist() == documents
+                read += 1
+    return read
+
+
+def test_a_bit_that_flips_in_an_index_never_gives_another_split(tmp_path: Path, megatron: Any) -> None:
+    assert _index_flips(tmp_path, megatron, range(0, 7000, 13)) == 0
+
+
+@pytest.mark.slow
+def test_no_bit_that_flips_in_an_index_gives_another_split(tmp_path: Path, megatron: Any) -> None:
+    assert _index_flips(tmp_path, megatron, range(7000)) == 0
+
+
+def _random_index(tmp_path: Path, random: np.random.Generator) -> str:
+    """Write a pair whose index may leave sequences out, repeat or swap them, and name documents in any order."""
+    lengths = random.integers(0, 4, random.integers(1, 6))
+    itemsize, code = ((1, 1), (2, 8), (4, 4))[random.integers(3)]
+    offsets = np.cumsum(np.append(0, lengths[:-1])) * itemsize
+    order = np.arange(len(lengths))
+    if random.random() < 0.6:
+        order = random.choice(order, random.integers(1, len(order) + 2))
+    documents = np.sort(random.integers(0, len(order) + 1, random.integers(0, 4)))
+    if random.random() < 0.2:
+        documents = random.permutation(documents)
+    documents = np.concatenate(([0], documents, [len(order)]))
+    prefix = tmp_path / "random"
+    prefix.with_suffix(".bin").write_bytes(random.integers(0, 256, lengths.sum() * itemsize, np.uint8).tobytes())
+    blocks = (
+        lengths[order].astype("<i4").tobytes()
+        + offsets[order].astype("<i8").tobytes()
+        + documents.astype("<i8").tobytes()
+    )
+    prefix.with_suffix(".idx").write_bytes(HEADER.pack(MAGIC, 1, code, len(order), len(documents)) + blocks)
+    return str(prefix)
+
+
+def _random_indices(tmp_path: Path, megatron: Any, count: int) -> Counter[str]:
+    random = np.random.default_rng(4)
+    return Counter(_outcome(megatron, _random_index(tmp_path, random)) for _ in range(count))
+
+
+def test_an_index_is_read_as_megatron_does_or_refused(tmp_path: Path, megatron: Any) -> None:
+    outcomes = _random_indices(tmp_path, megatron, 200)
+    assert min(outcomes["read"], outcomes["refused"]) > 40
+
+
+@pytest.mark.slow
+def test_indices_and_tokens_of_many_kinds_are_read_as_megatron_does_or_refused(tmp_path: Path, megatron: Any) -> None:
+    outcomes = _random_indices(tmp_path, megatron, 20_000)
+    assert min(outcomes["read"], outcomes["refused"]) > 4000
+
+
+@pytest.mark.parametrize("code", range(16))
+def test_another_byte_of_the_dtype(prefix: str, megatron: Any, code: int) -> None:
+    _edit(prefix + ".idx", 17, bytes([code]))  # 8 is uint16; 3 is int16, with the same tokens below 32,768
+    assert _outcome(megatron, prefix) == ("read" if code in (3, 8) else "refused")
+
+
 def test_fingerprint_follows_the_content_not_the_path(tmp_path: Path) -> None:
     def written(name: str, documents: list[list[int]]) -> str:
         with CorpusWriter(tmp_path / name, vocab_size=300) as writer:
@@ -329,10 +487,13 @@ class RecordedMap:
     """A memory map of ``size`` bytes that notes what is to be read ahead."""
 
     def __init__(self, size: int) -> None:
-        self.size, self.advised = size, list[tuple[int, int]]()
+        self._size, self.advised = size, list[tuple[int, int]]()
 
     def __len__(self) -> int:
-        return self.size
+        return self._size
+
+    def size(self) -> int:
+        return self._size
 
     def madvise(self, advice: int, start: int, length: int) -> None:
         assert advice == mmap.MADV_WILLNEED

@@ -134,7 +134,7 @@ def test_ids_outside_a_vocabulary_and_documents_out_of_order_are_reported(folder
     prefix = write(folder / "disorder", 20, 30, 10)
     index = Path(prefix + ".idx")
     index.write_bytes(index.read_bytes()[:-32] + np.array([0, 2, 1, 3], "<i8").tobytes())
-    with pytest.raises(DataError, match="its documents are out of order"):
+    with pytest.raises(DataError, match="document 2 starts at sequence 1, before document 1 at 2"):
         inspect_corpora([prefix])
 
 

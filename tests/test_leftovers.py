@@ -1,5 +1,7 @@
 """Leftovers by hand: what an epoch reads after its fresh samples, and where it ends."""
 
+import os
+
 import numpy as np
 import pytest
 
@@ -116,3 +118,16 @@ def test_an_id_that_the_model_does_not_have_is_found_among_leftovers(positions):
     assert targets.max() == 13
     with pytest.raises(DataError, match=r"corpus: token 14 has id 14, outside the vocabulary of 14"):
         stream.read(np.array([4]), 1)  # row 4 is made of what the first rows left
+
+
+def test_a_corpus_truncated_while_it_is_read_is_an_error(tmp_path):
+    with CorpusWriter(tmp_path / "corpus", 1000) as writer:
+        writer.add_document(np.arange(100))
+    corpus = IndexedCorpus(tmp_path / "corpus")
+    stream = SampleStream(Samples([(corpus, 0, 100)], 4, seed=1), Piecewise.constant(1))
+    rows = np.arange(24, 30)
+    assert stream.read(rows, 1)[0].shape == (6, 1)
+    os.truncate(tmp_path / "corpus.bin", 20)
+    for first in (0, 24):  # fresh rows, and rows made of leftovers
+        with pytest.raises(DataError, match=r"corpus.bin: has 20 bytes, and had 200 when it was opened"):
+            stream.read(rows - 24 + first, 1)

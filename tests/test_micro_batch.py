@@ -34,6 +34,25 @@ def test_invariants(accumulation, micro_batch, seq_length, data):
     assert balanced_rows(rows, micro_batch, seq_length, seq_length) == micro_batch
 
 
+@given(st.integers(1, 5000), st.integers(1, 400), st.integers(1, 64))
+def test_equals_trying_every_number_of_rows(rows, micro_batch, seqlen):
+    most = max(count for count in range(1, rows + 1) if rows % count == 0 and count * seqlen <= micro_batch * 64)
+    assert balanced_rows(rows, micro_batch, 64, seqlen) == most
+
+
+@pytest.mark.parametrize(
+    ("rows", "balanced"),
+    [
+        (10**15, 10**15 // 16),  # at most 10**14 * 64 // 96 = 6.7e13
+        (999_999_999_999_989, 1),  # the largest prime below 10**15
+        (31_622_743**2, 31_622_743),  # the square of a prime
+        (2 * 499_999_999_999_993, 2),  # twice a prime
+    ],
+)
+def test_huge_batches_are_not_searched_row_by_row(rows, balanced):
+    assert balanced_rows(rows, 10**14, 64, 96) == balanced
+
+
 @pytest.mark.parametrize(("seqlen", "rows"), [(8, 4), (128, 4), (256, 4), (511, 2), (512, 2)])
 def test_a_pipeline_keeps_its_stages_busy(seqlen, rows):
     # 32 rows a step over 2 stages: at least 8 micro-batches

@@ -151,9 +151,20 @@ def test_invariants_of_every_ramp(ramp, some_steps):
     assert [ramp(step) for step in steps.tolist()] == lengths.tolist()  # scalar and vector agree
 
 
+@pytest.mark.parametrize("degree", [1.0, 2.0, 0.4, 3.3])
+def test_lengths_of_ramps_over_trillions_of_steps(degree):
+    # the inverse of the formula is off by many steps where the ramp is flat: 1,000 lengths around 2**23 in 10**15 steps
+    ramp = Root(2**23, 2**23 + 1000, 1, 10**15, degree)
+    first_steps, lengths = ramp.changes(10**15)
+    assert lengths.tolist() == list(range(2**23, 2**23 + 1001))
+    for steps, expected in ((first_steps, lengths), (first_steps[1:] - 1, lengths[:-1])):
+        formula = [deepspeed_formula(step, 2**23, 2**23 + 1000, 10**15, 1, degree) for step in steps.tolist()]
+        assert formula == ramp(steps).tolist() == expected.tolist()
+
+
 @given(ramps)
 def test_changes_of_a_ramp_are_exactly_where_its_length_changes(ramp):
-    first_steps, lengths = ramp.changes(0)
+    first_steps, lengths = ramp.changes(ramp.total_steps)
     assert first_steps[0] == 1
     assert lengths[-1] == ramp.max_difficulty
     assert np.all(np.diff(first_steps) > 0)

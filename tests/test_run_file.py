@@ -1,8 +1,10 @@
 """A run's file as people write it: comments, paths beside it, and the folder of a run in its place."""
 
+import difflib
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import hjson
 import numpy as np
@@ -12,11 +14,12 @@ from helpers.wrong_files import GOOD
 from hypothesis import given
 from hypothesis import strategies as st
 
-from seqlen_curriculum import ConfigError, DataError, RunConfig
+from seqlen_curriculum import ConfigError, DataError, RunConfig, strict_json
 from seqlen_curriculum.config.run_file import read_run_file
 from seqlen_curriculum.data.from_config import open_run_data, open_samples
 from seqlen_curriculum.data.writer import CorpusWriter
-from seqlen_curriculum.files import read_json, without_comments
+from seqlen_curriculum.files import read_json
+from seqlen_curriculum.strict_json import loads, without_comments
 
 COMMENTED = """\ufeff{
   // a curriculum of "8" to 64 tokens, /* and no end
@@ -113,15 +116,147 @@ def test_nothing_but_comments_and_commas_is_added_to_json(tmp_path, text, place)
 
 
 @pytest.mark.parametrize(
-    "text", ['{"a": 1, // "a"\n "a": 2}', '{"a": NaN /* */}', '{"a": -Infinity,}', '{"a": 1e999,}']
+    ("text", "message"),
+    [
+        ('{"a": 1, // "a"\n "a": 2}', "key 'a' is given twice in one object; keep one (line 2, column 2)"),
+        ('{"a": NaN /* */}', "a: NaN is not a JSON number; write a finite one (line 1, column 7)"),
+        ('{"a": [0, {"b": [\n-Infinity]}],}', "a.1.b.0: -Infinity is not a JSON number; write a finite one (line 2, "),
+        ('{"a": "b, \\"c",\n "d":\n  1e999,}', "d: 1e999 is too large for a number; write a smaller one (line 3, "),
+        ('{"a": [1, 2], "b": {"c": {}, "d": [],\n\n "\\u0064": 1}}', "b: key 'd' is given twice in one object; "),
+    ],
 )
-def test_what_json_must_not_hold_is_refused_beside_comments(tmp_path, text):
+def test_what_json_must_not_hold_is_refused_beside_comments(tmp_path, text, message):
     (tmp_path / "run.json").write_text(text)
-    with pytest.raises(ConfigError, match=r"run\.json: (key 'a' is given twice|NaN|-Infinity|1e999)"):
+    with pytest.raises(ConfigError, match=re.escape(f"run.json: {message}")):
         RunConfig.load(tmp_path / "run.json")
 
 
-def test_every_key_is_looked_up_once(tmp_path, monkeypatch):
+FIELDS = {  # any field, known or not: the place of a value X and the field that a message names
+    '"train_batch_size": X': "train_batch_size",
+    '"optimizer": {"type": "Adam", "params": {"lr": 1e-3, "eps": X}}': "optimizer.params.eps",
+    '"data": {"train": [[0.5, "a"], [X, "b"]], "seq_length": 8}': "data.train.1.0",
+    '"somebodys": [0, X]': "somebodys.1",
+}
+VALUES_NO_PROGRAM_CAN_USE = {
+    "9" * 310: r"9{59}\.\.\.9{9} is too large for a number",
+    "9" * 400: r"9{59}\.\.\.9{9} is too large for a number",
+    "-" + "9" * 10_000: r"-9{58}\.\.\.9{9} is too large for a number",
+    "9" * 10_000 + ".5": r"9{59}\.\.\.9{7}\.5 is too large for a number",
+    "1e400": "1e400 is too large for a number",
+    "NaN": "NaN is not a JSON number",
+    "-Infinity": "-Infinity is not a JSON number",
+    r'"\ud800"': r"'\\ud800' has half of a surrogate pair",
+    r'"a\u0000b"': r"'a\\x00b' has a NUL character",
+    r'{"a\udfff": 1}': r"key 'a\\udfff' has half of a surrogate pair",
+}
+
+
+@pytest.mark.parametrize("value", VALUES_NO_PROGRAM_CAN_USE, ids=lambda value: value[:12])
+@pytest.mark.parametrize("field", FIELDS)
+def test_a_value_that_no_program_can_use_is_one_line_with_its_field(tmp_path, field, value):
+    (tmp_path / "run.json").write_text("{" + field.replace("X", value) + "}")
+    message = rf"^\S+run.json: {FIELDS[field]}: {VALUES_NO_PROGRAM_CAN_USE[value]}[;,] [^\n]{{1,99}}$"
+    with pytest.raises(ConfigError, match=message):
+        RunConfig.load(tmp_path / "run.json")
+
+
+@pytest.mark.parametrize("depth", [70, 900, 100_000])
+@pytest.mark.parametrize(("brackets", "keys"), [("[]", r"(\.0)+"), (('{"a":', "}"), r"(\.a)+")])
+def test_deep_nesting_is_one_line_with_its_field(tmp_path, brackets, keys, depth):
+    value = brackets[0] * depth + "1" + brackets[1] * depth
+    for field in ('"fp16": {"enabled": X}', '"somebodys": X'):
+        (tmp_path / "run.json").write_text("{" + field.replace("X", value) + "}")
+        name = "fp16.enabled" if "fp16" in field else "somebodys"
+        with pytest.raises(ConfigError, match=rf"json: {name}{keys}\.\.\.: is nested more than 64 levels deep[^\n]+$"):
+            RunConfig.load(tmp_path / "run.json")
+
+
+def test_what_no_program_can_use_is_an_error_in_memory_too():
+    for raw, message in (
+        ({"train_batch_size": 10**10_000}, "train_batch_size: int that is too large to print is not valid"),
+        ({"optimizer": {"type": "Adam", "params": {"lr": 10**400}}}, r"optimizer.params.lr: 10{59}\.\.\.0{10} is not"),
+        ({"data": {"train": ["a\0"], "seq_length": 8}}, r"data: train names 'a\\x00', which has a NUL character"),
+        ({"data": {"train": ["b", "a\ud800"], "seq_length": 8}}, r"data: train names 'a\\ud800', which has half of"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            RunConfig.from_dict(raw)
+    for raw in ([], None, 3, "run.json"):
+        with pytest.raises(ConfigError, match=rf"{re.escape(repr(raw))} is not a configuration; give a mapping"):
+            RunConfig.from_dict(raw)
+
+
+def test_a_path_that_can_not_be_read_is_one_line(tmp_path, monkeypatch):
+    with pytest.raises(ConfigError, match=r"can't be read \(File name too long\)"):
+        RunConfig.load(tmp_path / ("a" * 5000))
+
+    def closed(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    (tmp_path / "run.json").write_text("{}")
+    for method in ("read_text", "is_dir"):  # a closed file, and a file in a closed folder; root may read both
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, method, closed)
+            with pytest.raises(ConfigError, match=r"run.json: can't be read \(Permission denied\); give"):
+                RunConfig.load(tmp_path / "run.json")
+
+
+def outcome(read, *arguments):
+    """Return (result, no problems), or (None, the problems)."""
+    try:
+        return read(*arguments), []
+    except ConfigError as error:
+        return None, error.problems
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        lambda keys: keys,
+        lambda keys: {"training": {"train_tokens": 1000, **keys}},
+        lambda keys: {"model": keys},
+        lambda keys: {"optimizer": {"type": "Adam", "params": keys}},
+        lambda keys: {"curriculum_learning": {"enabled": True, "schedule_type": "fixed_linear", **keys}},
+    ],
+)
+@pytest.mark.parametrize("name", ["key_{}", "trainin{}", "lr{}"])
+def test_a_file_of_20_000_keys_is_compared_with_few_names(monkeypatch, sections, name):
+    compared = 0
+
+    def counted(*args, **kwargs):
+        nonlocal compared
+        compared += len(args[1])
+        return close_matches(*args, **kwargs)
+
+    close_matches = difflib.get_close_matches
+    monkeypatch.setattr(difflib, "get_close_matches", counted)
+    _, problems = outcome(RunConfig.from_dict, sections({name.format(number): 1 for number in range(20_000)}))
+    assert len(problems) <= 110
+    assert sum(map(len, problems)) < 50_000
+    assert compared < 4000
+
+
+def test_the_configuration_of_a_run_with_corpora_for_validation_can_be_read_again():
+    for sections in (
+        {"valid": ["/corpora/v"]},
+        {"valid": ["/corpora/v"], "test": ["/corpora/t"]},
+        {"test": ["/corpora/t"], "split": "9,1"},
+    ):
+        config = RunConfig.from_dict({**GOOD, "data": {"train": ["/corpora/w"], "seq_length": 64, **sections}})
+        assert RunConfig.from_dict(json.loads(json.dumps(config.as_file()))) == config
+
+
+def test_a_wrong_number_in_a_flag_has_its_key(tmp_path):
+    (tmp_path / "run.json").write_text(json.dumps(GOOD))
+    with pytest.raises(ConfigError, match=r"--set 'model=.*: layers\.0: NaN is not a JSON number"):
+        RunConfig.load(tmp_path / "run.json", ['model={"layers": [NaN]}'])
+
+
+@given(VALUES)
+def test_strict_json_without_duplicates_is_accepted(value):
+    assert loads(json.dumps(value)) == value
+
+
+def test_every_key_is_looked_up_once(monkeypatch):
     """20,000 keys: comparing each with all others would take 4e8 comparisons."""
     compared = 0
 
@@ -134,9 +269,12 @@ def test_every_key_is_looked_up_once(tmp_path, monkeypatch):
             compared += 1
             return str.__eq__(self, other)
 
-    from seqlen_curriculum.files import _unique_keys
-
-    assert len(_unique_keys([(Key(number), number) for number in range(20_000)])) == 20_000
+    reading = SimpleNamespace(
+        loads=lambda text, **hooks: Key(json.loads(text)) if text[0] == '"' else json.loads(text, **hooks),
+        JSONDecodeError=json.JSONDecodeError,
+    )
+    monkeypatch.setattr(strict_json, "json", reading)
+    assert len(loads(json.dumps({f"key{number}": number for number in range(20_000)}))) == 20_000
     assert compared < 20_000
 
 
@@ -259,7 +397,7 @@ def test_a_misspelt_section_is_one_problem(tmp_path):
     path.write_text('{"train_batch_size": 4, "trainng": {}}')
     with pytest.raises(ConfigError) as caught:
         RunConfig.load(path, require=("training", "data"))
-    problems = ["data: section required, but not given", "trainng: unknown section; did you mean 'training'?"]
+    problems = ["data: section required, but not given", "trainng: unknown key; did you mean 'training'?"]
     assert caught.value.problems == problems
 
 

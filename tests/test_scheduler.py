@@ -48,10 +48,32 @@ def test_state_goes_round():
         assert fresh.get_current_difficulty() == 512
 
 
-@pytest.mark.parametrize("state", [{}, {"current_difficulty": None}])
+@pytest.mark.parametrize("state", [{}, {"current_difficulty": None}, None, [], 3, "state"])
 def test_what_is_no_state_is_refused(state):
     with pytest.raises(ConfigError, match="is not a state of this scheduler"):
         CurriculumScheduler(LINEAR).set_state(state)
+
+
+@pytest.mark.parametrize("value", [0, -1, 2**64, True, "8", 8.0])
+def test_what_is_no_length_or_count_is_refused(value):
+    scheduler = CurriculumScheduler(LINEAR)
+    before = scheduler.get_state()
+    refused = rf": {value!r} is not valid; give a whole number from 1 to"
+    for name in ("bucket", "seq_length", "train_tokens", "rows"):
+        with pytest.raises(ConfigError, match=f"^{name}{refused} 10{{15}}"):
+            CurriculumScheduler(LINEAR, **{name: value})
+    with pytest.raises(ConfigError, match=f"^difficulty{refused} 16777216"):
+        scheduler.set_current_difficulty(value)
+    if isinstance(value, int):
+        with pytest.raises(ConfigError, match=f"^current_difficulty{refused} 16777216"):
+            scheduler.set_state({**scheduler.get_state(), "current_difficulty": value})
+    assert scheduler.get_state() == before
+
+
+@pytest.mark.parametrize("step", [-1, 2**62, 2**63, 2**64, "8", 8.0, None, True])
+def test_what_is_no_step_is_refused(step):
+    with pytest.raises(ConfigError, match=rf"step: {step!r} is .*; give steps counted from 1"):
+        CurriculumScheduler(LINEAR).get_difficulty(step)
 
 
 def test_what_is_no_block_or_no_function_is_refused():

@@ -133,7 +133,7 @@ def test_what_only_the_checks_between_keys_find_is_among_the_wrong_files():
 )  # fmt: skip
 def test_a_misspelt_section_fails_as_it_does_in_the_checks(misspelt):
     file = changed(**{misspelt: {}})
-    with pytest.raises(ConfigError, match=rf"{misspelt}: unknown section; did you mean"):
+    with pytest.raises(ConfigError, match=rf"{misspelt}: unknown key; did you mean"):
         RunConfig.from_dict(file)
     assert problem(file) is not None  # and GOOD passes
 

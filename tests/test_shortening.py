@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from seqlen_curriculum.schedule.pacing import Discrete, Root
+from seqlen_curriculum.schedule.ramp_duration import ramp_steps_for_fraction, ramp_steps_for_tokens
 from seqlen_curriculum.schedule.shortening import TRUNCATE, Shortening
-from seqlen_curriculum.schedule.timeline import Timeline, ramp_steps_for_fraction, ramp_steps_for_tokens
+from seqlen_curriculum.schedule.timeline import Timeline
 
 
 @pytest.mark.parametrize(

@@ -1,17 +1,20 @@
 """The run by arithmetic: the paper's Table 2, hand-worked sums, and equality with step-by-step counting."""
 
 import time
+from collections import Counter
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from seqlen_curriculum.errors import ConfigError
 from seqlen_curriculum.schedule.adjusted_pacing import bucketed
 from seqlen_curriculum.schedule.batch_size_warmup import BatchSizeRamp
 from seqlen_curriculum.schedule.global_batch import BatchGrowth
 from seqlen_curriculum.schedule.pacing import Custom, Discrete, Mixed, Root
-from seqlen_curriculum.schedule.timeline import Timeline, ramp_steps_for_fraction, ramp_steps_for_tokens
+from seqlen_curriculum.schedule.ramp_duration import ramp_steps_for_fraction, ramp_steps_for_tokens
+from seqlen_curriculum.schedule.timeline import Timeline
 
 BUDGET = 157_286_400_000
 
@@ -60,6 +63,67 @@ def test_a_custom_schedule_is_followed_to_the_budget_however_long():
     timeline = Timeline(Custom(1, 4, 1, function=lambda step: 1 + step % 4), rows=1, train_tokens=500_000)
     assert timeline.steps == 200_000  # 2.5 tokens a step on average
     assert timeline.consumed_tokens(4) == 2 + 3 + 4 + 1
+
+
+def test_a_custom_function_is_asked_for_the_steps_of_the_run_and_no_others():
+    table = [8] * 60 + [16] * 40 + [64] * 41  # 480 + 640 + 2,624 tokens per row: 141 steps
+    asked = []
+
+    def look_up(step):
+        asked.append(step)
+        return table[step - 1]
+
+    for rows in (4, BatchSizeRamp(2, 2, 40, 4), BatchGrowth(4, 50)):
+        asked.clear()
+        steps = np.arange(1, 142)
+        lengths, consumed = np.array(table), 0
+        for step in range(141):
+            consumed += rows_of_step(rows, consumed, table[step]) * table[step]
+        timeline = Timeline(Custom(8, 64, 8, function=look_up), rows, train_tokens=consumed)
+        assert asked == list(range(1, 142))
+        assert (timeline.steps, timeline.seqlen(steps).tolist()) == (141, lengths.tolist())
+        assert asked == list(range(1, 142))
+
+
+def test_alternating_lengths_over_trillions_of_steps():
+    # 4 rows of 8 and 16 tokens in turn: 96 tokens in two steps, and 10**15 tokens are 10,416,666,666,666 of them and 64 more
+    timeline = Timeline(Mixed((8, 16), (1, 1)), 4, 10**15)
+    assert timeline.steps == 2 * 10_416_666_666_666 + 2
+    assert timeline.consumed_tokens(timeline.steps) == 96 * 10_416_666_666_667
+    assert timeline.seqlen(timeline.steps - 1) == 8
+    lengths, tokens = timeline.tokens_by_length()
+    assert (lengths.tolist(), tokens.tolist()) == ([8, 16], [32 * 10_416_666_666_667, 64 * 10_416_666_666_667])
+    assert timeline.steps_to(96 * 10**12 + 1) == 2 * 10**12 + 1
+    with pytest.raises(ConfigError, match=r"data.leftovers: recycle needs a list .* this run has 20,833,333,333,334"):
+        timeline.tokens_by_sample()
+
+
+def test_alternating_lengths_in_a_batch_that_grows():
+    # 1 row until 60 tokens are consumed, then 3: steps of 8, 16, 8, 16, 8, 16 tokens reach 72, then 24, 48, ...
+    timeline = Timeline(Mixed((8, 16), (1, 1)), BatchSizeRamp(1, 2, 60, 3), 72 + 72 * 10**12)
+    assert timeline.consumed_tokens(np.arange(5, 9)).tolist() == [56, 72, 96, 144]
+    assert timeline.steps == 6 + 2 * 10**12
+    assert [part.tolist() for part in timeline.kinds_of_steps()] == [[8, 8, 16, 16], [1, 3, 1, 3], [3, 10**12] * 2]
+
+
+def test_what_is_too_long_to_plan_is_refused_by_its_key():
+    custom = Custom(8, 1024, 8, function=lambda step: pytest.fail(f"asked for step {step}"))
+    with pytest.raises(ConfigError, match=r"training.train_tokens: 10{15} take more than 1,048,576 steps"):
+        Timeline(custom, 512, 10**15)
+    with pytest.raises(ConfigError, match=r"difficulty_step: 1 gives a ramp of 16,777,216 lengths.*raise it to 129 or"):
+        Timeline(Root(1, 2**24, 1, 10**9), 1, 10**15)
+    timeline = Timeline(Mixed((*range(1, 1001),), (1,) * 1000), BatchSizeRamp(1, 1, 10**11, 4000), 10**12)
+    with pytest.raises(ConfigError, match=r"increment: 4,000 levels with 1,000 lengths in each cycle"):
+        timeline.shapes()
+
+
+def test_a_long_ramp_in_a_short_run_is_planned():
+    # 16 million lengths, of which a run of 10**6 tokens in 1,000 steps reaches the first ones
+    timeline = Timeline(Root(1, 2**24, 1, 10**9), 1, 10**6)
+    lengths = 1 + (np.arange(1, timeline.steps + 1) * (2**24 - 1)) // 10**9
+    assert np.cumsum(lengths)[-1] >= 10**6 > np.cumsum(lengths)[-2]
+    assert timeline.seqlen(np.arange(1, timeline.steps + 1)).tolist() == lengths.tolist()
+    assert Timeline(Root(1, 2**24, 1, 7), 1, 2**27).lengths() == [1 + (2**24 - 1) * step // 7 for step in range(1, 8)]
 
 
 schedules = st.one_of(
@@ -128,12 +192,16 @@ def test_arithmetic_equals_counting(pacing, rows, budget):
     for step_rows, seqlen in timeline.shapes():
         assert timeline.first_step_of_samples(step_rows) == 1 + [r for r, _ in shapes].index(step_rows)
         assert timeline.first_step_at(seqlen) == 1 + [s for _, s in shapes].index(seqlen)
+    kinds = zip(*(part.tolist() for part in timeline.kinds_of_steps()), strict=True)
+    assert [((samples, seqlen), count) for seqlen, samples, count in kinds] == sorted(
+        Counter(shapes).items(), key=lambda kind: kind[0][::-1]
+    )
     lengths, tokens = timeline.tokens_by_length()
-    assert tokens.sum() == consumed[-1]
-    firsts, counts = (part.tolist() for part in timeline.stretches())
-    assert [shapes[step - 1] for step, count in zip(firsts, counts, strict=True) for _ in range(count)] == shapes
-    for seqlen in set(lengths.tolist()):
-        assert tokens[lengths == seqlen].sum() == sum(r * s for r, s in shapes if s == seqlen)
+    assert lengths.tolist() == timeline.lengths() == sorted({seqlen for _, seqlen in shapes})
+    assert tokens.tolist() == [sum(r * s for r, s in shapes if s == seqlen) for seqlen in lengths.tolist()]
+    by_sample = timeline.tokens_by_sample()
+    assert by_sample.at(np.array(read) + 1)[:-1].tolist() == [seqlen for _, seqlen in shapes]
+    assert by_sample.total(np.array(read)).tolist() == np.cumsum([0, *(r * s for r, s in shapes)]).tolist()
 
 
 def test_a_batch_size_warmup_by_hand():

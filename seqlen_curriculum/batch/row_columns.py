@@ -82,7 +82,7 @@ class RowColumns:
         # Only the positions before the first packed document boundary in a segment are shifted: 3 4 5 0 1 becomes
         # 0 1 2 0 1.
         falls = positions[:, 1:] < positions[:, :-1]  # (B * K, s - 1)
-        before_fall = torch.cat([torch.zeros_like(falls[:, :1]), falls], 1).cumsum(1) == 0  # (B * K, s)
+        before_fall = torch.nn.functional.pad(falls, (1, 0)).cumsum(1) == 0  # (B * K, s)
         return torch.where(before_fall, positions - positions[:, :1], positions)
 
     def sequence_axes(self, path: Path, tensor: Tensor) -> tuple[int, ...]:

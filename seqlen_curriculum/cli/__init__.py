@@ -95,7 +95,7 @@ def _start(words: Sequence[str]) -> int | None:
         print(f"seqlen-curriculum {__version__}")
         return None
     if name not in COMMANDS:
-        usage_error(f"{name}: no such command{similar(name, [*COMMANDS, '--help', '--version'])}; see slw --help")
+        usage_error(f"{name}: no such command{similar(name, [*COMMANDS, '--help', '--version'])}", "slw --help")
     try:
         command: Callable[[Sequence[str]], int | None] = importlib.import_module(f"{__name__}.{name}").main
         return command(arguments)

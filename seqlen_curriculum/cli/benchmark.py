@@ -20,10 +20,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from seqlen_curriculum.cli.flags import Parser, add_json, add_launcher_flags, add_run_file
-from seqlen_curriculum.cli.launching import add_ranks, local_ranks, start_ranks
+from seqlen_curriculum.cli.flags import Parser, add_json, add_launcher_flags, add_overwrite, add_run_file
+from seqlen_curriculum.cli.launching import add_ranks, check_ranks, local_ranks, start_ranks
 from seqlen_curriculum.errors import ConfigError
-from seqlen_curriculum.files import picture_path, replace_text, writable_folder
+from seqlen_curriculum.files import output_file, picture_path, replace_text, writable_folder
 from seqlen_curriculum.launchers import global_rank, launch
 
 
@@ -106,6 +106,7 @@ def parser() -> Parser:
         )
         add_json(kind)
         kind.add_argument("--out", type=Path, metavar="FILE", help="write the JSON object of --json to a file")
+        add_overwrite(kind, "--out", *(["--png"] if kind in (throughput, trainer) else []))
     return flags
 
 
@@ -115,20 +116,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.rounds < 1:
         raise ConfigError(f"--rounds: {args.rounds} is not valid; give 1 or more")
     if args.out:
-        writable_folder("--out", args.out.resolve().parent)
+        output_file("--out", args.out, args.overwrite)
     args.measure(args, words)
 
 
 def measure_throughput(args: argparse.Namespace, words: Sequence[str]) -> None:
+    if args.png:
+        picture_path("--png", args.png, args.overwrite)
+    check_ranks(args.ranks)
+
     from seqlen_curriculum.config.run import RunConfig  # after --help: numpy and pydantic take a moment
 
     config = RunConfig.load(args.config, args.set, require=("optimizer", "model", "data"))
     assert config.data is not None
     lengths = measured_lengths(args.lengths, config.data.seq_length)
-    png = picture_path("--png", args.png) if args.png else None
     if args.device != "auto":
         os.environ["DS_ACCELERATOR"] = args.device
-    if launch() is None or args.ranks is not None:
+    if launch() is None:
         start_ranks(local_ranks(args.ranks), "seqlen_curriculum", ["benchmark", *words])
 
     from seqlen_curriculum.training.benchmark import measure_throughput
@@ -139,8 +143,8 @@ def measure_throughput(args: argparse.Namespace, words: Sequence[str]) -> None:
     from seqlen_curriculum.analysis.benchmark import draw_throughput, throughput_table
 
     show(args, {"throughput": records}, throughput_table(records))
-    if png:
-        draw_throughput(records, png)
+    if args.png:
+        draw_throughput(records, args.png)
 
 
 def measured_lengths(given: list[int] | None, seq_length: int) -> list[int]:
@@ -165,7 +169,8 @@ def measure_trainer(args: argparse.Namespace, words: Sequence[str]) -> None:  # 
         raise ConfigError(
             f"WORLD_SIZE: {os.environ['WORLD_SIZE']} ranks, but the trainer is measured on one; start one"
         )
-    png = picture_path("--png", args.png) if args.png else None
+    if args.png:
+        picture_path("--png", args.png, args.overwrite)
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # with several, the Trainer would use DataParallel
 
     from seqlen_curriculum.analysis.benchmark import describe_trainer, draw_throughput
@@ -174,8 +179,8 @@ def measure_trainer(args: argparse.Namespace, words: Sequence[str]) -> None:  # 
     with tempfile.TemporaryDirectory() as folder:
         result = measure_trainer(config, lengths, args.rounds, args.steps, Path(folder), args.device)
     show(args, result, describe_trainer(result))
-    if png:
-        draw_throughput(result["trainer"], png)
+    if args.png:
+        draw_throughput(result["trainer"], args.png)
 
 
 def measure_data(args: argparse.Namespace, words: Sequence[str]) -> None:  # noqa: ARG001 - as the other two

@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 from seqlen_curriculum.errors import DIVERGED, ConfigError, DivergenceError, SeqlenCurriculumError
 from seqlen_curriculum.launchers import global_rank, launch
 
-__all__ = ["grow_memory_segments", "run", "short_names", "usage_error", "warn"]
+__all__ = ["grow_memory_segments", "run", "see", "short_names", "usage_error", "warn"]
 
 _STARTED = time.time()
 _PATIENCE = 10.0
@@ -106,10 +106,15 @@ def _discard_unwritten() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def usage_error(message: str) -> NoReturn:
-    """Print an error about the command's arguments as one line, and exit with status 2."""
-    print(f"error: {message}", file=sys.stderr)
+def usage_error(message: str, command: str) -> NoReturn:
+    """Print an error about the arguments as one line that refers to ``command``, and exit with status 2."""
+    print(f"error: {see(message, command)}", file=sys.stderr)
     sys.exit(2)
+
+
+def see(message: str, command: str) -> str:
+    """Return ``message`` with a reference to ``command``, as a new sentence after a question."""
+    return f"{message} See {command}" if message.endswith("?") else f"{message}; see {command}"
 
 
 def _keep_status() -> None:

@@ -5,8 +5,7 @@ Example:
   slw configs show mini/slw_calm
   slw configs copy tiny_cpu --out run.json
 
-Existing files are never overwritten. The JSON schema, with which editors complete and check the file, is copied to the same
-folder.
+The JSON schema, with which editors complete and check the file, is copied to the same folder.
 """
 
 from __future__ import annotations
@@ -19,8 +18,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from seqlen_curriculum.cli.flags import Parser, add_json
+from seqlen_curriculum.cli.common import see
+from seqlen_curriculum.cli.flags import Parser, add_json, add_overwrite
 from seqlen_curriculum.errors import ConfigError
+from seqlen_curriculum.files import output_file, replace_text
 from seqlen_curriculum.shipped import shipped_folder
 
 SCHEMA = "run.schema.json"
@@ -41,6 +42,7 @@ def parser() -> Parser:
     copy.add_argument(
         "--out", type=Path, metavar="PATH", help="file or folder to copy to (default: the current folder)"
     )
+    add_overwrite(copy, "--out")
     return flags
 
 
@@ -64,7 +66,7 @@ def find_config(name: str) -> Path:
     if len(found) != 1:
         from seqlen_curriculum.fields import nearest
 
-        raise ConfigError(f"NAME {name}: no such configuration{nearest(wanted, configs)}; see slw configs list")
+        raise ConfigError(see(f"NAME {name}: no such configuration{nearest(wanted, configs)}", "slw configs list"))
     return configs[found[0]]
 
 
@@ -122,16 +124,13 @@ def copy_config(args: argparse.Namespace) -> None:
     target = args.out or Path()
     if target.is_dir():
         target /= source.name
+    output_file("--out", target, args.overwrite)
     schema = target.with_name(SCHEMA)
     text = re.sub(r'("\$schema"\s*:\s*)"[^"]*"', rf'\1"{SCHEMA}"', source.read_text(encoding="utf-8"), count=1)
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with target.open("x", encoding="utf-8") as file:
-            file.write(text)
+        replace_text(target, text)
         if not schema.exists():
             shutil.copy(shipped_folder("configs") / SCHEMA, schema)
-    except FileExistsError:
-        raise ConfigError(f"--out {target}: already exists and is not overwritten; choose another file") from None
     except OSError as error:
         raise ConfigError(f"--out {target}: can't be written ({error.strerror}); choose another file") from error
     print(target)

@@ -18,9 +18,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from seqlen_curriculum.cli.flags import Parser, add_json, add_launcher_flags
+from seqlen_curriculum.cli.flags import Parser, add_json, add_launcher_flags, add_overwrite
 from seqlen_curriculum.errors import ConfigError
-from seqlen_curriculum.files import writable_folder
+from seqlen_curriculum.files import output_file
 from seqlen_curriculum.launchers import global_rank
 
 
@@ -85,6 +85,7 @@ def parser() -> Parser:
         metavar="FILE",
         help="write the JSON object of --json to a file, without the lines that launchers print",
     )
+    add_overwrite(flags, "--out")
     add_launcher_flags(flags)
     return flags
 
@@ -119,10 +120,8 @@ def check(args: argparse.Namespace) -> None:
         raise ConfigError(f"--shots: {args.shots} is not valid; give 0 or more")
     if args.batch_tokens < 1:
         raise ConfigError(f"--batch-tokens: {args.batch_tokens} is not valid; give 1 or more")
-    if args.out and args.out.is_dir():
-        raise ConfigError(f"--out {args.out}: is a folder; give a file in it")
     if args.out:
-        writable_folder("--out", args.out.resolve().parent)
+        output_file("--out", args.out, args.overwrite)
 
 
 def print_lines(*lines: str) -> None:

@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 from seqlen_curriculum.cli.common import usage_error
 
-__all__ = ["Parser", "add_json", "add_launcher_flags", "add_run_file", "add_set", "similar"]
+__all__ = ["Parser", "add_json", "add_launcher_flags", "add_overwrite", "add_run_file", "add_set", "similar"]
 
 
 _MESSAGES = {
@@ -46,7 +46,7 @@ class Parser(argparse.ArgumentParser):
             message = re.sub(pattern, plain, message)
         names, colon, text = message.partition(": ")
         names = re.sub(r"/--[\w-]+", "", names)  # aliases
-        usage_error(f"{re.sub(',? --', ', --', names)}{colon}{text}; see {self.prog} --help")
+        usage_error(f"{re.sub(',? --', ', --', names)}{colon}{text}", f"{self.prog} --help")
 
     def flags(self) -> set[str]:
         """Return all flags of this parser and of its subparsers."""
@@ -106,6 +106,13 @@ def add_set(parser: argparse.ArgumentParser) -> None:
 
 def add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+
+
+def add_overwrite(parser: argparse.ArgumentParser, *outputs: str) -> None:
+    """Add --overwrite for the files that the flags ``outputs`` name. Without it ``output_file`` refuses existing ones."""
+    parser.add_argument(
+        "--overwrite", action="store_true", help=f"replace the file of {' or '.join(outputs)} if it exists"
+    )
 
 
 def add_launcher_flags(parser: argparse.ArgumentParser) -> None:

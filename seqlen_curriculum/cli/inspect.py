@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from seqlen_curriculum.cli.common import warn
-from seqlen_curriculum.cli.flags import Parser, add_json, add_set
+from seqlen_curriculum.cli.flags import Parser, add_json, add_overwrite, add_set
 from seqlen_curriculum.errors import ConfigError
 from seqlen_curriculum.files import picture_path
 
@@ -47,6 +47,7 @@ def parser() -> Parser:
     flags.add_argument(
         "--png", type=Path, metavar="PATH", help="plot how the run uses its corpora to a .png, .pdf or .svg file"
     )
+    add_overwrite(flags, "--png")
     flags.add_argument("--step", type=int, metavar="STEP", help="show what the ranks read at this step")
     flags.add_argument("--ranks", type=int, metavar="R", help="data-parallel ranks that share the step (default: 1)")
     flags.add_argument("--rows", type=int, metavar="M", help="samples to show per rank (default: 4)")
@@ -102,7 +103,7 @@ def whole_run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     from seqlen_curriculum.data.inspection.corpus import corpus_warnings, describe_corpora, inspect_corpora
     from seqlen_curriculum.data.inspection.token_use import account, describe_account
 
-    png = picture_path("--png", args.png) if args.png else None
+    png = picture_path("--png", args.png, args.overwrite) if args.png else None
     config = RunConfig.load(args.config, args.set, require=("data",))
     summary = account(config)
     if png and "ways" not in summary:

@@ -14,7 +14,7 @@ from typing import NoReturn
 from seqlen_curriculum.errors import ConfigError
 from seqlen_curriculum.launchers import DEFAULT_PORT, launch
 
-__all__ = ["add_ranks", "local_launcher", "local_ranks", "start_ranks"]
+__all__ = ["add_ranks", "check_ranks", "local_launcher", "local_ranks", "start_ranks"]
 
 _VISIBLE_DEVICES = ("CUDA_VISIBLE_DEVICES", "ZE_AFFINITY_MASK")
 """The variables from which DeepSpeed's launcher reads the visible devices."""
@@ -30,16 +30,19 @@ def add_ranks(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def local_ranks(ranks: int | None) -> int:
-    """Return the number of ranks to start here: ``ranks``, else one per accelerator of this machine, else 1.
-
-    Without an accelerator, DS_ACCELERATOR=cpu and OMP_NUM_THREADS=1 are set for the ranks unless they are set already.
-    Raises ConfigError if ``ranks`` is below 1, or if it is given and a launcher has started this process.
-    """
+def check_ranks(ranks: int | None) -> None:
+    """Raise ConfigError if --ranks is below 1, or if it is given and a launcher has started this process."""
     if ranks is not None and ranks < 1:
         raise ConfigError(f"--ranks: {ranks} is not valid; give 1 or more")
     if ranks is not None and (found := launch()) is not None:
         raise ConfigError(f"--ranks {ranks}: {found.launcher} has already started {found.ranks} ranks; leave it out")
+
+
+def local_ranks(ranks: int | None) -> int:
+    """Return the number of ranks to start here: ``ranks``, else one per accelerator of this machine, else 1.
+
+    Without an accelerator, DS_ACCELERATOR=cpu and OMP_NUM_THREADS=1 are set for the ranks unless they are set already.
+    """
     if importlib.util.find_spec("deepspeed") is None:  # before torch, which takes seconds to import
         raise ModuleNotFoundError("deepspeed is not installed", name="deepspeed")
     accelerators = 0 if os.environ.get("DS_ACCELERATOR") == "cpu" else _accelerators()

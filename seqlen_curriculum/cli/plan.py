@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from seqlen_curriculum.cli.common import short_names, warn
-from seqlen_curriculum.cli.flags import Parser, add_json, add_run_file
+from seqlen_curriculum.cli.flags import Parser, add_json, add_overwrite, add_run_file
 from seqlen_curriculum.errors import ConfigError
 from seqlen_curriculum.files import picture_path
 
@@ -48,6 +48,7 @@ def parser() -> Parser:
         metavar="PATH",
         help="plot sequence length, learning rate and rows to a .png, .pdf or .svg file",
     )
+    add_overwrite(flags, "--png")
     return flags
 
 
@@ -57,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for flag, value in {"--tflops": args.tflops, "--gpus-per-node": args.gpus_per_node}.items():
         if value is not None and args.ranks is None:
             raise ConfigError(f"{flag}: {value} is only used with --ranks; give --ranks too")
-    png = picture_path("--png", args.png) if args.png else None
+    png = picture_path("--png", args.png, args.overwrite) if args.png else None
 
     # After --help: numpy and pydantic take a moment.
     from seqlen_curriculum.config.run import RunConfig

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from seqlen_curriculum.cli.common import short_names
-from seqlen_curriculum.cli.flags import Parser, add_json
+from seqlen_curriculum.cli.flags import Parser, add_json, add_overwrite
 from seqlen_curriculum.errors import ConfigError
 from seqlen_curriculum.files import picture_path, writable_folder
 
@@ -41,6 +41,7 @@ def parser() -> Parser:
         metavar="PATH",
         help="plot losses, sequence length and learning rate to a .png, .pdf or .svg file",
     )
+    add_overwrite(flags, "--png")
     flags.add_argument(
         "--tensorboard",
         type=Path,
@@ -95,7 +96,7 @@ def check_outputs(args: argparse.Namespace, names: dict[str, str]) -> None:
     if args.watch is not None and (not 0 < args.watch < 1e6 or args.out is None or args.json):
         raise ConfigError("--watch: give seconds above 0 and below 1e6, with --out FOLDER and without --json")
     if args.png:
-        picture_path("--png", args.png)
+        picture_path("--png", args.png, args.overwrite)
     if args.out:
         from seqlen_curriculum.analysis.write_report import check_folder
 

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from seqlen_curriculum.cli.common import grow_memory_segments, warn
 from seqlen_curriculum.cli.flags import Parser, add_launcher_flags, add_run_file
-from seqlen_curriculum.cli.launching import add_ranks, local_ranks, start_ranks
+from seqlen_curriculum.cli.launching import add_ranks, check_ranks, local_ranks, start_ranks
 from seqlen_curriculum.errors import STOPPED, ConfigError
 from seqlen_curriculum.files import writable_folder
 from seqlen_curriculum.launchers import launch
@@ -62,17 +62,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(words)
     if args.until_step is not None and args.until_step < 1:
         raise ConfigError(f"--until-step: {args.until_step} is not valid; give 1 or more")
+    check_ranks(args.ranks)
     initial = [f"model.hf_checkpoint={json.dumps(args.hf_checkpoint)}"] if args.hf_checkpoint is not None else []
 
     from seqlen_curriculum.config.run import RunConfig  # after --help: numpy and pydantic take a moment
     from seqlen_curriculum.data.from_config import open_run_data
 
     config = RunConfig.load(args.config, args.set + initial, require=("optimizer", "model", "data", "training"))
-    writable_folder("--save", args.save)
     train, valid = open_run_data(config)
-    if launch() is None or args.ranks is not None:
-        ranks = local_ranks(args.ranks)
+    ranks = local_ranks(args.ranks) if launch() is None else None
+    if ranks is not None:
         config.for_ranks(ranks)
+    writable_folder("--save", args.save)  # after all other checks, because it makes the folder
+    if ranks is not None:
         start_ranks(ranks, "seqlen_curriculum.train", words)
     warn(config.warnings())
     grow_memory_segments()

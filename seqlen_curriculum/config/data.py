@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from seqlen_curriculum.fields import Section, Seqlen
+from seqlen_curriculum.strict_json import not_text, shown
 
 __all__ = ["DataConfig", "corpus_prefix"]
 
@@ -22,7 +23,7 @@ def _corpora(value: object) -> list[str] | list[tuple[float, str]]:
     """Return ``["wiki", ...]`` unchanged and the pairs of ``[[0.7, "wiki"], ...]`` as tuples. Raises ValueError."""
     # Checked by hand, because pydantic reports a mistake in a union of lists once for each of its members.
     if not isinstance(value, list) or not value or not all(isinstance(item, (str, list)) for item in value):
-        raise ValueError(f"{value!r} is not valid: give a list of corpus prefixes, or of [weight, prefix] pairs")
+        raise ValueError(f"{shown(value)} is not valid: give a list of corpus prefixes, or of [weight, prefix] pairs")
     if all(isinstance(item, str) for item in value):
         return value
     for item in value:
@@ -30,7 +31,7 @@ def _corpora(value: object) -> list[str] | list[tuple[float, str]]:
         has_number = is_pair and isinstance(item[0], (int, float)) and not isinstance(item[0], bool)
         if not has_number or not 0 < item[0] < 1e15:
             raise ValueError(
-                f"{item!r} is not a [weight, prefix] pair with a weight above 0; give every corpus a weight, as in "
+                f"{shown(item)} is not a [weight, prefix] pair with a weight above 0; give every corpus a weight, as in "
                 '[[0.7, "wiki"], [0.3, "books"]], or give none'
             )
     return [(float(weight), prefix) for weight, prefix in value]
@@ -68,6 +69,8 @@ class DataConfig(Section):
         seen: dict[str, str] = {}  # real path to key: "wiki", "./wiki.bin" and a link to either are one corpus
         for name, prefixes in (("train", self.prefixes), ("valid", self.valid or []), ("test", self.test or [])):
             for prefix in prefixes:
+                if reason := not_text(prefix):
+                    raise ValueError(f"{name} names {prefix!r}, which {reason}")
                 place = os.path.realpath(corpus_prefix(prefix))
                 if seen.get(place) == name:
                     raise ValueError(f"{name} names {prefix!r} twice; each corpus is read once per epoch, so keep one")

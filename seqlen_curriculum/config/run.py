@@ -33,6 +33,7 @@ from seqlen_curriculum.schedule.scheduler import CurriculumScheduler
 from seqlen_curriculum.schedule.shortening import Shortening
 from seqlen_curriculum.schedule.timeline import Timeline
 from seqlen_curriculum.schedule.token_lr import TokenCosineConfig, is_token_cosine
+from seqlen_curriculum.strict_json import shown
 
 __all__ = ["DataConfig", "RunConfig", "TrainingConfig"]
 
@@ -75,6 +76,8 @@ class RunConfig:
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any], where: str = "", require: Sequence[str] = ()) -> RunConfig:
         """Check a configuration in memory; ``require`` lists sections that must be present. Raises ConfigError."""
+        if not isinstance(raw, Mapping):
+            raise ConfigError(f"{shown(raw)} is not a configuration; give a mapping, as read from a JSON object", where)
         misspelt = misspelt_sections(raw, {*OURS, "curriculum_learning", *DeepSpeedKeys.model_fields})
         suggested = [name for name in require if any(problem.endswith(f"'{name}'?") for problem in misspelt)]
         absent = [name for name in require if raw.get(name) is None and name not in suggested]
@@ -200,6 +203,8 @@ class RunConfig:
         sections |= {name: getattr(self, name) for name in OURS}
         given = {name: section for name, section in sections.items() if section is not None}
         dumped = {name: section.model_dump(mode="json", exclude_none=True) for name, section in given.items()}
+        if self.data and self.data.valid is not None:
+            del dumped["data"]["split"]  # not used, and an error beside ``valid``
         return absolute_paths({**self.deepspeed, "curriculum_learning": {"enabled": False}, **dumped})
 
     def warnings(self) -> list[str]:

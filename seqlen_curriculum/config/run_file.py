@@ -28,8 +28,12 @@ def read_run_file(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, 
     ``model.hf_checkpoint`` are looked up in the current folder first, then in the folder of the file.
     """
     given = Path(path)
-    file = given / RUN_INFO if given.is_dir() else given
-    if given.is_dir() and not file.is_file():
+    try:
+        is_folder = given.is_dir()
+    except OSError as error:  # a name of 5,000 characters, or a folder that is closed to this user
+        raise ConfigError(f"can't be read ({error.strerror}); give the path of a run's JSON file", str(path)) from error
+    file = given / RUN_INFO if is_folder else given
+    if is_folder and not file.is_file():
         raise ConfigError(
             f"a folder without {RUN_INFO}; give the path of a run's JSON file, or a run's folder", str(path)
         )

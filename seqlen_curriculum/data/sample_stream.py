@@ -57,6 +57,8 @@ class TokenSpans(NamedTuple):
 
         Raises ``DataError`` for an id outside the vocabulary.
         """
+        for corpus, _, _ in samples.ranges:
+            corpus.check_size()
         corpora = [corpus.tokens for corpus, _, _ in samples.ranges]
         for row, column, length, index, start in zip(*(part.tolist() for part in self), strict=True):
             tokens = corpora[index][start : start + length + 1]

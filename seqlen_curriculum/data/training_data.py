@@ -49,9 +49,9 @@ class TrainingData:
             raise ConfigError(
                 f"data.train: {len(self.sources)} sources and {len(self.blend.shares)} weights; give one weight per source"
             )
-        used = timeline.tokens_by_sample()
+        used = timeline.tokens_by_sample() if recycle else None
         self._streams = [
-            SampleStream(source, self.tokens_by_sample_of(number, used) if recycle else None)
+            SampleStream(source, None if used is None else self.tokens_by_sample_of(number, used))
             for number, source in enumerate(self.sources)
         ]
 

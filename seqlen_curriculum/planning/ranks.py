@@ -70,16 +70,11 @@ class _Shapes(NamedTuple):
     def of(cls, config: RunConfig) -> _Shapes:
         """Return the shapes of a run with a known number of ranks."""
         plan, timeline, parts = config.plan, config.plan.timeline, config.keys.sequence_ranks
-        first_steps, counts = timeline.stretches()
-        # An alternating schedule has each shape in many stretches.
-        both = np.stack([timeline.seqlen(first_steps), timeline.rows(first_steps)])
-        (seqlen, rows), number = np.unique(both, axis=1, return_inverse=True)
-        rows = rows // plan.data_ranks
+        seqlen, samples, steps = timeline.kinds_of_steps()
+        rows = samples * plan.shortening.rows_per_sample(seqlen) // plan.data_ranks
         row_tokens = plan.shortening.tokens_per_row(seqlen)
         pairs = zip(rows.tolist(), row_tokens.tolist(), strict=True)
         micro_rows = np.array([plan.micro_batch_rows(*pair) for pair in pairs], np.int64)
-        steps = np.zeros_like(seqlen)
-        np.add.at(steps, number.ravel(), counts)
         tokens = rows * row_tokens // parts
         return cls(seqlen, steps, rows, tokens, rows // micro_rows, micro_rows * row_tokens // parts)
 

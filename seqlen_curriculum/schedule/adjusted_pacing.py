@@ -28,6 +28,10 @@ class Bucketed(StepFunction):
         return self.inner.settles_at
 
     @property
+    def period(self) -> int | None:
+        return self.inner.period
+
+    @property
     def lowest(self) -> int:
         return min(ceil_div(self.inner.lowest, self.bucket) * self.bucket, self.highest)
 
@@ -63,6 +67,10 @@ class Paused(StepFunction):
     def settles_at(self) -> int | None:
         settles = self.inner.settles_at
         return None if settles is None else int(self._at_clock(np.asarray([settles], np.int64))[0])
+
+    @property
+    def period(self) -> None:
+        return None
 
     @property
     def lowest(self) -> int:

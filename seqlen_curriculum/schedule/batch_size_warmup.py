@@ -12,11 +12,12 @@ import numpy as np
 
 from seqlen_curriculum.errors import ConfigError
 from seqlen_curriculum.fields import Count, Section
-from seqlen_curriculum.schedule.piecewise import Piecewise, ceil_div
+from seqlen_curriculum.schedule.piecewise import Periodic, Piecewise, ceil_div
 
 __all__ = ["BatchSizeRamp", "BatchSizeWarmup"]
 
 BLOCK = "batch_size_warmup"
+_MOST_INCREMENTS = 2**12
 
 
 class BatchSizeWarmup(Section):
@@ -41,7 +42,13 @@ class BatchSizeWarmup(Section):
                 f"{BLOCK}.increment: {self.increment} doesn't divide the {train_batch_size - self.start} rows from start "
                 f"{self.start} to train_batch_size {train_batch_size}; give a divisor"
             )
-        return BatchSizeRamp(self.start, self.increment, self.tokens, train_batch_size)
+        ramp = BatchSizeRamp(self.start, self.increment, self.tokens, train_batch_size)
+        if ramp.increments > _MOST_INCREMENTS:
+            raise ConfigError(
+                f"{BLOCK}.increment: {self.increment} gives {ramp.increments:,} levels from start {self.start} to "
+                f"train_batch_size {train_batch_size}, at most {_MOST_INCREMENTS:,} are planned; raise it"
+            )
+        return ramp
 
     def check_ranks(self, world_size: int, micro_batch: int = 1) -> None:
         """Raise ConfigError unless every level divides over the ranks, into whole micro-batches of ``micro_batch`` rows."""
@@ -81,23 +88,23 @@ class BatchSizeRamp:
         """Return the rows of the step that starts after ``consumed_tokens``, in exact integers."""
         return self.start + self.increment * min(consumed_tokens * self.increments // self.tokens, self.increments)
 
-    def by_step(self, lengths: Piecewise) -> Piecewise:
-        """Return the rows of each step of a run with these ``lengths``, by one bisection per level.
+    def by_step(self, lengths: Piecewise | Periodic, train_tokens: int) -> Piecewise:
+        """Return the rows of each step of a run of ``train_tokens`` with these ``lengths``, by one bisection per level.
 
         If samples are not truncated, ``lengths`` are the used tokens of a sample, and the result counts samples.
         """
         # Rows 2, 4, 6 with 20 tokens per level, lengths 4, 4, 4, 8: steps of 8 tokens reach 20 at step 3, with 24 consumed;
         # step 4 has 4 rows of 8 tokens and reaches 56, past 40; step 5 has 6 rows.
         first_steps, rows, consumed = [1], [self.start], 0
-        while rows[-1] < self.final:
+        increments, row_tokens = self.increments, 0  # row_tokens: of one row in all steps so far
+        while rows[-1] < self.final and consumed < train_tokens:
             level = (rows[-1] - self.start) // self.increment
             # The level ends with the first step that reaches its share of the tokens. All its steps have the same rows,
             # so that is the step at which a single row has consumed 1 / rows of the missing tokens.
-            level_ends_at = ceil_div((level + 1) * self.tokens, self.increments)  # consumed tokens
-            row_tokens = lengths.total(first_steps[-1] - 1)  # of one row in all steps so far
-            missing_row_tokens = ceil_div(level_ends_at - consumed, rows[-1])
-            last_step = lengths.steps_to(row_tokens + missing_row_tokens)
-            consumed += rows[-1] * (lengths.total(last_step) - row_tokens)
+            level_ends_at = ceil_div((level + 1) * self.tokens, increments)  # consumed tokens
+            last_step = lengths.steps_to(row_tokens + ceil_div(level_ends_at - consumed, rows[-1]))
+            row_tokens, before = lengths.total(last_step), row_tokens
+            consumed += rows[-1] * (row_tokens - before)
             first_steps.append(last_step + 1)
             rows.append(self(consumed))  # a long step may skip levels
         return Piecewise(np.asarray(first_steps, np.int64), np.asarray(rows, np.int64))

@@ -12,8 +12,9 @@ from seqlen_curriculum.errors import ConfigError
 from seqlen_curriculum.fields import Seqlen, describe_errors, load_function, nearest
 from seqlen_curriculum.schedule.adjusted_pacing import bucketed
 from seqlen_curriculum.schedule.global_batch import BatchGrowthKeys, GlobalBatch
-from seqlen_curriculum.schedule.pacing import Custom, Discrete, Mixed, Pacing, Root
+from seqlen_curriculum.schedule.pacing import Custom, Discrete, Mixed, Pacing
 from seqlen_curriculum.schedule.piecewise import ceil_div
+from seqlen_curriculum.schedule.ramp_duration import Ramp, ramp_steps
 from seqlen_curriculum.schedule.schedule_config import (
     AdaptiveSchedule,
     CustomSchedule,
@@ -23,7 +24,7 @@ from seqlen_curriculum.schedule.schedule_config import (
     RootSchedule,
 )
 from seqlen_curriculum.schedule.shortening import Method, Shortening
-from seqlen_curriculum.schedule.timeline import ramp_steps_for_fraction, ramp_steps_for_tokens
+from seqlen_curriculum.strict_json import shown
 
 __all__ = [
     "AdaptiveCurriculum",
@@ -116,20 +117,10 @@ class RampCurriculum(_Curriculum):
 
         A ramp in tokens needs ``rows``, a ramp as a fraction needs ``rows`` and ``train_tokens``. Raises ConfigError.
         """
-        schedule, shortening = self.schedule_config, self.shortening(seq_length)
-
-        def ramp(total_steps: int) -> Pacing:
-            bounds = (self.min_difficulty, self.max_difficulty, self.difficulty_step)
-            return bucketed(Root(*bounds, total_steps=total_steps, root_degree=self.root_degree), bucket)
-
-        # T is solved with the bucketed ramp, which the run uses: a coarser ramp needs more steps for the same tokens.
-        if schedule.total_curriculum_step is not None:
-            return ramp(schedule.total_curriculum_step)
-        # A schedule has exactly one duration, so here only ``rows`` or ``train_tokens`` is missing.
-        if rows is not None and schedule.total_curriculum_tokens is not None:
-            return ramp(ramp_steps_for_tokens(ramp, rows, schedule.total_curriculum_tokens, shortening))
-        if rows is not None and train_tokens is not None and schedule.curriculum_fraction is not None:
-            return ramp(ramp_steps_for_fraction(ramp, rows, train_tokens, schedule.curriculum_fraction, shortening))
+        ramp = Ramp(self.min_difficulty, self.max_difficulty, self.difficulty_step, self.root_degree, bucket)
+        total_steps = ramp_steps(ramp, self.schedule_config, rows, train_tokens, self.shortening(seq_length))
+        if total_steps is not None:
+            return ramp.pacing(total_steps)
         raise ConfigError(
             f"{BLOCK}.schedule_config: a ramp given in tokens or as a fraction needs train_batch_size and, for a fraction, "
             "training.train_tokens; give them, or give total_curriculum_step"
@@ -198,7 +189,7 @@ class LevelsCurriculum(_PlainCurriculum):
         outside = [length for length in lengths if not self.min_difficulty <= length <= self.max_difficulty]
         if outside:
             raise ValueError(
-                f"schedule_config.difficulty: {outside} are outside min_difficulty {self.min_difficulty} to "
+                f"schedule_config.difficulty: {shown(outside)} are outside min_difficulty {self.min_difficulty} to "
                 f"max_difficulty {self.max_difficulty}; widen the range or change the lengths"
             )
         return self
@@ -269,13 +260,13 @@ _TYPES: dict[str, type[CurriculumConfig]] = {
 def curriculum_problems(block: object) -> tuple[CurriculumConfig | None, list[str]]:
     """Return the parsed block, or None and one line for each of its problems."""
     if not isinstance(block, Mapping):
-        return None, [f"{BLOCK}: {block!r} is not an object; write {{...}}"]
+        return None, [f"{BLOCK}: {shown(block)} is not an object; write {{...}}"]
     # Looked up here instead of by a tagged union, so that the error for a misspelt type has a suggestion.
     kind = block.get("schedule_type")
     if kind is None:
         return None, [f"{BLOCK}.schedule_type: required, but not given{nearest('', _TYPES)}"]
     if not isinstance(kind, str) or kind not in _TYPES:
-        return None, [f"{BLOCK}.schedule_type: {kind!r} is not a schedule type{nearest(str(kind), _TYPES)}"]
+        return None, [f"{BLOCK}.schedule_type: {shown(kind)} is not a schedule type{nearest(str(kind)[:99], _TYPES)}"]
     try:
         return TypeAdapter(_TYPES[kind]).validate_python(dict(block)), []
     except ValidationError as error:

@@ -10,9 +10,17 @@ from pydantic import model_validator
 
 from seqlen_curriculum.fields import Count, Section
 from seqlen_curriculum.schedule.batch_size_warmup import BatchSizeRamp
-from seqlen_curriculum.schedule.piecewise import IntArray, Piecewise
+from seqlen_curriculum.schedule.piecewise import IntArray, Periodic, Piecewise
 
-__all__ = ["BatchGrowth", "BatchGrowthKeys", "GlobalBatch", "least_tokens", "most_tokens", "samples_by_step"]
+__all__ = [
+    "BatchGrowth",
+    "BatchGrowthKeys",
+    "GlobalBatch",
+    "consumed_after",
+    "least_tokens",
+    "most_tokens",
+    "samples_by_step",
+]
 
 _MULTIPLES = np.unique(
     [count << power for power in range(60) for count in (1, 3)]
@@ -72,11 +80,21 @@ class BatchGrowthKeys(Section):
         return BatchGrowth(train_batch_size, self.min_tokens_per_step) if self.min_tokens_per_step else train_batch_size
 
 
-def samples_by_step(batch: GlobalBatch, used: Piecewise) -> Piecewise:
-    """Return the samples of each step of a run that trains on ``used`` tokens of each sample."""
+def samples_by_step(batch: GlobalBatch, used: Piecewise | Periodic, train_tokens: int) -> Piecewise | Periodic:
+    """Return the samples of each step of a run that trains on ``used`` tokens of each sample, up to ``train_tokens``."""
     if isinstance(batch, BatchGrowth):
         return used.map(batch.samples)
-    return Piecewise.constant(batch) if isinstance(batch, int) else batch.by_step(used)
+    return Piecewise.constant(batch) if isinstance(batch, int) else batch.by_step(used, train_tokens)
+
+
+def consumed_after(batch: GlobalBatch, used: IntArray, consumed: int) -> int:
+    """Return the tokens consumed by the end of steps that start after ``consumed`` and use ``used`` tokens per sample."""
+    if not isinstance(batch, BatchSizeRamp):
+        samples = batch if isinstance(batch, int) else batch.samples(used)
+        return consumed + int(np.sum(samples * used))
+    for tokens in used.tolist():  # the samples of a step depend on the tokens before it
+        consumed += batch(consumed) * tokens
+    return consumed
 
 
 def least_tokens(batch: GlobalBatch, used: int) -> int:

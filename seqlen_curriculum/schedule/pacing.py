@@ -22,6 +22,9 @@ from seqlen_curriculum.schedule.piecewise import IntArray, ceil_div
 
 __all__ = ["Custom", "Discrete", "Mixed", "Pacing", "Root", "StepFunction", "elementwise", "lengths_by_run"]
 
+_MOST_LENGTHS = 2**17
+"""A timeline of this many lengths is made in 0.03 s, and a ramp as a fraction of the run needs 40 of them."""
+
 
 def elementwise(function: Callable[[float], float], values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     """Apply a ``function`` of the C library to each value.
@@ -50,6 +53,11 @@ class Pacing(Protocol):
         ...
 
     @property
+    def period(self) -> int | None:
+        """The number of steps after which the lengths repeat; None if they don't."""
+        ...
+
+    @property
     def lowest(self) -> int:
         """A lower bound of all lengths."""
         ...
@@ -63,6 +71,11 @@ class Pacing(Protocol):
 class StepFunction(ABC):
     """Base class that implements calls with one step or an array of steps by a vectorised ``_lengths``."""
 
+    @property
+    def period(self) -> int | None:
+        """The number of steps after which the lengths repeat; None if they don't."""
+        return None
+
     @abstractmethod
     def _lengths(self, steps: IntArray) -> IntArray:
         """Return the length of each step, (n,) to (n,)."""
@@ -74,9 +87,11 @@ class StepFunction(ABC):
     def __call__(self, steps: int | IntArray) -> int | IntArray:
         at = np.asarray(steps)
         if at.dtype.kind not in "iu":
-            raise ConfigError(f"step: {steps!r} is not a whole number; give steps counted from 1")
+            raise ConfigError(f"step: {steps!r} is not a whole number of at most 64 bits; give steps counted from 1")
         if at.size and int(at.min()) < 0:
             raise ConfigError(f"step: {int(at.min())} is negative; give steps counted from 1")
+        if at.size and int(at.max()) >= 2**62:
+            raise ConfigError(f"step: {int(at.max())} is above 2**62; give steps counted from 1")
         # A single step takes the same vectorised path, so a plan of all steps equals the run step by step.
         lengths = self._lengths(np.atleast_1d(at))
         return int(lengths[0]) if at.ndim == 0 else lengths
@@ -125,26 +140,58 @@ class Root(_Ladder):
 
     def _lengths(self, steps: IntArray) -> IntArray:
         progress = np.minimum(steps / self.total_steps, 1.0)
-        if self.root_degree != 1:
-            exponent = 1.0 / self.root_degree
-            progress = elementwise(lambda x: x**exponent, progress)
         # T 100, 8 to 1024: step 50 gives 8 + 0.5 * 1016 = 516.0, which is rounded down to 512.
-        raw = progress * (self.max_difficulty - self.min_difficulty) + self.min_difficulty
+        raw = self._raw(progress if self.root_degree == 1 else np.power(progress, 1.0 / self.root_degree))
+        if self.root_degree != 1:
+            # numpy's last bits only matter next to a value where the length changes. There the C library decides.
+            nearest = np.rint(raw / self.difficulty_step) * self.difficulty_step
+            margin = self.max_difficulty * 2.0**-40
+            near = (np.abs(raw - nearest) < margin) | (raw > self.max_difficulty - margin)
+            raw[near] = self._raw(elementwise(lambda x: x ** (1.0 / self.root_degree), progress[near]))
         return np.where(steps >= self.total_steps, self.max_difficulty, self._rounded(raw))
 
-    def changes(self, last_step: int) -> tuple[IntArray, IntArray]:  # noqa: ARG002 - listing the whole ramp costs the same
-        """Return the first step of every length, by bisecting for all of them at once: O(log T) passes."""
-        rungs = np.arange(self.lowest, self.max_difficulty, self.difficulty_step, dtype=np.int64)
-        rungs = np.append(rungs, self.max_difficulty)
-        # (before, at] contains the first step whose length reaches the rung. Each pass halves it for all rungs.
-        before, at = np.zeros_like(rungs), np.full_like(rungs, max(self.total_steps, 1))
-        while np.any(at - before > 1):  # invariant: length(before) < rung <= length(at), step 0 counting as below
-            middle = (before + at) // 2
-            reached = self(middle) >= rungs
-            reached &= middle > 0
-            before, at = np.where(reached, before, middle), np.where(reached, middle, at)
-        keep = np.append(at[1:] != at[:-1], True)  # a rung that the ramp jumps over shares the next one's step
-        return at[keep], rungs[keep]
+    def _raw(self, progress: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        return progress * (self.max_difficulty - self.min_difficulty) + self.min_difficulty
+
+    def changes(self, last_step: int) -> tuple[IntArray, IntArray]:
+        """Return the first step of every length up to that of ``last_step``. Raises ConfigError for too many lengths."""
+        last_step = max(min(last_step, self.total_steps), 1)
+        longest = self(last_step)
+        rungs = ceil_div(longest - self.lowest, self.difficulty_step) + 1
+        if min(rungs, last_step) > _MOST_LENGTHS:
+            fewer = ceil_div(longest - self.lowest, _MOST_LENGTHS - 1)
+            raise ConfigError(
+                f"curriculum_learning.schedule_config.difficulty_step: {self.difficulty_step} gives a ramp of "
+                f"{min(rungs, last_step):,} lengths, at most {_MOST_LENGTHS:,} are planned; raise it to {fewer} or more"
+            )
+        if last_step <= rungs:
+            steps = np.arange(1, last_step + 1, dtype=np.int64)
+            return lengths_by_run(steps, self(steps))
+        lengths = np.append(np.arange(self.lowest, longest, self.difficulty_step, dtype=np.int64), longest)
+        first_steps = self._first_steps(lengths, last_step)
+        keep = np.append(first_steps[1:] != first_steps[:-1], True)  # a length that the ramp jumps over shares a step
+        return first_steps[keep], lengths[keep]
+
+    def _first_steps(self, lengths: IntArray, last_step: int) -> IntArray:
+        """Return the first step at which each of ``lengths`` is reached, all of them by ``last_step``."""
+        # (before, at] contains that step. Each probe narrows it, with step 0 counting as below every length.
+        before, at = np.zeros_like(lengths), np.full_like(lengths, last_step)
+        at[0] = 1
+
+        def probe(some: IntArray, steps: IntArray) -> None:
+            steps = np.clip(steps, before[some], at[some])
+            reached = (self(steps) >= lengths[some]) & (steps > 0)
+            before[some], at[some] = np.where(reached, before[some], steps), np.where(reached, steps, at[some])
+
+        # The inverse of the formula gives it up to rounding: 8 to 1024 in T steps reaches 16 at T * (8 / 1016) ** degree.
+        share = (lengths - self.min_difficulty) / max(self.max_difficulty - self.min_difficulty, 1)
+        inverse = np.ceil(self.total_steps * share**self.root_degree).clip(1, last_step).astype(np.int64)
+        for offset in (0, -1, 1, -2):
+            some = np.flatnonzero(at - before > 1)
+            probe(some, inverse[some] + offset)
+        while (some := np.flatnonzero(at - before > 1)).size:
+            probe(some, (before[some] + at[some]) // 2)
+        return at
 
 
 @dataclass(frozen=True)
@@ -197,6 +244,10 @@ class Mixed(_Levels):
     @property
     def settles_at(self) -> None:
         return None
+
+    @property
+    def period(self) -> int:
+        return sum(self.steps)
 
     def _lengths(self, steps: IntArray) -> IntArray:
         ends = np.cumsum(self.steps, dtype=np.int64)

@@ -8,6 +8,7 @@ from typing import Annotated
 from pydantic import Field, model_validator
 
 from seqlen_curriculum.fields import Count, ImportPath, Section, Seqlen
+from seqlen_curriculum.strict_json import shown
 
 __all__ = [
     "DURATIONS",
@@ -79,7 +80,7 @@ class DiscreteSchedule(Section):
                 "max_step needs exactly one fewer (the last length has no end)"
             )
         if any(later <= earlier for earlier, later in pairwise(self.max_step)):
-            raise ValueError(f"max_step {self.max_step} does not increase; give each stage a later last step")
+            raise ValueError(f"max_step {shown(self.max_step)} does not increase; give each stage a later last step")
         return self
 
 
@@ -97,6 +98,8 @@ class MixedSchedule(Section):
             raise ValueError(
                 f"difficulty has {len(self.difficulty)} entries and steps {len(self.steps)}; give each length its steps"
             )
+        if sum(self.steps) > 10**15:
+            raise ValueError(f"steps add up to {sum(self.steps)}, at most 10**15 steps are planned; shorten the cycle")
         return self
 
 

@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
 from seqlen_curriculum.errors import ConfigError
 from seqlen_curriculum.fields import Section
 from seqlen_curriculum.schedule.adjusted_pacing import Paused, bucketed
+from seqlen_curriculum.schedule.batch_size_warmup import BatchSizeRamp
 from seqlen_curriculum.schedule.curriculum_config import BLOCK, CurriculumConfig, CustomCurriculum, parse_curriculum
-from seqlen_curriculum.schedule.global_batch import BatchGrowthKeys, GlobalBatch
+from seqlen_curriculum.schedule.global_batch import BatchGrowth, BatchGrowthKeys, GlobalBatch
 from seqlen_curriculum.schedule.pacing import Pacing
+from seqlen_curriculum.strict_json import shown
 
 __all__ = ["CurriculumScheduler"]
+
+
+_LONGEST = 2**24
+
+
+def _check_count(name: str, value: object, most: int = 10**15) -> None:
+    """Raise ConfigError unless ``value`` is a whole number from 1 to ``most``."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or not 1 <= int(value) <= most:
+        raise ConfigError(f"{name}: {shown(value)} is not valid; give a whole number from 1 to {most}")
 
 
 class CurriculumScheduler:
@@ -33,6 +45,11 @@ class CurriculumScheduler:
         seq_length: int | None = None,
     ) -> None:
         self.config = config if isinstance(config, Section) else parse_curriculum(config)
+        for name, value in {"train_tokens": train_tokens, "bucket": bucket, "seq_length": seq_length}.items():
+            if value is not None:
+                _check_count(name, value)
+        if rows is not None and not isinstance(rows, (BatchSizeRamp, BatchGrowth)):
+            _check_count("rows", rows)
         self._bucket = bucket
         # The function of a custom schedule may be set later, by set_custom_get_difficulty.
         waits = isinstance(self.config, CustomCurriculum) and self.config.schedule_config.function is None
@@ -67,7 +84,8 @@ class CurriculumScheduler:
         return self.current_difficulty
 
     def set_current_difficulty(self, difficulty: int) -> None:
-        """Override the current length until the next ``update_difficulty``."""
+        """Override the current length until the next ``update_difficulty``. ConfigError if it isn't one."""
+        _check_count("difficulty", difficulty, _LONGEST)
         self.current_difficulty = difficulty
 
     def set_custom_get_difficulty(self, schedule_function: Callable[[int], float]) -> None:
@@ -88,8 +106,9 @@ class CurriculumScheduler:
 
     def set_state(self, state: Mapping[str, Any]) -> None:
         """Load a state returned by ``get_state``. ConfigError if it belongs to another schedule."""
-        if not isinstance(state.get("current_difficulty"), int):
-            raise ConfigError(f"{BLOCK}: {state!r} is not a state of this scheduler; give the result of get_state")
+        if not isinstance(state, Mapping) or not isinstance(state.get("current_difficulty"), int):
+            raise ConfigError(f"{BLOCK}: {shown(state)} is not a state of this scheduler; give the result of get_state")
+        _check_count("current_difficulty", state["current_difficulty"], _LONGEST)
         settings = self.get_state()
         del settings["current_difficulty"]
         # Only keys that both have must agree: other versions of DeepSpeed have other keys.

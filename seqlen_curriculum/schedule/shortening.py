@@ -57,6 +57,10 @@ class Shortening:
         # worst length is 6, which uses 6 = 10 // 2 + 1.
         return self.seq_length // 2 + 1 if self.method == "segment" else self.tokens_per_row(shortest)
 
+    def most_used_tokens(self, longest: int) -> int:
+        """Return an upper bound of ``used_tokens_per_sample`` over all lengths up to ``longest``."""
+        return self.seq_length if self.method == "segment" else self.tokens_per_row(longest)
+
 
 TRUNCATE = Shortening()
 """The paper's method; its arithmetic doesn't use ``seq_length``."""

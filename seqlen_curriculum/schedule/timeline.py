@@ -1,24 +1,31 @@
 """The length, rows and consumed tokens of any step of a run, computed without training.
 
 Lengths and rows are piecewise constant, so a timeline stores one entry per change of either and finds a step by
-bisection. The cost depends on the number of changes, not on the number of steps.
+bisection. Of lengths that repeat it stores one period. The cost depends on the number of changes, not of steps.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from fractions import Fraction
-from typing import overload
-
 import numpy as np
 
 from seqlen_curriculum.errors import ConfigError
-from seqlen_curriculum.schedule.global_batch import GlobalBatch, least_tokens, most_tokens, samples_by_step
-from seqlen_curriculum.schedule.pacing import Pacing
-from seqlen_curriculum.schedule.piecewise import IntArray, Piecewise, ceil_div
+from seqlen_curriculum.schedule.global_batch import (
+    GlobalBatch,
+    consumed_after,
+    least_tokens,
+    most_tokens,
+    samples_by_step,
+)
+from seqlen_curriculum.schedule.pacing import Pacing, lengths_by_run
+from seqlen_curriculum.schedule.piecewise import IntArray, Periodic, Piecewise, Steps, ceil_div
 from seqlen_curriculum.schedule.shortening import TRUNCATE, Shortening
 
-__all__ = ["Timeline", "ramp_steps_for_fraction", "ramp_steps_for_tokens"]
+__all__ = ["Timeline"]
+
+_MOST_ASKED = 2**20
+"""Steps for which the function of a custom schedule is called, which takes a second."""
+_MOST_KINDS = 2**20
+_MOST_LISTED = 2**22
 
 
 class Timeline:
@@ -33,26 +40,30 @@ class Timeline:
         self.pacing, self.shortening = pacing, shortening
         self.global_batch = rows if isinstance(rows, int) else rows.final
         self.train_tokens = train_tokens
-        # The changes to list depend on the number of steps, which depends on the lengths. A pacing that settles lists all
-        # its changes at once. For others the number of steps is doubled until the run ends within them.
-        last_step = 1 << 16
-        while True:
-            self._lengths = self._within_budget(*pacing.changes(last_step), rows)
-            # Per step: tokens used of each sample, samples, rows made from them, and tokens in all rows.
-            used = self._lengths.map(shortening.used_tokens_per_sample)
-            self._samples = samples_by_step(rows, used)
-            self._rows = self._samples.times(self._lengths.map(shortening.rows_per_sample))
-            self._tokens = self._samples.times(used)
-            self.steps = self.steps_to(train_tokens)
-            if pacing.settles_at is not None or self.steps <= last_step:
-                return
-            last_step *= 2
+        self._lengths = self._length_of_each_step(rows)
+        # Per step: tokens used of each sample, samples, rows made from them, and tokens in all rows.
+        used = self._lengths.map(shortening.used_tokens_per_sample)
+        self._samples = samples_by_step(rows, used, train_tokens)
+        self._rows = self._samples.times(self._lengths.map(shortening.rows_per_sample))
+        self._tokens = self._samples.times(used)
+        self.steps = self.steps_to(train_tokens)
 
-    def _within_budget(self, first_steps: IntArray, lengths: IntArray, rows: GlobalBatch) -> Piecewise:
-        """Return the lengths without those that start after the end of the run, whose sums could overflow.
+    def _length_of_each_step(self, rows: GlobalBatch) -> Piecewise | Periodic:
+        """Return the length of each step of the run and of the step after it."""
+        pacing, least_used = self.pacing, self.shortening.least_used_tokens(self.pacing.lowest)
+        last_step = ceil_div(self.train_tokens, least_tokens(rows, least_used)) + 1
+        if pacing.settles_at is None and pacing.period is None:
+            first_steps, lengths = self._ask(rows)
+        else:
+            first_steps, lengths = pacing.changes(min(last_step, pacing.period or last_step))
+        last_step = self._bound_steps(lengths, rows) + 1
+        if pacing.period is not None and pacing.period <= last_step:
+            return Periodic(Piecewise(first_steps, lengths), pacing.period)
+        kept = first_steps <= last_step  # the sums of later ones could overflow
+        return Piecewise(first_steps[kept], lengths[kept])
 
-        Raises ConfigError if the sums of the others could overflow.
-        """
+    def _bound_steps(self, lengths: IntArray, rows: GlobalBatch) -> int:
+        """Return an upper bound of the run's steps. Raises ConfigError if the sums of these ``lengths`` could overflow."""
         used = self.shortening.used_tokens_per_sample(lengths)
         most_steps = ceil_div(self.train_tokens, least_tokens(rows, int(used.min())))
         # One step more, because the last step may exceed the budget.
@@ -61,47 +72,46 @@ class Timeline:
                 f"training.train_tokens: {self.train_tokens} in steps of {self.global_batch} samples of {used.min()} to "
                 f"{used.max()} tokens can't be counted in 64 bits; lower it"
             )
-        kept = first_steps <= most_steps + 1
-        return Piecewise(first_steps[kept], lengths[kept])
+        return most_steps
 
-    @overload
-    def seqlen(self, steps: int) -> int: ...
-    @overload
-    def seqlen(self, steps: IntArray) -> IntArray: ...
-    def seqlen(self, steps: int | IntArray) -> int | IntArray:
+    def _ask(self, rows: GlobalBatch) -> tuple[IntArray, IntArray]:
+        """Return the changes of a pacing without a formula, which is asked for the steps of the run only."""
+        most = most_tokens(rows, self.shortening.most_used_tokens(self.pacing.highest))
+        asked, consumed, parts = 0, 0, list[IntArray]()
+        while consumed < self.train_tokens:
+            # With 100 tokens missing and at most 32 tokens per step, the next 4 steps belong to the run at any length.
+            count = ceil_div(self.train_tokens - consumed, most)
+            if asked + count > _MOST_ASKED:
+                raise ConfigError(
+                    f"training.train_tokens: {self.train_tokens} take more than {_MOST_ASKED:,} steps, and the function of "
+                    "a custom schedule is called for each of them; raise train_batch_size, or use another schedule_type"
+                )
+            lengths = self.pacing(np.arange(asked + 1, asked + count + 1))
+            self._bound_steps(lengths, rows)
+            consumed = consumed_after(rows, self.shortening.used_tokens_per_sample(lengths), consumed)
+            asked += count
+            parts.append(lengths)
+        return lengths_by_run(np.arange(1, asked + 1), np.concatenate(parts))
+
+    def seqlen(self, steps: Steps) -> Steps:
         """Return the sequence length of each step, in tokens."""
-        # The pieces cover the run and take 5 us for one step. A pacing function takes ten times as long.
-        return self._lengths.at(steps) if isinstance(steps, int) and 0 < steps <= self.steps else self.pacing(steps)
+        # The pieces cover the run and take 1 us for one step. A pacing function takes 50 times as long.
+        first, last = (steps, steps) if isinstance(steps, int) else (steps.min(initial=1), steps.max(initial=1))
+        return self._lengths.at(steps) if first > 0 and last <= self.steps else self.pacing(steps)
 
-    @overload
-    def samples(self, steps: int) -> int: ...
-    @overload
-    def samples(self, steps: IntArray) -> IntArray: ...
-    def samples(self, steps: int | IntArray) -> int | IntArray:
+    def samples(self, steps: Steps) -> Steps:
         """Return the samples that each step reads, over all ranks."""
         return self._samples.at(steps)
 
-    @overload
-    def rows(self, steps: int) -> int: ...
-    @overload
-    def rows(self, steps: IntArray) -> IntArray: ...
-    def rows(self, steps: int | IntArray) -> int | IntArray:
+    def rows(self, steps: Steps) -> Steps:
         """Return the rows that each step trains on, over all ranks: its samples or their segments."""
         return self._rows.at(steps)
 
-    @overload
-    def consumed_samples(self, steps: int) -> int: ...
-    @overload
-    def consumed_samples(self, steps: IntArray) -> IntArray: ...
-    def consumed_samples(self, steps: int | IntArray) -> int | IntArray:
+    def consumed_samples(self, steps: Steps) -> Steps:
         """Return the samples read by the end of each step."""
         return self._samples.total(steps)
 
-    @overload
-    def consumed_tokens(self, steps: int) -> int: ...
-    @overload
-    def consumed_tokens(self, steps: IntArray) -> IntArray: ...
-    def consumed_tokens(self, steps: int | IntArray) -> int | IntArray:
+    def consumed_tokens(self, steps: Steps) -> Steps:
         """Return the target tokens trained on by the end of each step; 0 for step 0."""
         return self._tokens.total(steps)
 
@@ -125,87 +135,84 @@ class Timeline:
     def _within_run(self, step: int | None) -> int | None:
         return step if step is not None and step <= self.steps else None
 
-    def tokens_by_length(self) -> tuple[IntArray, IntArray]:
-        """Return the lengths in order of use, one entry per change, and the target tokens trained on at each."""
-        reached = self._lengths.first_steps <= self.steps
-        first_steps = self._lengths.first_steps[reached]
-        last_steps = np.append(first_steps[1:] - 1, self.steps)
-        return self._lengths.values[reached], np.diff(self.consumed_tokens(last_steps), prepend=0)
+    def kinds_of_steps(self) -> tuple[IntArray, IntArray, IntArray]:
+        """Return the length, the samples and the number of all steps that share both, one entry per kind, shortest first.
 
-    def stretches(self) -> tuple[IntArray, IntArray]:
-        """Return the first step and the number of steps of each stretch with constant length and rows."""
-        first_steps = self._tokens.first_steps[self._tokens.first_steps <= self.steps]
-        return first_steps, np.diff(first_steps, append=self.steps + 1)
+        Raises ConfigError for a batch size warmup with a long list of repeated lengths.
+        """
+        if isinstance(self._lengths, Periodic):
+            lengths, samples, counts = self._repeated_kinds(self._lengths)
+        else:
+            assert isinstance(self._tokens, Piecewise)
+            first_steps = self._tokens.first_steps[self._tokens.first_steps <= self.steps]
+            lengths, samples = self._lengths.at(first_steps), self._samples.at(first_steps)
+            counts = np.diff(first_steps, append=self.steps + 1)
+        lengths, samples, order, first = _sorted_pairs(lengths, samples)
+        return lengths, samples, np.add.reduceat(counts[order], first)
+
+    def _repeated_kinds(self, repeated: Periodic) -> tuple[IntArray, IntArray, IntArray]:
+        """Return length, samples and number of steps of each piece of the period, within each piece of the samples."""
+        lengths, first_steps = repeated.values, np.ones(1, np.int64)
+        samples = self._samples.at(repeated.cycle.first_steps)[None]  # (1, P) pieces of a period
+        if isinstance(self._samples, Piecewise):  # (R, 1): the samples are warmed up, or constant
+            first_steps = self._samples.first_steps[self._samples.first_steps <= self.steps]
+            samples = self._samples.at(first_steps)[:, None]
+        if len(first_steps) * len(lengths) > _MOST_KINDS:
+            raise ConfigError(
+                f"batch_size_warmup.increment: {len(first_steps):,} levels with {len(lengths):,} lengths in each cycle of "
+                f"fixed_mixed give more than {_MOST_KINDS:,} shapes; raise it, or list fewer lengths"
+            )
+        ends = np.append(first_steps[1:] - 1, self.steps)
+        counts = repeated.counts(ends) - repeated.counts(first_steps - 1)  # (R, P)
+        kept = counts > 0
+        return np.broadcast_to(lengths, counts.shape)[kept], np.broadcast_to(samples, counts.shape)[kept], counts[kept]
+
+    def tokens_by_length(self) -> tuple[IntArray, IntArray]:
+        """Return the lengths of the run, shortest first, and the target tokens trained on at each."""
+        lengths, samples, counts = self.kinds_of_steps()
+        tokens = counts * samples * self.shortening.used_tokens_per_sample(lengths)
+        unique, first = np.unique(lengths, return_index=True)
+        return unique, np.add.reduceat(tokens, first)
 
     def lengths(self) -> list[int]:
         """Return every sequence length of the run, shortest first."""
-        lengths, _ = self.tokens_by_length()
-        return sorted(set(lengths.tolist()))
+        lengths, _, _ = self.kinds_of_steps()
+        unique: list[int] = np.unique(lengths).tolist()
+        return unique
 
     def shapes(self) -> list[tuple[int, int]]:
         """Return every (rows, tokens per row) in the run, shortest rows first."""
-        steps, _ = self.stretches()
-        row_tokens = self.shortening.tokens_per_row(self._lengths.at(steps)).tolist()
-        shapes = set(zip(self._rows.at(steps).tolist(), row_tokens, strict=True))
-        return sorted(shapes, key=lambda shape: (shape[1], shape[0]))
+        lengths, samples, _ = self.kinds_of_steps()
+        rows, row_tokens = samples * self.shortening.rows_per_sample(lengths), self.shortening.tokens_per_row(lengths)
+        row_tokens, rows, _, _ = _sorted_pairs(row_tokens, rows)
+        return list(zip(rows.tolist(), row_tokens.tolist(), strict=True))
 
     def tokens_by_sample(self) -> Piecewise:
-        """Return the target tokens of each sample in reading order; samples are numbered from 1, as steps are."""
+        """Return the target tokens of each sample in reading order; samples are numbered from 1, as steps are.
+
+        Raises ConfigError if repeated lengths change too often to be listed.
+        """
         # Indexed by sample: 2 steps of 4 samples of 8 tokens, then samples of 16, are 8 from sample 1 and 16 from sample 9.
-        first_samples = self.consumed_samples(self._lengths.first_steps - 1) + 1
-        return Piecewise(first_samples, self.shortening.used_tokens_per_sample(self._lengths.values))
+        lengths = self._listed()
+        first_samples = self.consumed_samples(lengths.first_steps - 1) + 1
+        return Piecewise(first_samples, self.shortening.used_tokens_per_sample(lengths.values))
+
+    def _listed(self) -> Piecewise:
+        """Return the length of each step with one entry per change."""
+        if isinstance(self._lengths, Piecewise):
+            return self._lengths
+        changes = len(self._lengths.values) * ceil_div(self.steps, self._lengths.period)
+        if changes > _MOST_LISTED:
+            raise ConfigError(
+                f"data.leftovers: recycle needs a list of the changes of the length, and this run has {changes:,}, more "
+                f"than {_MOST_LISTED:,}; set it to drop, or give each length of fixed_mixed more steps"
+            )
+        return Piecewise(*self._lengths.listed(self.steps))
 
 
-def ramp_steps_for_tokens(
-    pacing: Callable[[int], Pacing], rows: GlobalBatch, tokens: int, shortening: Shortening = TRUNCATE
-) -> int:
-    """Return the smallest T whose ramp ``pacing(T)`` consumes at least ``tokens`` target tokens by its last step, T.
-
-    The result is exact, also under a batch size warmup: each length of the ramp of T + 1 steps is at least the length of
-    the ramp of T steps one step earlier. By induction the same holds for consumed tokens, and for the rows derived from
-    them. So the tokens of a ramp increase with T, and bisection finds the smallest T. Under ``segment`` and batch growth
-    the tokens of a step are not monotone in the length. Then the result is a T that consumes enough while T - 1 does not.
-    """
-
-    def enough(total_steps: int) -> bool:
-        return Timeline(pacing(total_steps), rows, tokens, shortening).consumed_tokens(total_steps) >= tokens
-
-    return _smallest(enough, 1, _most_steps(pacing, rows, tokens, shortening))
-
-
-def ramp_steps_for_fraction(
-    pacing: Callable[[int], Pacing],
-    rows: GlobalBatch,
-    train_tokens: int,
-    fraction: float,
-    shortening: Shortening = TRUNCATE,
-) -> int:
-    """Return the largest T with ``T <= fraction * steps``, where ``steps`` is the number of steps of the run with this T.
-
-    This is Composer's ``duration``. One more step of ramp lengthens the run by at most one step (by the induction of
-    ``ramp_steps_for_tokens``), so for ``fraction <= 1`` bisection finds the largest T, at least 1. Under ``segment`` and
-    batch growth the result is a T within the fraction while T + 1 is not.
-    """
-
-    share = Fraction(str(fraction))  # the decimal as written: 0.29 of 100 steps is 29, in floats 28.999...
-
-    def too_long(total_steps: int) -> bool:
-        return total_steps > share * Timeline(pacing(total_steps), rows, train_tokens, shortening).steps
-
-    # A ramp longer than the longest run is too long at any fraction, so the bisection is bounded.
-    longest_run = _most_steps(pacing, rows, train_tokens, shortening)
-    return max(_smallest(too_long, 1, longest_run + 1) - 1, 1)
-
-
-def _most_steps(pacing: Callable[[int], Pacing], rows: GlobalBatch, tokens: int, shortening: Shortening) -> int:
-    """Return an upper bound for the steps that consume ``tokens``, with every step as small as the smallest."""
-    smallest_step = least_tokens(rows, shortening.least_used_tokens(pacing(1).lowest))
-    return max(ceil_div(tokens, smallest_step), 1)
-
-
-def _smallest(holds: Callable[[int], bool], low: int, high: int) -> int:
-    """Return the smallest value in [low, high] for which the monotone ``holds`` is true; it must be true at ``high``."""
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (low, middle) if holds(middle) else (middle + 1, high)
-    return low
+def _sorted_pairs(first: IntArray, second: IntArray) -> tuple[IntArray, IntArray, IntArray, IntArray]:
+    """Return the different pairs in ascending order, the order that sorts all of them, and where each pair starts in it."""
+    order = np.lexsort((second, first))
+    first, second = first[order], second[order]
+    starts = np.flatnonzero(np.append(True, (first[1:] != first[:-1]) | (second[1:] != second[:-1])))
+    return first[starts], second[starts], order, starts

@@ -20,6 +20,7 @@ from seqlen_curriculum.tuning.search import Space
 __all__ = ["Budget", "Settings", "doubled_lengths", "scheduled", "space_of", "spaced_totals", "warmup_steps"]
 
 _RAMPS = ("fixed_linear", "fixed_root")
+_MOST_TOTALS = 1000
 _DIFFICULTY_STEP = 8  # the paper's, for tensor cores at 16 bits
 
 
@@ -136,6 +137,11 @@ def spaced_totals(shortest: int, longest: int, resolution: float) -> tuple[int, 
     """Return values of T, ascending, from about ``shortest`` to ``longest`` with the ratio ``resolution``."""
     # From 80 down to 5 by 2: log(80 / 5) / log(2) = 4 divisions, so 5, 10, 20, 40, 80.
     divisions = round(math.log(longest / shortest) / math.log(resolution))
+    if divisions > _MOST_TOTALS:
+        raise ConfigError(
+            f"--resolution: {resolution} gives {divisions:,} values of T from {shortest} to {longest}, at most "
+            f"{_MOST_TOTALS:,} are searched; raise it"
+        )
     return tuple(sorted({max(1, round(longest / resolution**number)) for number in range(divisions + 1)}))
 
 

@@ -45,7 +45,7 @@ def changed(**values):
 
 WRONG_RUNS = {
     "seq_length typo": (changed(data__seq_lenght=64), "data.seq_lenght: unknown key; did you mean 'seq_length'?"),
-    "section typo": (changed(curriculum_learing={}), "unknown section; did you mean 'curriculum_learning'?"),
+    "section typo": (changed(curriculum_learing={}), "unknown key; did you mean 'curriculum_learning'?"),
     "scheduler typo": (changed(scheduler__type="TokenCosineLr"), "scheduler.type: 'TokenCosineLr' is not valid"),
     "curriculum above data": (changed(data__seq_length=32), "max_difficulty: 64 is above data.seq_length 32"),
     "data above model": (changed(data__seq_length=4096), "data.seq_length: 4096 is above the model's 1024 positions"),
@@ -102,7 +102,7 @@ WRONG_RUNS = {
             curriculum_learning__min_difficulty=1,
             curriculum_learning__max_difficulty=2**24,
             curriculum_learning__schedule_config__difficulty_step=2**10,
-            curriculum_learning__schedule_config__total_curriculum_step=1e12,
+            curriculum_learning__schedule_config__total_curriculum_step=1e6,
         ),
         "can't be counted in 64 bits",
     ),
@@ -119,7 +119,7 @@ WRONG_RUNS = {
     "scheduler without type": (changed(scheduler={"params": {}}), "scheduler.type: required"),
     "scheduler type number": (changed(scheduler__type=5), "scheduler.type: 5 is not valid"),
     "model list": (changed(model=[]), "model: [] is not an object"),
-    "warmup typo": (changed(batch_size_warmp=WARMUP), "unknown section; did you mean 'batch_size_warmup'?"),
+    "warmup typo": (changed(batch_size_warmp=WARMUP), "unknown key; did you mean 'batch_size_warmup'?"),
     "warmup key": (changed(batch_size_warmup={**WARMUP, "samples": 3}), "batch_size_warmup.samples: unknown key"),
     "warmup incomplete": (changed(batch_size_warmup={"start": 2}), "batch_size_warmup.increment: required"),
     "warmup of nothing": (

@@ -12,7 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from seqlen_curriculum.data.indexed import IndexedCorpus
-from seqlen_curriculum.errors import ConfigError, DataError
+from seqlen_curriculum.errors import ConfigError
 
 __all__ = ["corpus_warnings", "describe_corpora", "inspect_corpora"]
 
@@ -56,8 +56,6 @@ def _document_facts(corpus: IndexedCorpus) -> dict[str, int | float]:
         block = np.diff(corpus.document_starts(first, end))
         lengths, where = np.unique(np.concatenate([lengths, block]), return_inverse=True)
         counts = np.bincount(where, np.concatenate([counts, np.ones_like(block)])).astype(np.int64)
-    if lengths[0] < 0:
-        raise DataError(f"{corpus.prefix}.idx: its documents are out of order; prepare the pair again")
     # The median is the mean of the two middle documents in order of length: for 4 documents numbers 1 and 2, from 0.
     ends = np.cumsum(counts)
     middle = np.array([ends[-1] - 1, ends[-1]]) // 2
