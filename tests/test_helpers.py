@@ -2,13 +2,15 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 
 import psutil
 import pytest
 from helpers import capabilities
-from helpers.launching import forked, launch, running, wait_until
+from helpers.launchers import srun, without_launcher
+from helpers.launching import forked, launch, limit, running, wait_until
 
 
 def test_an_unknown_capability_is_named_with_the_valid_ones(monkeypatch):
@@ -65,6 +67,20 @@ def test_a_forked_launch_is_that_of_a_launcher(tmp_path):
     status, output = launch(tmp_path / "log", tmp_path / "script.py", "--flag", ranks=2, launcher=forked, seconds=60)
     assert status == 7
     assert sorted(output.splitlines()) == ["rank 0 of 2 --flag __main__", "rank 1 of 2 --flag __main__"]
+
+
+def test_a_forked_process_without_a_launcher_has_its_variables_and_gets_its_signals(tmp_path):
+    (tmp_path / "script.py").write_text(
+        "import os, signal, sys, time\n"
+        "signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))\n"
+        "print(os.environ.get('RANK'), os.environ['SLURM_PROCID'], 'torch' in sys.modules, flush=True)\n"
+        "time.sleep(99)"
+    )
+    log, environment = tmp_path / "log", {**without_launcher(), **srun(1)}
+    with running(forked(tmp_path / "script.py", ranks=0), log, env=environment) as process:
+        wait_until(lambda: log.read_text() == "None 1 True\n", "it does not start")
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(limit(60)) == 75
 
 
 def test_an_error_of_a_forked_rank_is_printed(tmp_path):

@@ -16,7 +16,7 @@ README = (ROOT / "README.md").read_text()
 
 def test_the_example_loop_trains(tmp_path):
     # lengths 8, 16, 16, 24, ... 64 of 8 rows: 5,952 tokens in 20 steps, then 512 a step to 15,000
-    status, output = launch(tmp_path / "log", "examples/own_loop.py", ranks=2)
+    status, output = launch(tmp_path / "log", "examples/own_loop.py", ranks=2, launcher=forked)
     assert status == 0, output
     assert re.search(r"(\d+) steps, 15\d\d\d tokens, last length 64, loss \d", output)
 
