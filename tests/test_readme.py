@@ -3,10 +3,10 @@
 import json
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from helpers.command import slw
 from helpers.launching import forked, launch
 from helpers.settings import changed
 
@@ -31,8 +31,7 @@ def test_the_benchmark_of_data_finds_and_reads(tmp_path):
         "--out",
         str(tmp_path / "records.json"),
     ]
-    command = [sys.executable, "scripts/benchmark.py", "data", *config, *sizes]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    result = slw("benchmark", "data", *config, *sizes, cwd=ROOT)
     assert result.returncode == 0, result.stderr
     assert "1,000,000,000 tokens" in result.stdout
     records = json.loads((tmp_path / "records.json").read_text())
