@@ -5,12 +5,14 @@ import shutil
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import psutil
 import pytest
 from helpers import capabilities
 from helpers.launchers import srun, without_launcher
-from helpers.launching import forked, launch, limit, running, wait_until
+from helpers.launching import TESTS, forked, launch, limit, running, wait_until
+from helpers.order import LONG, longest_first
 
 
 def test_an_unknown_capability_is_named_with_the_valid_ones(monkeypatch):
@@ -50,6 +52,15 @@ def test_a_command_is_killed_with_all_that_it_started(tmp_path):
     assert process.returncode is not None
     pid = int(log.read_text())
     assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+
+
+def test_the_longest_files_are_first_and_exist():
+    assert [name for name in LONG if not (TESTS / f"test_{name}.py").exists()] == []
+    names = ["test_batch.py", "test_spikes.py", "test_matrix.py", "test_a.py"]
+    items = [SimpleNamespace(path=TESTS / name, number=number) for name in names for number in (1, 2)]
+    ordered = [(item.path.name, item.number) for item in longest_first(items)]
+    expected = ["test_matrix.py", "test_spikes.py", "test_batch.py", "test_a.py"]
+    assert ordered == [(name, number) for name in expected for number in (1, 2)]
 
 
 RANK_ENDS = """
