@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from helpers import capabilities
 from helpers.launching import ROOT, remove_stale_locks, slowness
+from helpers.order import longest_first
 from hypothesis import settings
 
 from seqlen_curriculum.data.writer import CorpusWriter
@@ -29,6 +30,7 @@ def pytest_configure(config):
     """Probe capabilities and speed of the machine once. Workers of xdist inherit the controller's results."""
     if hasattr(config, "workerinput"):
         return
+    config.option.loadscopereorder = False  # xdist's own order is by the number of tests
     try:
         without = capabilities.disabled()
     except ValueError as error:
@@ -38,6 +40,10 @@ def pytest_configure(config):
     slowness()
     if config.getoption("numprocesses", None):
         capabilities.ask_all()
+
+
+def pytest_collection_modifyitems(items):
+    items[:] = longest_first(items)
 
 
 def pytest_unconfigure():

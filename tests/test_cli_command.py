@@ -10,6 +10,7 @@ import sys
 
 import pytest
 from helpers import launchers
+from helpers.command import slw
 from helpers.launching import ROOT
 
 import seqlen_curriculum
@@ -25,9 +26,12 @@ SCRIPTS |= {
 }
 
 
-def slw(*arguments, **options):
-    environment = launchers.without_launcher()
-    return subprocess.run([*SLW, *arguments], capture_output=True, text=True, env=environment, **options)
+@pytest.fixture(autouse=True)
+def no_launcher(monkeypatch):
+    """Remove a launcher's variables, and set the width of the help for commands in this process and in others."""
+    for name in set(os.environ) - set(launchers.without_launcher()):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("COLUMNS", "80")
 
 
 def parser_of(name):
@@ -71,17 +75,19 @@ def test_version():
     assert slw("--version").stdout == f"seqlen-curriculum {seqlen_curriculum.__version__}\n"
 
 
-@pytest.mark.parametrize(
-    "arguments", [["--help"], ["--version"], *([name, "--help"] for name in MODULES)], ids=" ".join
-)
-def test_help_loads_nothing_slow(arguments):
+def test_help_loads_nothing_slow():
+    commands = [["--help"], ["--version"], *([name, "--help"] for name in MODULES)]
     code = (
         "import sys\nfrom seqlen_curriculum.cli import main\n"
-        f"try: main({arguments!r})\nexcept SystemExit: pass\n"
-        "print('loaded', *sorted({'torch', 'numpy', 'pydantic', 'deepspeed', 'transformers'} & set(sys.modules)))"
+        f"for arguments in {commands!r}:\n"
+        "    try: main(arguments)\n"
+        "    except SystemExit: pass\n"
+        "    slow = {'torch', 'numpy', 'pydantic', 'deepspeed', 'transformers'} & set(sys.modules)\n"
+        "    print('loaded after', *arguments, *slow)"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert result.stdout.splitlines()[-1] == "loaded"
+    loaded = [line for line in result.stdout.splitlines() if line.startswith("loaded after")]
+    assert loaded == [f"loaded after {' '.join(command)}" for command in commands], result.stderr
 
 
 # --- mistakes
@@ -157,10 +163,8 @@ def test_an_old_python_is_one_line():
 
 
 def test_a_configuration_is_copied_to_a_new_folder(tmp_path):
-    result = subprocess.run(
-        [*SLW, "configs", "copy", "tiny_cpu", "--out", tmp_path / "new/run.json"], capture_output=True
-    )
-    assert (result.returncode, result.stderr) == (0, b"")
+    result = slw("configs", "copy", "tiny_cpu", "--out", tmp_path / "new/run.json")
+    assert (result.returncode, result.stderr) == (0, "")
     assert {path.name for path in (tmp_path / "new").iterdir()} == {"run.json", "run.schema.json"}
 
 

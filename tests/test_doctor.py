@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+from helpers.command import slw
 from helpers.launching import ROOT, limit
 
 from seqlen_curriculum.cli.configs import shipped_configs
@@ -169,7 +170,7 @@ def test_a_real_run_in_one_screen_and_as_json(tmp_path):
     assert states <= {"ok", "warning", "missing"}
     assert blank == ""
     assert (text.returncode == 0, "missing" not in states) == (last == "Training can run here.",) * 2
-    answer = json.loads(doctor_command(tmp_path, "--json").stdout)
+    answer = json.loads(slw("doctor", tmp_path, "--json").stdout)
     assert [finding["name"] for finding in answer["findings"]] == CHECKS
     assert answer["can_train"] == (text.returncode == 0)
     assert list(tmp_path.iterdir()) == []
@@ -186,6 +187,4 @@ def test_a_broken_installation_is_a_line_of_the_report(tmp_path):
 
 
 def test_a_folder_that_does_not_exist_is_one_line():
-    result = doctor_command("nowhere")
-    assert (result.returncode, result.stdout) == (1, "")
-    assert result.stderr == "error: FOLDER nowhere: not a folder; give one that exists\n"
+    assert slw("doctor", "nowhere") == (1, "", "error: FOLDER nowhere: not a folder; give one that exists\n")

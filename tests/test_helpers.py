@@ -2,13 +2,17 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import psutil
 import pytest
 from helpers import capabilities
-from helpers.launching import forked, launch, running, wait_until
+from helpers.launchers import srun, without_launcher
+from helpers.launching import TESTS, forked, launch, limit, running, wait_until
+from helpers.order import LONG, longest_first
 
 
 def test_an_unknown_capability_is_named_with_the_valid_ones(monkeypatch):
@@ -50,6 +54,15 @@ def test_a_command_is_killed_with_all_that_it_started(tmp_path):
     assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
 
 
+def test_the_longest_files_are_first_and_exist():
+    assert [name for name in LONG if not (TESTS / f"test_{name}.py").exists()] == []
+    names = ["test_batch.py", "test_spikes.py", "test_matrix.py", "test_a.py"]
+    items = [SimpleNamespace(path=TESTS / name, number=number) for name in names for number in (1, 2)]
+    ordered = [(item.path.name, item.number) for item in longest_first(items)]
+    expected = ["test_matrix.py", "test_spikes.py", "test_batch.py", "test_a.py"]
+    assert ordered == [(name, number) for name in expected for number in (1, 2)]
+
+
 RANK_ENDS = """
 import os, sys, time
 print("rank", os.environ["RANK"], "of", os.environ["WORLD_SIZE"], *sys.argv[1:], __name__, flush=True)
@@ -65,6 +78,20 @@ def test_a_forked_launch_is_that_of_a_launcher(tmp_path):
     status, output = launch(tmp_path / "log", tmp_path / "script.py", "--flag", ranks=2, launcher=forked, seconds=60)
     assert status == 7
     assert sorted(output.splitlines()) == ["rank 0 of 2 --flag __main__", "rank 1 of 2 --flag __main__"]
+
+
+def test_a_forked_process_without_a_launcher_has_its_variables_and_gets_its_signals(tmp_path):
+    (tmp_path / "script.py").write_text(
+        "import os, signal, sys, time\n"
+        "signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))\n"
+        "print(os.environ.get('RANK'), os.environ['SLURM_PROCID'], 'torch' in sys.modules, flush=True)\n"
+        "time.sleep(99)"
+    )
+    log, environment = tmp_path / "log", {**without_launcher(), **srun(1)}
+    with running(forked(tmp_path / "script.py", ranks=0), log, env=environment) as process:
+        wait_until(lambda: log.read_text() == "None 1 True\n", "it does not start")
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(limit(60)) == 75
 
 
 def test_an_error_of_a_forked_rank_is_printed(tmp_path):

@@ -1,13 +1,12 @@
 """inspect_data.py: what is in a corpus, what a run reads of it, and what its ranks read, by hand and by brute force."""
 
 import json
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.command import slw
 
 from seqlen_curriculum import ConfigError, DataError, RunConfig
 from seqlen_curriculum.cli import inspect
@@ -21,7 +20,6 @@ from seqlen_curriculum.data.tokenizer import TokenizerChoice, build_tokenizer
 from seqlen_curriculum.data.writer import CorpusWriter
 
 ROOT = Path(__file__).parent.parent
-SCRIPT = ROOT / "scripts" / "inspect_data.py"
 TEXT = "It was the best of times, it was the wörst of times. " * 40
 
 
@@ -76,8 +74,7 @@ def saved(folder, one, two):
 
 
 def script(*arguments):
-    command = [sys.executable, "-W", "error", str(SCRIPT), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    return slw("inspect", *arguments, cwd=ROOT)
 
 
 def test_a_corpus_by_hand(folder, one):

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from helpers import launchers
 from helpers.capabilities import require_launches
-from helpers.launching import ROOT, limit, running, start, stop, wait_until
+from helpers.launching import ROOT, forked, limit, running, start, stop, wait_until
 from helpers.runs import TRAIN, has_reached, records
 
 from seqlen_curriculum.errors import STOPPED
@@ -56,7 +56,8 @@ def test_every_launcher_starts_it(launcher, run_file, tmp_path):
 
 def test_ranks_that_slurm_stops_are_saved_and_exit_with_a_status_of_their_own(run_file, tmp_path):
     require_launches()
-    save, command = tmp_path / "run", [sys.executable, str(ROOT / TRAIN), "--config", str(run_file), "--save"]
+    save = tmp_path / "run"
+    command = forked(TRAIN, "--config", run_file, "--save", save, ranks=0)
     extensions = tmp_path / "torch_extensions"
     shutil.copytree(
         os.environ["TORCH_EXTENSIONS_DIR"], extensions, ignore=shutil.ignore_patterns("fused_adam", "cpu_adam")
@@ -69,7 +70,7 @@ def test_ranks_that_slurm_stops_are_saved_and_exit_with_a_status_of_their_own(ru
         ranks = []
         for rank in (0, 1):
             environment = {**plain, **launchers.srun(rank, job=os.getpid())}
-            ranks.append(start([*command, str(save)], tmp_path / f"log{rank}", env=environment))
+            ranks.append(start(command, tmp_path / f"log{rank}", env=environment))
             stack.callback(stop, ranks[-1])
         wait_until(lambda: any(rank.poll() is not None for rank in ranks) or has_reached(save, 3), "the run hung", 300)
         for rank in ranks:

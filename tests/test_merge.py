@@ -1,13 +1,12 @@
 """Corpora put together equal the corpus of all their texts."""
 
 import json
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.command import slw
 
 from seqlen_curriculum.data.preparation.merge import merge
 from seqlen_curriculum.data.preparation.pieces import Rules
@@ -43,8 +42,7 @@ def made(root: Path, prefix: str, *names: str, tokenizer: str = "one", **rules: 
 def test_merged_is_what_one_preparation_gives(folder: Path) -> None:
     together = made(folder, "together", "c.txt", "a.txt", "b.jsonl")
     merged = folder / "merged"
-    command = [sys.executable, "-W", "error", "scripts/merge_corpora.py", folder / "c", folder / "a.bin", folder / "b"]
-    done = subprocess.run([*command, "--output-prefix", merged], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = slw("merge", folder / "c", folder / "a.bin", folder / "b", "--output-prefix", merged)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(f"prepared: {merged} (5 documents, ")
     for suffix in SUFFIXES:

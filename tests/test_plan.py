@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
+from helpers.command import slw
 
 from seqlen_curriculum import ConfigError, RunConfig
 from seqlen_curriculum.planning.summary import describe, plan
@@ -15,8 +16,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def run_plan(*arguments):
-    command = [sys.executable, str(ROOT / "scripts" / "plan.py"), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    return slw("plan", *arguments, cwd=ROOT)
 
 
 @pytest.mark.parametrize(

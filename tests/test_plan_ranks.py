@@ -1,11 +1,10 @@
 """plan.py --ranks: what each rank does at every length and the estimated hours, by hand; and what it warns of."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from helpers.command import slw
 from helpers.settings import changed
 
 from seqlen_curriculum import ConfigError, RunConfig
@@ -41,8 +40,7 @@ def planned(ranks, run=RUN, **flags):
 
 
 def run_plan(*arguments):
-    command = [sys.executable, str(ROOT / "scripts" / "plan.py"), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    return slw("plan", *arguments, cwd=ROOT)
 
 
 def test_two_ranks_by_hand():

@@ -3,10 +3,10 @@
 import json
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from helpers.command import slw
 from helpers.launching import forked, launch
 from helpers.settings import changed
 
@@ -16,7 +16,7 @@ README = (ROOT / "README.md").read_text()
 
 def test_the_example_loop_trains(tmp_path):
     # lengths 8, 16, 16, 24, ... 64 of 8 rows: 5,952 tokens in 20 steps, then 512 a step to 15,000
-    status, output = launch(tmp_path / "log", "examples/own_loop.py", ranks=2)
+    status, output = launch(tmp_path / "log", "examples/own_loop.py", ranks=2, launcher=forked)
     assert status == 0, output
     assert re.search(r"(\d+) steps, 15\d\d\d tokens, last length 64, loss \d", output)
 
@@ -31,8 +31,7 @@ def test_the_benchmark_of_data_finds_and_reads(tmp_path):
         "--out",
         str(tmp_path / "records.json"),
     ]
-    command = [sys.executable, "scripts/benchmark.py", "data", *config, *sizes]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    result = slw("benchmark", "data", *config, *sizes, cwd=ROOT)
     assert result.returncode == 0, result.stderr
     assert "1,000,000,000 tokens" in result.stdout
     records = json.loads((tmp_path / "records.json").read_text())

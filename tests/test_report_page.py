@@ -5,11 +5,11 @@ import json
 import math
 import re
 import signal
-import subprocess
 import sys
 
 import pytest
 from helpers import browser
+from helpers.command import slw
 from helpers.launching import ROOT, limit, running, wait_until
 from helpers.runs import Runs
 from helpers.runs import run as run_of
@@ -197,8 +197,7 @@ def test_following_rewrites_when_a_log_has_changed_and_ends_at_the_budget(tmp_pa
     ],
 )
 def test_mistakes_are_reported_in_one_line(tmp_path, arguments, message):
-    command = [*REPORT, *(argument.format(run=tmp_path) for argument in arguments)]
-    result = subprocess.run(command, capture_output=True, text=True)
+    result = slw("report", *(argument.format(run=tmp_path) for argument in arguments))
     assert (result.returncode, result.stderr.count("\n")) == (1, 1), result.stderr
     assert message in result.stderr
 
@@ -228,8 +227,7 @@ def real(tmp_path_factory, tiny_run):
 @pytest.fixture(scope="module")
 def out(real):
     """The report of the two, from the command line."""
-    command = [*REPORT, real["constant"], real["warmup"], "--out", real.folder / "out"]
-    result = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    result = slw("report", real["constant"], real["warmup"], "--out", real.folder / "out")
     assert result.returncode == 0, result.stderr
     assert f"report           {real.folder / 'out' / 'report.html'}" in result.stdout
     assert re.search(r"constant's best validation perplexity of \d", result.stdout)
@@ -272,8 +270,7 @@ def test_a_launch_more_is_added_and_damage_does_not_stop_it(tmp_path):
 
 
 def test_the_report_is_printed_as_it_is_written(real, out):
-    command = [*REPORT, str(real["constant"]), str(real["warmup"]), "--json"]
-    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    printed = slw("report", real["constant"], real["warmup"], "--json").stdout
     assert json.loads(printed) == json.loads((out / "report.json").read_text())
     assert all((out / f"{name}.png").read_bytes().startswith(b"\x89PNG") for name in ("perplexity_hours", "seqlen"))
 

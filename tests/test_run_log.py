@@ -2,13 +2,12 @@
 
 import json
 import math
-import subprocess
-import sys
 import tracemalloc
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from helpers.command import slw
 
 from seqlen_curriculum.analysis.drawing import draw_run
 from seqlen_curriculum.analysis.read_run import load_run
@@ -180,9 +179,7 @@ def test_picture_of_a_run_without_evaluations(tmp_path):
 
 def test_report_on_the_command_line(tmp_path):
     written(tmp_path / "runlog.jsonl", 4)
-    command = [sys.executable, str(ROOT / "scripts" / "report.py")]
-    arguments = [str(tmp_path), "--png", str(tmp_path / "curves.png")]
-    result = subprocess.run([*command, *arguments], capture_output=True, text=True)
+    result = slw("report", tmp_path, "--png", tmp_path / "curves.png")
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "curves.png").exists()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["curves.png", "runlog.jsonl"]

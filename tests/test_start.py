@@ -1,9 +1,9 @@
 """What the machine lacks is said before the ranks meet; a rank takes its device before it talks to others."""
 
+import contextlib
 import importlib.util
 import json
 import os
-import subprocess
 import sys
 from collections import namedtuple
 
@@ -12,7 +12,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from helpers import launchers
 from helpers.capabilities import require_launches
-from helpers.launching import ROOT, TESTS, limit
+from helpers.launching import forked, limit, running
 
 from seqlen_curriculum.training import machine, start
 from seqlen_curriculum.training.machine import SHM_BYTES, machine_problems
@@ -149,17 +149,17 @@ def test_the_device_is_set_before_the_first_collective(tiny_run, tmp_path):
     require_launches()
     config = tmp_path / "run.json"
     config.write_text(json.dumps(tiny_run))
-    command = [sys.executable, __file__, str(config), str(tmp_path / "run")]
-    path = os.pathsep.join([str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])])
-    plain = {**launchers.without_launcher(), "PYTHONPATH": path, "DS_ACCELERATOR": "cpu"}
-    started = [
-        subprocess.Popen(command, env={**plain, **launchers.srun(rank)}, stdout=subprocess.PIPE, text=True)
-        for rank in (0, 1)
-    ]
-    for rank, process in enumerate(started):
-        printed = process.communicate(timeout=limit(300))[0]
-        assert process.returncode == 0
-        first, second, *others = json.loads(printed.splitlines()[-1])
+    with contextlib.ExitStack() as stack:
+        started = []
+        for rank in (0, 1):
+            environment = {**launchers.without_launcher(), **launchers.srun(rank)}
+            script = forked(__file__, config, tmp_path / "run", ranks=0)
+            started.append(stack.enter_context(running(script, tmp_path / f"log{rank}", env=environment)))
+        statuses = [process.wait(limit(300)) for process in started]
+    for rank in (0, 1):
+        printed = (tmp_path / f"log{rank}").read_text()
+        assert statuses[rank] == 0, printed
+        first, second, *others = json.loads(next(line for line in printed.splitlines() if line.startswith("[[")))
         assert (first, second) == (["set_device", rank], ["init_process_group"])
         assert ["broadcast_object_list"] in others
 
@@ -173,19 +173,11 @@ def test_a_script_without_a_launcher_trains_as_the_only_rank(tmp_path):
     require_launches()
     if importlib.util.find_spec("mpi4py"):
         pytest.skip("with mpi4py DeepSpeed looks for the ranks of an mpirun")
-    environment = {**launchers.without_launcher(), "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, ROOT / "examples" / "own_loop.py"],
-        capture_output=True,
-        text=True,
-        env=environment,
-        cwd=tmp_path,
-        timeout=limit(300),
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    log, script = tmp_path / "log", forked("examples/own_loop.py", ranks=0)
+    with running(script, log, cwd=tmp_path, env=launchers.without_launcher()) as process:
+        assert process.wait(limit(300)) == 0, log.read_text()
     # 8 rows of 672 columns in the ramp of 20 steps, and 64 in each of 19 steps after it
-    assert "39 steps, 15104 tokens, last length 64, loss 1." in done.stdout
+    assert "39 steps, 15104 tokens, last length 64, loss 1." in log.read_text()
 
 
 @pytest.mark.parametrize(("seq_length", "cudnn"), [(1024, False), (1032, True)])

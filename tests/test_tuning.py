@@ -12,6 +12,7 @@ import numpy as np
 import psutil
 import pytest
 from helpers.capabilities import require_launches
+from helpers.command import slw
 from helpers.launching import ROOT, free_port, limit, running, wait_until
 from helpers.runs import records
 from helpers.settings import changed
@@ -36,6 +37,10 @@ def tune_command(config, save, *flags):
     ranks = [f"{name}=0" for name in ("RANK", "LOCAL_RANK")] + ["WORLD_SIZE=1", "MASTER_ADDR=127.0.0.1"]
     launcher = ["env", *ranks, f"MASTER_PORT={free_port()}", sys.executable]
     return [*TUNE, str(config), "--save", str(save), "--launcher", shlex.join(launcher), *flags]
+
+
+def in_process(command):
+    return ["tune", *command[len(TUNE) :]]
 
 
 @pytest.fixture(scope="module")
@@ -185,7 +190,7 @@ def test_a_probe_that_fails_otherwise_is_no_verdict(tmp_path, tiny_run, launcher
 )
 def test_a_damaged_state_is_reported(config_file, tmp_path, damage):
     (tmp_path / "tuning.json").write_text(damage)
-    result = subprocess.run(tune_command(config_file, tmp_path, *SEARCH), capture_output=True, text=True, cwd=ROOT)
+    result = slw(*in_process(tune_command(config_file, tmp_path, *SEARCH)))
     assert result.returncode == 1
     assert "tuning.json: is not the state of a search" in result.stderr
     assert "Traceback" not in result.stderr
@@ -196,7 +201,7 @@ def test_a_budget_of_time_that_is_spent_launches_nothing(searches, config_file, 
     state = read_json(searches / "whole" / "tuning.json")
     (tmp_path / "tuning.json").write_text(json.dumps({**state, "probes": [], "seconds": 61.0}))
     command = tune_command(config_file, tmp_path, *SEARCH, "--max-minutes", "1")
-    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    result = slw(*in_process(command))
     assert result.returncode == 1
     assert "the budget ended before a stable T was found" in result.stderr
     assert not list((tmp_path / "probes").iterdir())
@@ -239,7 +244,7 @@ def test_a_search_with_fluctuations_bisects(config_file, tmp_path):
 
 def test_a_folder_of_another_search_is_refused(searches, config_file):
     command = tune_command(config_file, searches / "whole", *SEARCH, "--ratio", "1.2")
-    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    result = slw(*in_process(command))
     assert result.returncode == 1
     assert "contains a search with another settings" in result.stderr
 
@@ -266,7 +271,7 @@ def test_a_training_that_diverges_is_no_answer(config_file, tmp_path):
 )
 def test_mistakes_are_reported_before_any_probe(config_file, tmp_path, flags, message):
     command = [*TUNE, str(config_file), "--save", str(tmp_path / "x"), "--launcher", sys.executable, *flags]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    result = slw(*in_process(command))
     assert result.returncode == 1
     assert message in result.stderr
     assert "Traceback" not in result.stderr
@@ -275,7 +280,7 @@ def test_mistakes_are_reported_before_any_probe(config_file, tmp_path, flags, me
 
 def test_a_dry_run_reports_costs_and_writes_nothing(config_file, tmp_path):
     command = [*TUNE, str(config_file), "--save", str(tmp_path / "x"), "--launcher", sys.executable, "--dry-run"]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    result = slw(*in_process(command))
     assert result.returncode == 0, result.stderr
     costs = [line.split() for line in result.stdout.splitlines() if re.fullmatch(r"[ \d,.%]+", line)]
     tokens = {int(row[0]): int(row[2].replace(",", "")) for row in costs[1:]}
@@ -287,7 +292,7 @@ def test_a_dry_run_reports_costs_and_writes_nothing(config_file, tmp_path):
 
 def test_a_dry_run_as_json(config_file, tmp_path):
     command = [*TUNE, "--config", str(config_file), "--save", str(tmp_path / "x"), "--dry-run", "--json"]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    result = slw(*in_process(command))
     space = json.loads(result.stdout)
     assert space["lengths"][0] == 8
     assert space["totals"] == sorted(space["totals"])

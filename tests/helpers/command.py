@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import io
+import signal
+from pathlib import Path
 from typing import NamedTuple
 
 from seqlen_curriculum import cli
@@ -15,10 +17,14 @@ class Finished(NamedTuple):
     stderr: str
 
 
-def slw(*arguments: object) -> Finished:
-    """Run a command that neither starts ranks nor reads stdin, and return what it printed and its exit status."""
+def slw(*arguments: object, cwd: Path | None = None) -> Finished:
+    """Run a command that neither starts ranks nor reads stdin, and return what it printed and its exit status.
+
+    cwd: the folder to run it in, None for the current one.
+    """
     out, err, status = io.StringIO(), io.StringIO(), 0
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+    handler = signal.getsignal(signal.SIGTERM)
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), contextlib.chdir(cwd or "."):
         try:
             cli.main(list(map(str, arguments)))
         except SystemExit as end:
@@ -26,4 +32,6 @@ def slw(*arguments: object) -> Finished:
             if isinstance(status, str):
                 print(status, file=err)
                 status = 1
+        finally:
+            signal.signal(signal.SIGTERM, handler)
     return Finished(status or 0, out.getvalue(), err.getvalue())

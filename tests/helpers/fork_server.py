@@ -1,6 +1,6 @@
 """Ranks forked from a process that has already imported torch, DeepSpeed and transformers.
 
-Importing them takes about 8 CPU seconds per rank, and the launcher 5 more, which is longer than most runs of the tests.
+Importing them takes about 10 CPU seconds per rank, and the launcher 5 more, which is longer than most runs of the tests.
 ``ForkServer`` is used by the tests, ``serve`` is the process that forks. As under a launcher, the ranks get RANK,
 LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, and if one of them fails the others are killed.
 """
@@ -8,6 +8,7 @@ LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, and if one of them fails th
 from __future__ import annotations
 
 import atexit
+import gc
 import json
 import os
 import resource
@@ -33,6 +34,9 @@ class ForkedLaunch:
         if self.returncode is None:
             self.returncode = self._server.ask({"poll": self.pid})
         return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.pid, number)
 
     def wait(self, timeout: float = float("inf")) -> int:
         """Return the exit status. Raises TimeoutExpired after ``timeout`` seconds."""
@@ -82,12 +86,16 @@ def serve() -> None:
     """Answer requests, one JSON line each, until the other end closes: ``start``'s with a pid, a poll with the status."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    import deepspeed  # noqa: F401 - the slow imports
+    import deepspeed.runtime.superoffload.superoffload_stage3
+    import deepspeed.runtime.zero.muon.original_muon  # noqa: F401 - imported by ZeRO, with torch's compiler
     import hypothesis  # noqa: F401
     import pytest  # noqa: F401
 
     import seqlen_curriculum.training.pretrain  # noqa: F401
 
+    # Ranks then neither examine the million objects of these modules at each collection, nor copy their memory for it.
+    gc.collect()
+    gc.freeze()
     for line in sys.stdin:
         request = json.loads(line)
         if "poll" in request:
@@ -109,7 +117,10 @@ def _lead(
     environment: dict[str, str],
     limits: list[tuple[int, int]],
 ) -> None:
-    """Act as the launcher: fork the ranks, wait for them, and exit with the first status that is not 0."""
+    """Act as the launcher: fork the ranks, wait for them, and exit with the first status that is not 0.
+
+    With 0 ranks this process is the script.
+    """
     os.setsid()
     os.chdir(cwd)
     os.environ.clear()
@@ -121,6 +132,8 @@ def _lead(
     for number, limit in limits:
         resource.setrlimit(number, (limit, limit))
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    if not ranks:
+        _be_rank(script, arguments)
     running = set()
     for rank in range(ranks):
         pid = os.fork()

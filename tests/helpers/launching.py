@@ -47,7 +47,10 @@ def limit(seconds: float) -> float:
 
 
 class Ranks(NamedTuple):
-    """A script to start on this number of ranks without the launcher, forked from a process that has imported torch."""
+    """A script to start on this number of ranks without the launcher, forked from a process that has imported torch.
+
+    With 0 ranks it is one process without a launcher's variables, other than those that ``start`` is given.
+    """
 
     script: str
     arguments: list[str]
@@ -81,8 +84,10 @@ def start(
     """
     limits = limits or {}
     if isinstance(command, Ranks):
-        ranks = {"WORLD_SIZE": str(command.ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-        environment = {**_environment(env), **ranks}
+        log.touch()
+        environment = _environment(env)
+        if command.ranks:
+            environment |= {"WORLD_SIZE": str(command.ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
         return _fork_server().start(command.script, command.arguments, command.ranks, log, cwd, environment, limits)
 
     def prepare() -> None:

@@ -1,0 +1,18 @@
+"""The order in which xdist's workers take the test files: the longest first, because the last one sets the end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+LONG = (
+    *("matrix", "engine", "reshard", "spikes", "training", "tuning", "report_page", "launched"),
+    *("causal_lm_training", "pretrain_data", "readme", "adaptive", "hf_ranks", "cli_launch", "prepare", "docs"),
+)
+"""The test files of more than 15 seconds on one of two workers, longest first."""
+
+
+def longest_first(items: Iterable[Any]) -> list[Any]:
+    """Return the tests with those of ``LONG`` at the beginning, and otherwise in their order."""
+    places = {f"test_{name}.py": place for place, name in enumerate(LONG)}
+    return sorted(items, key=lambda item: places.get(item.path.name, len(places)))
