@@ -4,7 +4,9 @@ Run with the real Trainer in this process; the launched part has two ranks.
 """
 
 import csv
+import importlib.util
 import math
+import sys
 from itertools import pairwise
 
 import numpy as np
@@ -364,6 +366,33 @@ def test_fewer_steps_than_the_plan_are_a_beginning_of_it(run, plan, tmp_path):
 def test_a_data_module_needs_a_data_section(own):
     with pytest.raises(ConfigError, match="data: section required"):
         RunDataModule(TrainerPlan.of(own, global_batch=8))
+
+
+@pytest.mark.filterwarnings("ignore::lightning_fabric.utilities.warnings.PossibleUserWarning")
+def test_a_script_may_import_pytorch_lightning(own, tmp_path, monkeypatch):
+    pl = pytest.importorskip("pytorch_lightning")
+    spec = importlib.util.find_spec("seqlen_curriculum.integrations.lightning")
+    loaded = importlib.util.module_from_spec(spec)
+    monkeypatch.delitem(sys.modules, "lightning.pytorch")
+    spec.loader.exec_module(loaded)
+
+    class Module(pl.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.lengths = torch.nn.Linear(1, 1), []
+
+        def training_step(self, batch):
+            self.lengths.append(batch.shape[1])
+            return self.layer(batch[..., None].float()).mean()
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=5e-3)
+
+    module, warmup = Module(), loaded.SequenceLengthWarmup(own, global_batch=8)
+    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    trainer = pl.Trainer(callbacks=[warmup], default_root_dir=tmp_path, accelerator="cpu", max_epochs=-1, **quiet)
+    trainer.fit(module, DataLoader(FullRows(80, torch.Tensor), batch_size=8))
+    assert module.lengths == [warmup.plan.seqlen(step) for step in range(1, warmup.plan.steps + 1)]
 
 
 def test_the_last_rate_is_the_lowest(whole):
