@@ -242,13 +242,13 @@ class Manual(TinyModule):
                 optimizer.zero_grad()
 
 
-def test_several_optimizers_step_together(own, plan, tmp_path):
-    warmup = SequenceLengthWarmup(own, global_batch=8, accumulate_grad_batches=4)
-    module, _ = fit(own, tmp_path, data=own_rows(), module=Manual(4), warmup=warmup, accumulate_grad_batches=1)
+def test_several_optimizers_step_together(run, plan, tmp_path):
+    warmup = SequenceLengthWarmup(run, global_batch=8, accumulate_grad_batches=4)
+    module, _ = fit(run, tmp_path, module=Manual(4), warmup=warmup, accumulate_grad_batches=1)
     assert module.trainer.global_step == 2 * plan.steps  # Lightning counts each optimizer
-    assert [len(batch[0]) for batch in module.rows] == [
-        plan.seqlen(step) for step in range(1, plan.steps + 1) for _ in range(4)
-    ]
+    assert by_step(module.rows, plan.steps) == expected_rows(plan)
+    for optimizer in module.trainer.optimizers:
+        assert optimizer.param_groups[0]["lr"] == plan.learning_rate(plan.steps)
     assert module.rates[::4] == [plan.learning_rate(step) for step in range(1, plan.steps + 1)]
 
 

@@ -103,7 +103,7 @@ class SequenceLengthWarmup(pl.Callback):  # type: ignore[misc]
         if not saved:
             raise CheckpointError("the checkpoint was made without a sequence length warmup; start a new run")
         self.plan.check(saved["plan"], checkpoint["global_step"] // saved["optimizers"])
-        recount_batches(checkpoint, saved["accumulate_grad_batches"], self._accumulation_of(trainer))
+        recount_batches(checkpoint, saved["accumulate_grad_batches"], self.batches_per_step(trainer))
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint stores: the schedule, and what it takes to count its steps."""
@@ -117,7 +117,7 @@ class SequenceLengthWarmup(pl.Callback):  # type: ignore[misc]
         """Check the trainer and its optimizers, and hook into the module."""
         # Lightning's global_step counts the steps of all optimizers: with two, the third step begins at 4.
         self._optimizers = max(len(trainer.optimizers), 1)
-        self._accumulation = self._accumulation_of(trainer)
+        self._accumulation = self.batches_per_step(trainer)
         last_step = self.plan.steps * self._optimizers
         if self._limits_steps:
             trainer.fit_loop.epoch_loop.max_steps = last_step
@@ -133,8 +133,9 @@ class SequenceLengthWarmup(pl.Callback):  # type: ignore[misc]
         self._schedulers = [scheduler for scheduler in own if isinstance(scheduler, TokenCosineLR)]
         self._hook(trainer, pl_module)
 
-    def _accumulation_of(self, trainer: Any) -> int:
-        return self._given_accumulation or trainer.accumulate_grad_batches or 1
+    def batches_per_step(self, trainer: Any) -> int:
+        """Return how many batches of a rank an optimizer step has."""
+        return self._given_accumulation or int(trainer.accumulate_grad_batches)
 
     def _hook(self, trainer: Any, pl_module: Any) -> None:
         """Put ``begin_batch`` behind ``on_before_batch_transfer``, which the loop calls with each batch that it takes."""
@@ -173,7 +174,7 @@ class SequenceLengthWarmup(pl.Callback):  # type: ignore[misc]
             emit_shift_labels=emit,
             count_targets=False,
         )[0]
-        micro_batch = self.plan.global_batch // (self._accumulation_of(trainer) * data_ranks(trainer)[1])
+        micro_batch = self.plan.global_batch // (self.batches_per_step(trainer) * data_ranks(trainer)[1])
         expected = (micro_batch * shortening.rows_per_sample(self.seqlen), self.seqlen)
         found = {tuple(tensor.shape[:2]) for _, tensor in iter_tensors(cut) if tensor.ndim > 1}
         if expected not in found:
@@ -238,14 +239,16 @@ class RunDataModule(pl.LightningDataModule):  # type: ignore[misc]
     @property
     def micro_batch(self) -> int:
         """Return the rows of a batch on one rank. Raises ConfigError if the global batch can't be divided evenly."""
-        accumulation, ranks = int(self.trainer.accumulate_grad_batches), data_ranks(self.trainer)[1]
+        warmups = [callback for callback in self.trainer.callbacks if isinstance(callback, SequenceLengthWarmup)]
+        accumulation = warmups[0].batches_per_step(self.trainer) if warmups else self.trainer.accumulate_grad_batches
+        ranks = data_ranks(self.trainer)[1]
         rows, rest = divmod(self._rows.plan.global_batch, accumulation * ranks)
         if rest or not rows:
             raise ConfigError(
                 f"accumulate_grad_batches: {accumulation} batches on each of {ranks} ranks don't divide the global batch of "
                 f"{self._rows.plan.global_batch}; choose a number that does"
             )
-        return rows
+        return int(rows)
 
     def train_dataloader(self) -> RunLoader:
         """Return this rank's micro-batches of the whole run."""
