@@ -169,10 +169,13 @@ def own(run):
 
 @pytest.mark.parametrize(("form", "workers"), [(dict, 4), (tuple, 0), (torch.Tensor, 0)])
 def test_a_users_own_rows_are_cut_where_they_are_used(own, plan, tmp_path, form, workers):
-    module, _ = fit(own, tmp_path, data=own_rows(form=form, workers=workers))  # epochs of 10 steps
+    # Epochs of 10 steps, each with two evaluations
+    data, valid = own_rows(form=form, workers=workers), own_rows(4, form=form)
+    module, _ = fit(own, tmp_path, data=data, valid=valid, val_check_interval=18)
     lengths = [len(row) for batch in module.rows for row in batch]
     assert lengths == [plan.seqlen(step) for step in range(1, plan.steps + 1) for _ in range(8)]
     assert module.rates[::4] == [plan.learning_rate(step) for step in range(1, plan.steps + 1)]
+    assert {len(row) for row in module.evaluated} == {32}
     assert "on_before_batch_transfer" not in vars(module)
 
 

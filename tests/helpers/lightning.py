@@ -65,12 +65,11 @@ def checkpoints(folder):
     return L.pytorch.callbacks.ModelCheckpoint(folder, filename="{step}", every_n_train_steps=10, save_top_k=-1)
 
 
-def fit(run, folder, *callbacks, module=None, data=None, options=None, resume=None, warmup=None, **changes):
-    """Train the rows of the run, or the loader ``data``; return the module and the callback."""
+def fit(run, folder, *callbacks, module=None, data=None, valid=None, options=None, resume=None, warmup=None, **changes):
+    """Train the rows of the run, or those of the loader ``data``; return the module and the callback."""
     module, warmup = module or TinyModule(), warmup or SequenceLengthWarmup(run, global_batch=8)
-    data = (
-        {"datamodule": RunDataModule(warmup.plan, **(options or {}))} if data is None else {"train_dataloaders": data}
-    )
+    own = {"train_dataloaders": data, "val_dataloaders": valid}
+    data = {"datamodule": RunDataModule(warmup.plan, **(options or {}))} if data is None else own
     saves = any(isinstance(callback, L.pytorch.callbacks.ModelCheckpoint) for callback in callbacks)
     trainer = make_trainer(folder, warmup, *callbacks, enable_checkpointing=saves, **changes)
     trainer.fit(module, **data, ckpt_path=resume)
