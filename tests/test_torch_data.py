@@ -141,3 +141,9 @@ def test_a_users_loader_is_cut_step_by_step(plan, workers):
 def test_a_resumed_loader_is_cut_from_its_own_step(plan):
     batches = lengthen([{"input_ids": torch.zeros(8, 32, dtype=torch.int64)}] * 3, plan, 1, first_step=9)
     assert [batch["input_ids"].shape[1] for batch in batches] == [plan.seqlen(step) for step in (9, 10, 11)]
+
+
+def test_a_users_loader_is_segmented_as_the_plan_counts(tiny_run):
+    plan = TrainerPlan.of(changed(tiny_run, curriculum_learning__method="segment"), global_batch=8, max_lr=5e-3)
+    batches = lengthen([{"input_ids": torch.arange(32).repeat(8, 1)}] * plan.steps, plan, 1)
+    assert sum(batch["input_ids"].numel() for batch in batches) == plan.consumed_tokens(plan.steps)

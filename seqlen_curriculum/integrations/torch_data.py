@@ -190,10 +190,12 @@ def lengthen(
 
     ``micro_batches`` is how many batches a rank reads per optimizer step (gradient accumulation), ``first_step`` the step
     of the first batch. Iterate over the result where batches are used: behind the loader's workers and its prefetching.
-    ``labels_shifted`` as in ``set_batch_sequence_length``. Ends with the run or the loader.
+    ``labels_shifted`` as in ``set_batch_sequence_length``. With ``method: "segment"`` a row becomes its segments. Ends with
+    the run or the loader.
     """
+    truncate = plan.config.shortening.method != "segment"
     for number, batch in enumerate(loader):
         step = first_step + number // micro_batches
         if step > plan.steps:
             return
-        yield set_batch_sequence_length(batch, plan.seqlen(step), labels_shifted=labels_shifted)[0]
+        yield set_batch_sequence_length(batch, plan.seqlen(step), truncate, labels_shifted=labels_shifted)[0]
