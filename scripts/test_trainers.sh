@@ -46,7 +46,7 @@ prepare() {
     rm -rf "$folder"
     "$uv" venv --quiet --python "$(command -v python3)" "$folder"
     # shellcheck disable=SC2086 # one argument per tool
-    UV_FIND_LINKS="${UV_FIND_LINKS:-${PIP_FIND_LINKS:-}}" "$uv" pip install --quiet --python "$folder/bin/python" \
+    UV_FIND_LINKS="${UV_FIND_LINKS:-${PIP_FIND_LINKS:-}}" "$uv" pip install --quiet --compile-bytecode --python "$folder/bin/python" \
         --requirement "$requirements" --override "$overrides" $tools --editable .
     echo "$wanted" > "$folder/installed"
 }

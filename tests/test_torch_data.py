@@ -9,7 +9,7 @@ from helpers.settings import changed
 from torch.utils.data import DataLoader
 
 from seqlen_curriculum.data.from_config import open_training_data
-from seqlen_curriculum.errors import ConfigError
+from seqlen_curriculum.errors import CheckpointError, ConfigError
 from seqlen_curriculum.integrations.plan import TrainerPlan
 from seqlen_curriculum.integrations.torch_data import RunLoader, RunRows, RunSampler, lengthen
 
@@ -96,11 +96,21 @@ def test_a_loader_resumes_after_what_it_handed_out_not_what_it_prefetched(plan):
     for _ in range(2 * 5):  # two micro-batches a step
         next(batches)
     state = loader.state_dict()
-    assert state == {"micro_batches": 10}
+    assert state == {"samples": 40}
     del batches
     resumed = RunLoader(RunRows(plan), 4)
     resumed.load_state_dict(state)
+    assert len(resumed) == len(loader) == 2 * plan.steps
     assert_reads_the_run(plan, resumed, first_step=6)
+
+
+def test_a_loader_resumes_on_another_number_of_ranks(plan):
+    ranks = [RunLoader(RunRows(plan), 2, rank=rank, ranks=2) for rank in range(2)]
+    for loader in ranks:
+        loader.load_state_dict({"samples": 40})
+    assert_reads_the_run(plan, (batch for pair in zip(*ranks, strict=True) for batch in pair), first_step=6)
+    with pytest.raises(CheckpointError, match="after 42 samples"):
+        ranks[0].load_state_dict({"samples": 42})
 
 
 def test_a_micro_batch_that_does_not_divide_is_refused(plan):
