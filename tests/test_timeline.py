@@ -108,7 +108,7 @@ def test_alternating_lengths_in_a_batch_that_grows():
 
 def test_what_is_too_long_to_plan_is_refused_by_its_key():
     custom = Custom(8, 1024, 8, function=lambda step: pytest.fail(f"asked for step {step}"))
-    with pytest.raises(ConfigError, match=r"training.train_tokens: 10{15} take more than 1,048,576 steps"):
+    with pytest.raises(ConfigError, match=r"training.train_tokens: 10{15} take more than 524,288 steps"):
         Timeline(custom, 512, 10**15)
     with pytest.raises(ConfigError, match=r"difficulty_step: 1 gives a ramp of 16,777,216 lengths.*raise it to 129 or"):
         Timeline(Root(1, 2**24, 1, 10**9), 1, 10**15)

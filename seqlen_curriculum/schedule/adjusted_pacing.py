@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -41,6 +42,15 @@ class Bucketed(StepFunction):
 
     def _lengths(self, steps: IntArray) -> IntArray:
         return self._rounded(self.inner(steps))
+
+    def _length(self, step: int) -> int:
+        lowest, highest = self._bounds
+        length = self.inner(step)
+        return length if length == highest else max(length - length % self.bucket, lowest)
+
+    @cached_property
+    def _bounds(self) -> tuple[int, int]:
+        return self.lowest, self.highest
 
     def _rounded(self, lengths: IntArray) -> IntArray:
         # Lengths 8 to 100 in buckets of 64: 8 -> 64 (lowest), 70 -> 64, 99 -> 64, and the longest, 100, stays 100.

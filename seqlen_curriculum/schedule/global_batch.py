@@ -16,7 +16,6 @@ __all__ = [
     "BatchGrowth",
     "BatchGrowthKeys",
     "GlobalBatch",
-    "consumed_after",
     "least_tokens",
     "most_tokens",
     "samples_by_step",
@@ -85,16 +84,6 @@ def samples_by_step(batch: GlobalBatch, used: Piecewise | Periodic, train_tokens
     if isinstance(batch, BatchGrowth):
         return used.map(batch.samples)
     return Piecewise.constant(batch) if isinstance(batch, int) else batch.by_step(used, train_tokens)
-
-
-def consumed_after(batch: GlobalBatch, used: IntArray, consumed: int) -> int:
-    """Return the tokens consumed by the end of steps that start after ``consumed`` and use ``used`` tokens per sample."""
-    if not isinstance(batch, BatchSizeRamp):
-        samples = batch if isinstance(batch, int) else batch.samples(used)
-        return consumed + int(np.sum(samples * used))
-    for tokens in used.tolist():  # the samples of a step depend on the tokens before it
-        consumed += batch(consumed) * tokens
-    return consumed
 
 
 def least_tokens(batch: GlobalBatch, used: int) -> int:

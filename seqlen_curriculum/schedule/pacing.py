@@ -12,13 +12,14 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol, overload
 
 import numpy as np
 import numpy.typing as npt
 
 from seqlen_curriculum.errors import ConfigError
-from seqlen_curriculum.schedule.piecewise import IntArray, ceil_div
+from seqlen_curriculum.schedule.piecewise import IntArray, ceil_div, lengths_by_run
 
 __all__ = ["Custom", "Discrete", "Mixed", "Pacing", "Root", "StepFunction", "elementwise", "lengths_by_run"]
 
@@ -72,8 +73,11 @@ class StepFunction(ABC):
     """Base class that implements calls with one step or an array of steps by a vectorised ``_lengths``."""
 
     @property
+    def settles_at(self) -> int | None:
+        return None
+
+    @property
     def period(self) -> int | None:
-        """The number of steps after which the lengths repeat; None if they don't."""
         return None
 
     @abstractmethod
@@ -85,6 +89,8 @@ class StepFunction(ABC):
     @overload
     def __call__(self, steps: IntArray) -> IntArray: ...
     def __call__(self, steps: int | IntArray) -> int | IntArray:
+        if type(steps) is int and 0 <= steps < 2**62:
+            return self._length(steps)
         at = np.asarray(steps)
         if at.dtype.kind not in "iu":
             raise ConfigError(f"step: {steps!r} is not a whole number of at most 64 bits; give steps counted from 1")
@@ -92,9 +98,11 @@ class StepFunction(ABC):
             raise ConfigError(f"step: {int(at.min())} is negative; give steps counted from 1")
         if at.size and int(at.max()) >= 2**62:
             raise ConfigError(f"step: {int(at.max())} is above 2**62; give steps counted from 1")
-        # A single step takes the same vectorised path, so a plan of all steps equals the run step by step.
-        lengths = self._lengths(np.atleast_1d(at))
-        return int(lengths[0]) if at.ndim == 0 else lengths
+        return self._length(int(at)) if at.ndim == 0 else self._lengths(at)
+
+    def _length(self, step: int) -> int:
+        """Return the length of one step, by the same vectorised path: a plan of all steps equals the run step by step."""
+        return int(self._lengths(np.asarray([step], np.int64))[0])
 
 
 @dataclass(frozen=True)
@@ -242,10 +250,6 @@ class Mixed(_Levels):
     steps: tuple[int, ...]
 
     @property
-    def settles_at(self) -> None:
-        return None
-
-    @property
     def period(self) -> int:
         return sum(self.steps)
 
@@ -270,30 +274,27 @@ class Custom(_Ladder):
 
     function: Callable[[int], float]
 
-    @property
-    def settles_at(self) -> None:
-        return None
-
     def _lengths(self, steps: IntArray) -> IntArray:
-        return self._rounded(np.asarray([self._value(step) for step in steps.tolist()], np.float64))
+        return np.asarray([self._length(step) for step in steps.tolist()], np.int64)
 
-    def _value(self, step: int) -> float:
+    def _length(self, step: int) -> int:
         try:
             value: Any = self.function(step)
         except Exception as error:
             raise ConfigError(f"custom schedule: raised {type(error).__name__} at step {step}: {error}") from error
         # True would count as length 1, and NaN passes every comparison of a clamp.
-        number = isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
-        if not number or not abs(value) < math.inf:
+        number = type(value) in (int, float) or (isinstance(value, (int, float, np.number)) and value is not True)
+        if not number or value is False or not -math.inf < value < math.inf:
             raise ConfigError(f"custom schedule: returned {value!r} at step {step}; return a finite number")
-        return float(max(min(value, self.max_difficulty), 0))  # clamped first, because float(10**400) overflows
+        if value >= self.max_difficulty:
+            return self.max_difficulty
+        whole = int(value)  # a negative one is raised to the lowest length
+        return min(max(whole - whole % self.difficulty_step, self._lowest), self.max_difficulty)  # as in ``_rounded``
+
+    @cached_property
+    def _lowest(self) -> int:
+        return self.lowest
 
     def changes(self, last_step: int) -> tuple[IntArray, IntArray]:
         steps = np.arange(1, last_step + 1, dtype=np.int64)
         return lengths_by_run(steps, self(steps))
-
-
-def lengths_by_run(steps: IntArray, lengths: IntArray) -> tuple[IntArray, IntArray]:
-    """Return only the entries at which the length changes, one per run of equal lengths."""
-    changed = np.append(True, lengths[1:] != lengths[:-1])
-    return steps[changed], lengths[changed]

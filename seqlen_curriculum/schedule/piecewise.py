@@ -14,7 +14,7 @@ from typing import TypeAlias, TypeVar, overload
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["IntArray", "Periodic", "Piecewise", "Product", "StepValues", "ceil_div"]
+__all__ = ["IntArray", "Periodic", "Piecewise", "Product", "StepValues", "ceil_div", "lengths_by_run"]
 
 IntArray = npt.NDArray[np.int64]
 Steps = TypeVar("Steps", int, IntArray)
@@ -24,6 +24,12 @@ Steps = TypeVar("Steps", int, IntArray)
 def ceil_div(numerator: int, denominator: int) -> int:
     """Return ``numerator / denominator`` rounded up, in exact integers."""
     return -(-numerator // denominator)
+
+
+def lengths_by_run(steps: IntArray, lengths: IntArray) -> tuple[IntArray, IntArray]:
+    """Return only the entries at which the length changes, one per run of equal lengths."""
+    changed = np.append(True, lengths[1:] != lengths[:-1])
+    return steps[changed], lengths[changed]
 
 
 class Piecewise:

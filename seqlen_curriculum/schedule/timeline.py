@@ -9,9 +9,9 @@ from __future__ import annotations
 import numpy as np
 
 from seqlen_curriculum.errors import ConfigError
+from seqlen_curriculum.schedule.batch_size_warmup import BatchSizeRamp
 from seqlen_curriculum.schedule.global_batch import (
     GlobalBatch,
-    consumed_after,
     least_tokens,
     most_tokens,
     samples_by_step,
@@ -22,7 +22,7 @@ from seqlen_curriculum.schedule.shortening import TRUNCATE, Shortening
 
 __all__ = ["Timeline"]
 
-_MOST_ASKED = 2**20
+_MOST_ASKED = 2**19
 """Steps for which the function of a custom schedule is called, which takes a second."""
 _MOST_KINDS = 2**20
 _MOST_LISTED = 2**22
@@ -76,22 +76,25 @@ class Timeline:
 
     def _ask(self, rows: GlobalBatch) -> tuple[IntArray, IntArray]:
         """Return the changes of a pacing without a formula, which is asked for the steps of the run only."""
-        most = most_tokens(rows, self.shortening.most_used_tokens(self.pacing.highest))
-        asked, consumed, parts = 0, 0, list[IntArray]()
-        while consumed < self.train_tokens:
-            # With 100 tokens missing and at most 32 tokens per step, the next 4 steps belong to the run at any length.
-            count = ceil_div(self.train_tokens - consumed, most)
-            if asked + count > _MOST_ASKED:
-                raise ConfigError(
-                    f"training.train_tokens: {self.train_tokens} take more than {_MOST_ASKED:,} steps, and the function of "
-                    "a custom schedule is called for each of them; raise train_batch_size, or use another schedule_type"
-                )
-            lengths = self.pacing(np.arange(asked + 1, asked + count + 1))
-            self._bound_steps(lengths, rows)
-            consumed = consumed_after(rows, self.shortening.used_tokens_per_sample(lengths), consumed)
-            asked += count
-            parts.append(lengths)
-        return lengths_by_run(np.arange(1, asked + 1), np.concatenate(parts))
+        longest = most_tokens(rows, self.shortening.most_used_tokens(self.pacing.highest))
+        most_steps = _MOST_ASKED if ceil_div(self.train_tokens, longest) <= _MOST_ASKED else 0
+        consumed, lengths = 0, list[int]()
+        tokens = dict[int, int]()  # by length: of one sample in a batch size warmup, else of a step
+        for step in range(1, most_steps + 1):
+            length = self.pacing(step)
+            lengths.append(length)
+            if length not in tokens:
+                self._bound_steps(np.asarray([length]), rows)
+                used = self.shortening.used_tokens_per_sample(length)
+                is_warmup = isinstance(rows, BatchSizeRamp)
+                tokens[length] = used if is_warmup else used * samples_by_step(rows, Piecewise.constant(used), 1).at(1)
+            consumed += rows(consumed) * tokens[length] if isinstance(rows, BatchSizeRamp) else tokens[length]
+            if consumed >= self.train_tokens:
+                return lengths_by_run(np.arange(1, step + 1), np.asarray(lengths, np.int64))
+        raise ConfigError(
+            f"training.train_tokens: {self.train_tokens} take more than {_MOST_ASKED:,} steps, and the function of a custom "
+            "schedule is called for each of them; raise train_batch_size, or use another schedule_type"
+        )
 
     def seqlen(self, steps: Steps) -> Steps:
         """Return the sequence length of each step, in tokens."""
