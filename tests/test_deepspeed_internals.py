@@ -28,6 +28,7 @@ from deepspeed.pipe import PipelineModule, TiedLayerSpec
 from deepspeed.runtime import utils as runtime_utils
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
+from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.runtime.pipe.schedule import BackwardPass, ForwardPass, OptimizerStep, ReduceGrads, ReduceTiedGrads
@@ -49,6 +50,7 @@ PACKAGE = Path(seqlen_curriculum.__file__).parent
 
 FUNCTIONS = [  # (owner, name, the parameters that we give), and who relies on it
     (deepspeed, "init_distributed", "distributed_port", "start.py"),
+    (DeepSpeedEngine, "__init__", "args model config_class", "deepspeed_legacy.py"),
     (DeepSpeedEngine, "set_gradient_accumulation_boundary", "is_boundary", "accumulate.py, executor.py"),
     (DeepSpeedEngine, "set_train_micro_batch_size", "micro_batch_size", "accumulate.py"),
     (DeepSpeedEngine, "set_train_batch_size", "train_batch_size", "accumulate.py"),
@@ -113,6 +115,8 @@ FUNCTIONS = [  # (owner, name, the parameters that we give), and who relies on i
 ]
 
 SOURCES = [  # (owner, what must occur in its source), and who relies on it
+    (DeepSpeedConfig, "_reject_removed_config_keys(self._param_dict)", "deepspeed_legacy.py"),
+    (DeepSpeedConfig, "_REMOVED_TOP_LEVEL_CONFIG_KEYS.items()", "deepspeed_legacy.py: it removes the block's key"),
     (PipelineEngine, "self._take_model_step(", "executor.py replaces it"),
     (PipelineEngine, "if self._compute_loss ", "executor.py: dry_run sets it"),
     (PipelineEngine, "self.module.loss_fn(", "executor.py: dry_run sets it"),

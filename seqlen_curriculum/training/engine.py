@@ -25,12 +25,12 @@ from seqlen_curriculum.launchers import DEFAULT_PORT, launch
 from seqlen_curriculum.schedule.scheduler import CurriculumScheduler
 from seqlen_curriculum.schedule.token_lr import TokenCosine
 from seqlen_curriculum.training.lr_scheduler import TokenCosineLR
-from seqlen_curriculum.training.pipeline import follow_shapes
+from seqlen_curriculum.training.pipeline_shapes import follow_shapes
 from seqlen_curriculum.training.refusals import initialize_deepspeed
 from seqlen_curriculum.training.start import join_ranks
 from seqlen_curriculum.training.versions import check_deepspeed_version
 
-__all__ = ["Rate", "begin_step", "build_engine", "follow_plan", "initialize", "skip_step"]
+__all__ = ["Rate", "begin_step", "build_engine", "follow_plan", "follow_steps", "initialize", "skip_step"]
 
 Rate: TypeAlias = Callable[[float], TokenCosine | None]
 """Returns the learning rate schedule, given the largest ``lr`` of the optimizer."""
@@ -120,9 +120,7 @@ def initialize(
         given["args"] = _without_config(args)
     engine, *others = build_engine(run.deepspeed, scheduler, rate, **given)
     if not isinstance(engine, PipelineEngine):
-        engine.register_forward_pre_hook(_follow_steps)
-        if curriculum_kwarg is not None:
-            engine.register_forward_pre_hook(_hand_over_length(curriculum_kwarg), with_kwargs=True)
+        follow_steps(engine, curriculum_kwarg)
     optimizer, dataloader, lr_scheduler = others
     return engine, optimizer, dataloader, lr_scheduler
 
@@ -223,6 +221,13 @@ def _check_takes_length(model: Any, keyword: str, has_lengths: bool) -> None:
 
 def _trains(engine: Any) -> bool:
     return torch.is_grad_enabled() and bool(engine.module.training)
+
+
+def follow_steps(engine: Any, curriculum_kwarg: str | None = None) -> None:
+    """Call ``begin_step`` before each training forward, and pass the length to the model under ``curriculum_kwarg``."""
+    engine.register_forward_pre_hook(_follow_steps)
+    if curriculum_kwarg is not None:
+        engine.register_forward_pre_hook(_hand_over_length(curriculum_kwarg), with_kwargs=True)
 
 
 def _follow_steps(engine: Any, _inputs: Any) -> None:

@@ -1,11 +1,10 @@
-"""GPT-2 on DeepSpeed's pipeline engine: stages, changing shapes, and export of the weights to one Hugging Face folder."""
+"""GPT-2 on DeepSpeed's pipeline engine: stages, and export of the weights to one Hugging Face folder."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from deepspeed import comm as dist
 from deepspeed.pipe import PipelineModule, TiedLayerSpec
@@ -16,7 +15,7 @@ from seqlen_curriculum.models.gpt2_pipeline_layers import WordEmbedding, hidden_
 from seqlen_curriculum.models.pretrained import save_weights
 from seqlen_curriculum.training.checkpoint_files import nothing_to_write
 
-__all__ = ["GPT2Stages", "follow_shapes"]
+__all__ = ["GPT2Stages"]
 
 
 class GPT2Stages(PipelineModule):  # type: ignore[misc]
@@ -70,24 +69,3 @@ class GPT2Stages(PipelineModule):  # type: ignore[misc]
     def _stage_names(self, stage: int) -> list[str]:
         """Return the names of the weights of a stage's layers in the Hugging Face model."""
         return [name for names in self._names[self.parts[stage] : self.parts[stage + 1]] for name in names]
-
-
-def follow_shapes(engine: Any, before_step: Callable[[Any], None]) -> None:
-    """Make ``train_batch`` and ``eval_batch`` of a pipeline ``engine`` support changing rows and lengths.
-
-    Stages exchange the shape of their activations only once, so a batch of another shape would be received incorrectly or
-    block. This makes them exchange it for each batch, a few numbers per stage. DeepSpeed up to 0.19.7 did the same when its
-    curriculum changed the length. ``before_step(engine)`` is called before each training batch.
-    """
-    train_batch, eval_batch = engine.train_batch, engine.eval_batch
-
-    def train(*args: Any, **kwargs: Any) -> Any:
-        before_step(engine)
-        engine.reset_activation_shape()
-        return train_batch(*args, **kwargs)
-
-    def evaluate(*args: Any, **kwargs: Any) -> Any:
-        engine.reset_activation_shape()
-        return eval_batch(*args, **kwargs)
-
-    engine.train_batch, engine.eval_batch = train, evaluate
