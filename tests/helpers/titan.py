@@ -157,12 +157,14 @@ def train(config, curriculum=None):
     return recorder
 
 
-if __name__ == "__main__":  # a launched rank: FOLDER CURRICULUM OUT STEP, the checkpoint to load if the folder has any
-    folder, curriculum, out, step = sys.argv[1:]
-    ranked = config(folder, local_batch_size=2)
-    if (Path(folder) / "checkpoint").exists():
-        ranked.checkpoint.load_step = int(step)
-    ranked.dataloader = RunDataLoader.Config()
-    recorder = train(ranked, curriculum)
-    result = {"batches": recorder.batches, "metrics": recorder.metrics, "ntokens": recorder.trainer.ntokens_seen}
-    Path(f"{out}.{os.environ['RANK']}").write_text(json.dumps(result))
+if __name__ == "__main__":  # a launched rank: CURRICULUM OUT, then folders to train in or to resume from step 20
+    curriculum, out, *folders = sys.argv[1:]
+    for number, folder in enumerate(folders):
+        ranked = config(folder, local_batch_size=2)
+        ranked.dataloader = RunDataLoader.Config()
+        ranked.parallelism.spmd_backend = "partial_dtensor"
+        if (Path(folder) / "checkpoint").exists():
+            ranked.checkpoint.load_step = 20
+        recorder = train(ranked, curriculum)
+        results = {"batches": recorder.batches, "metrics": recorder.metrics}
+        Path(f"{out}.{number}.{os.environ['RANK']}").write_text(json.dumps(results))
