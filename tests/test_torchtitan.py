@@ -6,6 +6,7 @@ Its own loop, model, FlexAttention, FSDP, checkpoints and validation run here, o
 import dataclasses
 import gc
 import json
+import os
 import runpy
 import subprocess
 import sys
@@ -211,15 +212,24 @@ def test_a_checkpoint_without_a_warmup_is_refused(save, tmp_path):
 @pytest.fixture(scope="module")
 def two_ranks(truncated, tmp_path_factory):
     """The results of two ranks (FSDP): a run of their own, and the rest of the run of one rank from step 20 on."""
-    own = tmp_path_factory.mktemp("two")
-    file, results = truncated.trainer.config.curriculum, {}
-    for name, folder in {"new": own, "resumed": truncated.trainer.config.dump_folder}.items():
-        script = [str(TESTS / "helpers" / "titan.py"), str(folder), file, str(own / name), "20"]
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-        done = subprocess.run([*launcher, *script], capture_output=True, text=True, timeout=limit(300), cwd=ROOT)
-        assert done.returncode == 0, done.stdout + done.stderr
-        results[name] = [json.loads((own / f"{name}.{rank}").read_text()) for rank in range(2)]
-    return results
+    out, one_rank = tmp_path_factory.mktemp("two"), truncated.trainer.config
+    script = [TESTS / "helpers" / "titan.py", one_rank.curriculum, out / "ranks", out, one_rank.dump_folder]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    path = os.pathsep.join([str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])])
+    done = subprocess.run(
+        [*launcher, *map(str, script)],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=limit(300),
+        cwd=ROOT,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    names = {"new": 0, "resumed": 1}
+    return {
+        name: [json.loads((out / f"ranks.{number}.{rank}").read_text()) for rank in range(2)]
+        for name, number in names.items()
+    }
 
 
 @pytest.mark.parametrize(("name", "first"), [("new", 1), ("resumed", 21)])

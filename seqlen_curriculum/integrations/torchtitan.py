@@ -162,6 +162,9 @@ class SequenceLengthWarmupTrainer(Trainer):  # type: ignore[misc]
         """Load the state. Raises CheckpointError if it was saved with another schedule."""
         self.plan.check(json.loads(state_dict["curriculum"]), state_dict["step"])
         super().load_state_dict(state_dict)
+        # The checkpoint has the tokens of one of its ranks: too few or too many on another number of ranks.
+        ranks = self.parallel_dims.dp_replicate * self.parallel_dims.dp_shard * self.parallel_dims.cp
+        self.ntokens_seen = self.plan.consumed_tokens(self.step) // ranks
 
     def train(self) -> None:
         """Train to the end of the token budget. Raises CheckpointError for a checkpoint of another schedule, or of none."""

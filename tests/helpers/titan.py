@@ -31,6 +31,7 @@ if not hasattr(torch.distributed, "set_timeout"):  # torch 2.14 has it
 
 from datasets import Dataset  # noqa: E402
 from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402
+from torch.distributed.fsdp import FSDPModule  # noqa: E402
 from torchtitan.components.checkpoint import CheckpointManager  # noqa: E402
 from torchtitan.components.loss import CrossEntropyLoss  # noqa: E402
 from torchtitan.components.metrics import MetricsProcessor  # noqa: E402
@@ -148,6 +149,9 @@ def train(config, curriculum=None):
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     os.environ.setdefault("MASTER_PORT", free_port())
     trainer = (config if curriculum is None else warm_up(config, curriculum)).build()
+    for module in trainer.model_parts[0].modules():
+        if isinstance(module, FSDPModule):
+            module.set_force_sum_reduction_for_comms(True)  # gloo has no scaled sum
     recorder = Recorder(trainer)
     try:
         trainer.train()
@@ -157,12 +161,14 @@ def train(config, curriculum=None):
     return recorder
 
 
-if __name__ == "__main__":  # a launched rank: FOLDER CURRICULUM OUT STEP, the checkpoint to load if the folder has any
-    folder, curriculum, out, step = sys.argv[1:]
-    ranked = config(folder, local_batch_size=2)
-    if (Path(folder) / "checkpoint").exists():
-        ranked.checkpoint.load_step = int(step)
-    ranked.dataloader = RunDataLoader.Config()
-    recorder = train(ranked, curriculum)
-    result = {"batches": recorder.batches, "metrics": recorder.metrics, "ntokens": recorder.trainer.ntokens_seen}
-    Path(f"{out}.{os.environ['RANK']}").write_text(json.dumps(result))
+if __name__ == "__main__":  # a launched rank: CURRICULUM OUT, then folders to train in or to resume from step 20
+    curriculum, out, *folders = sys.argv[1:]
+    for number, folder in enumerate(folders):
+        ranked = config(folder, local_batch_size=2)
+        ranked.dataloader = RunDataLoader.Config()
+        ranked.parallelism.spmd_backend = "partial_dtensor"
+        if (Path(folder) / "checkpoint").exists():
+            ranked.checkpoint.load_step = 20
+        recorder = train(ranked, curriculum)
+        results = {"batches": recorder.batches, "metrics": recorder.metrics}
+        Path(f"{out}.{number}.{os.environ['RANK']}").write_text(json.dumps(results))
