@@ -139,15 +139,15 @@ def test_pairs_of_inputs_and_targets(own_data):
     assert lengths == [length for length in planned(fit.plan, fit.plan.seqlen) for _ in range(4)]
 
 
-def test_a_data_spec_keeps_its_functions(own_data):
+def test_a_data_spec_keeps_its_functions_but_not_llm_foundrys_counts_of_full_rows(own_data):
     spec = DataSpec(
         DataLoader(FullRows(40), 8),
-        batch_transforms=lambda batch: {**batch, "labels": batch["labels"] + 0},
-        get_num_tokens_in_batch=lambda batch: 7 * len(batch["input_ids"]),
+        batch_transforms=lambda batch: {**batch, "total_tokens": [32] * 8},
+        get_num_tokens_in_batch=lambda batch: sum(batch.get("total_tokens", [7 * batch["input_ids"].numel()])),
     )
-    fit = Fit(own_data, loader=spec, balance=False)
-    assert [batch["input_ids"].shape[1] for batch in fit.micro_batches()][::4] == planned(fit.plan, fit.plan.seqlen)
-    assert fit.tokens() == fit.steps() * 8 * 7
+    fit = Fit(own_data, loader=spec)
+    assert fit.logged("sequence_length_warmup/seqlen") == planned(fit.plan, fit.plan.seqlen)
+    assert fit.tokens() == 7 * fit.plan.consumed_tokens(fit.plan.steps)
 
 
 def test_evaluation_is_at_full_length(run):
