@@ -31,6 +31,9 @@ from seqlen_curriculum.training.lr_scheduler import TokenCosineLR
 
 __all__ = ["SequenceLengthWarmup"]
 
+FULL_LENGTH_COUNTS = {"total_tokens", "loss_generating_tokens"}
+"""Keys by which llm-foundry's loaders pass on the token counts of full rows. Without them it counts those of the batch."""
+
 
 class SequenceLengthWarmup(Algorithm):  # type: ignore[misc]
     """Sets the length of every batch, and the rate of every step if the file has a ``TokenCosineLR``.
@@ -135,6 +138,8 @@ class SequenceLengthWarmup(Algorithm):  # type: ignore[misc]
                 f"step {step}: this rank's batch has {rows} rows, but {self.plan.global_batch} over {ranks} ranks are "
                 f"{self.plan.global_batch / ranks:g}; give the loader that batch_size, and drop_last=True"
             )
+        if isinstance(batch, Mapping) and batch.keys() & FULL_LENGTH_COUNTS:
+            batch = {name: value for name, value in batch.items() if name not in FULL_LENGTH_COUNTS}
         return set_batch_sequence_length(
             batch,
             self.plan.seqlen(step),
