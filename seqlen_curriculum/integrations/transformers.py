@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils.data import Sampler, SequentialSampler
+from torch.utils.data import BatchSampler, Sampler, SequentialSampler
 from transformers import DataCollatorWithFlattening, Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
@@ -154,7 +154,9 @@ class SequenceLengthWarmupMixin:
         dataset = self.train_dataset if train_dataset is None else train_dataset
         if isinstance(dataset, RunRows):
             return SequentialSampler(dataset)  # its items know their step: never shuffled
-        sampler: Sampler[int] | None = super()._get_train_sampler(train_dataset)  # type: ignore[misc]
+        sampler: Any = super()._get_train_sampler(train_dataset)  # type: ignore[misc]
+        if isinstance(sampler, BatchSampler):  # Axolotl's packed batches
+            return _WholeStepsOfBatches(sampler, self.args.gradient_accumulation_steps * self.args.world_size)
         return None if sampler is None else _WholeSteps(sampler, self.plan.global_batch)
 
     def _set_signature_columns_if_needed(self: Any) -> None:
@@ -212,17 +214,16 @@ def warm_up(trainer: AnyTrainer, curriculum: Curriculum, balance: bool | None = 
     return trainer
 
 
-class _WholeSteps(Sampler[int]):
+class _WholeSteps(Sampler[Any]):
     """The items of another sampler without those at the end that fill no whole optimizer step."""
 
-    def __init__(self, sampler: Sampler[int], global_batch: int) -> None:
-        self._sampler, self._global_batch = sampler, global_batch
+    def __init__(self, sampler: Any, items_per_step: int) -> None:
+        self._sampler, self._items_per_step = sampler, items_per_step
 
     def __len__(self) -> int:
-        total = len(self._sampler)  # type: ignore[arg-type]
-        return total // self._global_batch * self._global_batch
+        return len(self._sampler) // self._items_per_step * self._items_per_step
 
-    def __iter__(self) -> Iterator[int]:
+    def __iter__(self) -> Iterator[Any]:
         for _, index in zip(range(len(self)), self._sampler, strict=False):
             yield index
 
@@ -230,6 +231,23 @@ class _WholeSteps(Sampler[int]):
         """Hand the epoch on to a sampler that shuffles by it."""
         if hasattr(self._sampler, "set_epoch"):
             self._sampler.set_epoch(epoch)
+
+
+class _WholeStepsOfBatches(_WholeSteps, BatchSampler):
+    """The micro-batches of another batch sampler without those at the end that fill no whole optimizer step."""
+
+    def __init__(self, batches: BatchSampler, micro_batches: int) -> None:
+        _WholeSteps.__init__(self, batches, micro_batches)
+        self.batch_size, self.drop_last = batches.batch_size, batches.drop_last
+
+    @property
+    def sampler(self) -> Any:
+        """The items' sampler, which Accelerate may replace."""
+        return self._sampler.sampler
+
+    @sampler.setter
+    def sampler(self, sampler: Any) -> None:
+        self._sampler.sampler = sampler
 
 
 def _problems(trainer: Any) -> Iterator[str]:
