@@ -1,6 +1,6 @@
 """Hugging Face's Trainer with a warmup: lengths, rows, tokens, rates, evaluation and resume, against the plan of the run.
 
-Run with the real Trainer in this process; the launched part has two ranks.
+Run with the real Trainer in this process; tests/test_trainer_ranks.py has two ranks.
 """
 
 import itertools
@@ -183,6 +183,23 @@ def test_a_users_own_rows_are_cut_where_they_are_used(run, tmp_path, workers):
     assert rates(trainer) == [plan.learning_rate(step) for step in range(1, plan.steps + 1)]
 
 
+def test_a_users_own_rows_are_those_of_a_trainer_without_a_warmup(run, tmp_path):
+    run = changed(run, data=None, model=None)
+    saved = {"save_strategy": "steps", "save_steps": 15}
+    whole = train(run, tmp_path, dataset=FullRows(80), **saved)  # 10 steps are an epoch
+    plain = Trainer(
+        model=tiny_llama(), args=arguments(tmp_path, max_steps=whole.plan.steps), train_dataset=FullRows(80)
+    )
+    plain.train()
+    rows = [torch.cat([ids[:, :8] for trains, ids in trainer.model.seen if trains]) for trainer in (whole, plain)]
+    assert len(rows[0]) == 8 * whole.plan.steps > 80
+    assert torch.equal(*rows)
+    resumed = train(run, tmp_path, dataset=FullRows(80), resume=str(tmp_path / "checkpoint-15"))  # in the second epoch
+    assert rows_by_step(resumed) == rows_by_step(whole)[15:]
+    for name, weight in whole.model.state_dict().items():
+        assert torch.equal(resumed.model.state_dict()[name], weight), name
+
+
 def test_evaluation_is_at_full_length(run, tmp_path):
     run = changed(run, data=None, model=None)
     trainer = warm_up(
@@ -221,6 +238,7 @@ class Endless(IterableDataset):
         ({"accelerator_config": {"dispatch_batches": True}}, FullRows(80), "dispatch_batches"),
         ({"accelerator_config": {"split_batches": True}}, FullRows(80), "split_batches"),
         ({}, Endless(), "train_dataset: its length is unknown"),
+        ({}, FullRows(7), "train_dataset: has 7 rows, but a step needs 8"),
         ({"ignore_data_skip": True}, None, "ignore_data_skip"),
         ({"dataloader_in_order": False}, None, "dataloader_in_order"),
     ],

@@ -77,7 +77,8 @@ def _problems_with_run_rows(trainer: Any) -> Iterator[str]:
 
 def _padding_free_problems(trainer: Any) -> Iterator[str]:
     """Yield one line for each reason why the documents of a padding-free row would attend to each other."""
-    if not getattr(trainer.data_collator, "return_position_ids", True):
+    collator = trainer.data_collator
+    if isinstance(collator, DataCollatorWithFlattening) and not collator.return_position_ids:
         yield (
             "data_collator: return_position_ids is False, but position ids separate the documents of a padding-free batch; "
             "set it to True"
@@ -98,9 +99,11 @@ def _padding_free_problems(trainer: Any) -> Iterator[str]:
 
 
 def rows_problems(dataset: Any, plan: TrainerPlan) -> Iterator[str]:
-    """Yield a line if ``dataset`` holds the rows of another plan."""
+    """Yield a line if ``dataset`` holds the rows of another plan, or too few rows for a step."""
     if isinstance(dataset, RunRows) and dataset.plan.state()["settings"] != plan.state()["settings"]:
         yield (
             f"train_dataset: RunRows was made for another plan (global batch {dataset.plan.global_batch}, the trainer has "
             f"{plan.global_batch}); make both from the same file and batch"
         )
+    elif hasattr(dataset, "__len__") and len(dataset) < plan.global_batch:
+        yield f"train_dataset: has {len(dataset)} rows, but a step needs {plan.global_batch}; give it more rows"

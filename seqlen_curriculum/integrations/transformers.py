@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils.data import Sampler, SequentialSampler
+from torch.utils.data import RandomSampler, Sampler, SequentialSampler
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
@@ -163,7 +163,13 @@ class SequenceLengthWarmupMixin:
         if isinstance(dataset, RunRows):
             return SequentialSampler(dataset)  # its items know their step: never shuffled
         sampler: Sampler[int] | None = super()._get_train_sampler(train_dataset)  # type: ignore[misc]
-        return None if sampler is None else _WholeSteps(sampler, self.plan.global_batch)
+        if sampler is None:
+            return None
+        if type(sampler) is RandomSampler and not sampler.replacement:
+            # Of this class Accelerate makes one that has the same order on all ranks, and the same again after a resume.
+            whole = len(sampler) // self.plan.global_batch * self.plan.global_batch
+            return RandomSampler(sampler.data_source, num_samples=whole, generator=sampler.generator)
+        return _WholeSteps(sampler, self.plan.global_batch)
 
     def _set_signature_columns_if_needed(self: Any) -> None:
         super()._set_signature_columns_if_needed()  # type: ignore[misc]
