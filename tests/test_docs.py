@@ -30,7 +30,7 @@ from seqlen_curriculum.schedule.token_lr import TokenCosineParams
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
-PAGES = sorted(DOCS.glob("*.md"))
+PAGES = sorted(DOCS.rglob("*.md"))
 READ = [ROOT / "README.md", *PAGES]
 """The files whose code blocks are run or marked."""
 SCRIPTS = {
@@ -61,7 +61,7 @@ needs_command = pytest.mark.skipif(COMMAND_LINE is None, reason="the command slw
 
 
 def name_of(path):
-    return path.name
+    return str(path.relative_to(ROOT))
 
 
 # --- the site ---
@@ -80,7 +80,8 @@ def site(tmp_path_factory):
 
 
 def test_the_site_builds_strictly_with_all_pages(site):
-    assert {path.stem for path in PAGES} == {path.stem for path in site.glob("*.html")} - {"404"}
+    built = {path.relative_to(site).with_suffix("") for path in site.rglob("*.html")}
+    assert {path.relative_to(DOCS).with_suffix("") for path in PAGES} == built - {Path("404")}
 
 
 class Loaded(HTMLParser):
@@ -99,10 +100,10 @@ class Loaded(HTMLParser):
 
 def test_the_site_loads_nothing_from_a_network(site):
     loaded = {}
-    for page in site.glob("*.html"):
+    for page in site.rglob("*.html"):
         parser = Loaded()
         parser.feed(page.read_text())
-        loaded[page.name] = parser.addresses
+        loaded[page] = parser.addresses
     assert all(loaded.values())
     remote = r"(https?:)?//.*"
     assert not [address for addresses in loaded.values() for address in addresses if re.match(remote, address)]

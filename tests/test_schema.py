@@ -21,7 +21,7 @@ from seqlen_curriculum.files import read_json
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 SHIPPED = sorted(path for path in CONFIGS.rglob("*.json") if not path.name.endswith(".schema.json"))
-PAGES = [CONFIGS.parent / "README.md", *sorted((CONFIGS.parent / "docs").glob("*.md"))]
+PAGES = [CONFIGS.parent / "README.md", *sorted((CONFIGS.parent / "docs").rglob("*.md"))]
 BLOCK = re.compile(r"^```jsonc\n(\{.*?)^```", re.DOTALL | re.MULTILINE)
 SCHEMA = run_schema()
 VALIDATOR = Draft202012Validator(SCHEMA)

@@ -81,7 +81,7 @@ def test_package_is_in_plain_english(path):
     assert not found, f"{path}:\n" + "\n".join(found)
 
 
-@pytest.mark.parametrize("path", pages(), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", pages(), ids=lambda path: str(path.relative_to(REPOSITORY)))
 def test_page_is_in_plain_english(path):
     found = [problem for paragraph in paragraphs(path.read_text()) for problem in awkward_words(paragraph)]
     assert not found, f"{path}:\n" + "\n".join(found)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["describe_loop", "draw_throughput", "throughput_table"]
+__all__ = ["describe_loop", "describe_trainer", "draw_throughput", "throughput_table"]
 
 
 def throughput_table(records: Sequence[dict[str, Any]]) -> str:
@@ -28,10 +28,36 @@ def throughput_table(records: Sequence[dict[str, Any]]) -> str:
             speed = f"{record['tokens_per_second']:,.0f} ({record['of_full_length']:.2f}{memory})"
             line += f" {record['micro_batch_rows']} | {speed} |"
         lines.append(line)
+    return "\n".join([*lines, "", _cost_of_moments(records, len(kinds))])
+
+
+def _cost_of_moments(records: Sequence[dict[str, Any]], kinds: int) -> str:
     shares = [record["moments_of_step"] for record in records]
-    at_full_length = shares[-len(kinds)]
-    cost = f"{at_full_length:.2%} of a full-length step, at most {max(shares):.2%} of a step at any length"
-    return "\n".join([*lines, "", f"measuring Adam's variance and momentum once: {cost}"])
+    cost = f"{shares[-kinds]:.2%} of a full-length step, at most {max(shares):.2%} of a step at any length"
+    return f"measuring Adam's variance and momentum once: {cost}"
+
+
+def describe_trainer(result: dict[str, Any]) -> str:
+    """Return the result of ``measure_trainer`` as text: the machine, and a Markdown table with one row per length.
+
+    In brackets is the ratio to plain micro-batches at full length.
+    """
+    versions = ", ".join(f"{package} {version}" for package, version in result["versions"].items())
+    lines = [
+        f"{result['device']}, {result['precision']}, {result['parameters']:,} parameters, {versions}",
+        "",
+        "| seqlen | rows, plain | tokens/s, plain | CPU s per million | rows, balanced | tokens/s, balanced | "
+        "CPU s per million |",
+        "| --- " * 7 + "|",
+    ]
+    records = result["trainer"]
+    for plain, balanced in zip(records[::2], records[1::2], strict=True):
+        cells = [f"| {plain['seqlen']} |"]
+        for record in (plain, balanced):
+            speed = f"{record['tokens_per_second']:,.0f} ({record['of_full_length']:.2f})"
+            cells.append(f" {record['micro_batch_rows']} | {speed} | {record['cpu_seconds_per_million_tokens']:.1f} |")
+        lines.append("".join(cells))
+    return "\n".join(lines)
 
 
 def draw_throughput(records: Sequence[dict[str, Any]], path: Path) -> None:

@@ -1,7 +1,9 @@
-"""Measure this machine: throughput at every sequence length, data loading, or the overhead of the training loop.
+"""Measure this machine: throughput at every sequence length, here or in Hugging Face's Trainer, data loading, or the
+overhead of the training loop.
 
 Example:
   slw benchmark throughput run.json --rounds 5 --png throughput.png
+  slw benchmark trainer run.json --lengths 8 16 32 64
   slw benchmark data run.json --set data.leftovers=recycle
   slw benchmark loop run.json --set model.num_layers=4
 """
@@ -28,16 +30,27 @@ from seqlen_curriculum.launchers import global_rank, launch
 def parser() -> Parser:
     flags = Parser(prog="slw benchmark", description=__doc__)
     add_launcher_flags(flags)
-    kinds = flags.add_subparsers(title="measurements", required=True, metavar="throughput|data|loop")
+    kinds = flags.add_subparsers(title="measurements", required=True, metavar="throughput|trainer|data|loop")
     throughput = kinds.add_parser("throughput", help="measure tokens/s at every sequence length")
     throughput.set_defaults(measure=measure_throughput)
-    throughput.add_argument(
-        "--lengths",
-        nargs="+",
-        type=int,
-        metavar="S",
-        help="sequence lengths (default: 8, 16, 32, ... up to data.seq_length)",
+    trainer = kinds.add_parser(
+        "trainer", help="measure tokens/s in Hugging Face's Trainer at every sequence length, plain and balanced"
     )
+    trainer.set_defaults(measure=measure_trainer)
+    for kind in (throughput, trainer):
+        kind.add_argument(
+            "--lengths",
+            nargs="+",
+            type=int,
+            metavar="S",
+            help="sequence lengths (default: 8, 16, 32, ... up to data.seq_length)",
+        )
+        kind.add_argument(
+            "--png",
+            type=Path,
+            metavar="PATH",
+            help="plot tokens/s against sequence length to a .png, .pdf or .svg file",
+        )
     throughput.add_argument(
         "--kinds",
         nargs="+",
@@ -50,8 +63,14 @@ def parser() -> Parser:
         "--device", default="auto", help="auto (default), or the name of a DeepSpeed accelerator, for example cpu"
     )
     add_ranks(throughput)
-    throughput.add_argument(
-        "--png", type=Path, metavar="PATH", help="plot tokens/s against sequence length to a .png, .pdf or .svg file"
+    trainer.add_argument(
+        "--device",
+        default="auto",
+        choices=["auto", "cpu"],
+        help="auto (default): a GPU, if torch sees one; the first, if it sees several",
+    )
+    trainer.add_argument(
+        "--steps", type=int, default=2, metavar="N", help="consecutive steps of a length in a round (default: 2)"
     )
     data = kinds.add_parser("data", help="measure how fast samples are located and read, compared with numpy")
     data.set_defaults(measure=measure_data)
@@ -80,7 +99,7 @@ def parser() -> Parser:
     )
     loop.set_defaults(measure=measure_loop)
     loop.add_argument("--steps", type=int, default=1, metavar="N", help="steps of each loop in a round (default: 1)")
-    for kind, rounds in ((throughput, 5), (data, 20), (loop, 300)):
+    for kind, rounds in ((throughput, 5), (trainer, 5), (data, 20), (loop, 300)):
         add_run_file(kind)
         kind.add_argument(
             "--rounds", type=int, default=rounds, help=f"number of rounds; the median is reported (default: {rounds})"
@@ -105,12 +124,7 @@ def measure_throughput(args: argparse.Namespace, words: Sequence[str]) -> None:
 
     config = RunConfig.load(args.config, args.set, require=("optimizer", "model", "data"))
     assert config.data is not None
-    seq_length = config.data.seq_length
-    lengths = args.lengths or [8 << doubling for doubling in range(24) if 8 << doubling <= seq_length]  # 8, 16, 32, ...
-    if not all(1 <= seqlen <= seq_length for seqlen in lengths):
-        raise ConfigError(
-            f"--lengths {lengths}: some are not from 1 to data.seq_length, {seq_length}; give other lengths"
-        )
+    lengths = measured_lengths(args.lengths, config.data.seq_length)
     png = picture_path("--png", args.png) if args.png else None
     if args.device != "auto":
         os.environ["DS_ACCELERATOR"] = args.device
@@ -127,6 +141,41 @@ def measure_throughput(args: argparse.Namespace, words: Sequence[str]) -> None:
     show(args, {"throughput": records}, throughput_table(records))
     if png:
         draw_throughput(records, png)
+
+
+def measured_lengths(given: list[int] | None, seq_length: int) -> list[int]:
+    """Return the lengths of ``--lengths``, or 8, 16, 32, ... up to ``seq_length``. Raises ConfigError."""
+    lengths = given or [8 << doubling for doubling in range(24) if 8 << doubling <= seq_length]
+    if not all(1 <= seqlen <= seq_length for seqlen in lengths):
+        raise ConfigError(
+            f"--lengths {lengths}: some are not from 1 to data.seq_length, {seq_length}; give other lengths"
+        )
+    return lengths
+
+
+def measure_trainer(args: argparse.Namespace, words: Sequence[str]) -> None:  # noqa: ARG001 - as the others
+    from seqlen_curriculum.config.run import RunConfig
+
+    config = RunConfig.load(args.config, args.set, require=("model", "data"))
+    assert config.data is not None
+    lengths = measured_lengths(args.lengths, config.data.seq_length)
+    if args.steps < 1:
+        raise ConfigError(f"--steps: {args.steps} is not valid; give 1 or more")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError(
+            f"WORLD_SIZE: {os.environ['WORLD_SIZE']} ranks, but the trainer is measured on one; start one"
+        )
+    png = picture_path("--png", args.png) if args.png else None
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # with several, the Trainer would use DataParallel
+
+    from seqlen_curriculum.analysis.benchmark import describe_trainer, draw_throughput
+    from seqlen_curriculum.integrations.trainer_benchmark import measure_trainer
+
+    with tempfile.TemporaryDirectory() as folder:
+        result = measure_trainer(config, lengths, args.rounds, args.steps, Path(folder), args.device)
+    show(args, result, describe_trainer(result))
+    if png:
+        draw_throughput(result["trainer"], png)
 
 
 def measure_data(args: argparse.Namespace, words: Sequence[str]) -> None:  # noqa: ARG001 - as the other two
