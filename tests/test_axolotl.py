@@ -220,7 +220,7 @@ def test_resume_mid_warmup_is_bit_identical(folder, packed, tmp_path):
 
     configuration, whole, seen = packed
     checkpoint = str(Path(configuration["output_dir"]) / "checkpoint-8")
-    again = {**configuration, "output_dir": str(tmp_path), "resume_from_checkpoint": checkpoint, "save_strategy": "no"}
+    again = {**configuration, "output_dir": str(tmp_path), "resume_from_checkpoint": checkpoint}
     resumed, seen_again = train(folder, again, pytest.MonkeyPatch())
     assert whole.plan.seqlen(8) < 32
     before, after = by_step(seen, "input_ids"), by_step(seen_again, "input_ids")
@@ -235,7 +235,7 @@ def test_two_ranks_share_the_batches_of_a_step(packed, tmp_path):
     import subprocess
 
     configuration, one, seen = packed
-    changes = {"output_dir": str(tmp_path / "out"), "gradient_accumulation_steps": 2, "save_strategy": "no"}
+    changes = {"output_dir": str(tmp_path / "out"), "gradient_accumulation_steps": 2}
     (tmp_path / "two.json").write_text(json.dumps({**configuration, **changes}))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", __file__]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
