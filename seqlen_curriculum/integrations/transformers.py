@@ -20,14 +20,15 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils.data import Sampler, SequentialSampler
-from transformers import DataCollatorWithFlattening, Trainer, TrainerCallback
+from torch.utils.data import BatchSampler, RandomSampler, Sampler, SequentialSampler
+from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from seqlen_curriculum.batch import set_batch_sequence_length
 from seqlen_curriculum.errors import CheckpointError, ConfigError, DataError
 from seqlen_curriculum.integrations.plan import TrainerPlan
 from seqlen_curriculum.integrations.torch_data import RunRows
+from seqlen_curriculum.integrations.trainer_checks import is_padding_free, rows_problems, trainer_problems
 from seqlen_curriculum.schedule.micro_batch import balanced_rows
 from seqlen_curriculum.training.lr_scheduler import TokenCosineLR
 
@@ -61,27 +62,28 @@ class SequenceLengthWarmupMixin:
         self.set_up_warmup(curriculum, balance)
 
     def set_up_warmup(self: Any, curriculum: Curriculum, balance: bool | None = None) -> None:
-        """Plan the run and set ``args.max_steps``. Raises ConfigError for what contradicts the plan."""
-        problems = list(_problems(self))
-        if problems:
-            raise ConfigError(problems)
-        self._padding_free = getattr(self, "padding_free", False) or isinstance(
-            self.data_collator, DataCollatorWithFlattening
-        )
-        self.plan = TrainerPlan.of(
-            curriculum,
-            global_batch=self.get_total_train_batch_size(self.args),
-            max_lr=self.args.learning_rate,
-            padding_free=self._padding_free,
-        )
-        _check_rows(self.train_dataset, self.plan)
-        self.args.max_steps = self.plan.steps
+        """Plan the run and set ``args.max_steps``. Raises ConfigError with all that contradicts the plan."""
+        self._padding_free = is_padding_free(self)
         can_balance = self.model_accepts_loss_kwargs and not self.is_deepspeed_enabled
+        problems = list(trainer_problems(self))
         if balance and not can_balance:
-            raise ConfigError(
+            problems.append(
                 "balance: not available under DeepSpeed, which counts micro-batches itself, or with a model whose loss "
                 "takes no num_items_in_batch; leave it out"
             )
+        try:
+            self.plan = TrainerPlan.of(
+                curriculum,
+                global_batch=self.get_total_train_batch_size(self.args),
+                max_lr=self.args.learning_rate,
+                padding_free=self._padding_free,
+            )
+        except ConfigError as error:
+            raise ConfigError([*problems, *error.problems], error.where) from None
+        problems += rows_problems(self.train_dataset, self.plan)
+        if problems:
+            raise ConfigError(problems)
+        self.args.max_steps = self.plan.steps
         self.balances = can_balance if balance is None else balance
         self._held: list[dict[str, Any]] = []
         self._checked_state: Any = None
@@ -110,11 +112,17 @@ class SequenceLengthWarmupMixin:
         return samples, items
 
     def _cut(self: Any, batch: Any, step: int) -> Any:
+        seqlen = self.plan.seqlen(step)
         if isinstance(self.train_dataset, RunRows):
+            tokens = batch["input_ids"].shape[-1]
+            if tokens != seqlen:
+                raise DataError(
+                    f"step {step}: read rows of {tokens} tokens instead of {seqlen}, which belong to another step; RunRows "
+                    "must be read in its order, so remove what shuffles or skips its items"
+                )
             return batch
         # With shift_labels a row of s tokens has s targets; a model that shifts labels itself would train s - 1 of them.
         shifts = self.model_accepts_loss_kwargs and isinstance(batch, Mapping) and "labels" in batch
-        seqlen = self.plan.seqlen(step)
         return set_batch_sequence_length(
             batch,
             seqlen,
@@ -154,8 +162,16 @@ class SequenceLengthWarmupMixin:
         dataset = self.train_dataset if train_dataset is None else train_dataset
         if isinstance(dataset, RunRows):
             return SequentialSampler(dataset)  # its items know their step: never shuffled
-        sampler: Sampler[int] | None = super()._get_train_sampler(train_dataset)  # type: ignore[misc]
-        return None if sampler is None else _WholeSteps(sampler, self.plan.global_batch)
+        sampler: Any = super()._get_train_sampler(train_dataset)  # type: ignore[misc]
+        if sampler is None:
+            return None
+        if isinstance(sampler, BatchSampler):  # Axolotl's packed batches
+            return _WholeStepsOfBatches(sampler, self.args.gradient_accumulation_steps * self.args.world_size)
+        if type(sampler) is RandomSampler and not sampler.replacement:
+            # Of this class Accelerate makes one that has the same order on all ranks, and the same again after a resume.
+            whole = len(sampler) // self.plan.global_batch * self.plan.global_batch
+            return RandomSampler(sampler.data_source, num_samples=whole, generator=sampler.generator)
+        return _WholeSteps(sampler, self.plan.global_batch)
 
     def _set_signature_columns_if_needed(self: Any) -> None:
         super()._set_signature_columns_if_needed()  # type: ignore[misc]
@@ -179,6 +195,17 @@ class SequenceLengthWarmupMixin:
             with contextlib.nullcontext() if is_last else self.accelerator.no_sync(model):
                 total += super().training_step(model, micro_batch, num_items_in_batch)  # type: ignore[misc]
         return total
+
+    def compute_loss(self: Any, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Return the trainer's loss. A compiled model gets inputs whose rows and tokens are dynamic sizes."""
+        if _is_compiled(self.args, self.model):
+            # Otherwise torch compiles the first length, a second one, and with balanced micro-batches the first change of
+            # their rows: three graphs instead of one for all lengths. It specializes a single row.
+            for value in inputs.values():
+                if isinstance(value, Tensor):
+                    for axis in range(value.ndim):
+                        torch._dynamo.maybe_mark_dynamic(value, axis)
+        return super().compute_loss(model, inputs, *args, **kwargs)  # type: ignore[misc]
 
     def _balanced(self: Any, held: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Return the rows of ``held`` in fewer micro-batches; as they are where a value isn't one row per sample."""
@@ -212,17 +239,16 @@ def warm_up(trainer: AnyTrainer, curriculum: Curriculum, balance: bool | None = 
     return trainer
 
 
-class _WholeSteps(Sampler[int]):
+class _WholeSteps(Sampler[Any]):
     """The items of another sampler without those at the end that fill no whole optimizer step."""
 
-    def __init__(self, sampler: Sampler[int], global_batch: int) -> None:
-        self._sampler, self._global_batch = sampler, global_batch
+    def __init__(self, sampler: Any, items_per_step: int) -> None:
+        self._sampler, self._items_per_step = sampler, items_per_step
 
     def __len__(self) -> int:
-        total = len(self._sampler)  # type: ignore[arg-type]
-        return total // self._global_batch * self._global_batch
+        return len(self._sampler) // self._items_per_step * self._items_per_step
 
-    def __iter__(self) -> Iterator[int]:
+    def __iter__(self) -> Iterator[Any]:
         for _, index in zip(range(len(self)), self._sampler, strict=False):
             yield index
 
@@ -232,41 +258,23 @@ class _WholeSteps(Sampler[int]):
             self._sampler.set_epoch(epoch)
 
 
-def _problems(trainer: Any) -> Iterator[str]:
-    """Yield one line for each setting of the trainer that contradicts a warmup."""
-    args = trainer.args
-    if getattr(args, "train_sampling_strategy", "random") not in ("random", "sequential"):
-        yield (
-            f"train_sampling_strategy: {args.train_sampling_strategy!r} sorts rows by length, but every step has one "
-            'length; set "random"'
-        )
-    if args.auto_find_batch_size:
-        yield "auto_find_batch_size: changes the rows of a step, which the plan counts; set it to False"
-    if args.accelerator_config.dispatch_batches:
-        yield "accelerator_config.dispatch_batches: rank 0 would read for all ranks; set it to False"
-    if args.accelerator_config.split_batches:
-        yield "accelerator_config.split_batches: divides per_device_train_batch_size over the ranks; set it to False"
-    if not hasattr(trainer.train_dataset, "__len__"):
-        yield (
-            "train_dataset: its length is unknown, so that an epoch may end within a step; give it a __len__ (rows of an "
-            "epoch), or use RunRows"
-        )
-    if isinstance(trainer.train_dataset, RunRows):
-        if args.ignore_data_skip:
-            yield "ignore_data_skip: True would read RunRows from its beginning after a resume; set it to False"
-        if not trainer.model_accepts_loss_kwargs:
-            yield (
-                f"train_dataset: RunRows gives shift_labels, which the loss of {type(trainer.model).__name__} doesn't take; "
-                "use a causal language model of transformers"
-            )
+class _WholeStepsOfBatches(_WholeSteps, BatchSampler):
+    """The micro-batches of another batch sampler without those at the end that fill no whole optimizer step."""
+
+    def __init__(self, batches: BatchSampler, micro_batches: int) -> None:
+        _WholeSteps.__init__(self, batches, micro_batches)
+        self.batch_size, self.drop_last = batches.batch_size, batches.drop_last
+
+    @property
+    def sampler(self) -> Any:
+        """The items' sampler, which Accelerate may replace."""
+        return self._sampler.sampler
+
+    @sampler.setter
+    def sampler(self, sampler: Any) -> None:
+        self._sampler.sampler = sampler
 
 
-def _check_rows(dataset: Any, plan: TrainerPlan) -> None:
-    """Raise ConfigError if ``dataset`` holds the rows of another plan."""
-    if not isinstance(dataset, RunRows):
-        return
-    if dataset.plan.state()["settings"] != plan.state()["settings"]:
-        raise ConfigError(
-            f"train_dataset: RunRows was made for another plan (global batch {dataset.plan.global_batch}, the trainer has "
-            f"{plan.global_batch}); make both from the same file and batch"
-        )
+def _is_compiled(args: Any, model: Any) -> bool:
+    """Return whether ``args.torch_compile``, ``model.compile()`` or ``torch.compile(model)`` was used."""
+    return bool(args.torch_compile or getattr(model, "_compiled_call_impl", None) or hasattr(model, "_orig_mod"))
