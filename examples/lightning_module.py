@@ -1,10 +1,9 @@
 """Sequence length warmup in PyTorch Lightning, on a corpus of slw prepare.
 
 Run:  slw prepare --stdlib --train-vocab 512 --out corpus/stdlib
-      python examples/lightning_module.py        (on two ranks: torchrun --nproc_per_node 2 examples/lightning_module.py)
+      python examples/lightning_module.py
 """
 
-import os
 import sys
 from pathlib import Path
 
@@ -38,13 +37,12 @@ class LanguageModel(L.LightningModule):
         return torch.optim.AdamW(self.parameters(), lr=3e-3)
 
 
-def main(run=RUN, **settings):
+def main(run=RUN, devices=1, **settings):
     """Train and return the trainer and the warmup."""
     L.seed_everything(0)
-    ranks = int(os.environ.get("WORLD_SIZE", 1))
-    warmup = SequenceLengthWarmup(run, global_batch=4 * ACCUMULATION * ranks, max_lr=3e-3)
+    warmup = SequenceLengthWarmup(run, global_batch=4 * ACCUMULATION * devices, max_lr=3e-3)
     trainer = L.Trainer(
-        callbacks=[warmup], devices=ranks, max_epochs=-1, accumulate_grad_batches=ACCUMULATION, **settings
+        callbacks=[warmup], devices=devices, max_epochs=-1, accumulate_grad_batches=ACCUMULATION, **settings
     )
     # The rows that train_gpt2.py reads, each at the length of its step. A loader of your own works too: rows of full
     # length, which the callback cuts.
