@@ -13,6 +13,7 @@ EXTRAS = {
     "datasets": ("datasets", "pyarrow"),
     "hf": ("accelerate", "torch", "transformers"),
     "trl": ("trl", "datasets"),
+    "lightning": ("lightning", "torch"),
 }
 """The modules that each extra installs, as in pyproject.toml. Commands that don't need an extra work without it."""
 

@@ -35,6 +35,14 @@ def test_deepspeed_keys_are_left_to_the_trainer(tiny_run):
     assert max(plan.learning_rate(step) for step in range(1, plan.steps + 1)) == pytest.approx(1e-3)
 
 
+def test_the_rate_of_the_file_is_the_default(tiny_run):
+    plan = TrainerPlan.of(tiny_run, global_batch=8)
+    assert plan.learning_rate(5) == 5e-3
+    for without in ({**tiny_run, "optimizer": {"params": {"lr": "auto"}}}, changed(tiny_run, optimizer=None)):
+        with pytest.raises(ConfigError, match=r"optimizer\.params\.lr: required"):
+            TrainerPlan.of(without, global_batch=8)
+
+
 def test_a_rate_of_the_trainers_own_is_left_alone(tiny_run):
     scheduled = {**tiny_run, "scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": "auto"}}}
     assert TrainerPlan.of(scheduled, global_batch=8).learning_rate is None

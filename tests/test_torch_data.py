@@ -9,7 +9,7 @@ from helpers.settings import changed
 from torch.utils.data import DataLoader
 
 from seqlen_curriculum.data.from_config import open_training_data
-from seqlen_curriculum.errors import ConfigError
+from seqlen_curriculum.errors import CheckpointError, ConfigError
 from seqlen_curriculum.integrations.plan import TrainerPlan
 from seqlen_curriculum.integrations.torch_data import RunLoader, RunRows, RunSampler, lengthen
 
@@ -96,11 +96,21 @@ def test_a_loader_resumes_after_what_it_handed_out_not_what_it_prefetched(plan):
     for _ in range(2 * 5):  # two micro-batches a step
         next(batches)
     state = loader.state_dict()
-    assert state == {"micro_batches": 10}
+    assert state == {"samples": 40}
     del batches
     resumed = RunLoader(RunRows(plan), 4)
     resumed.load_state_dict(state)
+    assert len(resumed) == len(loader) == 2 * plan.steps
     assert_reads_the_run(plan, resumed, first_step=6)
+
+
+def test_a_loader_resumes_on_another_number_of_ranks(plan):
+    ranks = [RunLoader(RunRows(plan), 2, rank=rank, ranks=2) for rank in range(2)]
+    for loader in ranks:
+        loader.load_state_dict({"samples": 40})
+    assert_reads_the_run(plan, (batch for pair in zip(*ranks, strict=True) for batch in pair), first_step=6)
+    with pytest.raises(CheckpointError, match="after 42 samples"):
+        ranks[0].load_state_dict({"samples": 42})
 
 
 def test_a_micro_batch_that_does_not_divide_is_refused(plan):
@@ -131,3 +141,9 @@ def test_a_users_loader_is_cut_step_by_step(plan, workers):
 def test_a_resumed_loader_is_cut_from_its_own_step(plan):
     batches = lengthen([{"input_ids": torch.zeros(8, 32, dtype=torch.int64)}] * 3, plan, 1, first_step=9)
     assert [batch["input_ids"].shape[1] for batch in batches] == [plan.seqlen(step) for step in (9, 10, 11)]
+
+
+def test_a_users_loader_is_segmented_as_the_plan_counts(tiny_run):
+    plan = TrainerPlan.of(changed(tiny_run, curriculum_learning__method="segment"), global_batch=8, max_lr=5e-3)
+    batches = lengthen([{"input_ids": torch.arange(32).repeat(8, 1)}] * plan.steps, plan, 1)
+    assert sum(batch["input_ids"].numel() for batch in batches) == plan.consumed_tokens(plan.steps)

@@ -1,6 +1,7 @@
 """The examples of other trainers train on a corpus of the standard library's source, at the lengths of the run."""
 
 import json
+import math
 import runpy
 import textwrap
 import unittest
@@ -52,6 +53,17 @@ def test_a_trainer(run, name, tmp_path):
     assert trainer.state.global_step == trainer.plan.steps
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses[-1] < losses[0]
+
+
+@pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning")  # on workers
+@pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec.. is deprecated:FutureWarning")  # in Lightning
+def test_a_lightning_module(run):
+    pytest.importorskip("lightning")
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    trainer, warmup = example("lightning_module")(run, accelerator="cpu", **quiet)
+    assert trainer.global_step == warmup.plan.steps
+    assert warmup.seqlen == 64
+    assert float(trainer.callback_metrics["valid_loss"]) < math.log(512) - 1
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.name)

@@ -40,9 +40,9 @@ class TrainerPlan:
         """Plan the run of a file, or of its content, for a trainer of ``global_batch`` rows per optimizer step.
 
         Only our sections are read: a trainer reads the keys of DeepSpeed by itself, where they may be ``"auto"``.
-        ``max_lr`` is the rate of the trainer's optimizer, which a ``TokenCosineLR`` warms up to. ``padding_free`` batches
-        keep every token and are cut into pieces that don't see one another. They need ``method: "window"``, which other
-        batches can't have here.
+        ``max_lr`` is the rate of the trainer's optimizer, which a ``TokenCosineLR`` warms up to; default: the file's
+        ``optimizer.params.lr``. ``padding_free`` batches keep every token and are cut into pieces that don't see one
+        another. They need ``method: "window"``, which other batches can't have here.
 
         Raises ConfigError for another ``train_batch_size`` or rate in the file, and for what no trainer with steps of
         equal size can do: ``batch_size_warmup``, ``batch_growth`` and an ``adaptive`` schedule.
@@ -57,7 +57,7 @@ class TrainerPlan:
         run = RunConfig.from_dict({**ours, "train_batch_size": global_batch}, where, require=("training",))
         if not isinstance(config, Mapping):
             run = replace(run, folder=folder_of(config))
-        return cls(run, run.timeline(), run.plan.learning_rate(max_lr))
+        return cls(run, run.timeline(), run.plan.learning_rate(_rate_in(raw) if max_lr is None else max_lr))
 
     @property
     def steps(self) -> int:
@@ -100,13 +100,19 @@ class TrainerPlan:
         )
 
 
-def _contradictions(raw: Mapping[str, Any], global_batch: int, max_lr: float | None) -> list[str]:
-    """Return one line for each value of the file that differs from the trainer's own."""
+def _rate_in(raw: Mapping[str, Any]) -> float | None:
+    """Return the number at ``optimizer.params.lr`` of the file; None if it is missing or ``"auto"``."""
     optimizer = raw.get("optimizer")
     params = optimizer.get("params") if isinstance(optimizer, Mapping) else None
+    lr = params.get("lr") if isinstance(params, Mapping) else None
+    return lr if isinstance(lr, int | float) else None
+
+
+def _contradictions(raw: Mapping[str, Any], global_batch: int, max_lr: float | None) -> list[str]:
+    """Return one line for each value of the file that differs from the trainer's own."""
     given = {
         "train_batch_size": (raw.get("train_batch_size"), global_batch, "rows per optimizer step over all ranks"),
-        "optimizer.params.lr": (params.get("lr") if isinstance(params, Mapping) else None, max_lr, "its learning rate"),
+        "optimizer.params.lr": (_rate_in(raw), max_lr, "its learning rate"),
     }
     return [
         f"{key}: {in_file} in the file, but the trainer has {of_trainer} ({what}); make them equal, or remove the key"

@@ -14,14 +14,15 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
+from torch.utils.data.distributed import DistributedSampler
 
 from seqlen_curriculum.batch import set_batch_sequence_length
-from seqlen_curriculum.data.from_config import open_training_data
-from seqlen_curriculum.errors import ConfigError
+from seqlen_curriculum.data.from_config import open_samples, open_training_data
+from seqlen_curriculum.errors import CheckpointError, ConfigError
 from seqlen_curriculum.integrations.plan import TrainerPlan
 
-__all__ = ["RunLoader", "RunRows", "RunSampler", "lengthen"]
+__all__ = ["EvaluationRows", "RunLoader", "RunRows", "RunSampler", "lengthen"]
 
 
 class RunRows(Dataset[dict[str, Tensor]]):
@@ -79,8 +80,32 @@ class RunRows(Dataset[dict[str, Tensor]]):
         return {key: torch.cat([item[key].reshape(-1, item[key].shape[-1]) for item in items]) for key in items[0]}
 
 
-class RunSampler(Sampler[int]):
+class EvaluationRows(Dataset[dict[str, Tensor]]):
+    """The validation rows on which ``train_gpt2.py`` evaluates: ``training.eval_rows`` of full length, evenly chosen.
+
+    Items as those of ``RunRows``, (S,) each.
+    """
+
+    def __init__(self, plan: TrainerPlan) -> None:
+        """Open the validation split of the plan's ``data`` section. Raises ConfigError without one, DataError."""
+        if plan.config.data is None or plan.config.training is None:
+            raise ConfigError("data: section required, but not given; EvaluationRows reads its validation split")
+        self._samples = open_samples(plan.config, "valid")
+        rows = min(plan.config.training.eval_rows, self._samples.num_samples)
+        self._ids = np.arange(rows, dtype=np.int64) * self._samples.num_samples // rows
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        tokens = torch.from_numpy(self._samples.read(self._ids[[index]], self._samples.seq_length)[0].astype(np.int64))
+        return {"input_ids": tokens[:-1], "labels": tokens[1:], "shift_labels": tokens[1:]}
+
+
+class RunSampler(DistributedSampler[int]):
     """The items of ``RunRows`` that a rank reads, in order.
+
+    A ``DistributedSampler``, because trainers such as Lightning replace every other sampler on several ranks.
 
     A step's ``global_batch`` items are dealt out in micro-batches: number *m* of rank *r* of *n* has the items from
     ``(m * n + r) * micro_batch`` on, as Accelerate deals batches out. ``first_step`` is the first step to read.
@@ -94,6 +119,7 @@ class RunSampler(Sampler[int]):
                 f"micro_batch: {micro_batch} rows on each of {ranks} ranks don't divide the global batch of {batch}; choose "
                 "a micro-batch that does"
             )
+        super().__init__(rows, num_replicas=ranks, rank=rank, shuffle=False)
         self._length, self._micro_batch = len(rows), micro_batch
         self._rank, self._ranks = rank, ranks
         self._micro_batches = batch // (micro_batch * ranks)
@@ -116,7 +142,8 @@ class RunSampler(Sampler[int]):
 class RunLoader(DataLoader[dict[str, Tensor]]):
     """A ``DataLoader`` over ``RunRows`` that gives a rank its micro-batches in order, and can resume mid-step.
 
-    ``state_dict`` counts the micro-batches handed out, not those that workers have prefetched.
+    ``state_dict`` counts the samples handed out, not those that workers have prefetched. It can be loaded on another number
+    of ranks and with other micro-batches.
     """
 
     def __init__(
@@ -127,6 +154,12 @@ class RunLoader(DataLoader[dict[str, Tensor]]):
         super().__init__(rows, micro_batch, sampler=sampler, collate_fn=RunRows.collate, **options)
         self._sampler = sampler
         self._handed_out = sampler.first_micro_batch
+        self._samples = micro_batch * ranks  # of one micro-batch over all ranks
+        self._micro_batches = len(rows) // self._samples
+
+    def __len__(self) -> int:
+        """Return the micro-batches of this rank in the whole run, also after a resume, as trainers count them."""
+        return self._micro_batches
 
     def __iter__(self) -> Any:
         """Yield the micro-batches from the first step, or from the loaded state, to the end of the run."""
@@ -136,12 +169,18 @@ class RunLoader(DataLoader[dict[str, Tensor]]):
             yield micro_batch
 
     def state_dict(self) -> dict[str, int]:
-        """Return how many micro-batches of the run this rank has been given."""
-        return {"micro_batches": self._handed_out}
+        """Return how many samples of the run have been handed out on all ranks together."""
+        return {"samples": self._handed_out * self._samples}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Let the next iteration begin after ``state``."""
-        self._sampler.first_micro_batch = self._handed_out = state["micro_batches"]
+        """Let the next iteration begin after ``state``. Raises CheckpointError if that is within a micro-batch."""
+        handed_out, rest = divmod(state["samples"], self._samples)
+        if rest:
+            raise CheckpointError(
+                f"the loader's state is after {state['samples']} samples, which is within a micro-batch of {self._samples} "
+                "over all ranks; resume at the end of a step"
+            )
+        self._sampler.first_micro_batch = self._handed_out = handed_out
 
 
 def lengthen(
@@ -151,10 +190,12 @@ def lengthen(
 
     ``micro_batches`` is how many batches a rank reads per optimizer step (gradient accumulation), ``first_step`` the step
     of the first batch. Iterate over the result where batches are used: behind the loader's workers and its prefetching.
-    ``labels_shifted`` as in ``set_batch_sequence_length``. Ends with the run or the loader.
+    ``labels_shifted`` as in ``set_batch_sequence_length``. With ``method: "segment"`` a row becomes its segments. Ends with
+    the run or the loader.
     """
+    truncate = plan.config.shortening.method != "segment"
     for number, batch in enumerate(loader):
         step = first_step + number // micro_batches
         if step > plan.steps:
             return
-        yield set_batch_sequence_length(batch, plan.seqlen(step), labels_shifted=labels_shifted)[0]
+        yield set_batch_sequence_length(batch, plan.seqlen(step), truncate, labels_shifted=labels_shifted)[0]
