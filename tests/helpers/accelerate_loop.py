@@ -9,10 +9,10 @@ from seqlen_curriculum.integrations.plan import TrainerPlan
 from seqlen_curriculum.integrations.torch_data import RunLoader, RunRows
 
 
-def train(run, folder, save_after=None, resume=None, first_step=None, accumulation=4, **loader_options):
+def train(run, folder, save_after=None, resume=None, accumulation=4, **loader_options):
     """Train on this rank; return its micro-batches, and the rate, loss and evaluated length of every step.
 
-    ``resume`` is a folder of ``save_state``. With ``first_step`` the loader starts there, and not where the saved one was.
+    ``resume`` is a folder of ``save_state``, also of another number of ranks.
     """
     accelerator = Accelerator(gradient_accumulation_steps=accumulation, cpu=True)
     ranks, rank = accelerator.num_processes, accelerator.process_index
@@ -21,14 +21,12 @@ def train(run, folder, save_after=None, resume=None, first_step=None, accumulati
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
     rate = TokenCosineLR(optimizer, plan.learning_rate)
     model, optimizer = accelerator.prepare(model, optimizer)
-    loader = RunLoader(RunRows(plan), 2, rank=rank, ranks=ranks, first_step=first_step or 1, **loader_options)
-    if first_step is None:
-        accelerator.register_for_checkpointing(loader)
+    loader = RunLoader(RunRows(plan), 2, rank=rank, ranks=ranks, **loader_options)
+    accelerator.register_for_checkpointing(loader)
     if resume:
         accelerator.load_state(str(resume))
-    done = loader.state_dict()["micro_batches"] // accumulation
     result = {"batches": [], "rates": [], "losses": [], "lengths": [], "tokens": 0, "weights": None}
-    step, total = done + 1, 0.0
+    step, total = loader.state_dict()["samples"] // plan.global_batch + 1, 0.0
     for batch in loader:
         rate.seek(step)
         with accelerator.accumulate(model):
