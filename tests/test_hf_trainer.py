@@ -109,6 +109,8 @@ def test_segments_of_two_sources_are_the_rows_of_the_run(run, corpus, tmp_path):
     assert {len(step) // 8 for step in steps} == {1, 2, 4}  # segments of a sample
     assert [sorted(itertools.islice(seen, len(step))) for step in steps] == steps
     assert list(seen) == []
+    # A micro-batch has at most as many tokens as one of 2 rows at full length.
+    assert max(input_ids.numel() for _, input_ids in trainer.model.seen) == 2 * 32
 
 
 def test_balanced_micro_batches_have_the_gradient_of_plain_ones(run, tmp_path):
@@ -179,6 +181,14 @@ def test_a_users_own_rows_are_cut_where_they_are_used(run, tmp_path):
     plan = trainer.plan
     assert lengths == [plan.seqlen(step) for step in range(1, plan.steps + 1) for _ in range(8)]
     assert rates(trainer) == [plan.learning_rate(step) for step in range(1, plan.steps + 1)]
+
+
+def test_a_users_own_rows_become_segments(run, tmp_path):
+    run = changed(run, data=None, model=None, curriculum_learning__method="segment", training__train_tokens=2500)
+    trainer = train(run, tmp_path, dataset=FullRows(80), eval_strategy="no")
+    plan, trained = trainer.plan, [input_ids for trains, input_ids in trainer.model.seen if trains]
+    assert sum(input_ids.numel() for input_ids in trained) == plan.consumed_tokens(plan.steps)
+    assert {input_ids.shape[1] for input_ids in trained} == {plan.seqlen(step) for step in range(1, plan.steps + 1)}
 
 
 def test_a_users_own_rows_are_those_of_a_trainer_without_a_warmup(run, tmp_path):

@@ -126,6 +126,7 @@ class SequenceLengthWarmupMixin:
         return set_batch_sequence_length(
             batch,
             seqlen,
+            truncate=self.plan.config.shortening.method != "segment",
             labels_shifted=False,
             emit_shift_labels=shifts and not self._padding_free,
             padding_free=self._padding_free,
@@ -217,7 +218,8 @@ class SequenceLengthWarmupMixin:
             return held
         whole = {key: torch.cat([batch[key] for batch in held]) for key in held[0]}
         seqlen = whole["input_ids"].shape[1]
-        count = balanced_rows(sum(rows), rows[0], self.plan.full_length, seqlen, 1)
+        # Not rows[0]: under segment a short micro-batch already has more rows.
+        count = balanced_rows(sum(rows), self.args.per_device_train_batch_size, self.plan.full_length, seqlen)
         return [
             {key: value[start : start + count] for key, value in whole.items()} for start in range(0, sum(rows), count)
         ]
