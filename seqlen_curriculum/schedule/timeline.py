@@ -11,6 +11,7 @@ import numpy as np
 from seqlen_curriculum.errors import ConfigError
 from seqlen_curriculum.schedule.batch_size_warmup import BatchSizeRamp
 from seqlen_curriculum.schedule.global_batch import (
+    BatchGrowth,
     GlobalBatch,
     least_tokens,
     most_tokens,
@@ -56,21 +57,24 @@ class Timeline:
             first_steps, lengths = self._ask(rows)
         else:
             first_steps, lengths = pacing.changes(min(last_step, pacing.period or last_step))
-        last_step = self._bound_steps(lengths, rows) + 1
+        used = self.shortening.used_tokens_per_sample(lengths)
+        last_step = self._bound_steps(int(used.min()), int(used.max()), rows) + 1
         if pacing.period is not None and pacing.period <= last_step:
             return Periodic(Piecewise(first_steps, lengths), pacing.period)
         kept = first_steps <= last_step  # the sums of later ones could overflow
         return Piecewise(first_steps[kept], lengths[kept])
 
-    def _bound_steps(self, lengths: IntArray, rows: GlobalBatch) -> int:
-        """Return an upper bound of the run's steps. Raises ConfigError if the sums of these ``lengths`` could overflow."""
-        used = self.shortening.used_tokens_per_sample(lengths)
-        most_steps = ceil_div(self.train_tokens, least_tokens(rows, int(used.min())))
+    def _bound_steps(self, least_used: int, most_used: int, rows: GlobalBatch) -> int:
+        """Return an upper bound of the run's steps. Raises ConfigError if sums could overflow.
+
+        Steps use ``least_used`` to ``most_used`` tokens of each sample.
+        """
+        most_steps = ceil_div(self.train_tokens, least_tokens(rows, least_used))
         # One step more, because the last step may exceed the budget.
-        if (most_steps + 1) * most_tokens(rows, int(used.max())) >= 2**63:
+        if (most_steps + 1) * most_tokens(rows, most_used) >= 2**63:
             raise ConfigError(
-                f"training.train_tokens: {self.train_tokens} in steps of {self.global_batch} samples of {used.min()} to "
-                f"{used.max()} tokens can't be counted in 64 bits; lower it"
+                f"training.train_tokens: {self.train_tokens} in steps of {self.global_batch} samples of {least_used} to "
+                f"{most_used} tokens can't be counted in 64 bits; lower it"
             )
         return most_steps
 
@@ -78,16 +82,19 @@ class Timeline:
         """Return the changes of a pacing without a formula, which is asked for the steps of the run only."""
         longest = most_tokens(rows, self.shortening.most_used_tokens(self.pacing.highest))
         most_steps = _MOST_ASKED if ceil_div(self.train_tokens, longest) <= _MOST_ASKED else 0
-        consumed, lengths = 0, list[int]()
+        consumed, lengths, least_used, most_used = 0, list[int](), 2**24, 1
         tokens = dict[int, int]()  # by length: of one sample in a batch size warmup, else of a step
         for step in range(1, most_steps + 1):
             length = self.pacing(step)
             lengths.append(length)
             if length not in tokens:
-                self._bound_steps(np.asarray([length]), rows)
                 used = self.shortening.used_tokens_per_sample(length)
-                is_warmup = isinstance(rows, BatchSizeRamp)
-                tokens[length] = used if is_warmup else used * samples_by_step(rows, Piecewise.constant(used), 1).at(1)
+                least_used, most_used = min(least_used, used), max(most_used, used)
+                self._bound_steps(least_used, most_used, rows)
+                samples = rows if isinstance(rows, int) else 1
+                if isinstance(rows, BatchGrowth):
+                    samples = int(rows.samples(np.asarray([used]))[0])
+                tokens[length] = used * samples
             consumed += rows(consumed) * tokens[length] if isinstance(rows, BatchSizeRamp) else tokens[length]
             if consumed >= self.train_tokens:
                 return lengths_by_run(np.arange(1, step + 1), np.asarray(lengths, np.int64))
