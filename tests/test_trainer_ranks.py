@@ -4,6 +4,7 @@ This module is also the launched script.
 """
 
 import importlib.util
+import os
 
 import pytest
 from helpers.parts import Part, do_parts, launch_parts
@@ -27,7 +28,10 @@ def train_part(trainer="hf", **arguments):
     from accelerate.state import AcceleratorState, GradientState, PartialState
     from torch import distributed as dist
 
-    AcceleratorState._reset_state(reset_partial_state=True)  # each part has an engine of its own
+    # Each part has an engine of its own. TrainingArguments with a deepspeed section leave it on in the environment.
+    for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
+        del os.environ[name]
+    AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     assert PartialState._shared_state == {}
     own = {"hf": train, "trl": train_trl, "accelerate": train_accelerate}[trainer](**arguments)
