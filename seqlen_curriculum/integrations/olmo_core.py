@@ -157,7 +157,7 @@ class RunDataLoader(DataLoaderBase):  # type: ignore[misc]
         self._epoch = epoch or 1
 
     def _iter_batches(self) -> Iterator[dict[str, Tensor]]:
-        self._loader.load_state_dict({"micro_batches": self.batches_processed})
+        self._loader.load_state_dict({"samples": self.batches_processed * self._plan.global_batch})
         for batch in self._loader:
             yield {"input_ids": batch["input_ids"], "labels": batch["labels"]}
 

@@ -62,7 +62,6 @@ class RunDataLoader(BaseDataLoader):  # type: ignore[misc]
         if not isinstance(config, _PlannedRows):
             raise ConfigError("dataloader: RunDataLoader needs a run's file; call warm_up(config, file) on the config")
         rows = RunRows(config._plan)
-        self._samples = local_batch_size * dp_world_size  # of one micro-batch on all ranks
         self._loader = RunLoader(
             rows, local_batch_size, rank=dp_rank, ranks=dp_world_size, num_workers=config.num_workers
         )
@@ -76,12 +75,12 @@ class RunDataLoader(BaseDataLoader):  # type: ignore[misc]
 
     def state_dict(self) -> dict[str, int]:
         """Return how many samples of the run all ranks have been given."""
-        return {"samples": self._loader.state_dict()["micro_batches"] * self._samples}
+        return self._loader.state_dict()
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Let the next iteration begin after ``state``."""
         if state:
-            self._loader.load_state_dict({"micro_batches": state["samples"] // self._samples})
+            self._loader.load_state_dict(state)
 
     def close(self) -> None:
         """Do nothing: workers end with the iterator."""
