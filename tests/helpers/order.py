@@ -7,7 +7,21 @@ from typing import Any
 
 LONG = (
     *("matrix", "engine", "reshard", "spikes", "training", "tuning", "report_page", "launched"),
-    *("causal_lm_training", "pretrain_data", "readme", "adaptive", "hf_ranks", "cli_launch", "prepare", "docs"),
+    *(
+        "causal_lm_training",
+        "pretrain_data",
+        "readme",
+        "adaptive",
+        "trainer_ranks",
+        "trl",
+        "hf_trainer",
+        "lightning_ranks",
+        "megatron",
+        "deepspeed_legacy",
+        "cli_launch",
+        "prepare",
+        "docs",
+    ),
 )
 """The test files of more than 15 seconds on one of two workers, longest first."""
 
