@@ -6,9 +6,11 @@ import re
 
 import deepspeed
 import pytest
+import torch
 from deepspeed.comm.config import CommsLoggerConfig
 from deepspeed.monitor.config import CometConfig, CSVConfig, TensorBoardConfig, WandbConfig
 from deepspeed.runtime import config as deepspeed_config
+from deepspeed.runtime.lr_schedules import VALID_LR_SCHEDULES
 from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
 from deepspeed.runtime.tensor_parallel.config import TPTrainingConfig
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
@@ -18,7 +20,17 @@ from helpers.wrong_files import GOOD, changed
 
 from seqlen_curriculum import ConfigError, RunConfig
 from seqlen_curriculum.cli.launching import check_this_machine
-from seqlen_curriculum.config.deepspeed_rules import CLOSED, LISTED, PASSED, RENAMED, RULES, SECTIONS
+from seqlen_curriculum.config.deepspeed_rules import (
+    CLOSED,
+    LISTED,
+    PASSED,
+    RENAMED,
+    RULES,
+    SECTIONS,
+    TYPES,
+    VALUES,
+    VALUES_IN_ANY_CASE,
+)
 from seqlen_curriculum.training import machine
 
 MODELS = {
@@ -256,6 +268,60 @@ def test_enabled_is_true_or_false(enabled):
 def test_a_section_is_an_object(path, value):
     with pytest.raises(ConfigError, match=rf"^{path}: .* is not an object"):
         loaded(path, value)
+
+
+@pytest.mark.parametrize("path", VALUES)
+def test_values_that_deepspeed_would_refuse_on_the_ranks(path):
+    given = {*VALUES[path], *(value.upper() for value in VALUES[path] if path in VALUES_IN_ANY_CASE)}
+    for value in given:
+        assert loaded(path, value).deepspeed
+    for value in ("fp8", 3, [], {}):
+        with pytest.raises(ConfigError, match=rf"^{re.escape(path)}: .* is not valid"):
+            loaded(path, value)
+
+
+def test_the_values_are_those_of_deepspeed():
+    names = {name for dtype in deepspeed_config.DtypeEnum for name in dtype._all_values if isinstance(name, str)}
+    for path in (
+        "torch_autocast.dtype",
+        "data_types.grad_accum_dtype",
+        "data_types.param_dtype",
+        "data_types.buffer_dtype",
+    ):
+        assert VALUES[path] == names
+    assert VALUES["gradient_allreduce_op"] == set(deepspeed_config.GRADIENT_ALLREDUCE_OP_SUPPORTED)
+    assert VALUES["checkpoint.tag_validation"] == {
+        mode.lower() for mode in deepspeed_config.CHECKPOINT_TAG_VALIDATION_MODES
+    }
+    for dtype in VALUES["communication_data_type"]:
+        assert deepspeed_config.get_communication_data_type({"communication_data_type": dtype}) is not None
+
+
+def test_the_optimizers_and_schedulers_are_those_of_deepspeed_and_torch():
+    optimizers = {name for name, item in vars(torch.optim).items() if isinstance(item, type)} - {"Optimizer"}
+    schedulers = {name for name in torch.optim.lr_scheduler.__all__ if name != "LRScheduler"}
+    # Newer versions of torch have more.
+    assert set(deepspeed_config.DEEPSPEED_OPTIMIZERS) <= TYPES["optimizer.type"]
+    assert {"Adam", "AdamW", "SGD"} <= optimizers & TYPES["optimizer.type"]
+    assert {*VALID_LR_SCHEDULES, "TokenCosineLR"} <= TYPES["scheduler.type"]
+    assert {"StepLR", "CosineAnnealingLR"} <= schedulers & TYPES["scheduler.type"]
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "meant"),
+    [
+        ("optimizer.type", "AdammW", "AdamW"),
+        ("optimizer.type", "adamw_", "adamw"),
+        ("scheduler.type", "WarmupDecay", "WarmupDecayLR"),
+    ],
+)
+def test_a_misspelt_type_is_an_error(path, value, meant):
+    config = copy.deepcopy(GOOD)
+    config[path.partition(".")[0]]["type"] = value
+    with pytest.raises(ConfigError, match=rf"^{path}: '{value}' is not known; did you mean '{meant}'\?"):
+        RunConfig.from_dict(config)
+    config[path.partition(".")[0]]["type"] = "SomethingOfTomorrow"
+    assert RunConfig.from_dict(config).deepspeed
 
 
 METRIC = {

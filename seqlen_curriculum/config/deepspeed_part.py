@@ -17,8 +17,11 @@ from seqlen_curriculum.config.deepspeed_rules import (
     RENAMED,
     RULES,
     SECTIONS,
+    TYPES,
+    VALUES,
+    VALUES_IN_ANY_CASE,
 )
-from seqlen_curriculum.fields import suggest
+from seqlen_curriculum.fields import nearest, suggest
 from seqlen_curriculum.strict_json import shown
 
 __all__ = ["missing_packages", "read_by_deepspeed"]
@@ -85,6 +88,7 @@ def _apply(
                 problems.append(f"{path}: {shown(value)} is not an object; write {{...}}")
             elif rule is None:
                 _check_name(path, has_model, problems, ignored)
+                problems += _wrong_value(path, value)
     return kept
 
 
@@ -101,6 +105,22 @@ def _check_name(path: str, has_model: bool, problems: list[str], ignored: list[s
         problems.append(f"{path}: unknown key of DeepSpeed {LISTED}{fix}")
     elif has_model:
         ignored.append(f"{path} (DeepSpeed {LISTED} does not know it)")
+
+
+def _wrong_value(path: str, value: object) -> Iterator[str]:
+    """Yield one line for a value that DeepSpeed refuses."""
+    if value is None or (
+        path in DeepSpeedKeys.model_fields and not isinstance(value, str)
+    ):  # the latter is reported there
+        return
+    text = str(value)[:99]
+    lower = text.lower() if path in VALUES_IN_ANY_CASE else text
+    if path in VALUES and not (isinstance(value, str) and lower in VALUES[path]):
+        yield f"{path}: {shown(value)} is not valid{nearest(lower, VALUES[path])}"
+    names = TYPES.get(path, frozenset())
+    # A name that resembles none of them may be of a newer torch.
+    if names and not {text, text.lower()} & names and (meant := suggest(text, names, cutoff=0.8)):
+        yield f"{path}: {shown(value)} is not known; did you mean '{meant}'?"
 
 
 def installed_deepspeed() -> str:

@@ -10,7 +10,20 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["CLOSED", "LISTED", "MAY_BE_AUTO", "MONITORS", "PASSED", "RENAMED", "RULES", "SECTIONS", "Rule"]
+__all__ = [
+    "CLOSED",
+    "LISTED",
+    "MAY_BE_AUTO",
+    "MONITORS",
+    "PASSED",
+    "RENAMED",
+    "RULES",
+    "SECTIONS",
+    "TYPES",
+    "VALUES",
+    "VALUES_IN_ANY_CASE",
+    "Rule",
+]
 
 LISTED = "0.19.8"
 """The version of DeepSpeed whose keys are listed here."""
@@ -99,6 +112,36 @@ CLOSED = _keys("""
 """The sections in which DeepSpeed refuses every other key; elsewhere it ignores them."""
 RENAMED = frozenset({"bfloat16", "optimizer.params.max_grad_norm", "data_efficiency", "curriculum_learning"})
 """The keys that are read under another name, or by this package."""
+_DTYPES = _keys("""
+    torch.float16 fp16 float16 half torch.float32 fp32 float32 float torch.int8 int8 torch.bfloat16 bf16 bfloat16
+""")
+_REDUCED = _keys("fp16 bf16 fp32")
+VALUES = {
+    "communication_data_type": _REDUCED,
+    "seq_parallel_communication_data_type": _REDUCED,
+    "gradient_allreduce_op": _keys("mean sum"),
+    "checkpoint.tag_validation": _keys("warn ignore fail"),
+    "data_types.grad_accum_dtype": _DTYPES,
+    "data_types.param_dtype": _DTYPES,
+    "data_types.buffer_dtype": _DTYPES,
+    "torch_autocast.dtype": _DTYPES,
+}
+"""The values of keys that DeepSpeed checks only on the ranks. It reads ``VALUES_IN_ANY_CASE`` in upper or lower case."""
+VALUES_IN_ANY_CASE = _keys(
+    "communication_data_type seq_parallel_communication_data_type gradient_allreduce_op checkpoint.tag_validation"
+)
+TYPES = {
+    "optimizer.type": _keys("""
+        adagrad adam adamw lamb muadam muadamw musgd lion muon Adagrad Adam AdamW Lamb MuAdam MuAdamW MuSGD Lion Muon ASGD
+        Adadelta Adafactor Adamax LBFGS NAdam RAdam RMSprop Rprop SGD SparseAdam
+    """),
+    "scheduler.type": _keys("""
+        LRRangeTest OneCycle WarmupLR WarmupDecayLR WarmupCosineLR TokenCosineLR LambdaLR MultiplicativeLR StepLR
+        MultiStepLR ConstantLR LinearLR ExponentialLR SequentialLR CosineAnnealingLR ChainedScheduler ReduceLROnPlateau
+        CyclicLR CosineAnnealingWarmRestarts OneCycleLR PolynomialLR
+    """),
+}
+"""Names of optimizers and schedulers of DeepSpeed and torch. A misspelling of one of them is an error."""
 MAY_BE_AUTO = frozenset({"pipeline.stages", "data_types.keep_in_fp32_modules", "expert_parallel", "autotuning"})
 """The keys that have ``"auto"`` among their values in DeepSpeed itself."""
 
