@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from seqlen_curriculum.config import ModelConfig
+from seqlen_curriculum.config.deepspeed_rules import RULES
 from seqlen_curriculum.config.model import PRESETS
 
 PAGE = Path(__file__).with_name("configuration.md")
@@ -45,7 +46,7 @@ def with_tables(page: str) -> str:
 
     def table(found: re.Match[str]) -> str:
         name = found["name"]
-        lines = _presets() if name == "presets" else _keys(definitions[SECTIONS[name]])
+        lines = OTHERS[name]() if name in OTHERS else _keys(definitions[SECTIONS[name]])
         return "\n".join([found[1], *lines, "", found[3]])
 
     return _TABLE.sub(table, page)
@@ -86,6 +87,19 @@ def _presets() -> Iterator[str]:
     for name, sizes in PRESETS.items():
         count = ModelConfig.model_validate({"preset": name}).parameter_count()
         yield " | ".join([f"| `{name}`", *(f"{size:,}" for size in sizes.values()), f"{count:,} |"])
+
+
+def _deepspeed() -> Iterator[str]:
+    """Yield the lines of the table of DeepSpeed's keys that a run does not follow."""
+    yield "| key | if it is on | reason |"
+    yield "| --- | --- | --- |"
+    for path, rule in sorted(RULES.items()):
+        outcome = "warning" if rule.has_no_effect else "refused in every file" if rule.everywhere else "refused"
+        yield f"| `{path}` | {outcome} | {rule.why} |"
+
+
+OTHERS = {"presets": _presets, "deepspeed": _deepspeed}
+"""The tables that don't come from the schema."""
 
 
 if __name__ == "__main__":

@@ -51,6 +51,7 @@ PACKAGE = Path(seqlen_curriculum.__file__).parent
 FUNCTIONS = [  # (owner, name, the parameters that we give), and who relies on it
     (deepspeed, "init_distributed", "distributed_port", "start.py"),
     (DeepSpeedEngine, "__init__", "args model config_class", "deepspeed_legacy.py"),
+    (deepspeed, "set_optimizer_flags", "config_class model", "muon.py"),
     (DeepSpeedEngine, "set_gradient_accumulation_boundary", "is_boundary", "accumulate.py, executor.py"),
     (DeepSpeedEngine, "set_train_micro_batch_size", "micro_batch_size", "accumulate.py"),
     (DeepSpeedEngine, "set_train_batch_size", "train_batch_size", "accumulate.py"),
@@ -157,6 +158,8 @@ SOURCES = [  # (owner, what must occur in its source), and who relies on it
         "config/deepspeed.py, compatibility.py: no fp32 sums in pipelines, which lose tied gradients in fp16",
     ),
     (PipelineEngine, "self.optimizer.update_hp_grads(clear_lp_grads=False)", "the same: in bf16 they count twice"),
+    (deepspeed, "\n        set_optimizer_flags(config_class, model)", "muon.py replaces it"),
+    (DeepSpeedEngine, "bool(p.use_muon) is use_muon", "muon.py sets it"),
     (MonitorMaster, "self.enabled = ", "telemetry.py"),
     (MonitorMaster, "self.tb_monitor = ", "monitors.py"),
     (MonitorMaster, "self.wandb_monitor = ", "monitors.py"),

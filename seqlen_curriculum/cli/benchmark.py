@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from seqlen_curriculum.cli.flags import Parser, add_json, add_launcher_flags, add_overwrite, add_run_file
-from seqlen_curriculum.cli.launching import add_ranks, check_ranks, local_ranks, start_ranks
+from seqlen_curriculum.cli.launching import add_ranks, check_ranks, check_this_machine, local_ranks, start_ranks
 from seqlen_curriculum.errors import ConfigError
 from seqlen_curriculum.files import output_file, picture_path, replace_text, writable_folder
 from seqlen_curriculum.launchers import global_rank, launch
@@ -133,7 +133,9 @@ def measure_throughput(args: argparse.Namespace, words: Sequence[str]) -> None:
     if args.device != "auto":
         os.environ["DS_ACCELERATOR"] = args.device
     if launch() is None:
-        start_ranks(local_ranks(args.ranks), "seqlen_curriculum", ["benchmark", *words])
+        ranks = local_ranks(args.ranks)
+        check_this_machine(config.deepspeed)
+        start_ranks(ranks, "seqlen_curriculum", ["benchmark", *words])
 
     from seqlen_curriculum.training.benchmark import measure_throughput
 

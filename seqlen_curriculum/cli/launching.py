@@ -8,13 +8,13 @@ import os
 import shlex
 import socket
 import sys
-from collections.abc import Sequence
-from typing import NoReturn
+from collections.abc import Mapping, Sequence
+from typing import Any, NoReturn
 
 from seqlen_curriculum.errors import ConfigError
 from seqlen_curriculum.launchers import DEFAULT_PORT, launch
 
-__all__ = ["add_ranks", "check_ranks", "local_launcher", "local_ranks", "start_ranks"]
+__all__ = ["add_ranks", "check_ranks", "check_this_machine", "local_launcher", "local_ranks", "start_ranks"]
 
 _VISIBLE_DEVICES = ("CUDA_VISIBLE_DEVICES", "ZE_AFFINITY_MASK")
 """The variables from which DeepSpeed's launcher reads the visible devices."""
@@ -50,6 +50,20 @@ def local_ranks(ranks: int | None) -> int:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         os.environ.setdefault("OMP_NUM_THREADS", "1")
     return ranks or accelerators or 1
+
+
+def check_this_machine(deepspeed_config: Mapping[str, Any]) -> None:
+    """Raise ConfigError for a package or a precision that ranks on this machine lack; call it after ``local_ranks``."""
+    from seqlen_curriculum.config.deepspeed_part import missing_packages  # after --help: pydantic takes a moment
+
+    problems = list(missing_packages(deepspeed_config))
+    fp16 = deepspeed_config.get("fp16")
+    if isinstance(fp16, Mapping) and fp16.get("enabled") and os.environ.get("DS_ACCELERATOR") == "cpu":
+        from seqlen_curriculum.training.machine import precision_problems  # takes seconds to import
+
+        problems += precision_problems(deepspeed_config)
+    if problems:
+        raise ConfigError(problems)
 
 
 def local_launcher(ranks: int) -> list[str]:

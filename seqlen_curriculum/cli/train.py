@@ -22,7 +22,7 @@ from pathlib import Path
 
 from seqlen_curriculum.cli.common import grow_memory_segments, warn
 from seqlen_curriculum.cli.flags import Parser, add_launcher_flags, add_run_file
-from seqlen_curriculum.cli.launching import add_ranks, check_ranks, local_ranks, start_ranks
+from seqlen_curriculum.cli.launching import add_ranks, check_ranks, check_this_machine, local_ranks, start_ranks
 from seqlen_curriculum.errors import STOPPED, ConfigError
 from seqlen_curriculum.files import writable_folder
 from seqlen_curriculum.launchers import launch
@@ -73,6 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     ranks = local_ranks(args.ranks) if launch() is None else None
     if ranks is not None:
         config.for_ranks(ranks)
+        check_this_machine(config.deepspeed)
     writable_folder("--save", args.save)  # after all other checks, because it makes the folder
     if ranks is not None:
         start_ranks(ranks, "seqlen_curriculum.train", words)

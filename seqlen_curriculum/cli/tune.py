@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from seqlen_curriculum.cli.common import warn
 from seqlen_curriculum.cli.flags import Parser, add_json, add_run_file
-from seqlen_curriculum.cli.launching import local_launcher, local_ranks
+from seqlen_curriculum.cli.launching import check_this_machine, local_launcher, local_ranks
 from seqlen_curriculum.errors import ConfigError, DivergenceError
 from seqlen_curriculum.files import writable_folder
 
@@ -77,7 +77,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         space = {"lengths": study.space.lengths, "totals": study.space.totals, "most_tokens": most_tokens}
         print(json.dumps(space, indent=2) if args.json else describe_costs(study))
         return
-    study.launcher = launcher or local_launcher(local_ranks(None))
+    if not launcher:
+        launcher = local_launcher(local_ranks(None))
+        check_this_machine(config.deepspeed)
+    study.launcher = launcher
     open_run_data(dataclasses.replace(study.run_of(study.first).config, folder=folder_of(args.config)))
     writable_folder("--save", args.save)
     study.open()

@@ -95,9 +95,9 @@ def _evaluation_problems(config: RunConfig) -> Iterator[str]:
 def warnings(config: RunConfig) -> list[str]:
     """Return one line for each setting that is allowed but ill-advised."""
     curriculum = config.curriculum
+    lines = [f"no effect on this run: {', '.join(config.ignored)}; remove them"] if config.ignored else []
     if curriculum is None or curriculum.min_difficulty == curriculum.max_difficulty:
-        return []
-    lines = []
+        return lines
     if config.adapts:
         lines.append(
             "curriculum_learning.schedule_type adaptive: the plan assumes that validation perplexity never fluctuates; "

@@ -89,6 +89,9 @@ class EngineChecks:
                 f"data_types.grad_accum_dtype: {sums} accumulates {own[0]} gradients wrongly with pipeline.stages {stages}; "
                 "remove it"
             )
+        if self.keys.optimizer and self.keys.optimizer.type.lower() == "muon":
+            # DeepSpeed 0.19.8 doesn't divide the parameters of a pipeline between Muon and Adam.
+            yield f"optimizer.type: {self.keys.optimizer.type} doesn't work with pipeline.stages {stages}; use Adam"
         for name, degree in self.keys.degrees.items():
             if name != "pipeline.stages" and degree > 1:
                 yield f"{name}: {degree} doesn't work together with pipeline.stages {stages}; set one of them to 1"

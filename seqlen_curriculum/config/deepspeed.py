@@ -1,12 +1,11 @@
 """The DeepSpeed keys that affect the plan of a run, checked before any work starts.
 
-All other keys are passed unchanged to DeepSpeed, which checks their values.
+``deepspeed_rules.py`` lists all keys and which of them DeepSpeed gets. DeepSpeed checks the values of the others.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field, model_validator
@@ -14,7 +13,7 @@ from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 from seqlen_curriculum.errors import ConfigError
 from seqlen_curriculum.fields import Count, CountOrZero, Section, suggest
 
-__all__ = ["DeepSpeedKeys", "OtherScheduler", "batch_shape", "with_bf16", "without_max_grad_norm"]
+__all__ = ["DeepSpeedKeys", "OtherScheduler", "batch_shape"]
 
 
 class _Open(Section):
@@ -111,8 +110,6 @@ class DeepSpeedKeys(_Open):
     """Mixed precision in fp16 with loss scaling: ``{"enabled": true}``. A run has one precision."""
     bf16: dict[str, Any] | None = None
     """Mixed precision in bf16: ``{"enabled": true}``. ``bfloat16`` is DeepSpeed's older name for it."""
-    amp: dict[str, Any] | None = None
-    """Mixed precision by NVIDIA's Apex."""
     torch_autocast: dict[str, Any] | None = None
     """Mixed precision by ``torch.autocast``."""
     data_types: dict[str, Any] | None = None
@@ -168,7 +165,7 @@ class DeepSpeedKeys(_Open):
     @property
     def enabled_precisions(self) -> list[str]:
         """The sections that enable a precision other than fp32."""
-        sections = {"fp16": self.fp16, "bf16": self.bf16, "amp": self.amp, "torch_autocast": self.torch_autocast}
+        sections = {"fp16": self.fp16, "bf16": self.bf16, "torch_autocast": self.torch_autocast}
         return [name for name, section in sections.items() if section and section.get("enabled")]
 
     @property
@@ -239,32 +236,3 @@ def batch_shape(keys: DeepSpeedKeys, world_size: int) -> tuple[int, int, int]:
     # 64 rows per rank: micro-batches of 8 make 8 accumulation steps; without either key one micro-batch has all rows.
     micro = micro or rows // (accumulation or 1)
     return rows, micro, rows // micro
-
-
-def with_bf16(config: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
-    """Rename ``bfloat16``, DeepSpeed's older name, to ``bf16`` in a copy; add a problem if both are given."""
-    if "bfloat16" not in config:
-        return dict(config)
-    if "bf16" in config:
-        problems.append("bfloat16: DeepSpeed's older name of bf16, which is given too; keep the latter")
-    return {**{name: value for name, value in config.items() if name != "bfloat16"}, "bf16": config["bfloat16"]}
-
-
-def without_max_grad_norm(config: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
-    """Move ``optimizer.params.max_grad_norm`` to ``gradient_clipping`` in a copy; add a problem if they differ.
-
-    DeepSpeed rejects ``max_grad_norm``, which old files still have.
-    """
-    optimizer = config.get("optimizer")
-    params = optimizer.get("params") if isinstance(optimizer, Mapping) else None
-    if not isinstance(optimizer, Mapping) or not isinstance(params, Mapping) or "max_grad_norm" not in params:
-        return dict(config)
-    norm = params["max_grad_norm"]
-    clipping = config.get("gradient_clipping", norm)
-    if clipping != norm:
-        problems.append(
-            f"optimizer.params.max_grad_norm: {norm} differs from gradient_clipping {clipping}; keep the latter"
-        )
-    # Both are new mappings: the caller's file is never changed.
-    rest = {name: value for name, value in params.items() if name != "max_grad_norm"}
-    return {**config, "gradient_clipping": clipping, "optimizer": {**optimizer, "params": rest}}

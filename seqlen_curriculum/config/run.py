@@ -1,7 +1,8 @@
 """Read the JSON file of a run strictly: a DeepSpeed configuration plus the sections of this package.
 
 These are ``curriculum_learning``, ``batch_size_warmup``, ``model``, ``data``, ``training``, and ``scheduler`` if its type is
-``TokenCosineLR``. The rest is passed to DeepSpeed unchanged. All problems of a file are reported in one ConfigError.
+``TokenCosineLR``. DeepSpeed gets the rest, as ``deepspeed_rules.py`` says. All problems of a file are reported in one
+ConfigError.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ from typing import Any
 
 from seqlen_curriculum.config import checks
 from seqlen_curriculum.config.data import DataConfig
-from seqlen_curriculum.config.deepspeed import DeepSpeedKeys, batch_shape, with_bf16, without_max_grad_norm
+from seqlen_curriculum.config.data_efficiency import with_one_curriculum
+from seqlen_curriculum.config.deepspeed import DeepSpeedKeys, batch_shape
+from seqlen_curriculum.config.deepspeed_part import read_by_deepspeed
 from seqlen_curriculum.config.model import ModelConfig
 from seqlen_curriculum.config.plan import RunPlan
 from seqlen_curriculum.config.run_file import SCHEMA_KEY, absolute_paths, folder_of, read_run_file
@@ -23,6 +26,7 @@ from seqlen_curriculum.errors import ConfigError
 from seqlen_curriculum.fields import Section, flat, misspelt_sections, parse_section
 from seqlen_curriculum.schedule.batch_size_warmup import BatchSizeWarmup
 from seqlen_curriculum.schedule.curriculum_config import (
+    BLOCK,
     AdaptiveCurriculum,
     CurriculumConfig,
     constant_curriculum,
@@ -37,7 +41,7 @@ from seqlen_curriculum.strict_json import shown
 
 __all__ = ["DataConfig", "RunConfig", "TrainingConfig"]
 
-_PRECISION = ("fp16", "bf16", "amp", "torch_autocast", "data_types")
+_PRECISION = ("fp16", "bf16", "torch_autocast", "data_types")
 OURS: dict[str, type[Section]] = {
     "model": ModelConfig,
     "data": DataConfig,
@@ -60,6 +64,8 @@ class RunConfig:
     batch_size_warmup: BatchSizeWarmup | None = None
     data_ranks: int = 1
     """Number of data-parallel ranks, set by ``for_ranks``; not a key of the file."""
+    ignored: tuple[str, ...] = field(default=(), compare=False)
+    """DeepSpeed's keys in the file that have no effect on the run, each with the reason."""
     folder: Path | None = field(default=None, compare=False)
     """The folder of the file, in which relative paths are looked up second; None for a configuration in memory."""
 
@@ -82,21 +88,22 @@ class RunConfig:
         suggested = [name for name in require if any(problem.endswith(f"'{name}'?") for problem in misspelt)]
         absent = [name for name in require if raw.get(name) is None and name not in suggested]
         problems = [*(f"{name}: section required, but not given" for name in absent), *misspelt]
+        raw, curriculum_path, ignored = with_one_curriculum(raw, problems)
         sections: dict[str, Any] = {}
         for name, section in OURS.items():
             if raw.get(name) is not None:
                 sections[name] = parse_section(section, raw[name], name, problems)
         if is_token_cosine(raw.get("scheduler")):
             sections["scheduler"] = parse_section(TokenCosineConfig, raw["scheduler"], "scheduler", problems)
-        sections["curriculum"] = _parse_curriculum(raw, problems)
+        sections["curriculum"] = _parse_curriculum(raw, curriculum_path, problems)
         deepspeed = {name: value for name, value in raw.items() if value is not None and not _is_ours(name, raw)}
         deepspeed.pop(SCHEMA_KEY, None)
-        deepspeed = with_bf16(without_max_grad_norm(deepspeed, problems), problems)
+        deepspeed, unused = read_by_deepspeed(deepspeed, raw.get("model") is not None, problems)
         keys = parse_section(DeepSpeedKeys, deepspeed, "", problems)
         if keys is not None:
             batch = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
             deepspeed |= {name: getattr(keys, name) for name in batch if getattr(keys, name)}  # 32.0 is 32
-            config = cls(deepspeed, keys, **sections)
+            config = cls(deepspeed, keys, **sections, ignored=(*ignored, *unused))
             problems += checks.conflicts(config, complete=not problems)
         if problems or keys is None:
             raise ConfigError(problems, where)
@@ -212,8 +219,11 @@ class RunConfig:
         return checks.warnings(self)
 
 
-def _parse_curriculum(raw: Mapping[str, Any], problems: list[str]) -> CurriculumConfig | None:
-    """Read the block if it is enabled. DeepSpeed silently read a missing ``enabled`` as false; here it is required."""
+def _parse_curriculum(raw: Mapping[str, Any], path: str, problems: list[str]) -> CurriculumConfig | None:
+    """Read the block if it is enabled. DeepSpeed silently read a missing ``enabled`` as false; here it is required.
+
+    ``path``: the key path of the block in the file, for messages.
+    """
     block = raw.get("curriculum_learning")
     if block is None:
         return None
@@ -225,7 +235,7 @@ def _parse_curriculum(raw: Mapping[str, Any], problems: list[str]) -> Curriculum
             return constant_curriculum(full)
         return None
     config, block_problems = curriculum_problems(block)
-    problems += block_problems
+    problems += [path + problem.removeprefix(BLOCK) for problem in block_problems]
     return config
 
 

@@ -27,6 +27,7 @@ from seqlen_curriculum.schedule.shortening import Method, Shortening
 from seqlen_curriculum.strict_json import shown
 
 __all__ = [
+    "BLOCK",
     "AdaptiveCurriculum",
     "CurriculumConfig",
     "CustomCurriculum",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -13,24 +12,23 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.git_version_info import installed_ops
 
+from seqlen_curriculum.config.deepspeed_part import missing_packages
 from seqlen_curriculum.launchers import port_problem
 
-__all__ = ["SHM_BYTES", "machine_problems", "must_compile", "on_cpu", "supported_precisions"]
+__all__ = ["SHM_BYTES", "machine_problems", "must_compile", "on_cpu", "precision_problems", "supported_precisions"]
 
 SHM_BYTES = 67 * 2**20
 """Bytes of /dev/shm that DeepSpeed uses per CPU rank, rounded up to whole MiB."""
 _GPU_OPTIMIZERS = {"lamb", "onebitadam", "onebitlamb", "zerooneadam"}
 """Lower-case names of DeepSpeed's optimizers that are written in CUDA or need NCCL."""
-_PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "comet": "comet_ml"}
-"""The package that each of DeepSpeed's monitors imports."""
 
 
 def machine_problems(deepspeed_config: Mapping[str, Any]) -> Iterator[str]:
     """Yield one line per requirement of ``deepspeed_config`` that this machine or this launch lacks."""
-    yield from _precision(deepspeed_config)
+    yield from precision_problems(deepspeed_config)
     yield from _gpu(deepspeed_config)
     yield from _compilers(deepspeed_config)
-    yield from _packages(deepspeed_config)
+    yield from missing_packages(deepspeed_config)
     yield from _checkpoint_writer(deepspeed_config)
     yield from port_problem()
     yield from _shared_memory()
@@ -55,7 +53,8 @@ def supported_precisions() -> dict[str, bool]:
     return supported
 
 
-def _precision(config: Mapping[str, Any]) -> Iterator[str]:
+def precision_problems(config: Mapping[str, Any]) -> Iterator[str]:
+    """Yield one line for each enabled precision that the accelerator at hand lacks."""
     supported = supported_precisions()
     for name, is_supported in supported.items():
         if _enabled(config, name) and not is_supported:
@@ -73,8 +72,6 @@ def _gpu(config: Mapping[str, Any]) -> Iterator[str]:
     optimizer = str((config.get("optimizer") or {}).get("type", ""))
     if optimizer.lower() in _GPU_OPTIMIZERS:
         yield f"optimizer.type: {optimizer} needs a GPU, and none is visible; use Adam, or start it on a node with GPUs"
-    if _enabled(config, "amp"):
-        yield "amp.enabled: true needs a GPU, and none is visible; use bf16, or start it on a node with GPUs"
 
 
 def _compilers(config: Mapping[str, Any]) -> Iterator[str]:
@@ -108,13 +105,6 @@ def must_compile(builder_name: str) -> bool:
         return False
     folder = os.environ.get("TORCH_EXTENSIONS_DIR")
     return folder is None or not (Path(folder) / builder.name / f"{builder.name}.so").exists()
-
-
-def _packages(config: Mapping[str, Any]) -> Iterator[str]:
-    for section, package in _PACKAGES.items():
-        if _enabled(config, section) and importlib.util.find_spec(package) is None:
-            install = package.replace("_", "-")
-            yield f"{section}.enabled: true, but {package} isn't installed; pip install {install}, or set it to false"
 
 
 def _checkpoint_writer(config: Mapping[str, Any]) -> Iterator[str]:

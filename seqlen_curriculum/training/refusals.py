@@ -2,44 +2,86 @@
 
 from __future__ import annotations
 
+import linecache
 import sys
 import traceback
+from collections.abc import Mapping
 from typing import Any
 
 import deepspeed
+from deepspeed.runtime.config import DeepSpeedConfigError
+from deepspeed.runtime.zero.utils import ZeRORuntimeException
+from pydantic import ValidationError
 
+from seqlen_curriculum.config.deepspeed_rules import MONITORS
 from seqlen_curriculum.errors import ConfigError, SeqlenCurriculumError
+from seqlen_curriculum.strict_json import shown
+from seqlen_curriculum.training.muon import embeddings_by_adam
 
 __all__ = ["initialize_deepspeed"]
 
 _REFUSING_PACKAGES = ("deepspeed", "pydantic", "torch")
 """Packages whose errors in ``deepspeed.initialize`` are about the configuration."""
-_MONITORS = {"wandb": "wandb", "comet_ml": "comet"}
-"""The sections of monitors that connect to a service, by package."""
+_REFUSALS = (
+    AssertionError,
+    AttributeError,
+    ImportError,
+    KeyError,
+    NotImplementedError,
+    OSError,
+    TypeError,
+    ValueError,
+    DeepSpeedConfigError,
+    ZeRORuntimeException,
+)
+"""Exceptions by which DeepSpeed, and the optimizers it calls, reject a value."""
 
 
 def initialize_deepspeed(**arguments: Any) -> tuple[Any, ...]:
-    """Call ``deepspeed.initialize`` and raise ConfigError if it rejects its own keys.
+    """Call ``deepspeed.initialize`` and raise ConfigError, with a message of one line, if it rejects its own keys.
 
-    DeepSpeed and the optimizers it calls reject a value with an assertion or a built-in exception. The same exceptions
-    raised in callbacks, by code of this package or the user's, are not about the configuration and pass unchanged.
+    The same exceptions raised in callbacks, by code of this package or the user's, are not about the configuration and pass
+    unchanged.
     """
     try:
-        return tuple(deepspeed.initialize(**arguments))
-    except (AssertionError, AttributeError, KeyError, TypeError, ValueError) as error:
-        frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))  # the last one raised it
-        packages = [str(frame.f_globals.get("__name__")).partition(".")[0] for frame in frames]
-        # The standard library raises for its caller: an unknown dtype fails in enum, called by DeepSpeed.
-        raised_by = next(package for package in reversed(packages) if package not in sys.stdlib_module_names)
-        if isinstance(error, SeqlenCurriculumError) or raised_by not in _REFUSING_PACKAGES:
-            raise
-        raise ConfigError(
-            f"DeepSpeed refuses its part of the configuration: {type(error).__name__}: {error}"
-        ) from error
+        with embeddings_by_adam():
+            return tuple(deepspeed.initialize(**arguments))
     except Exception as error:
-        package = type(error).__module__.partition(".")[0]  # such as wandb's, where no API key is set
-        if package not in _MONITORS:
+        section = {package: name for name, package in MONITORS.items()}.get(type(error).__module__.partition(".")[0])
+        if section is not None:  # such as wandb's, where no API key is set
+            raise ConfigError(f"{section}: {_one_line(error)}; fix it, or set {section}.enabled to false") from error
+        if isinstance(error, SeqlenCurriculumError) or not _is_refusal(error):
             raise
-        raise ConfigError(
-            f"{_MONITORS[package]}: {error}; fix it, or set {_MONITORS[package]}.enabled to false"
-        ) from error
+        if isinstance(error, ValidationError):
+            raise ConfigError(_invalid_values(error, arguments.get("config"))) from error
+        kind = type(error).__name__
+        raise ConfigError(f"DeepSpeed refuses its part of the configuration: {kind}: {_one_line(error)}") from error
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def _is_refusal(error: Exception) -> bool:
+    """Return whether DeepSpeed, or a package that it calls, raised ``error`` to reject a value."""
+    frames = [(frame, line) for frame, line in traceback.walk_tb(error.__traceback__)]  # the last one raised it
+    packages = [str(frame.f_globals.get("__name__")).partition(".")[0] for frame, _ in frames]
+    # The standard library raises for its caller: an unknown dtype fails in enum, called by DeepSpeed.
+    raised_by = next(package for package in reversed(packages) if package not in sys.stdlib_module_names)
+    if type(error) is RuntimeError:  # torch's errors of devices and memory have the same type
+        frame, line = frames[-1]
+        statement = linecache.getline(frame.f_code.co_filename, line).strip()
+        return raised_by == "deepspeed" and statement.startswith("raise ")
+    return isinstance(error, _REFUSALS) and raised_by in _REFUSING_PACKAGES
+
+
+def _invalid_values(error: ValidationError, config: object) -> list[str]:
+    """Return one line per value that DeepSpeed's pydantic models reject, with the section that has the key."""
+    lines = []
+    for detail in error.errors(include_url=False):
+        path, value, message = [str(key) for key in detail["loc"]], detail["input"], detail["msg"]
+        sections = config.items() if isinstance(config, Mapping) else ()
+        names = [name for name, section in sections if path and isinstance(section, Mapping) and path[0] in section]
+        key = ".".join([*(names[:1] or [error.title]), *path])
+        lines.append(f"{key}: {shown(value)} is not valid in DeepSpeed: {' '.join(message.split())}")
+    return lines

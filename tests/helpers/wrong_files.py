@@ -60,7 +60,10 @@ WRONG_RUNS = {
     "two warmups": (changed(scheduler__params__warmup_tokens=5), "warmup_steps and warmup_tokens are given"),
     "budget below a step": (changed(training__train_tokens=7), "less than one token for each of the 8 rows"),
     "unknown preset": (changed(model__preset="gpt2-117"), "did you mean 'gpt2-117m'?"),
-    "no batch size": (changed(train_batch_size="auto"), "train_batch_size: 'auto' is not valid"),
+    "no batch size": (
+        changed(train_batch_size="auto"),
+        'train_batch_size: "auto" is filled in by Hugging Face\'s Trainer only',
+    ),
     "keep none": (changed(training__keep_last=0), "training.keep_last: 0 is not valid"),
     "spike ratio of one": (changed(training__spike_ratio=1), "training.spike_ratio: 1 is not valid"),
     "on spike": (changed(training__on_spike="roll"), "training.on_spike: 'roll' is not valid"),

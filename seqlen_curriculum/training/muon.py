@@ -1,0 +1,51 @@
+"""Train embeddings and the output head by Adam where the optimizer is Muon, whatever their names are.
+
+DeepSpeed leaves out parameters by name (``embed``, ``lm_head``). GPT-2's are ``wte`` and ``wpe``, so Muon would train the
+tied embedding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import deepspeed
+from torch import nn
+
+__all__ = ["embeddings_by_adam", "looked_up_weights"]
+
+
+def looked_up_weights(model: nn.Module) -> Iterator[nn.Parameter]:
+    """Yield the weights of embeddings and of the output head, tied or not.
+
+    The head is what Hugging Face's ``get_output_embeddings`` returns. In other models it is the last linear layer with as
+    many outputs as the largest embedding has rows.
+    """
+    modules: list[Any] = list(model.modules())
+    embeddings: list[Any] = [module for module in modules if isinstance(module, nn.Embedding)]
+    heads = [module.get_output_embeddings() for module in modules if hasattr(module, "get_output_embeddings")]
+    heads = [head for head in heads if head is not None]
+    if not heads:
+        vocab_size = max((module.num_embeddings for module in embeddings), default=0)
+        linear = [module for module in modules if isinstance(module, nn.Linear)]
+        heads = [module for module in linear if module.out_features == vocab_size][-1:]
+    yield from (module.weight for module in (*embeddings, *heads))
+
+
+@contextmanager
+def embeddings_by_adam() -> Iterator[None]:
+    """Correct the flags by which ``deepspeed.initialize`` divides parameters between Muon and Adam, inside the context."""
+    set_flags = deepspeed.set_optimizer_flags
+
+    def set_optimizer_flags(config_class: Any, model: nn.Module) -> None:
+        set_flags(config_class, model)
+        for weight in looked_up_weights(model):
+            if getattr(weight, "use_muon", False):
+                weight.use_muon = False  # type: ignore[attr-defined]
+
+    deepspeed.set_optimizer_flags = set_optimizer_flags
+    try:
+        yield
+    finally:
+        deepspeed.set_optimizer_flags = set_flags
