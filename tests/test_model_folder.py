@@ -115,7 +115,7 @@ def test_folders_that_are_not_whole_are_refused(folders, tmp_path):
     (cut / "model.safetensors").write_bytes((cut / "model.safetensors").read_bytes()[:-1])
     assert "model.safetensors: can't be read as safetensors" in refusal({"hf_checkpoint": str(cut)})
     (cut / "model.safetensors").unlink()
-    assert "model.safetensors: can't be read as safetensors" in refusal({"hf_checkpoint": str(cut)})
+    assert "cut: has no weights as model.safetensors or" in refusal({"hf_checkpoint": str(cut)})
     run = tmp_path / "run"
     complete(shutil.copytree(folders / "gpt2", run / "global_step7"), step=7)
     assert "the folder of a run, whose newest checkpoint changes" in refusal({"hf_checkpoint": str(run)})

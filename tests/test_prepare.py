@@ -316,13 +316,6 @@ def test_broken_tokenizer_file(texts: Path, tmp_path: Path, content: bytes) -> N
         run_prepare(tmp_path, texts, tokenizer=TokenizerChoice(tokenizer_file=path))
 
 
-def test_a_tokenizer_without_end_of_text(texts: Path, tmp_path: Path, tokenizer_json: str) -> None:
-    path = tmp_path / "tokenizer.json"
-    path.write_text(tokenizer_json.replace("<|endoftext|>", "</s>"))
-    with pytest.raises(ConfigError, match=r"tokenizer\.json: .*<\|endoftext\|>"):
-        run_prepare(tmp_path, texts, tokenizer=TokenizerChoice(tokenizer_file=path))
-
-
 # Inputs that don't work
 
 

@@ -34,7 +34,7 @@ def parser() -> Parser:
         metavar="PATH",
         help="text files (.txt .text .md .py: one document per file), JSON lines (.jsonl .json .ndjson: one document per "
         "line), tables (.parquet .arrow: one document per row), or folders of these. Text and JSON lines may be compressed "
-        "(.gz .zst). Folders written by save_to_disk of Hugging Face datasets are read too",
+        "(.gz .zst .bz2 .xz). Folders written by save_to_disk of Hugging Face datasets are read too",
     )
     text.add_argument(
         "--stdlib", action="store_true", help="add the source of Python's standard library, one document per file"
@@ -48,7 +48,7 @@ def parser() -> Parser:
         "--tokenizer-file",
         type=Path,
         metavar="tokenizer.json",
-        help="a Hugging Face tokenizer with the token <|endoftext|>",
+        help="any tokenizer of Hugging Face: its tokenizer.json, or the folder of a model with it",
     )
     tokens.add_argument(
         "--train-vocab", type=int, metavar="N", help="train a byte-level BPE tokenizer with N tokens on the input"
@@ -82,7 +82,14 @@ def _add_rules(flags: argparse._ArgumentGroup) -> None:
         "--append-eod",
         action=argparse.BooleanOptionalAction,
         default=argparse.SUPPRESS,
-        help="end each document with <|endoftext|> (default: yes)",
+        help="end each document with the token of --eod-token (default: yes)",
+    )
+    flags.add_argument(
+        "--eod-token",
+        default=argparse.SUPPRESS,
+        metavar="TOKEN",
+        help="token that ends each document (default: the end-of-sequence token that the tokenizer's or the model's files "
+        "name, and <|endoftext|> for a trained tokenizer)",
     )
     flags.add_argument(
         "--on-bad-input",

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from seqlen_curriculum.config.data import corpus_prefix
-from seqlen_curriculum.errors import ConfigError
+from seqlen_curriculum.errors import CheckpointError, ConfigError
 from seqlen_curriculum.files import apply_override, read_json
 from seqlen_curriculum.launchers import global_rank
 from seqlen_curriculum.run_folder import RUN_INFO
+from seqlen_curriculum.run_folder.hub import hub_folder, is_hub_name
 
 __all__ = ["SCHEMA_KEY", "absolute_paths", "folder_of", "is_corpus", "places", "read_run_file"]
 
@@ -51,12 +52,24 @@ def read_run_file(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, 
     model, looked_up = raw.get("model"), places(file.parent)
     checkpoint = model.get("hf_checkpoint") if isinstance(model, Mapping) else None
     if len(looked_up) > 1 and isinstance(checkpoint, str) and checkpoint and not os.path.exists(checkpoint):
-        raise ConfigError(
-            f"model.hf_checkpoint: no folder {checkpoint!r}, neither in {' nor in '.join(looked_up)}, the folder of the "
-            "run's file; give the folder of a model relative to one of them, or an absolute path",
-            str(path),
-        )
+        _check_hub_name(checkpoint, looked_up, str(path))
     return raw
+
+
+def _check_hub_name(name: str, looked_up: Sequence[str], file: str) -> None:
+    """Raise ConfigError unless ``name``, which is no folder in ``looked_up``, is a model in the cache or on the Hub."""
+    reason = ""
+    if is_hub_name(name):
+        try:
+            hub_folder(name)
+            return
+        except CheckpointError as error:
+            reason = f" ({error})"
+    raise ConfigError(
+        f"model.hf_checkpoint: no folder {name!r}, neither in {' nor in '.join(looked_up)}, the folder of the run's file; "
+        f"give the folder of a model relative to one of them, or an absolute path{reason}",
+        file,
+    )
 
 
 def folder_of(path: str | Path) -> Path:
@@ -79,7 +92,10 @@ def _configuration_of_run(info: Mapping[str, Any], file: Path) -> dict[str, Any]
 
 def absolute_paths(raw: Mapping[str, Any]) -> dict[str, Any]:
     """Return a copy of the configuration with absolute paths."""
-    return _with_paths(raw, lambda path, _: os.path.abspath(path))
+    # A name on the Hub is no path.
+    return _with_paths(
+        raw, lambda path, exists: path if exists is os.path.isdir and is_hub_name(path) else os.path.abspath(path)
+    )
 
 
 def places(folder: Path | None) -> list[str]:

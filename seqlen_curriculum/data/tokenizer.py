@@ -11,13 +11,15 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from seqlen_curriculum.errors import ConfigError
+from seqlen_curriculum.run_folder.hub import hub_folder, is_hub_name
+from seqlen_curriculum.run_folder.model_files import check_files
 
 __all__ = [
     "END_OF_TEXT",
     "TokenizerChoice",
     "build_tokenizer",
-    "end_of_text_id",
     "file_facts",
+    "located",
     "read_merges",
     "read_tokenizer",
     "read_vocab",
@@ -30,6 +32,7 @@ __all__ = [
 END_OF_TEXT = "<|endoftext|>"
 _SMALLEST_VOCAB = 257  # 256 bytes and the end-of-text token
 _LARGEST_VOCAB = 2**24
+_ROBERTA_TOKENS = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
 _FILES = (("tokenizer.json",), ("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt"))
 """Tokenizer files in a folder: a ``tokenizer.json``, or GPT-2's vocabulary and merges under either pair of names."""
 
@@ -43,7 +46,7 @@ class TokenizerChoice:
     merge_file: Path | None = None
     """GPT-2's ``vocab.bpe`` (one merge per line); needs ``vocab_file``."""
     tokenizer_file: Path | None = None
-    """A ``tokenizer.json`` that has the token ``<|endoftext|>``."""
+    """A ``tokenizer.json``, or a folder as in ``read_tokenizer``."""
     train_vocab: int | None = None
     """Vocabulary size of a byte-level BPE to train on the corpus, 257 or more."""
 
@@ -67,6 +70,8 @@ class TokenizerChoice:
         if self.train_vocab is not None:
             return {"train_vocab": self.train_vocab}
         files = {"vocab_file": self.vocab_file, "merge_file": self.merge_file, "tokenizer_file": self.tokenizer_file}
+        if self.tokenizer_file is not None and (folder := located(self.tokenizer_file)).is_dir():
+            files = {path.name: path for path in tokenizer_files(folder)}
         return {name: file_facts(path, ConfigError) for name, path in files.items() if path is not None}
 
 
@@ -79,29 +84,24 @@ def file_facts(path: Path, error: type[Exception]) -> dict[str, object]:
     return {"path": os.path.abspath(path), "bytes": status.st_size, "mtime_ns": status.st_mtime_ns}
 
 
-def build_tokenizer(choice: TokenizerChoice, texts: Iterable[str]) -> Tokenizer:
-    """Return the chosen tokenizer; ``texts`` are read only for training. Raises ``ConfigError`` for unusable files."""
+def build_tokenizer(choice: TokenizerChoice, texts: Iterable[str], end: str = END_OF_TEXT) -> Tokenizer:
+    """Return the chosen tokenizer; ``texts`` and ``end`` are used only to train it. Raises ``ConfigError``."""
     choice.check()
     if choice.train_vocab is not None:
-        return train_tokenizer(choice.train_vocab, texts)
+        return train_tokenizer(choice.train_vocab, texts, end)
     if choice.tokenizer_file is not None:
-        tokenizer = _read_saved(choice.tokenizer_file)
-        if tokenizer.token_to_id(END_OF_TEXT) is None:
-            raise ConfigError(
-                f"{choice.tokenizer_file}: has no token {END_OF_TEXT}, which closes each document; add it as a special token"
-            )
-        return tokenizer
+        return read_tokenizer(choice.tokenizer_file)
     assert choice.vocab_file is not None
     assert choice.merge_file is not None
     return _read_gpt2(choice.vocab_file, choice.merge_file)
 
 
-def train_tokenizer(vocab_size: int, texts: Iterable[str]) -> Tokenizer:
-    """Train byte-level BPE with ``vocab_size`` tokens, including ``<|endoftext|>``. The result is deterministic."""
+def train_tokenizer(vocab_size: int, texts: Iterable[str], end: str = END_OF_TEXT) -> Tokenizer:
+    """Train byte-level BPE with ``vocab_size`` tokens, including ``end``. The result is deterministic."""
     tokenizer = _byte_level(models.BPE())
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=[END_OF_TEXT],
+        special_tokens=[end],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),  # all 256 bytes, so that every text can be encoded
         show_progress=False,
     )
@@ -118,9 +118,20 @@ def tokenizer_files(folder: Path) -> list[Path]:
     return []
 
 
+def located(path: Path) -> Path:
+    """Return ``path``, or the folder in Hugging Face's cache for the name of a model. Raises ``CheckpointError``."""
+    return hub_folder(str(path), weights=False) if is_hub_name(path) else path
+
+
 def read_tokenizer(path: Path) -> Tokenizer:
-    """Read a ``tokenizer.json``, or the tokenizer of a folder (see ``tokenizer_files``). Raises ``ConfigError``."""
+    """Read a ``tokenizer.json``, or the tokenizer of a folder (see ``tokenizer_files``) or of a model on the Hub.
+
+    Raises ``ConfigError``, and ``CheckpointError`` for a file that leads out of its folder and for an unknown name.
+    """
+    path = located(path)
     files = tokenizer_files(path) if path.is_dir() else [path]
+    if path.is_dir():
+        check_files(path)
     if not files:
         names = ", ".join(" with ".join(names) for names in _FILES)
         raise ConfigError(f"{path}: no tokenizer here; give a tokenizer.json, or a folder that has one of {names}")
@@ -130,13 +141,6 @@ def read_tokenizer(path: Path) -> Tokenizer:
 def vocab_size(tokenizer: Tokenizer) -> int:
     """Return the largest id plus 1; ids may have gaps."""
     return int(max(tokenizer.get_vocab(with_added_tokens=True).values())) + 1
-
-
-def end_of_text_id(tokenizer: Tokenizer) -> int:
-    """Return the id of the token that ends each document."""
-    token_id: int | None = tokenizer.token_to_id(END_OF_TEXT)
-    assert token_id is not None  # build_tokenizer refuses a tokenizer without it
-    return token_id
 
 
 def splits_at_spaces(tokenizer: Tokenizer) -> bool:
@@ -156,10 +160,11 @@ def splits_at_spaces(tokenizer: Tokenizer) -> bool:
 def _read_saved(path: Path) -> Tokenizer:
     try:
         tokenizer = Tokenizer.from_str(_read_text(path))
-    except ConfigError:
+    except (ConfigError, KeyboardInterrupt, SystemExit):
         raise
-    except Exception as error:  # the library raises nothing narrower
-        raise ConfigError(f"{path}: not a tokenizer.json ({error}); save it again with tokenizers") from None
+    except BaseException as error:  # the library raises Exception, and BaseException where its Rust code panics
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(f"{path}: not a tokenizer.json ({reason}); save it again with tokenizers") from None
     # A saved tokenizer may truncate or pad. A corpus needs every token and no padding.
     tokenizer.no_truncation()
     tokenizer.no_padding()
@@ -174,7 +179,9 @@ def _read_gpt2(vocab_file: Path, merge_file: Path) -> Tokenizer:
     except Exception as error:  # the library raises nothing narrower
         raise ConfigError(f"{vocab_file} and {merge_file}: don't work together ({error})") from None
     tokenizer = _byte_level(model)
-    tokenizer.add_special_tokens([END_OF_TEXT])
+    # OPT has the special tokens of RoBERTa. GPT-2's files without any get the end-of-text token as a further one.
+    special = [token for token in (END_OF_TEXT, *_ROBERTA_TOKENS) if token in vocab]
+    tokenizer.add_special_tokens(special or [END_OF_TEXT])
     return tokenizer
 
 
@@ -222,14 +229,15 @@ def read_merges(path: Path) -> list[tuple[str, str]]:
 
 def _check_match(vocab: dict[str, int], merges: list[tuple[str, str]], names: str) -> None:
     # GPT-2's 50,257 ids are 256 bytes, 50,000 merges and <|endoftext|>. A byte or merge without an id would lose text. A
-    # token that no merge produces is never used, so its text would get other tokens than the model was trained with.
+    # token that no merge makes is never used. OPT has four, madeupword0000 to madeupword0003, which only fill the matrix. If
+    # there are more such tokens than merges, the merges are of another vocabulary, or the file was truncated.
     made = {left + right for left, right in merges} | set(pre_tokenizers.ByteLevel.alphabet())
     missing = sorted(made - vocab.keys())
     if missing:
         raise ConfigError(f"{names}: don't belong together: {len(missing)} tokens without id, such as {missing[0]!r}")
     # Special tokens, written <...> or [...], are not produced by merges.
     unmade = sorted(token for token in vocab.keys() - made if not token.startswith(("<", "[")))
-    if unmade:
+    if len(unmade) > len(merges):
         raise ConfigError(
             f"{names}: don't belong together: no merge makes {len(unmade)} tokens, such as {unmade[0]!r}; use one pair"
         )

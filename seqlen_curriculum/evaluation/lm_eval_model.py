@@ -39,9 +39,18 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
 
     @property
     def eot_token_id(self) -> int:
-        """The token before a text without context: end of text, else the model's ``bos_token_id``."""
-        config = self._model.config
-        for number in (self._tokenizer.token_to_id(END_OF_TEXT), config.bos_token_id, config.eos_token_id):
+        """The token that ends a text: ``<|endoftext|>``, else the model's ``eos_token_id``, else its ``bos_token_id``."""
+        return self._first_token("eos_token_id", "bos_token_id")
+
+    @property
+    def prefix_token_id(self) -> int:
+        """The token before a text without context: ``<|endoftext|>``, else the model's ``bos_token_id``."""
+        return self._first_token("bos_token_id", "eos_token_id")
+
+    def _first_token(self, *names: str) -> int:
+        named = [getattr(self._model.config, name, None) for name in names]
+        firsts = [ids[0] if isinstance(ids, list) and ids else ids for ids in named]
+        for number in (self._tokenizer.token_to_id(END_OF_TEXT), *firsts):
             if isinstance(number, int):
                 return number
         raise ConfigError(
@@ -74,7 +83,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         window_requests: list[tuple[None, list[int], list[int]]] = []
         for number, request in enumerate(requests):
             tokens = self.tok_encode(request.args[0])
-            for window in get_rolling_token_windows(tokens, self.eot_token_id, self._seqlen, context_len=1):
+            for window in get_rolling_token_windows(tokens, self.prefix_token_id, self._seqlen, context_len=1):
                 window_texts.append(number)
                 window_requests.append((None, *make_disjoint_window(window)))
         sums = np.zeros(len(requests))
@@ -101,7 +110,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         new_tokens = min(int(settings.get("max_gen_toks", _NEW_TOKENS)), self._seqlen // 2)
         prompt_tokens = self._seqlen - new_tokens
         self.truncated_requests += sum(len(prompt) > prompt_tokens for prompt in prompts)
-        kept = [(prompt or [self.eot_token_id])[-prompt_tokens:] for prompt in prompts]
+        kept = [(prompt or [self.prefix_token_id])[-prompt_tokens:] for prompt in prompts]
 
         # ``batches`` expects rows of S + 1 tokens, S of which are read: the 0 at the end is a placeholder.
         rows = [Row(np.array([*tokens, 0], dtype=np.int64), 1) for tokens in kept]

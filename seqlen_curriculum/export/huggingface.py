@@ -11,7 +11,8 @@ import torch
 from seqlen_curriculum.analysis.drawing import draw_run
 from seqlen_curriculum.analysis.read_run import LOGS, read_run
 from seqlen_curriculum.analysis.run import Run
-from seqlen_curriculum.data.tokenizer import END_OF_TEXT, tokenizer_files
+from seqlen_curriculum.data.document_end import own_end
+from seqlen_curriculum.data.tokenizer import located, tokenizer_files
 from seqlen_curriculum.errors import CheckpointError, ConfigError
 from seqlen_curriculum.export.model_card import ModelCard
 from seqlen_curriculum.files import move, new_folder, sync_tree
@@ -21,6 +22,7 @@ from seqlen_curriculum.models.pretrained import (
     load_tokenizer,
     model_folder,
     save_pretrained,
+    set_end_of_text,
 )
 from seqlen_curriculum.run_folder import MANIFEST
 from seqlen_curriculum.run_folder.checkpoint_manifest import Checkpoint, read_checkpoint
@@ -44,7 +46,8 @@ def export(source: Path, out: Path, dtype: str | None = None, tokenizer: Path | 
     checkpoint = read_checkpoint(folder) if (folder / MANIFEST).exists() else None
     run = read_run_up_to(checkpoint) if checkpoint else None
     files = tokenizer or (folder if tokenizer_files(folder) else None)
-    end = load_tokenizer(folder, tokenizer).token_to_id(END_OF_TEXT) if files else None
+    loaded = load_tokenizer(folder, tokenizer) if files else None
+    end = own_end(files, loaded) if files and loaded else None
     model = load_model(folder, DTYPES[dtype] if dtype else None)
     # The largest float16 is (2 - 2**-10) * 2**15 = 65,504; from 65,520 on, values round to infinity.
     for name, weight in model.named_parameters():
@@ -52,14 +55,17 @@ def export(source: Path, out: Path, dtype: str | None = None, tokenizer: Path | 
             raise ConfigError(
                 f"--dtype float16: {name} in {folder} has values above the maximum of 65,504; give bfloat16"
             )
-    prepare_to_generate(model, end)
+    prepare_to_generate(model, loaded.token_to_id(end) if loaded and end is not None else None)
 
     # Written beside ``out``, on the same disk, and renamed at the end, because a rename is atomic.
     unfinished = out.resolve().with_name(f".{out.resolve().name}.tmp")
     try:
         shutil.rmtree(unfinished, ignore_errors=True)  # left by a kill
         unfinished.mkdir(parents=True)
-        _write(unfinished, out.resolve().name, model, files, checkpoint, run)
+        if files is not None:
+            positions = sizes_in(model.config.to_dict()).get("max_position_embeddings")
+            copy_tokenizer(located(files), unfinished, end, positions)
+        _write(unfinished, out.resolve().name, model, files is not None, checkpoint, run)
         sync_tree(unfinished)
         move(unfinished, out.resolve())
     except OSError as error:
@@ -86,24 +92,15 @@ def read_run_up_to(checkpoint: Checkpoint) -> Run | None:
 
 
 def prepare_to_generate(model: Any, end_of_text: int | None) -> None:
-    """Enable the key-value cache, and replace begin and end tokens that are missing or outside the vocabulary.
-
-    The default of ``GPT2Config`` is 50256, so with a vocabulary of 8,192 tokens no text would end before its limit.
-    """
-    for name in ("bos_token_id", "eos_token_id"):
-        for config in (model.config, model.generation_config):
-            token = getattr(config, name, None)
-            if token is None or (isinstance(token, int) and token >= model.config.vocab_size):
-                setattr(config, name, end_of_text)
+    """Enable the key-value cache, and set the token that ends a text, see ``set_end_of_text``."""
+    set_end_of_text(model, end_of_text)
     model.config.use_cache = True
 
 
 def _write(
-    folder: Path, name: str, model: Any, tokenizer: Path | None, checkpoint: Checkpoint | None, run: Run | None
+    folder: Path, name: str, model: Any, has_tokenizer: bool, checkpoint: Checkpoint | None, run: Run | None
 ) -> None:
     save_pretrained(model, folder)
-    if tokenizer is not None:
-        copy_tokenizer(tokenizer, folder)
     has_curves = run is not None and bool(run.steps)
     if run is not None and has_curves:
         draw_run([run], folder / _PICTURE)
@@ -114,7 +111,7 @@ def _write(
         parameters=model.num_parameters(),
         sizes=sizes_in(model.config.to_dict()),
         dtype=str(model.dtype).removeprefix("torch."),
-        has_tokenizer=tokenizer is not None,
+        has_tokenizer=has_tokenizer,
         step=checkpoint.step if checkpoint else None,
         settings=checkpoint.run if checkpoint else None,
         run=run,

@@ -17,7 +17,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, GPT
 from seqlen_curriculum.config.model import ModelConfig
 from seqlen_curriculum.errors import CheckpointError, ConfigError
 from seqlen_curriculum.models.gpt2 import CausalLM, build_gpt2, checkpoint_activations, save_hf
-from seqlen_curriculum.models.pretrained import load_model, quiet, replace_invalid_generation_config, save_pretrained
+from seqlen_curriculum.models.pretrained import (
+    drop_code,
+    load_model,
+    quiet,
+    replace_invalid_generation_config,
+    save_pretrained,
+)
 
 __all__ = ["AnyCausalLM", "build_model", "save_model"]
 
@@ -49,7 +55,8 @@ def build_model(config: ModelConfig, read_weights: bool = True) -> CausalLM | An
     folder = config.initial.folder
     try:
         with quiet():
-            lm_config = AutoConfig.from_pretrained(folder, local_files_only=True)
+            lm_config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        drop_code(lm_config)
     except (KeyError, OSError, TypeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(
@@ -91,7 +98,10 @@ def _pretrained_lm(config: ModelConfig, lm_config: Any, folder: Path | None) -> 
     """Return any other causal language model, built by transformers."""
     assert config.initial is not None
     try:
-        lm = load_model(folder) if folder is not None else AutoModelForCausalLM.from_config(lm_config).float()
+        if folder is not None:
+            lm = load_model(folder)
+        else:
+            lm = AutoModelForCausalLM.from_config(lm_config, trust_remote_code=False).float()
     except ValueError as error:
         raise ConfigError(f"model.hf_checkpoint: no causal language model of transformers ({error})") from error
     if folder is None and (config.initial.folder / "generation_config.json").exists():

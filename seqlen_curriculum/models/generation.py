@@ -12,11 +12,11 @@ from pydantic import Field, model_validator
 from tokenizers import Tokenizer
 from transformers import GenerationConfig
 
-from seqlen_curriculum.data.tokenizer import END_OF_TEXT
+from seqlen_curriculum.data.document_end import own_end
 from seqlen_curriculum.errors import ConfigError
 from seqlen_curriculum.fields import Flags
 from seqlen_curriculum.models.pretrained import load_model, load_tokenizer, quiet
-from seqlen_curriculum.run_folder.model_folder import sizes_in
+from seqlen_curriculum.run_folder.model_folder import model_folder, sizes_in
 
 __all__ = ["Sample", "Sampling", "generate"]
 
@@ -72,9 +72,13 @@ def generate(
     """
     for prompt in prompts:
         _check_utf8(prompt)
-    loaded_tokenizer, model = load_tokenizer(path, tokenizer), load_model(path)
+    folder = model_folder(path)
+    loaded_tokenizer, model = load_tokenizer(folder, tokenizer), load_model(folder)
+    end = own_end(tokenizer or folder, loaded_tokenizer)
     positions = sizes_in(model.config.to_dict()).get("max_position_embeddings")
-    generator = _Generator(model, loaded_tokenizer, sampling, positions)
+    generator = _Generator(
+        model, loaded_tokenizer, sampling, positions, None if end is None else loaded_tokenizer.token_to_id(end)
+    )
     encoded = [generator.encode(prompt) for prompt in prompts]
     model.to(torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu"))
     for ids in encoded:
@@ -101,13 +105,14 @@ class _Generator:
     sampling: Sampling
     positions: int | None
     """Number of positions of the model; None without a limit, as with ALiBi."""
+    end: int | None
+    """Id of the token that ends a document of the training data, if known."""
 
     def encode(self, prompt: str) -> list[int]:
         """Return the token ids of ``prompt``. Raises ConfigError if it is empty, or leaves no position for a new token."""
         ids: list[int] = self.tokenizer.encode(prompt).ids
-        end = self.tokenizer.token_to_id(END_OF_TEXT)
-        if not ids and end is not None:
-            return [end]  # in training each document except the first follows one
+        if not ids and self.end is not None:
+            return [self.end]  # in training each document except the first follows one
         if not ids:
             raise ConfigError(f"--prompt {prompt!r}: has no tokens; write some text")
         if self.positions is not None and len(ids) >= self.positions:
@@ -120,7 +125,7 @@ class _Generator:
     def end_tokens(self) -> list[int]:
         """Return the ids that end a text: the end-of-text token of prepared corpora, and those in the model's config."""
         named = self.model.generation_config.eos_token_id
-        ends = [self.tokenizer.token_to_id(END_OF_TEXT), *(named if isinstance(named, list) else [named])]
+        ends = [self.end, *(named if isinstance(named, list) else [named])]
         return sorted({end for end in ends if end is not None and end < self.model.config.vocab_size})
 
     def samples(self, ids: list[int]) -> list[Sample]:

@@ -1,7 +1,11 @@
-"""Trained models and their tokenizers, from checkpoints, runs and Hugging Face folders; nothing is downloaded."""
+"""Trained models and their tokenizers, from checkpoints, runs, Hugging Face folders and the Hub.
+
+Nothing of a folder is run: ``trust_remote_code`` is False, so transformers never asks, and pickles are read weights-only.
+"""
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,11 +20,13 @@ from transformers.utils import logging
 
 from seqlen_curriculum.data.tokenizer import END_OF_TEXT, read_tokenizer, tokenizer_files, vocab_size
 from seqlen_curriculum.errors import CheckpointError, ConfigError
-from seqlen_curriculum.files import follow_umask
+from seqlen_curriculum.files import follow_umask, read_json
+from seqlen_curriculum.run_folder.model_files import TOKENIZER_FILES, ordinary_file, weight_files
 from seqlen_curriculum.run_folder.model_folder import model_folder, vocabulary
 
 __all__ = [
     "copy_tokenizer",
+    "drop_code",
     "load_model",
     "load_tokenizer",
     "model_folder",
@@ -29,17 +35,8 @@ __all__ = [
     "save_pretrained",
     "save_tokenizer",
     "save_weights",
+    "set_end_of_text",
 ]
-
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-)
 
 
 def load_model(path: Path, dtype: torch.dtype | None = torch.float32, padding: bool = False) -> Any:
@@ -50,10 +47,16 @@ def load_model(path: Path, dtype: torch.dtype | None = torch.float32, padding: b
     CheckpointError.
     """
     folder = model_folder(path)
+    weight_files(folder)
     try:
         with quiet():
             model, loading = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=dtype or "auto", local_files_only=True, output_loading_info=True
+                folder,
+                dtype=dtype or "auto",
+                local_files_only=True,
+                trust_remote_code=False,
+                weights_only=True,
+                output_loading_info=True,
             )
     except Exception as error:  # damaged files make the libraries raise almost anything
         message = (str(error).strip().splitlines() or [""])[0]
@@ -71,7 +74,33 @@ def load_model(path: Path, dtype: torch.dtype | None = torch.float32, padding: b
         with quiet():
             model.resize_token_embeddings(size)
     replace_invalid_generation_config(model)
+    drop_code(model.config)
     return model.eval()
+
+
+def drop_code(config: Any) -> None:
+    """Remove the references to Python files of the folder, which aren't loaded and must not reach a saved model."""
+    for name in ("auto_map", "custom_pipelines"):
+        if hasattr(config, name):
+            delattr(config, name)
+
+
+def set_end_of_text(lm: Any, end: int | None) -> None:
+    """Set the token that ends a text in the configurations of transformers' ``lm`` to the id ``end``, unless it is one.
+
+    A begin or an end that is missing or outside the vocabulary is replaced too: GPT2Config's default is 50256, so with a
+    vocabulary of 8,192 tokens no text would end before its limit.
+    """
+    for config in (lm.config, getattr(lm, "generation_config", None)):
+        if config is None:
+            continue
+        ends = config.eos_token_id
+        if end is not None and end not in (ends if isinstance(ends, list) else [ends]):
+            config.eos_token_id = end
+        for name in ("bos_token_id", "eos_token_id"):
+            token = getattr(config, name, None)
+            if token is None or (isinstance(token, int) and token >= lm.config.vocab_size):
+                setattr(config, name, end)
 
 
 def save_weights(weights: Mapping[str, torch.Tensor], path: Path) -> None:
@@ -120,26 +149,60 @@ def load_tokenizer(path: Path, tokenizer: Path | None = None) -> Tokenizer:
     return loaded
 
 
-def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
-    """Write ``tokenizer.json`` and ``tokenizer_config.json`` for ``AutoTokenizer.from_pretrained(folder)``."""
-    special_tokens = {}
-    if tokenizer.token_to_id(END_OF_TEXT) is not None:
-        special_tokens = {"eos_token": END_OF_TEXT, "bos_token": END_OF_TEXT}
+def save_tokenizer(tokenizer: Tokenizer, folder: Path, end: str | None = None, positions: int | None = None) -> None:
+    """Write ``tokenizer.json`` and ``tokenizer_config.json`` for ``AutoTokenizer.from_pretrained(folder)``.
+
+    ``end`` is its end-of-sequence token, by default ``<|endoftext|>`` if it has that; ``positions`` is the longest input.
+    """
+    if end is None and tokenizer.token_to_id(END_OF_TEXT) is not None:
+        end = END_OF_TEXT
+    special_tokens = {"eos_token": end, "bos_token": end} if end is not None else {}
     with quiet():
         PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special_tokens).save_pretrained(folder)
+    _complete_config(folder, end, positions)
 
 
-def copy_tokenizer(source: Path, folder: Path) -> None:
+def copy_tokenizer(source: Path, folder: Path, end: str | None = None, positions: int | None = None) -> None:
     """Copy the tokenizer at ``source``, a file or folder as in ``load_tokenizer``, to ``folder``, for ``AutoTokenizer``.
 
-    The files of a Hugging Face folder are copied unchanged, including the chat template. Raises ConfigError.
+    The files of a Hugging Face folder are copied, including the chat template, but not through links that lead out of it.
+    ``end`` and ``positions`` are as in ``save_tokenizer``. Raises ConfigError, CheckpointError.
     """
     if not (source / "tokenizer_config.json").exists():
-        save_tokenizer(read_tokenizer(source), folder)
+        save_tokenizer(read_tokenizer(source), folder, end, positions)
         return
-    for name in _TOKENIZER_FILES:
+    for name in TOKENIZER_FILES:
         if (source / name).exists():
-            shutil.copyfile(source / name, folder / name)
+            shutil.copyfile(ordinary_file(source, name), folder / name)
+    _complete_config(folder, end, positions)
+
+
+def _complete_config(folder: Path, end: str | None, positions: int | None) -> None:
+    """Set end and longest input in ``tokenizer_config.json``, and write it so that transformers 4 loads it without code."""
+    path = folder / "tokenizer_config.json"
+    config = read_json(path)
+    # transformers 5 writes a class and a list that transformers 4 doesn't know. It reads the older forms of both.
+    if config.pop("auto_map", None) or config.get("tokenizer_class") == "TokenizersBackend":
+        is_fast = (folder / "tokenizer.json").exists()
+        config["tokenizer_class"] = "PreTrainedTokenizerFast" if is_fast else "GPT2Tokenizer"
+        config.pop("backend", None)
+    if isinstance(config.get("extra_special_tokens"), list):
+        config["additional_special_tokens"] = config.pop("extra_special_tokens")
+    # transformers writes 1e30 for an unknown limit, with which truncation=True truncates nothing.
+    limit = config.get("model_max_length")
+    if positions is not None and not (isinstance(limit, (int, float)) and limit <= positions):
+        config["model_max_length"] = positions
+    _write_end(path, config, end)
+    tokens = folder / "special_tokens_map.json"
+    if tokens.exists():
+        _write_end(tokens, read_json(tokens), end)
+
+
+def _write_end(path: Path, config: dict[str, Any], end: str | None) -> None:
+    named = config.get("eos_token")
+    if end is not None and (named.get("content") if isinstance(named, dict) else named) != end:
+        config["eos_token"] = end
+    path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 @contextmanager

@@ -6,19 +6,19 @@ import hashlib
 import json
 import math
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
-
-from safetensors import SafetensorError, safe_open
 
 from seqlen_curriculum.errors import CheckpointError, ConfigError
 from seqlen_curriculum.files import read_json
 from seqlen_curriculum.launchers import global_rank
 from seqlen_curriculum.run_folder import CHECKPOINT_PREFIX, MANIFEST
 from seqlen_curriculum.run_folder.checkpoint_manifest import checkpoint_folders, damage, read_checkpoint
+from seqlen_curriculum.run_folder.hub import hub_folder, is_hub_name
+from seqlen_curriculum.run_folder.model_files import check_files, weight_files, weight_shapes
 from seqlen_curriculum.run_folder.rollbacks import read_rollbacks
 
 __all__ = ["SIZES", "PretrainedModel", "model_folder", "no_size", "read_pretrained", "sizes_in", "vocabulary"]
@@ -103,6 +103,8 @@ def read_pretrained(folder: Path) -> PretrainedModel:
 
     Raises CheckpointError, and ConfigError for a model of another type.
     """
+    if is_hub_name(folder):
+        folder = hub_folder(str(folder))
     newest = model_folder(folder)
     if newest != folder:
         raise ConfigError(
@@ -110,8 +112,8 @@ def read_pretrained(folder: Path) -> PretrainedModel:
         )
     config = read_json(folder / "config.json")
     _check_causal(folder, config)
-    files = _weight_files(folder)
-    return PretrainedModel(folder, config, dict(shape for path in files for shape in _shapes(path)), files)
+    files = weight_files(folder)
+    return PretrainedModel(folder, config, dict(shape for path in files for shape in weight_shapes(path)), files)
 
 
 def sizes_in(config: Mapping[str, Any]) -> dict[str, int]:
@@ -146,34 +148,18 @@ def _check_causal(folder: Path, config: dict[str, Any]) -> None:
     )
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    # Large models are split over files, and the index maps weights to files.
-    index = folder / "model.safetensors.index.json"
-    if not index.exists():
-        return [folder / "model.safetensors"]
-    file_of = read_json(index).get("weight_map")
-    if not isinstance(file_of, dict) or not all(isinstance(name, str) for name in file_of.values()):
-        raise CheckpointError(
-            f"{index}: has no weight_map of names to files; save the model again with save_pretrained"
-        )
-    return [folder / name for name in sorted(set(file_of.values()))]
-
-
-def _shapes(path: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
-    try:
-        with safe_open(path, framework="np") as weights:
-            yield from [(name, tuple(weights.get_slice(name).get_shape())) for name in weights.keys()]  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(
-            f"{path}: can't be read as safetensors ({error}); save the model again with save_pretrained"
-        ) from error
-
-
 def model_folder(path: Path) -> Path:
     """Return the model folder for ``path``: itself if it has a ``config.json``, or a run's newest complete checkpoint.
 
-    The files of a checkpoint's model are verified against its manifest. Raises CheckpointError.
+    A name on the Hugging Face Hub means its folder in the cache. The files of a checkpoint's model are verified against its
+    manifest. Raises CheckpointError.
     """
+    folder = hub_folder(str(path)) if is_hub_name(path) else _local_folder(path)
+    check_files(folder)
+    return folder
+
+
+def _local_folder(path: Path) -> Path:
     if not path.is_dir():
         problem = (
             "is a file; give the folder it is in" if path.exists() else "there is no such folder; give one that exists"

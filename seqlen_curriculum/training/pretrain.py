@@ -5,21 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from deepspeed import comm as dist
 
 from seqlen_curriculum.config.model import ModelConfig
 from seqlen_curriculum.config.run import RunConfig
+from seqlen_curriculum.data.document_end import own_end
 from seqlen_curriculum.data.samples import Samples
 from seqlen_curriculum.data.tokenizer import read_tokenizer, tokenizer_files
 from seqlen_curriculum.data.training_data import TrainingData
 from seqlen_curriculum.errors import CheckpointError, DivergenceError
-from seqlen_curriculum.files import lock_folder, sync
+from seqlen_curriculum.files import lock_folder, read_json, sync
 from seqlen_curriculum.models.causal_lm import build_model
 from seqlen_curriculum.models.gpt2 import CausalLM, set_window
-from seqlen_curriculum.models.pretrained import copy_tokenizer
+from seqlen_curriculum.models.pretrained import copy_tokenizer, set_end_of_text
 from seqlen_curriculum.run_folder import ROLLBACKS, RUN_LOG
 from seqlen_curriculum.run_folder.checkpoint_manifest import Checkpoint
 from seqlen_curriculum.run_folder.evaluations import Evaluations
@@ -108,8 +109,11 @@ class _Pretraining:
     def _build(self, config: RunConfig, model_config: ModelConfig) -> None:
         """Build the model, and the executor that trains it."""
         self.tokenizer = on_rank_0(lambda: tokenizer_of(self.train_data, model_config))
+        self.positions = model_config.max_position_embeddings
         torch.manual_seed(self.settings.seed)  # the same weights on every rank
         self.model = build_model(model_config, read_weights=self.checkpoint is None)
+        if self.tokenizer is not None:
+            set_end_of_text(self.model.lm, self.tokenizer.end_id)
         # Models other than GPT-2 may use random numbers elsewhere: other dropout, dropped layers, noise in a router.
         self.has_dropout = model_config.dropout > 0 or not model_config.is_gpt2
         rate = self.plan.learning_rate if self.plan.lr_params is not None else None
@@ -188,7 +192,7 @@ class _Pretraining:
             if dist.get_rank() != 0:
                 return
             if self.tokenizer is not None:
-                copy_tokenizer(self.tokenizer, folder)
+                copy_tokenizer(self.tokenizer.path, folder, self.tokenizer.end, self.positions)
             if self.log.exists():
                 sync(self.log)  # a run must not resume after steps that a power failure removed from its log
 
@@ -216,8 +220,17 @@ def _data_settings(train: TrainingData) -> dict[str, Any]:
     return {**fingerprints, "data.train_samples": [source.num_samples for source in train.sources]}
 
 
-def tokenizer_of(train: TrainingData, model: ModelConfig) -> Path | None:
-    """Return the path of the tokenizer: beside the first corpus, else in ``model.hf_checkpoint``, else None.
+class RunTokenizer(NamedTuple):
+    """The tokenizer that checkpoints contain."""
+
+    path: Path
+    end: str | None
+    """The token that ends a document."""
+    end_id: int | None
+
+
+def tokenizer_of(train: TrainingData, model: ModelConfig) -> RunTokenizer | None:
+    """Return the tokenizer beside the first corpus, else that in ``model.hf_checkpoint``, else None.
 
     Raises ConfigError if it is damaged.
     """
@@ -226,8 +239,11 @@ def tokenizer_of(train: TrainingData, model: ModelConfig) -> Path | None:
         if model.initial is None or not tokenizer_files(model.initial.folder):
             return None
         path = model.initial.folder
-    read_tokenizer(path)
-    return path
+        if (path / "tokenizer_config.json").exists():
+            read_json(path / "tokenizer_config.json")
+    tokenizer = read_tokenizer(path)
+    end = own_end(path, tokenizer)
+    return RunTokenizer(path, end, None if end is None else tokenizer.token_to_id(end))
 
 
 def refuse_other_run(save: Path, resume: str, checkpoint: Checkpoint | None) -> None:

@@ -19,7 +19,7 @@ from tokenizers import Tokenizer
 
 from seqlen_curriculum.data.preparation.pieces import PIECE_BYTES, FilePiece, InputProblem, Rules
 from seqlen_curriculum.data.preparation.texts import Tally, text_parts
-from seqlen_curriculum.data.tokenizer import end_of_text_id, vocab_size
+from seqlen_curriculum.data.tokenizer import END_OF_TEXT, vocab_size
 from seqlen_curriculum.data.writer import token_dtype
 from seqlen_curriculum.errors import DataError
 from seqlen_curriculum.schedule.piecewise import IntArray
@@ -41,13 +41,15 @@ class EncodedBatch(NamedTuple):
 
 
 class Encoder:
-    """Encoder of batches with one tokenizer. Appends ``<|endoftext|>`` to each document and skips empty documents."""
+    """Encoder of batches with one tokenizer. Appends the end token to each document and skips empty documents."""
 
     def __init__(self, tokenizer_json: str, rules: Rules) -> None:
         self._tokenizer = Tokenizer.from_str(tokenizer_json)
         # A document whose text contains <|endoftext|> must not end there.
         self._tokenizer.encode_special_tokens = True
-        self._closing = [end_of_text_id(self._tokenizer)] if rules.append_eod else []
+        end = self._tokenizer.token_to_id(rules.eod_token or END_OF_TEXT)
+        assert end is not None or not rules.append_eod  # choose_end refuses a tokenizer without it
+        self._closing = [end] if rules.append_eod else []
         self._dtype = token_dtype(vocab_size(self._tokenizer))
         self._rules = rules
 

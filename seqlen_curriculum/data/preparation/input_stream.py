@@ -2,36 +2,38 @@
 
 from __future__ import annotations
 
-import json
+import bz2
+import lzma
+import re
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import zstandard
 
 from seqlen_curriculum.data.preparation.input_files import TABLE_SUFFIXES, plain_suffix
+from seqlen_curriculum.data.preparation.input_tables import table_chunks
 from seqlen_curriculum.errors import DataError
 
 __all__ = ["InputStream", "open_input"]
 
 _READ_BYTES = 2**16
 _PACKED_BYTES = 2**12  # gzip compresses by up to 1,032: 4 KiB give at most 4 MiB, which are held at once
-_TABLE_ROWS = 16  # decoded at once
-
-
-class _DamageError(Exception):
-    """Raised where a file is truncated or damaged."""
+_HEADER_BYTES = 10
+Chunks = Iterator[tuple[bytes | str, int]]
+"""(content, bytes of the file read so far). A string is the reason why content is missing at this place."""
 
 
 class InputStream:
     """The content of an input file.
 
-    It ends where the file is truncated or damaged; ``damage`` is then the reason.
+    Where it is truncated or damaged, ``read`` stops and ``damage`` is the reason. After the caller has set ``damage`` to
+    an empty string, ``read`` continues with the content after that place, if any.
     """
 
-    def __init__(self, chunks: Iterator[tuple[bytes, int]]) -> None:
+    def __init__(self, chunks: Chunks) -> None:
         self._chunks = chunks
         self._held = bytearray()
         self.position = 0
@@ -39,122 +41,105 @@ class InputStream:
         self.damage = ""
 
     def read(self, size: int) -> bytes:
-        """Return the next ``size`` bytes, or fewer at the end."""
-        while len(self._held) < size:
+        """Return the next ``size`` bytes, or fewer at the end and before damage."""
+        while len(self._held) < size and not self.damage:
             try:
                 chunk, self.position = next(self._chunks)
             except StopIteration:
                 break
-            except _DamageError as error:
-                self.damage = str(error)
-                break
-            self._held += chunk
+            if isinstance(chunk, str):
+                self.damage = chunk
+            else:
+                self._held += chunk
         data = bytes(memoryview(self._held)[:size])
         del self._held[:size]
         return data
 
 
+class _Packing(NamedTuple):
+    """A kind of compression."""
+
+    unpacker: Callable[[], Any]
+    header: re.Pattern[bytes]
+    """The beginning of a compressed member."""
+
+
+_PACKINGS = {
+    # 16 for the header of gzip, 15 for windows of 2**15 bytes. The header has flags, a time, and the kind of system.
+    ".gz": _Packing(
+        lambda: zlib.decompressobj(wbits=31),
+        re.compile(rb"\x1f\x8b\x08[\x00-\x1f].{4}[\x00\x02\x04][\x00-\x0d\xff]", re.DOTALL),
+    ),
+    # Published dumps have windows of up to 2 GiB (zstd --long=31); the library's own limit is 128 MiB.
+    ".zst": _Packing(
+        lambda: zstandard.ZstdDecompressor(max_window_size=2**31).decompressobj(), re.compile(rb"\x28\xb5\x2f\xfd")
+    ),
+    ".bz2": _Packing(bz2.BZ2Decompressor, re.compile(rb"BZh[1-9]1AY&SY")),
+    ".xz": _Packing(lambda: lzma.LZMADecompressor(lzma.FORMAT_XZ), re.compile(rb"\xfd7zXZ\x00")),
+}
+
+
 @contextmanager
 def open_input(path: Path, json_keys: Sequence[str]) -> Iterator[InputStream]:
     """Open ``path``; from a table, read the columns ``json_keys``. Raises ``DataError`` if the file can't be read at all."""
-    suffix = path.suffix.lower()
     try:
         with open(path, "rb") as raw:
             if plain_suffix(path) in TABLE_SUFFIXES:
-                yield InputStream(_table_chunks(path, list(json_keys)))
-            elif suffix in _UNPACKERS:
-                yield InputStream(_unpacked_chunks(raw, _UNPACKERS[suffix]))
+                yield InputStream(table_chunks(path, list(json_keys)))
+            elif packing := _packing(path, raw):
+                yield InputStream(_unpacked_chunks(raw, packing))
             else:
                 yield InputStream(_plain_chunks(raw))
     except OSError as error:
         raise DataError(f"{path}: can't be read ({error.strerror}); check the file and its permissions") from None
 
 
-# Each of these yields (content, bytes of the file read so far).
+def _packing(path: Path, raw: BinaryIO) -> _Packing | None:
+    """Return the compression of a file by its suffix, or by its header: some downloads keep it under the plain name."""
+    if packing := _PACKINGS.get(path.suffix.lower()):
+        return packing
+    header = raw.read(_HEADER_BYTES)
+    raw.seek(0)
+    return next((packing for packing in _PACKINGS.values() if packing.header.match(header)), None)
 
 
-def _plain_chunks(raw: BinaryIO) -> Iterator[tuple[bytes, int]]:
+def _plain_chunks(raw: BinaryIO) -> Chunks:
     while chunk := raw.read(_READ_BYTES):
         yield chunk, raw.tell()
 
 
-_UNPACKERS: dict[str, Callable[[], Any]] = {
-    ".gz": lambda: zlib.decompressobj(wbits=31),  # 16 for the header of gzip, 15 for windows of 2**15 bytes
-    ".zst": lambda: zstandard.ZstdDecompressor().decompressobj(),
-}
-
-
-def _unpacked_chunks(raw: BinaryIO, unpacker: Callable[[], Any]) -> Iterator[tuple[bytes, int]]:
+def _unpacked_chunks(raw: BinaryIO, packing: _Packing) -> Chunks:
     # gzip.open loses data that it decompressed before damage in the file. A decompression object returns it.
-    unpack = unpacker()
-    try:
-        while packed := raw.read(_PACKED_BYTES):
-            while packed:
-                if unpack.eof:
-                    # `cat a.gz b.gz` is a valid file of two members. Tape archives pad the last block with zeros.
-                    packed = packed.lstrip(b"\0")
-                    if not packed:
-                        break
-                    unpack = unpacker()
-                if chunk := unpack.decompress(packed):
-                    yield chunk, raw.tell()
-                packed = unpack.unused_data
-    except (zlib.error, zstandard.ZstdError) as error:
-        raise _DamageError(str(error)) from None
+    unpack = packing.unpacker()
+    packed = raw.read(_PACKED_BYTES)
+    while packed:
+        if unpack.eof:
+            # `cat a.gz b.gz` is a valid file of two members. Tape archives pad the last block with zeros.
+            packed = packed.lstrip(b"\0")
+            if packed:
+                unpack = packing.unpacker()
+        try:
+            chunk = unpack.decompress(packed) if packed else b""
+            packed = unpack.unused_data if packed else b""
+        except (zlib.error, zstandard.ZstdError, lzma.LZMAError, OSError, ValueError) as error:  # bz2 raises OSError
+            yield str(error), raw.tell()
+            packed, unpack = _next_member(raw, packed, packing), packing.unpacker()
+            if not packed:
+                return
+            continue
+        if chunk:
+            yield chunk, raw.tell()
+        packed = packed or raw.read(_PACKED_BYTES)
     if not unpack.eof:
-        raise _DamageError("it ends too early")
+        yield "it ends too early", raw.tell()
     yield b"", raw.tell()  # the last bytes of the file may decompress to nothing
 
 
-def _table_chunks(path: Path, columns: list[str]) -> Iterator[tuple[bytes, int]]:
-    try:
-        import pyarrow
-    except ImportError:
-        raise DataError(f"{path}: tables need Hugging Face's datasets; run: pip install datasets") from None
-    read_rows = _parquet_rows if plain_suffix(path) == ".parquet" else _arrow_rows
-    try:
-        for rows, position in read_rows(path, columns):
-            # A value that JSON can't represent (a date, bytes) becomes a list, which is refused because it is not a string.
-            lines = [
-                json.dumps(row, ensure_ascii=False, default=lambda value: [str(value)]) for row in rows.to_pylist()
-            ]
-            yield "".join(line + "\n" for line in lines).encode(), position
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise _DamageError(" ".join(str(error).split())) from None
-
-
-def _parquet_rows(path: Path, columns: list[str]) -> Iterator[tuple[Any, int]]:
-    import pyarrow.parquet
-
-    # Pages are read one by one, because a row group, parquet's unit, may be larger than memory.
-    with pyarrow.parquet.ParquetFile(path, buffer_size=2**20, pre_buffer=False) as table:
-        _check_columns(path, columns, table.schema_arrow.names)
-        file_bytes, rows_read = path.stat().st_size, 0
-        for rows in table.iter_batches(_TABLE_ROWS, columns=columns, use_threads=False):
-            rows_read += rows.num_rows
-            yield rows, file_bytes * rows_read // table.metadata.num_rows  # an estimate, for the progress bar
-
-
-def _arrow_rows(path: Path, columns: list[str]) -> Iterator[tuple[Any, int]]:
-    import pyarrow
-
-    with pyarrow.OSFile(str(path)) as stream:  # not a memory map, whose pages would count as used memory
-        is_file_format = stream.read(6) == b"ARROW1"
-        stream.seek(0)
-        if is_file_format:
-            table = pyarrow.ipc.open_file(stream)
-            batches = map(table.get_batch, range(table.num_record_batches))
-        else:
-            table = pyarrow.ipc.open_stream(stream)
-            batches = iter(table)
-        _check_columns(path, columns, table.schema.names)
-        for batch in batches:
-            for start in range(0, batch.num_rows, _TABLE_ROWS):
-                yield batch.select(columns).slice(start, _TABLE_ROWS), stream.tell()
-
-
-def _check_columns(path: Path, columns: list[str], available: list[str]) -> None:
-    missing = [column for column in columns if column not in available]
-    if missing:
-        names = ", ".join(map(repr, available)) or "none"
-        raise DataError(f"{path}: no column {missing[0]!r}, it has {names}; select columns with --json-keys")
+def _next_member(raw: BinaryIO, packed: bytes, packing: _Packing) -> bytes:
+    """Return the file's next bytes from the header of a member on, after the first byte of ``packed``. Empty without one."""
+    packed = packed[1:]
+    while not (found := packing.header.search(packed)):
+        if not (more := raw.read(_PACKED_BYTES)):
+            return b""
+        packed = packed[1 - _HEADER_BYTES :] + more
+    return packed[found.start() :]

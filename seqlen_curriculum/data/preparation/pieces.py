@@ -56,7 +56,9 @@ class Rules:
     max_line_bytes: int = 2**24
     """Maximum bytes of a JSON line, and of a text if texts can't be cut."""
     append_eod: bool = True
-    """Append ``<|endoftext|>`` to each document."""
+    """Append ``eod_token`` to each document."""
+    eod_token: str | None = None
+    """The token that ends a document; None for the tokenizer's own end-of-sequence token."""
     on_bad_input: Literal["stop", "skip"] = "stop"
     """``stop`` at input that can't be used, or ``skip`` the line."""
     on_empty: Literal["stop", "skip"] = "skip"
@@ -156,14 +158,13 @@ class _PieceReader:
         self.line += data.count(b"\n")
         return piece
 
-    def last_piece(self, data: bytes) -> FilePiece:
-        """Return the last piece of the file. In a damaged file it has only the complete lines of ``data``."""
-        if self.stream.damage:
-            line = self.line + data.count(b"\n")
-            kind = f"truncated or damaged {self.path.suffix} ({self.stream.damage})"
-            self.problems.append(InputProblem("damaged", f"{self.path}, line {line}: {kind}; copy it again"))
-            data = data[: last_line_end(data)]
-        return self.piece(data, ends=True)
+    def without_damage(self, data: bytes) -> bytes:
+        """Report the damage that the stream met after ``data``, and return the complete lines of ``data``."""
+        line = self.line + data.count(b"\n")
+        kind = f"truncated or damaged {self.path.suffix} ({self.stream.damage})"
+        self.problems.append(InputProblem("damaged", f"{self.path}, line {line}: {kind}; copy it again"))
+        self.stream.damage = ""
+        return data[: last_line_end(data)]
 
     def skip_to_cut(self, left_out: bytes, cut: _CutRule) -> bytes:
         """Read up to the next place to cut without keeping the bytes before it; return the bytes read after it."""
@@ -172,6 +173,8 @@ class _PieceReader:
             # The place may be between two blocks: a word ends the first, a space starts the second. One byte of overlap
             # finds it, so a match that ends at `end` ends at `end - 1` of the second block.
             overlap, left_out = left_out[-1:], self.stream.read(min(PIECE_BYTES, cut.longest))
+            if self.stream.damage:  # the line ends here, unread
+                return b""
             if match := cut.next.search(overlap + left_out):
                 self.line += left_out.count(b"\n", 0, match.end() - 1)
                 return left_out[match.end() - 1 :]
@@ -193,6 +196,9 @@ def pieces(path: Path, rules: Rules) -> Iterator[FilePiece]:
             block = stream.read(wanted)
             held += block.removeprefix(codecs.BOM_UTF8) if first else block
             first = False
+            if stream.damage:
+                held = reader.without_damage(held)  # reading continues after the damage
+                continue
             if len(block) < wanted:
                 break
             if place := cut.find_last(held):
@@ -204,7 +210,7 @@ def pieces(path: Path, rules: Rules) -> Iterator[FilePiece]:
                     yield reader.piece(b"", ends=True)
                     return
                 held = reader.skip_to_cut(held, cut)
-        yield reader.last_piece(held)
+        yield reader.piece(held, ends=True)
 
 
 def batches(paths: Iterable[Path], rules: Rules) -> Iterator[list[FilePiece]]:

@@ -17,6 +17,7 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from seqlen_curriculum.config.data import corpus_prefix
+from seqlen_curriculum.data.document_end import choose_end
 from seqlen_curriculum.data.preparation.corpus_record import OUTPUTS, PreparedCorpus, check_prefix, find_prepared
 from seqlen_curriculum.data.preparation.encode import EncodedBatch, encode
 from seqlen_curriculum.data.preparation.input_files import find_files, stdlib_files
@@ -27,7 +28,6 @@ from seqlen_curriculum.data.tokenizer import (
     END_OF_TEXT,
     TokenizerChoice,
     build_tokenizer,
-    end_of_text_id,
     file_facts,
     splits_at_spaces,
     vocab_size,
@@ -74,10 +74,19 @@ class Request:
         if not self.inputs and not self.stdlib:
             raise ConfigError("--input: nothing to prepare; name text or JSON lines files or folders, or give --stdlib")
 
-    def facts(self, files: Iterable[Path]) -> dict[str, Any]:
+    def read_tokenizer(self) -> tuple[Tokenizer | None, str | None]:
+        """Return the tokenizer, None if it will be trained, and the token that ends a document. Raises ``ConfigError``."""
+        choice, given = self.tokenizer, self.rules.eod_token
+        if choice.train_vocab is not None:
+            return None, given or END_OF_TEXT
+        tokenizer, path = build_tokenizer(choice, ()), choice.tokenizer_file or choice.vocab_file
+        assert path is not None
+        return tokenizer, choose_end(given, path, tokenizer, self.rules.append_eod)
+
+    def facts(self, files: Iterable[Path], end: str | None) -> dict[str, Any]:
         """Return everything that determines the outputs, to compare with a finished corpus."""
         settings = {
-            "end_of_text": END_OF_TEXT,
+            "end_of_text": end,
             "append_eod": self.rules.append_eod,
             "json_keys": list(self.rules.json_keys),
             "max_line_bytes": self.rules.max_line_bytes,
@@ -98,7 +107,8 @@ def prepare(request: Request) -> PreparedCorpus:
     # A folder of inputs may contain the outputs of an earlier preparation.
     files = find_files(request.inputs, [Path(prefix + suffix) for suffix in OUTPUTS])
     files += stdlib_files() if request.stdlib else []
-    facts = request.facts(files)
+    tokenizer, end = request.read_tokenizer()
+    facts = request.facts(files, end)
     # Move a corpus that a killed process had finished, even with overwrite: it was about to replace the outputs.
     if publish_finished(prefix) or not request.overwrite:
         record = find_prepared(prefix, facts, request.overwrite, request.rules.stops_at)
@@ -108,8 +118,8 @@ def prepare(request: Request) -> PreparedCorpus:
     # Progress is counted in batches, so resuming needs the same batch size and the same library.
     reader = {"piece_bytes": PIECE_BYTES, "tokenizers": tokenizers.__version__}
     with PartialCorpus(prefix, {**facts, **reader}, request.rules.stops_at) as partial:
-        job = _Job(request, files, partial)
-        tokenizer = job.tokenizer()
+        job = _Job(replace(request, rules=replace(request.rules, eod_token=end)), files, partial)
+        tokenizer = tokenizer or job.trained_tokenizer()
         speed = job.encode_with(tokenizer)
         record = {**job.totals(tokenizer), **facts}
         partial.finish(tokenizer.to_str(pretty=True), record)
@@ -124,14 +134,13 @@ class _Job:
     files: Sequence[Path]
     partial: PartialCorpus
 
-    def tokenizer(self) -> Tokenizer:
-        """Return the chosen tokenizer, or the one trained by an interrupted call."""
+    def trained_tokenizer(self) -> Tokenizer:
+        """Train the tokenizer, or return the one trained by an interrupted call."""
         trained = self.partial.trained()
         if trained is not None:
             return Tokenizer.from_str(trained)
-        tokenizer = build_tokenizer(self.request.tokenizer, self.texts())
-        if self.request.tokenizer.train_vocab is not None:
-            self.partial.keep_trained(tokenizer.to_str())
+        tokenizer = build_tokenizer(self.request.tokenizer, self.texts(), self.request.rules.eod_token or END_OF_TEXT)
+        self.partial.keep_trained(tokenizer.to_str())
         return tokenizer
 
     def texts(self) -> Iterator[str]:
@@ -174,13 +183,13 @@ class _Job:
 
     def totals(self, tokenizer: Tokenizer) -> dict[str, Any]:
         """Return the counts for the record. Raises ``DataError`` if there is no document."""
-        progress = self.partial.progress
+        progress, end = self.partial.progress, self.request.rules.eod_token
         if not progress.num_documents:
             left_out = ", ".join(f"{count} {kind}" for kind, count in progress.left_out.items()) or "nothing"
             raise DataError(f"--input: contains no text (left out: {left_out}); give another")
         return {
             "vocab_size": vocab_size(tokenizer),
-            "end_of_text_id": end_of_text_id(tokenizer),
+            "end_of_text_id": tokenizer.token_to_id(end) if end is not None else None,
             "documents": progress.num_documents,
             "tokens": progress.num_tokens,
             "text_bytes": progress.text_bytes,

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from seqlen_curriculum.data.preparation.input_files import TABLE_SUFFIXES, plain_suffix
+from seqlen_curriculum.data.preparation.input_tables import LOST_ROW
 from seqlen_curriculum.data.preparation.pieces import (
     MAX_WORD_BYTES,
     NO_TEXT,
@@ -24,7 +25,10 @@ from seqlen_curriculum.errors import DataError
 
 __all__ = ["REPORTED_PROBLEMS", "Tally", "TextPart", "UnusableLineError", "document_text", "split_text", "text_parts"]
 
+LOST_KINDS: dict[str, ProblemKind] = {"not_utf8": "not_utf8", "damaged": "damaged"}
 REPORTED_PROBLEMS = 5  # of each kind; the others are only counted
+_ARRAY_HINT = "; write each of its objects on its own line (jq -c .[])"
+_INDENTED_HINT = "; write each object on its own line (jq -c .)"
 _WORD_END = re.compile(r"\S(?=[ \n])")
 
 
@@ -98,10 +102,14 @@ def _plain_parts(piece: FilePiece, tally: Tally) -> Iterator[TextPart]:
 
 
 def _json_parts(piece: FilePiece, rules: Rules, tally: Tally) -> Iterator[TextPart]:
+    is_table = plain_suffix(piece.path) in TABLE_SUFFIXES
     for number, line in enumerate(piece.data.split(b"\n"), start=piece.first_line):
         if not line.strip():
             continue
         try:
+            if is_table and line.startswith(LOST_ROW):
+                kind, _, problem = line.removeprefix(LOST_ROW).decode().partition(":")
+                raise UnusableLineError(LOST_KINDS[kind], problem)
             text = document_text(line, rules.json_keys)
             texts = list(split_text(text)) if rules.cut_text else [text]
             if rules.cut_text and max(map(len, texts)) > MAX_WORD_BYTES:
@@ -163,13 +171,14 @@ def _parse_object(line: str) -> dict[str, Any]:
     try:
         record = json.loads(line)
     except json.JSONDecodeError as error:
-        problem = f"not valid JSON ({error.msg} at column {error.colno}); each line is one JSON object"
+        hint = _ARRAY_HINT if line.lstrip().startswith("[") else _INDENTED_HINT if line.strip() == "{" else ""
+        problem = f"not valid JSON ({error.msg} at column {error.colno}); each line is one JSON object{hint}"
         raise UnusableLineError("bad_json", problem) from None
     except (ValueError, RecursionError):  # a number with thousands of digits, or thousands of nested brackets
         problem = "a number or a nesting too large for JSON; remove the line"
         raise UnusableLineError("bad_json", problem) from None
     if not isinstance(record, dict):
-        hint = "; write each of its objects on its own line (jq -c .[])" if isinstance(record, list) else ""
+        hint = _ARRAY_HINT if isinstance(record, list) else ""
         problem = f"{_json_type(record)}, not a JSON object; each line is one JSON object{hint}"
         raise UnusableLineError("bad_json", problem)
     return record

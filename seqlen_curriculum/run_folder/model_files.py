@@ -1,0 +1,132 @@
+"""The files of a model's folder, which may be a stranger's: only ordinary files in the folder are read, never code."""
+
+from __future__ import annotations
+
+import os
+import re
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from seqlen_curriculum.errors import CheckpointError
+from seqlen_curriculum.files import read_json
+
+__all__ = ["TOKENIZER_FILES", "check_files", "ordinary_file", "weight_files", "weight_shapes"]
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "encoder.json",
+    "vocab.bpe",
+    "chat_template.jinja",
+)
+_WEIGHTS = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+"""Files of weights, in the order in which transformers looks for them. An index maps weights to several files."""
+
+
+def check_files(folder: Path) -> None:
+    """Raise CheckpointError for a file of the model or its tokenizer that isn't an ordinary file in ``folder``."""
+    for name in ("config.json", "generation_config.json", *TOKENIZER_FILES):
+        if os.path.lexists(folder / name):
+            ordinary_file(folder, name)
+    if os.path.lexists(folder / "adapter_config.json"):
+        raise CheckpointError(
+            f"{folder}: has an adapter_config.json, which names another model to load; merge the adapter into its model "
+            "(merge_and_unload of PEFT), or remove the file"
+        )
+
+
+def ordinary_file(folder: Path, name: str) -> Path:
+    """Return the path of the file ``name`` in ``folder``.
+
+    Raises CheckpointError if it leads out of the folder, by its name or as a link, or is no ordinary file. Links of
+    Hugging Face's cache are followed: there, each file is a link to ``models--NAME/blobs/HASH``.
+    """
+    path = folder / name
+    try:
+        real = path.resolve()
+        is_cached = real.parent.name == "blobs" and real.parent.parent.name.startswith("models--")
+        if not is_cached and not real.is_relative_to(folder.resolve()):
+            problem = "leads out of its folder; copy the file into the folder"
+        elif not real.is_file():
+            problem = "is not an ordinary file" if real.exists() else "there is no such file"
+            problem += "; copy the folder again"
+        else:
+            return path
+    except (OSError, ValueError) as error:  # a name of 5,000 characters, or with a NUL character
+        problem = f"can't be read ({getattr(error, 'strerror', None) or error}); copy the folder again"
+    raise CheckpointError(f"{str(path)[:300]!r}: {problem}")
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Return the paths of the files that hold the model's weights. Raises CheckpointError."""
+    explicit = read_json(folder / "config.json").get("transformers_weights")  # an option of transformers 5
+    names = [explicit] if isinstance(explicit, str) else list(_WEIGHTS)
+    name = next((name for name in names if os.path.lexists(folder / name)), None)
+    if name is None:
+        raise CheckpointError(
+            f"{folder}: has no weights as {' or '.join(_WEIGHTS)}; save the model again with save_pretrained"
+        )
+    first = ordinary_file(folder, name)
+    if not name.endswith(".index.json"):
+        return [first]
+    suffix = Path(name.removesuffix(".index.json")).suffix
+    file_of = read_json(first).get("weight_map")
+    if not isinstance(file_of, dict) or not all(
+        isinstance(file, str) and file.endswith(suffix) for file in file_of.values()
+    ):
+        raise CheckpointError(
+            f"{first}: has no weight_map of names to {suffix} files; save the model again with save_pretrained"
+        )
+    return [ordinary_file(folder, file) for file in sorted(set(file_of.values()))]
+
+
+def weight_shapes(path: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Yield name and shape of each weight in a file, a tied weight once. Raises CheckpointError."""
+    yield from _safetensors_shapes(path) if path.suffix == ".safetensors" else _torch_shapes(path)
+
+
+def _safetensors_shapes(path: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
+    try:
+        with safe_open(path, framework="np") as weights:
+            yield from [(name, tuple(weights.get_slice(name).get_shape())) for name in weights.keys()]  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{path}: can't be read as safetensors ({error}); save the model again with save_pretrained"
+        ) from error
+
+
+def _torch_shapes(path: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
+    try:
+        import torch  # this format is a pickle, which only torch reads without running code
+    except ImportError:
+        raise CheckpointError(
+            f"{path}: this format needs torch; run: pip install torch, or save the model as safetensors"
+        ) from None
+    try:
+        weights: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        seen = set()
+        for name, weight in weights.items():
+            # A file of safetensors holds a tied weight once. Here both names point to the same memory.
+            if (place := (weight.data_ptr(), tuple(weight.shape))) not in seen:
+                seen.add(place)
+                yield name, tuple(weight.shape)
+    except Exception as error:  # a damaged or hostile pickle raises almost anything
+        refused = re.search(r"Unsupported \w+: [\w .]+", str(error))
+        reason = refused[0] if refused else " ".join(str(error).split())[:200]
+        raise CheckpointError(
+            f"{path}: can't be read as weights ({type(error).__name__}: {reason}); a file of weights holds only tensors; "
+            "save the model as safetensors with save_pretrained"
+        ) from error
