@@ -156,7 +156,7 @@ OFF = {
     "datastates_ckpt": False,
     "managed_gradient_accumulation": True,
     "checkpoint.load_universal": False,
-    "checkpoint.writer.type": "fast",
+    "checkpoint.writer": None,
     "compile": {"deepcompile": False},
     "pipeline.activation_checkpoint_interval": 0,
     "data_efficiency": {"enabled": False, "data_routing": {"random_ltd": {"enabled": True}}},
@@ -184,7 +184,7 @@ ON = {
     "data_parallel_size": 2,
     "managed_gradient_accumulation": False,
     "checkpoint.load_universal": True,
-    "checkpoint.writer.type": "PYTHON",
+    "checkpoint.writer": {"type": "PYTHON"},
     "compile": {"deepcompile": True},
     "pipeline.activation_checkpoint_interval": 1,
 }

@@ -61,7 +61,7 @@ def test_what_only_gpus_do_is_refused_without_one(accelerator, config):
 
 
 def test_a_writer_of_deepspeeds_needs_its_launcher(monkeypatch, accelerator):
-    writer, compiled = {"checkpoint": {"writer": {"type": "fast"}}}, ["deepspeed_shm_comm"]
+    writer, compiled = {"checkpoint": {"writer": {}}}, ["deepspeed_shm_comm"]  # of the type FAST, the default
     monkeypatch.delenv("CROSS_SIZE", raising=False)
     (problem,) = problems(writer, compiled)
     assert problem.startswith("checkpoint.writer: needs the variable CROSS_SIZE")

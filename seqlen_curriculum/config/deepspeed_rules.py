@@ -216,9 +216,10 @@ RULES: dict[str, Rule] = {
         "it reads DeepSpeed's universal checkpoints only; remove it: every checkpoint of a run can be resumed on another "
         "number of ranks"
     ),
-    "checkpoint.writer.type": Rule(
-        'its checkpoints can\'t be resumed; set it to "FAST", or remove the writer (see training.async_checkpoints)',
-        off=lambda value: isinstance(value, str) and value.upper() == "FAST",  # DeepSpeed's default
+    "checkpoint.writer": Rule(
+        "only the checkpoints that training writes itself are verified and resumed; remove it, and see "
+        "training.async_checkpoints",
+        off=lambda value: value is None,  # DeepSpeed takes {} for its writer of the type FAST
     ),
     "compile": Rule(
         "DeepCompile is another compiler; remove the block, and use training.compile",

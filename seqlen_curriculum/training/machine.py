@@ -108,7 +108,7 @@ def must_compile(builder_name: str) -> bool:
 
 
 def _checkpoint_writer(config: Mapping[str, Any]) -> Iterator[str]:
-    if (config.get("checkpoint") or {}).get("writer") and not os.environ.get("CROSS_SIZE"):
+    if (config.get("checkpoint") or {}).get("writer") is not None and not os.environ.get("CROSS_SIZE"):
         yield (
             "checkpoint.writer: needs the variable CROSS_SIZE, the number of nodes, which only the deepspeed launcher sets; "
             "start with deepspeed, set CROSS_SIZE, or remove checkpoint.writer"
