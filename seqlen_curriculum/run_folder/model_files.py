@@ -51,7 +51,7 @@ def check_files(folder: Path) -> None:
 def ordinary_file(folder: Path, name: str) -> Path:
     """Return the path of the file ``name`` in ``folder``.
 
-    Raises CheckpointError if it leads out of the folder, by its name or as a link, or is no ordinary file. Links of
+    Raises CheckpointError if it leads out of the folder, by its name or as a link, or isn't an ordinary file. Links of
     Hugging Face's cache are followed: there, each file is a link to ``models--NAME/blobs/HASH``.
     """
     path = folder / name
