@@ -496,6 +496,8 @@ def test_files_that_are_not_text_are_left_out_by_name(tmp_path: Path, capsys: py
         "__MACOSX/a.txt": "hidden",
         "a.txt~": "an editor's copy",
         "#a.txt#": "an editor's copy",
+        "~$a.txt": "an editor's copy",
+        "a.txt.bak": "an editor's copy",
         "b.jsonl.crdownload": "an unfinished download or write",
         "b.jsonl.gz.part": "an unfinished download or write",
         "c.parquet.tmp": "an unfinished download or write",
@@ -515,6 +517,9 @@ def test_files_that_are_not_text_are_left_out_by_name(tmp_path: Path, capsys: py
         (tmp_path / name).unlink()
     assert find_files([tmp_path]) == [tmp_path / "a.txt"]
     assert capsys.readouterr().err == ""
+    (tmp_path / "b.txt").symlink_to("absent.txt")
+    assert find_files([tmp_path]) == [tmp_path / "a.txt"]
+    assert "b.txt: a link to a file that does not exist; left out" in capsys.readouterr().err
     (tmp_path / ".notes.txt").write_text("named by the user")
     assert find_files([tmp_path / ".notes.txt"]) == [tmp_path / ".notes.txt"]
     (tmp_path / "b.jsonl.part").write_text("")
