@@ -93,7 +93,12 @@ def test_every_run_learns_and_saves_a_loadable_folder(trained, name):
     checkpoint = trained[name] / "global_step18"
     model, _, _ = RUNS[name]
     assert load_model(checkpoint).config.model_type == model.split("/")[0]
-    assert AutoTokenizer.from_pretrained(checkpoint, local_files_only=True)("ab").input_ids == [65, 66]
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint, local_files_only=True)
+    assert tokenizer("ab").input_ids == [65, 66]
+    assert (tokenizer.eos_token_id, tokenizer.model_max_length) == (0, 32)  # the corpus's end, the model's positions
+    assert json.loads((checkpoint / "config.json").read_text())["eos_token_id"] == 0
+    written = json.loads((checkpoint / "tokenizer_config.json").read_text())
+    assert written["tokenizer_class"] == "PreTrainedTokenizerFast"  # transformers 4 knows it
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,17 @@
 """Packed files, tables, and inputs that can't be used."""
 
+import bz2
 import gzip
 import json
+import lzma
 import os
+import re
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import zstandard
 from hypothesis import given
@@ -29,7 +33,12 @@ from seqlen_curriculum.errors import ConfigError, DataError
 
 TRAIN = TokenizerChoice(train_vocab=300)
 SKIP = Rules(on_bad_input="skip")
-PACKERS: dict[str, Callable[[bytes], bytes]] = {".gz": gzip.compress, ".zst": zstandard.compress}
+PACKERS: dict[str, Callable[[bytes], bytes]] = {
+    ".gz": gzip.compress,
+    ".zst": zstandard.ZstdCompressor(write_checksum=True).compress,
+    ".bz2": bz2.compress,
+    ".xz": lzma.compress,
+}
 
 
 def run_prepare(folder: Path, *inputs: Path, **options: Any) -> PreparedCorpus:
@@ -113,7 +122,7 @@ def test_most_of_a_truncated_file_is_kept(tmp_path: Path) -> None:
         documents, counts = texts_in(path, SKIP)
         assert counts == {"damaged": 1}
         assert documents == [json.loads(line)["text"] for line in lines[: len(documents)]]
-        assert suffix == ".zst" or len(documents) > 1980  # zstd unpacks whole blocks only
+        assert suffix in (".zst", ".bz2") or len(documents) > 1980  # zstd and bzip2 unpack whole blocks only
 
 
 def test_packed_and_plain_give_the_same_pieces(tmp_path: Path) -> None:
@@ -125,7 +134,68 @@ def test_packed_and_plain_give_the_same_pieces(tmp_path: Path) -> None:
         path = tmp_path / f"x.txt{suffix}"
         path.write_bytes(packer(content))
         assert [piece.data for piece in pieces(path, Rules())] == plain
-    assert [path.name for path in find_files([tmp_path])] == ["x.txt", "x.txt.gz", "x.txt.zst"]
+    assert [path.name for path in find_files([tmp_path])] == ["x.txt", *sorted(f"x.txt{suffix}" for suffix in PACKERS)]
+
+
+def members(lines: int) -> list[bytes]:
+    return [json.dumps({"text": f"document {number} {number**9}"}).encode() + b"\n" for number in range(lines)]
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst", ".xz", ".bz2"])
+@pytest.mark.parametrize("place", ["start", "middle", "end"])
+def test_a_bad_member_of_a_packed_file_costs_itself(tmp_path: Path, suffix: str, place: str) -> None:
+    packed = [bytearray(PACKERS[suffix](line * 40)) for line in members(9)]
+    # The header, the content, or the check at the end of the fifth member.
+    spoiled = {"start": 1, "middle": len(packed[4]) // 2, "end": len(packed[4]) - 6}[place]
+    for offset in range(3):
+        packed[4][spoiled + offset] ^= 0xFF
+    path = tmp_path / f"x.jsonl{suffix}"
+    path.write_bytes(b"".join(packed))
+    documents, counts = texts_in(path, SKIP)
+    good = [json.loads(line)["text"] for number, line in enumerate(members(9)) if number != 4 for _ in range(40)]
+    assert [text for text in documents if not text.startswith("document 4 ")] == good
+    assert counts["damaged"] == 1
+    with pytest.raises(DataError, match=rf"x\.jsonl\{suffix}, line \d+: "):
+        texts_in(path, Rules())
+
+
+def test_a_text_continues_after_a_bad_member(tmp_path: Path) -> None:
+    parts = [gzip.compress(f"line {number}\n".encode() * 3) for number in range(3)]
+    path = tmp_path / "x.txt.gz"
+    path.write_bytes(parts[0] + parts[1][:12] + b"\0" + parts[1][13:] + parts[2])
+    assert texts_in(path, SKIP) == (["line 0\n" * 3 + "line 2\n" * 3], {"damaged": 1})
+    path.write_bytes(parts[1][:12])
+    assert texts_in(path, SKIP) == ([], {"damaged": 1})  # nothing is left, so there is no document
+
+
+def test_a_line_too_long_before_a_bad_member(tmp_path: Path) -> None:
+    long = json.dumps({"text": "x" * 3000}).encode() + b"\n"
+    parts = [gzip.compress(content) for content in (long[:2000], long, b'{"text": "last"}\n')]
+    parts[1] = parts[1][:12] + b"\0" + parts[1][13:]
+    path = tmp_path / "x.jsonl.gz"
+    path.write_bytes(b"".join(parts))
+    rules = Rules(on_bad_input="skip", max_line_bytes=1024)
+    assert texts_in(path, rules) == (["last"], {"too_long": 1, "damaged": 1})
+
+
+def test_dumps_with_large_windows_and_skippable_frames(tmp_path: Path) -> None:
+    line = members(1)[0]
+    window = zstandard.ZstdCompressionParameters.from_level(
+        3, window_log=28, enable_ldm=True
+    )  # 256 MiB, as zstd --long=28
+    packer = zstandard.ZstdCompressor(compression_params=window)
+    streamed = packer.compressobj()  # without its size, so that the frame declares its whole window
+    skippable = b"\x5e\x2a\x4d\x18" + (5).to_bytes(4, "little") + b"table"  # the seek table of seekable dumps
+    path = tmp_path / "x.jsonl.zst"
+    path.write_bytes(streamed.compress(line) + streamed.flush() + skippable)
+    assert texts_in(path, Rules()) == ([json.loads(line)["text"]], {})
+
+
+def test_a_packed_file_without_its_suffix(tmp_path: Path) -> None:
+    for suffix, pack in PACKERS.items():
+        path = tmp_path / f"{suffix[1:]}.jsonl"
+        path.write_bytes(pack(members(1)[0]))
+        assert texts_in(path, Rules()) == (["document 0 0"], {})
 
 
 # Tables
@@ -183,6 +253,60 @@ def test_a_damaged_table(tmp_path: Path, dataset: Any) -> None:
         with pytest.raises(DataError, match=rf"{name}, line 1: .*damaged \.{name[2:]}"):
             run_prepare(tmp_path, tmp_path / name)
         assert texts_in(tmp_path / name, SKIP) == ([], {"damaged": 1})
+
+
+@pytest.mark.parametrize("kind", ["parquet", "file", "stream"])
+def test_a_bad_row_costs_itself(tmp_path: Path, kind: str) -> None:
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    raw = [f"document {number}".encode() for number in range(200)]
+    raw[150] = b"caf\xe9"
+    size, offsets = len(b"".join(raw)), np.cumsum([0, *map(len, raw)], dtype=np.int32)
+    assert size == offsets[-1]
+    buffers = [None, pyarrow.py_buffer(offsets.tobytes()), pyarrow.py_buffer(b"".join(raw))]
+    table = pyarrow.table({"text": pyarrow.Array.from_buffers(pyarrow.string(), len(raw), buffers)})
+    path = tmp_path / ("x.parquet" if kind == "parquet" else "x.arrow")
+    if kind == "parquet":
+        parquet.write_table(table, path, row_group_size=30)
+    else:
+        new = pyarrow.ipc.new_file if kind == "file" else pyarrow.ipc.new_stream
+        with pyarrow.OSFile(str(path), "wb") as sink, new(sink, table.schema) as writer:
+            writer.write_table(table, max_chunksize=70)
+    expected = [text.decode() for number, text in enumerate(raw) if number != 150]
+    assert texts_in(path, SKIP) == (expected, {"not_utf8": 1})
+    with pytest.raises(DataError, match=r"x\.\w+, row 151: can't be read \(.*--on-bad-input skip"):
+        texts_in(path, Rules())
+
+
+def test_a_bad_row_group_costs_itself(tmp_path: Path) -> None:
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    path = tmp_path / "x.parquet"
+    table = pyarrow.table({"text": [f"document {number}" for number in range(90)]})
+    parquet.write_table(table, path, row_group_size=30, use_dictionary=False, compression="gzip")
+    column = parquet.ParquetFile(path).metadata.row_group(1).column(0)
+    content = bytearray(path.read_bytes())
+    middle = column.data_page_offset + column.total_compressed_size // 2
+    content[middle : middle + 8] = bytes(8)
+    path.write_bytes(content)
+    documents, counts = texts_in(path, SKIP)
+    assert documents == [f"document {number}" for number in range(90) if not 30 <= number < 60]
+    assert counts == {"damaged": 1}
+    with pytest.raises(DataError, match=r"x\.parquet, row 31: this row and 29 rows after it can't be read"):
+        texts_in(path, Rules())
+
+
+def test_a_bad_batch_of_arrow_costs_itself(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    offsets = np.array([0, 3, 2**30, 9], dtype=np.int32)  # points outside the text
+    buffers = [None, pyarrow.py_buffer(offsets.tobytes()), pyarrow.py_buffer(b"onetwosix")]
+    bad = pyarrow.record_batch([pyarrow.Array.from_buffers(pyarrow.string(), 3, buffers)], ["text"])
+    good = pyarrow.record_batch([pyarrow.array(["last"])], ["text"])
+    path = tmp_path / "x.arrow"
+    with pyarrow.OSFile(str(path), "wb") as sink, pyarrow.ipc.new_file(sink, good.schema) as writer:
+        writer.write_batch(bad)
+        writer.write_batch(good)
+    documents, counts = texts_in(path, SKIP)
+    assert documents == ["one", "last"]
+    assert counts == {"damaged": 2}
 
 
 def test_tables_without_their_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -344,4 +468,99 @@ def test_what_is_no_file_and_no_dataset(tmp_path: Path) -> None:
     (tmp_path / "dataset_info.json").write_text("{}")
     (tmp_path / "state.json").write_text("{bad")
     with pytest.raises(DataError, match=r"state\.json: .*save_to_disk"):
+        find_files([tmp_path])
+
+
+def test_an_indented_array_gets_the_hint_of_one_on_a_line(tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    documents = [{"text": "one"}, {"text": "two"}]
+    for indent in (None, 2, 0, "\t"):
+        path.write_text(json.dumps(documents, indent=indent))
+        with pytest.raises(DataError, match=r"x\.json, line 1: .*; write each of its objects on its own line \(jq -c"):
+            texts_in(path, Rules())
+    path.write_text('[{"text": "one"},\n{"text": "two"}]')
+    with pytest.raises(DataError, match=r"line 1: .* \(jq -c \.\[\]\)"):
+        texts_in(path, Rules())
+    path.write_text(json.dumps(documents[0], indent=2))
+    with pytest.raises(DataError, match=r"line 1: .*; write each object on its own line \(jq -c \.\)"):
+        texts_in(path, Rules())
+
+
+# Files that systems, editors and browsers leave in a folder
+
+
+def test_files_that_are_not_text_are_left_out_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = {
+        "._a.txt": "hidden",
+        ".ipynb_checkpoints/a.txt": "hidden",
+        "__MACOSX/a.txt": "hidden",
+        "a.txt~": "an editor's copy",
+        "#a.txt#": "an editor's copy",
+        "~$a.txt": "an editor's copy",
+        "a.txt.bak": "an editor's copy",
+        "b.jsonl.crdownload": "an unfinished download or write",
+        "b.jsonl.gz.part": "an unfinished download or write",
+        "c.parquet.tmp": "an unfinished download or write",
+        "d.jsonl.lz4": r"\.lz4 can't be read here; unpack it",
+        "e.zip": r"\.zip can't be read here; unpack it",
+    }
+    for name in ("a.txt", ".DS_Store", "Thumbs.db", "notes.csv", *names):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(f"content of {name}")
+    for name, problem in names.items():
+        for other in set(names) - {name}:
+            (tmp_path / other).unlink(missing_ok=True)
+        (tmp_path / name).write_text("content")
+        assert find_files([tmp_path]) == [tmp_path / "a.txt"]
+        warnings = capsys.readouterr().err
+        assert re.fullmatch(rf"warning: {re.escape(str(tmp_path / name))}: {problem}.*; left out\n", warnings), warnings
+        (tmp_path / name).unlink()
+    assert find_files([tmp_path]) == [tmp_path / "a.txt"]
+    assert capsys.readouterr().err == ""
+    (tmp_path / "b.txt").symlink_to("absent.txt")
+    assert find_files([tmp_path]) == [tmp_path / "a.txt"]
+    assert "b.txt: a link to a file that does not exist; left out" in capsys.readouterr().err
+    (tmp_path / ".notes.txt").write_text("named by the user")
+    assert find_files([tmp_path / ".notes.txt"]) == [tmp_path / ".notes.txt"]
+    (tmp_path / "b.jsonl.part").write_text("")
+    with pytest.raises(DataError, match=r"b\.jsonl\.part: unknown suffix '\.part'; an unfinished download"):
+        find_files([tmp_path / "b.jsonl.part"])
+
+
+def test_many_files_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for number in range(8):
+        (tmp_path / f".{number}.txt").write_text("")
+    (tmp_path / "a.txt").write_text("a")
+    find_files([tmp_path])
+    warnings = capsys.readouterr().err.splitlines()
+    assert (len(warnings), warnings[-1]) == (6, "warning: and 3 files more like these")
+
+
+def test_the_order_of_names_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("part9.txt", "part10.txt", "part11.txt", "zone.txt"):
+        (tmp_path / name).write_text(name)
+    assert [path.name for path in find_files([tmp_path])] == ["part10.txt", "part11.txt", "part9.txt", "zone.txt"]
+    warning = capsys.readouterr().err
+    assert warning.count("warning") == 1
+    assert (
+        f"{tmp_path}: files are read in the order of the characters in their names, part11.txt before part9.txt"
+        in warning
+    )
+    (tmp_path / "part9.txt").rename(tmp_path / "part09.txt")
+    find_files([tmp_path])
+    assert capsys.readouterr().err == ""
+
+
+def test_copies_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, content in {"a.txt": "same", "b.txt": "same", "c.txt": "else", "e1.txt": "", "e2.txt": ""}.items():
+        (tmp_path / name).write_text(content)
+    (tmp_path / "c.txt.gz").write_bytes(gzip.compress(b"else"))
+    assert len(find_files([tmp_path])) == 6
+    first, second = sorted(capsys.readouterr().err.splitlines())
+    assert first.startswith(
+        f"warning: {tmp_path / 'b.txt'}: has the size, the beginning and the end of {tmp_path / 'a.txt'}"
+    )
+    assert second.startswith(f"warning: {tmp_path / 'c.txt.gz'}: c.txt in the same folder seems to be the same text")
+    (tmp_path / "link.txt").symlink_to("a.txt")
+    with pytest.raises(DataError, match=r"link\.txt: given twice, also as .*a\.txt"):
         find_files([tmp_path])

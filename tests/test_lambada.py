@@ -120,3 +120,12 @@ def test_target_lengths_of_the_test_set():
     rows = task(build_tokenizer(files, []), Limits(seqlen=1024)).rows
     assert Counter(row.targets for row in rows) == {1: 4013, 2: 913, 3: 208, 4: 16, 5: 3}
     assert len(rows) == 5153
+
+
+def test_line_ends_and_a_byte_order_mark_do_not_change_the_items(lines, tokenizer):
+    path = lines("I don't care about signs", "on my own, Shane")
+    plain = path.read_bytes()
+    expected = [row.tokens.tolist() for row in read_lambada(path)(tokenizer, Limits(seqlen=64)).rows]
+    for spelling in (b"\xef\xbb\xbf" + plain, plain.replace(b"\n", b"\r\n")):
+        path.write_bytes(spelling)
+        assert [row.tokens.tolist() for row in read_lambada(path)(tokenizer, Limits(seqlen=64)).rows] == expected

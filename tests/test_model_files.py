@@ -218,6 +218,21 @@ def test_a_folders_code_is_neither_run_nor_asked_about(llama, tmp_path, monkeypa
     assert not (tmp_path / "canary").exists()
 
 
+@pytest.mark.parametrize("change", [{"attn_implementation": "org/code"}, {"text_config": {"x_implementation": "a/b"}}])
+def test_code_on_the_hub_is_not_run(llama, change):
+    config = json.loads((llama / "config.json").read_text())
+    (llama / "config.json").write_text(json.dumps({**config, **change}))
+    for read in (load_model, read_pretrained):
+        with pytest.raises(CheckpointError, match=r"config\.json names code to download, .*_implementation '"):
+            read(llama)
+
+
+def test_a_pipe_is_not_a_tokenizer(tmp_path):
+    os.mkfifo(tmp_path / "tokenizer.json")
+    with pytest.raises(ConfigError, match="is not an ordinary file"):
+        read_tokenizer(tmp_path / "tokenizer.json")
+
+
 def test_an_adapter_names_another_model(llama):
     (llama / "adapter_config.json").write_text('{"base_model_name_or_path": "/elsewhere"}')
     with pytest.raises(CheckpointError, match=r"adapter_config\.json.*merge_and_unload"):

@@ -146,3 +146,15 @@ def test_counts_of_the_test_file():
     for overlap, number in ((32, 8448), (256, 1056), (1024, 264)):
         cut = windows(270_330, 1024, overlap)
         assert (len(cut), sum(window.targets for window in cut)) == (number, 270_329)
+
+
+def test_line_ends_and_a_byte_order_mark_do_not_change_the_task(tmp_path, tokenizer):
+    path = tmp_path / "wiki.test.tokens"
+    plain = b" \n = Title = \n \n Some words , and more . \n The last line . \n"
+    path.write_bytes(plain)
+    expected = read_wikitext103(path)(tokenizer, Limits(seqlen=16))
+    for spelling in (b"\xef\xbb\xbf" + plain, plain.replace(b"\n", b"\r\n"), plain.replace(b"\n", b"\r")):
+        path.write_bytes(spelling)
+        task = read_wikitext103(path)(tokenizer, Limits(seqlen=16))
+        assert [row.tokens.tolist() for row in task.rows] == [row.tokens.tolist() for row in expected.rows]
+        assert (task.words, task.targets_in_all) == (expected.words, expected.targets_in_all)

@@ -62,9 +62,9 @@ class ModelConfig(Section):
     """Name of a preset. It sets every size below that isn't given."""
 
     hf_checkpoint: str | None = None
-    """Folder of a Hugging Face causal language model. Training starts from its architecture and weights. It sets the five
-    sizes; a size that is given too must be the same. A relative path is looked up in the current folder first, then in the
-    folder of this file."""
+    """Folder of a Hugging Face causal language model, or its name on the Hub, such as ``gpt2``. Training starts from its
+    architecture and weights. It sets the five sizes; a size that is given too must be the same. A relative path is looked
+    up in the current folder first, then in the folder of this file."""
 
     num_layers: Count
     """Number of transformer blocks."""

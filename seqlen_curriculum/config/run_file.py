@@ -57,7 +57,7 @@ def read_run_file(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, 
 
 
 def _check_hub_name(name: str, looked_up: Sequence[str], file: str) -> None:
-    """Raise ConfigError unless ``name``, which is no folder in ``looked_up``, is a model in the cache or on the Hub."""
+    """Raise ConfigError unless ``name``, which isn't a folder in ``looked_up``, is a model in the cache or on the Hub."""
     reason = ""
     if is_hub_name(name):
         try:

@@ -194,6 +194,8 @@ def _byte_level(model: models.BPE) -> Tokenizer:
 
 def _read_text(path: Path) -> str:
     try:
+        if path.exists() and not path.is_file():  # a pipe would wait forever
+            raise ConfigError(f"{path}: is not an ordinary file; give the file of a tokenizer")
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not UTF-8 at byte {error.start}; check that it is the right file") from None

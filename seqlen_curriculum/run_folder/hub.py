@@ -16,7 +16,7 @@ _SECONDS = 10
 
 
 def is_hub_name(path: Path | str) -> bool:
-    """Return whether ``path`` can be a name on the Hub, NAME or OWNER/NAME, and is no path on this machine."""
+    """Return whether ``path`` can be a name on the Hub, NAME or OWNER/NAME, and isn't a path on this machine."""
     name = str(path)
     is_name = len(name) <= 96 and _NAME.fullmatch(name) is not None and ".." not in name and "--" not in name
     return is_name and not name.endswith((".json", ".txt", ".bpe")) and not Path(name).exists()

@@ -37,10 +37,17 @@ _WEIGHTS = (
 
 
 def check_files(folder: Path) -> None:
-    """Raise CheckpointError for a file of the model or its tokenizer that isn't an ordinary file in ``folder``."""
+    """Raise CheckpointError for a file of the model or its tokenizer that isn't an ordinary file in ``folder``.
+
+    The same for a configuration that names code or weights elsewhere.
+    """
     for name in ("config.json", "generation_config.json", *TOKENIZER_FILES):
         if os.path.lexists(folder / name):
             ordinary_file(folder, name)
+    if (folder / "config.json").exists() and (kernel := _kernel(read_json(folder / "config.json"))):
+        raise CheckpointError(
+            f"{folder}: its config.json names code to download, {kernel}; remove the key to use the model's own code"
+        )
     if os.path.lexists(folder / "adapter_config.json"):
         raise CheckpointError(
             f"{folder}: has an adapter_config.json, which names another model to load; merge the adapter into its model "
@@ -48,10 +55,20 @@ def check_files(folder: Path) -> None:
         )
 
 
+def _kernel(config: dict[str, Any]) -> str:
+    """Return the key and the value that names a kernel on the Hub, which transformers would run. Empty without one."""
+    for key, value in config.items():
+        if isinstance(value, dict) and (found := _kernel(value)):
+            return f"{key}.{found}"
+        if key.endswith("_implementation") and "/" in str(value):
+            return f"{key} {value!r}"[:200]
+    return ""
+
+
 def ordinary_file(folder: Path, name: str) -> Path:
     """Return the path of the file ``name`` in ``folder``.
 
-    Raises CheckpointError if it leads out of the folder, by its name or as a link, or is no ordinary file. Links of
+    Raises CheckpointError if it leads out of the folder, by its name or as a link, or isn't an ordinary file. Links of
     Hugging Face's cache are followed: there, each file is a link to ``models--NAME/blobs/HASH``.
     """
     path = folder / name

@@ -32,6 +32,7 @@ SUFFIXES = (".txt", ".text", ".md", ".py", *JSON_SUFFIXES, *TABLE_SUFFIXES)
 PACKED_SUFFIXES = (".gz", ".zst", ".bz2", ".xz")
 _KNOWN = f"{', '.join(SUFFIXES)} (text and JSON also as {', '.join(PACKED_SUFFIXES)})"
 _UNFINISHED = (".crdownload", ".part", ".partial", ".download", ".incomplete", ".aria2", ".tmp")
+_COPIES = (".bak", ".orig", ".old", ".swp", ".swo")
 _OTHER_PACKINGS = (".lz4", ".zip", ".7z", ".rar", ".br", ".z", ".lzma", ".lzo", ".zstd", ".tar", ".tgz", ".sz")
 _LISTED = 5  # files of each kind; the others are only counted
 _EDGE_BYTES = 2**16
@@ -61,12 +62,16 @@ def find_files(inputs: Sequence[Path], outputs: Iterable[Path] = ()) -> list[Pat
 
 def _files_in(folder: Path, excluded: set[str]) -> list[Path]:
     files, left_out = [], []
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+    for path in sorted(path for path in folder.rglob("*") if path.is_file() or path.is_symlink()):
         # A preparation that was interrupted keeps its work in PREFIX.partial/corpus.*.part.
         is_own = path.parent.suffix == ".partial" and path.name.startswith("corpus.")
         if is_own or os.path.realpath(path) in excluded:
             continue
-        if problem := _no_text(path.relative_to(folder)):
+        if not path.exists() and plain_suffix(path) in SUFFIXES:
+            left_out.append(f"{path}: a link to a file that does not exist; left out")
+        elif not path.is_file():
+            continue
+        elif problem := _no_text(path.relative_to(folder)):
             left_out.append(f"{path}: {problem}; left out")
         elif plain_suffix(path) in SUFFIXES and _is_content(path):
             files.append(path)
@@ -85,8 +90,10 @@ def _no_text(path: Path) -> str:
     is_inner_known = plain_suffix(Path(stem)) in SUFFIXES
     if any(part.startswith(".") or part == "__MACOSX" for part in path.parts):
         return "hidden" if plain_suffix(path) in SUFFIXES else ""
-    if name.endswith("~") or (name.startswith("#") and name.endswith("#")):
+    if name.endswith("~") or name.startswith("~$") or (name.startswith("#") and name.endswith("#")):
         return "an editor's copy" if plain_suffix(Path(name.strip("~#"))) in SUFFIXES else ""
+    if suffix in _COPIES and is_inner_known:
+        return "an editor's copy"
     if suffix in _UNFINISHED:
         return "an unfinished download or write" if is_inner_known or suffix == ".crdownload" else ""
     if suffix in _OTHER_PACKINGS and (is_inner_known or suffix in (".zip", ".7z", ".rar", ".tgz", ".tar")):
