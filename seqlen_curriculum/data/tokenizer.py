@@ -158,7 +158,9 @@ def _read_saved(path: Path) -> Tokenizer:
         tokenizer = Tokenizer.from_str(_read_text(path))
     except ConfigError:
         raise
-    except Exception as error:  # the library raises nothing narrower
+    except BaseException as error:  # the library raises nothing narrower; its PanicException is not an Exception
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         raise ConfigError(f"{path}: not a tokenizer.json ({error}); save it again with tokenizers") from None
     # A saved tokenizer may truncate or pad. A corpus needs every token and no padding.
     tokenizer.no_truncation()
