@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ __all__ = [
     "output_file",
     "picture_path",
     "read_json",
+    "remove",
     "replace",
     "replace_text",
     "set_aside",
@@ -100,8 +102,9 @@ def replace(path: Path, write: Callable[[Path], object]) -> None:
     # The process id keeps two processes from writing to the same temporary file.
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):  # left by killed processes
-        if leftover.stat().st_mtime < time.time() - _LEFTOVER_SECONDS:
+        if leftover.lstat().st_mtime < time.time() - _LEFTOVER_SECONDS:
             leftover.unlink(missing_ok=True)
+    unfinished.unlink(missing_ok=True)  # a link with this name would be followed
     try:
         write(unfinished)
         # Sync before the rename: otherwise a power cut could leave an empty file under the final name.
@@ -147,11 +150,23 @@ def follow_umask(path: Path) -> None:
 
 
 def discard_folder(folder: Path) -> None:
-    """Delete ``folder``. A kill leaves it intact or renamed to ``.NAME.discarded.tmp``. Raises OSError."""
+    """Delete ``folder``. A kill leaves it intact or renamed to ``.NAME.discarded.tmp``. Raises OSError.
+
+    If ``folder`` is a link, only the link is deleted.
+    """
     hidden = folder.with_name(f".{folder.name}.discarded.tmp")
-    shutil.rmtree(hidden, ignore_errors=True)
+    with suppress(OSError):
+        remove(hidden)
     move(folder, hidden)
-    shutil.rmtree(hidden)
+    remove(hidden)
+
+
+def remove(path: Path) -> None:
+    """Delete a file or a folder, but not what a link points to. Raises OSError."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def set_aside(path: Path) -> Path:
@@ -171,9 +186,11 @@ def try_lock(path: Path) -> int | None:
     """Lock the file ``path`` and return its descriptor, which holds the lock until all copies of it are closed.
 
     Return None if another process holds the lock or has just deleted the file. On a file system without locks, print a
-    warning and return the descriptor without a lock.
+    warning and return the descriptor without a lock. Raises CheckpointError for a link, and OSError.
     """
-    file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    if path.is_symlink():
+        raise CheckpointError(f"{path}: is a link, but a lock must be a file; delete it")
+    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
     try:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -224,3 +224,48 @@ def test_damaged_weights_are_read_by_no_command(tmp_path, capsys):
     assert f"{newer}: model.safetensors has other bytes" in capsys.readouterr().err
     with pytest.raises(CheckpointError, match=r"model\.safetensors has other bytes .*another checkpoint"):
         model_folder(newer)
+
+
+def test_a_digit_that_is_no_number_is_no_step(tmp_path):
+    from seqlen_curriculum.run_folder.checkpoint_manifest import checkpoint_folders
+
+    for name in ("global_step\u00b2", "global_step\u0663", "global_step\udcff", "global_step4"):
+        (tmp_path / name).mkdir()
+    assert [folder.name for folder in checkpoint_folders(tmp_path)] == ["global_step4"]
+
+
+@pytest.fixture
+def one_process(monkeypatch):
+    """The module of checkpoints in one process, without torch's process group."""
+    from seqlen_curriculum.training import checkpoint
+
+    monkeypatch.setattr(checkpoint, "on_rank_0", lambda function: function())
+    monkeypatch.setattr(checkpoint, "log_rank0", print)
+    return checkpoint
+
+
+def test_only_the_link_to_a_checkpoint_on_another_disk_is_deleted(tmp_path, one_process, capsys):
+    save, disk = tmp_path / "run", tmp_path / "disk"
+    for step in (6, 7):
+        (save / f"global_step{step}").mkdir(parents=True)
+        sealed(save / f"global_step{step}")
+        (save / f"global_step{step}" / "complete.json").write_text(json.dumps({**GOOD, "step": step, "files": {}}))
+    (save / "global_step6").rename(disk)
+    (save / "global_step6").symlink_to(disk)
+    one_process.Checkpoints(save, keep_last=1, run={}).drop_old()
+    assert [path.name for path in save.iterdir()] == ["global_step7"]
+    assert sorted(path.name for path in disk.iterdir()) == ["complete.json", "states.pt"]
+    assert f"deleting the link {save}/global_step6, but not the checkpoint in {disk}" in capsys.readouterr().out
+
+
+def test_what_has_the_name_of_an_unfinished_checkpoint_is_deleted(tmp_path, one_process):
+    save, outside = tmp_path / "run", tmp_path / "outside"
+    outside.mkdir()
+    (outside / "kept").touch()
+    (save / ".global_step1.tmp").mkdir(parents=True)
+    (save / ".global_step2.tmp").touch()
+    (save / ".global_step3.tmp").symlink_to(outside)
+    (save / ".global_step4.tmp").symlink_to(save / "nothing")
+    one_process.Checkpoints(save, keep_last=1, run={})._delete_hidden()
+    assert list(save.iterdir()) == []
+    assert (outside / "kept").exists()

@@ -1,5 +1,7 @@
 """Which leading steps two runs share, by hand and from their stored settings."""
 
+import sys
+
 import pytest
 
 from seqlen_curriculum import RunConfig
@@ -98,3 +100,20 @@ def test_a_checkpoint_imports_no_function_that_the_file_does_not_name(tmp_path, 
     assert not (tmp_path / "canary").exists()
     longer = run(**custom, curriculum_learning__schedule_config__function="own:lengths", training__train_tokens=30_000)
     assert trains_identically(longer.settings(), config.settings(), 7)
+
+
+def test_a_checkpoint_after_the_end_of_its_run_is_none_of_it():
+    ours, other = run(40).settings(), run(80).settings()
+    assert not trains_identically(other, ours, 10**15)  # whose lengths would take 8 PB
+
+
+def test_a_function_that_a_checkpoint_nests_is_not_imported(tmp_path, monkeypatch):
+    (tmp_path / "evil.py").write_text("raise AssertionError('imported')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    ours = run().settings()
+    custom = {"schedule_type": "custom", "schedule_config": {"function": "evil:run"}}
+    nested = {key: value for key, value in ours.items() if not key.startswith("curriculum_learning")}
+    assert not trains_identically({**nested, "curriculum_learning": custom}, ours, 1)
+    assert not trains_identically({**nested, "curriculum_learning.schedule_config": custom["schedule_config"]}, ours, 1)
+    assert not trains_identically({**ours, "curriculum_learning": 3}, ours, 1)
+    assert "evil" not in sys.modules

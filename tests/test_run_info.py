@@ -2,15 +2,22 @@
 
 import json
 import math
+import os
 
 import numpy as np
 import pytest
+from helpers.command import slw
 
 from seqlen_curriculum.errors import CheckpointError
 from seqlen_curriculum.run_folder.ratios import loss_ratio, perplexity_ratio, perplexity_ratios
 from seqlen_curriculum.run_folder.run_info import read_run_info
 
 LAUNCH = {"started": "2024-01-01T00:00:00+00:00", "ranks": 2, "first_step": 1, "versions": {}, "device": {"cpu": "x"}}
+
+
+def write_log(save):
+    record = {"step": 1, "consumed_tokens": 8, "seqlen": 8, "rows": 1, "loss": 5.0, "lr": 0.1, "seconds": 0.1}
+    (save / "runlog.jsonl").write_text(json.dumps(record) + "\n")
 
 
 def test_there_may_be_none(tmp_path):
@@ -63,3 +70,34 @@ def test_perplexity_ratios_are_to_the_least_before():
     assert math.isnan(ratios[0])
     assert np.array_equal(ratios[1:], [math.exp(1.0), math.exp(-2.0), math.exp(0.5)])
     assert perplexity_ratios([]).tolist() == []
+
+
+def test_a_folder_whose_name_is_no_utf_8_is_reported(tmp_path):
+    save = tmp_path / os.fsdecode(b"run\xff")
+    save.mkdir()
+    write_log(save)
+    finished = slw("report", save, "--out", tmp_path / "report", "--json")
+    assert finished.returncode == 0
+    assert json.loads(finished.stdout)["runs"][0]["name"] == "run?"
+    assert "run?" in (tmp_path / "report" / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("launches", "config", "message"),
+    [
+        ('[{"ranks": -1}]', "{}", "launches.0.started: "),
+        ("[]", '{"a": NaN}', "Out of range float"),
+        ("[]", '{"a": "\\ud800"}', "can't be read"),
+    ],
+)
+def test_a_record_of_no_run_is_named(tmp_path, launches, config, message):
+    (tmp_path / "run.json").write_text(f'{{"launches": {launches}, "config": {config}}}')
+    with pytest.raises(CheckpointError, match=r"run\.json: can't be read") as caught:
+        read_run_info(tmp_path)
+    assert message in str(caught.value)
+
+
+def test_a_record_without_launches_is_reported(tmp_path):
+    write_log(tmp_path)
+    (tmp_path / "run.json").write_text('{"config": {}, "launches": []}')
+    assert slw("report", tmp_path, "--json").returncode == 0

@@ -198,3 +198,16 @@ def test_idle_devices_are_warned_of(monkeypatch, capsys):
         printed = capsys.readouterr().err
         assert words in printed
         assert bool(printed) == bool(words)
+
+
+@pytest.mark.parametrize("name", ["csv_monitor", "tensorboard"])
+def test_a_monitor_that_cannot_write_is_reported_before_the_ranks_connect(tmp_path, name):
+    (tmp_path / "file").touch()
+    section = {"enabled": True, "output_path": f"{tmp_path}/file/logs"}
+    found = [problem for problem in machine_problems({name: section}) if name in problem and "output_path" in problem]
+    assert found == [
+        f"{name}.output_path: {tmp_path}/file/logs: can't be written to (Not a directory); choose another folder"
+    ]
+    assert not [
+        one for one in machine_problems({name: {**section, "output_path": f"{tmp_path}/logs"}}) if "output_path" in one
+    ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +11,14 @@ from seqlen_curriculum.run_folder import ROLLBACKS, RUN_INFO, RUN_LOG
 from seqlen_curriculum.run_folder.rollbacks import Rollback, read_rollbacks
 from seqlen_curriculum.run_folder.run_info import read_run_info
 from seqlen_curriculum.run_folder.run_log import MACHINE_KEYS, read_run_log
+from seqlen_curriculum.strict_json import shown
 
 __all__ = ["LOGS", "load_run", "read_run"]
 
 LOGS = (RUN_LOG, RUN_INFO, ROLLBACKS)
 """The files of a run folder that a report reads."""
+_MOST = 1e300
+"""Sums and products of larger numbers may overflow."""
 _OF_A_STEP = ("step", "seqlen", "rows", "consumed_tokens")
 _NUMBERS = {
     "loss": (*_OF_A_STEP, "loss", "lr", "seconds"),
@@ -24,6 +26,8 @@ _NUMBERS = {
     "skipped": _OF_A_STEP,
 }
 """The keys that a record must have, by the key that identifies its kind."""
+_PLOTTED = ("grad_norm", "variance_norm", "variance_max", "momentum_norm", "momentum_max")
+"""Keys that a record may have."""
 
 
 def load_run(save: Path, name: str = "") -> Run:
@@ -48,7 +52,7 @@ def read_run(save: Path, name: str = "") -> Run:
     except CheckpointError as error:
         raise DataError(str(error)) from error
     return Run(
-        name or save.resolve().name,
+        (name or save.resolve().name).encode(errors="replace").decode(),  # a folder's name may be no UTF-8
         records,
         info.model_dump() if info else {},
         None if rollbacks is None else [_as_reported(rollback) for rollback in rollbacks],
@@ -64,13 +68,15 @@ def _as_reported(rollback: Rollback) -> dict[str, Any]:
 def _check(record: dict[str, Any], path: Path) -> None:
     kind = next((key for key in _NUMBERS if key in record), "skipped")
     needed = [*_NUMBERS[kind], *(key for key in MACHINE_KEYS if record.get(key) is not None)]
-    bad = [key for key in needed if not _is_number(record.get(key))]
+    plotted = [key for key in _PLOTTED if record.get(key) is not None]
+    bad = [key for key in (*needed, *plotted) if not _is_number(record.get(key))]
+    bad += [key for key in (*_OF_A_STEP, *MACHINE_KEYS) if not bad and (record.get(key) or 0) < 0]
     if bad:
         raise DataError(
-            f"{path}: the record of step {record['step']!r} has {bad[0]} {record.get(bad[0])!r}, which is not a finite "
-            "number; the file is damaged"
+            f"{path}: the record of step {record['step']!r} has {bad[0]} {shown(record.get(bad[0]))}, which is not a finite "
+            "number of its range; the file is damaged"
         )
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) < _MOST  # False for NaN; isfinite(10**400) is an OverflowError

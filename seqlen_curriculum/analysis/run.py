@@ -98,7 +98,7 @@ class Run:
     def budget(self) -> int | None:
         """``training.train_tokens``; None if unknown."""
         tokens = self.settings.get("training.train_tokens")
-        return tokens if isinstance(tokens, int) else None
+        return tokens if type(tokens) is int and 0 < tokens < 2**63 else None
 
     @property
     def finished(self) -> bool:

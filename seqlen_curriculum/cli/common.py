@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import io
 import os
 import select
 import signal
@@ -36,6 +37,8 @@ def run(main: Callable[[], int | None], ranked: bool = False) -> None:
     with the same status. The status after an error is DIVERGED if training diverged, 130 for an interrupt, 141 if the
     reader of the output has closed it, else 1. A full disk is a user-facing error too.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a folder's name may be no UTF-8
     try:
         try:
             status = _call(main, ranked)

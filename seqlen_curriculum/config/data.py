@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from seqlen_curriculum.fields import Section, Seqlen
 from seqlen_curriculum.strict_json import not_text, shown
@@ -37,6 +38,16 @@ def _corpora(value: object) -> list[str] | list[tuple[float, str]]:
     return [(float(weight), prefix) for weight, prefix in value]
 
 
+_SHARES = r"^\s*(\d+\.?\d*|\.\d+)(\s*[,/]\s*(\d+\.?\d*|\.\d+)){0,2}\s*$"
+
+
+def _shares(split: str) -> str:
+    if not re.search(_SHARES, split):
+        raise ValueError(f"{shown(split)} is not valid: write up to three shares, as in '949,50,1'")
+    return split
+
+
+_Split = Annotated[str, AfterValidator(_shares), Field(json_schema_extra={"pattern": _SHARES})]
 _Weight = Annotated[float, Field(gt=0, lt=1e15)]
 _Prefixes = Annotated[list[str], Field(min_length=1)]
 _Blend = Annotated[list[tuple[_Weight, str]], Field(min_length=1)]
@@ -54,7 +65,7 @@ class DataConfig(Section):
     or in ``test`` is looked up in the current folder first, then in the folder of this file."""
     seq_length: Seqlen
     """Full length of a sample in tokens."""
-    split: str = Field(default="949,50,1", pattern=r"^\s*(\d+\.?\d*|\.\d+)(\s*[,/]\s*(\d+\.?\d*|\.\d+)){0,2}\s*$")
+    split: _Split = "949,50,1"
     """Shares of the documents for training, validation and test, as in Megatron."""
     valid: _Prefixes | None = None
     """Prefixes of corpora for validation only. The corpora of ``train`` are then read whole and ``split`` isn't used."""

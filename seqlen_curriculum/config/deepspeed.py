@@ -12,6 +12,7 @@ from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
 from seqlen_curriculum.errors import ConfigError
 from seqlen_curriculum.fields import Count, CountOrZero, Section, suggest
+from seqlen_curriculum.strict_json import shown
 
 __all__ = ["DeepSpeedKeys", "OtherScheduler", "batch_shape"]
 
@@ -42,6 +43,17 @@ class OptimizerParams(_Nested):
 
     lr: Annotated[float, Field(gt=0, lt=1e30)] | None = None
     """Peak learning rate. A schedule warms up to it."""
+
+    @model_validator(mode="after")
+    def _two_betas(self) -> OptimizerParams:
+        betas = (self.model_extra or {}).get("betas")
+        if isinstance(betas, list) and (
+            len(betas) != 2 or not all(type(b) in (int, float) and 0 <= b < 1 for b in betas)
+        ):
+            raise ValueError(
+                f"betas: {shown(betas)} is not valid: give two numbers from 0 to below 1, as in [0.9, 0.95]"
+            )
+        return self
 
 
 class OptimizerKeys(_Nested):

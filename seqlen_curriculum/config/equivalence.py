@@ -13,11 +13,14 @@ import numpy as np
 
 from seqlen_curriculum.config.run import RunConfig
 from seqlen_curriculum.errors import ConfigError
+from seqlen_curriculum.fields import flat
 from seqlen_curriculum.schedule.piecewise import IntArray
 
 __all__ = ["ScheduledValues", "count_identical_steps", "trains_identically"]
 
 _FUNCTION = "curriculum_learning.schedule_config.function"
+_MOST_STEPS = 10**7
+"""The most steps that are compared. Six arrays of 8 bytes each are 480 MB."""
 _SCHEDULES = ("curriculum_learning", "batch_size_warmup", "scheduler")
 
 
@@ -56,14 +59,21 @@ def count_identical_steps(one: RunConfig, other: RunConfig, last_step: int) -> i
 
 def trains_identically(saved: Mapping[str, Any], ours: Mapping[str, Any], step: int) -> bool:
     """Return whether two runs (``RunConfig.settings``) differ only in their schedules, and only after ``step``."""
+    # A checkpoint may nest its settings, and so hide the function from the comparison.
+    saved, ours = dict(flat(saved)), dict(flat(ours))
     changed = [name for name in {*saved, *ours} if saved.get(name) != ours.get(name)]
     # Building another run's custom schedule would import its function: code that this run's file doesn't name.
     if _FUNCTION in changed or not all(_is_scheduled(name) for name in changed):
         return False
     try:
-        return count_identical_steps(_from_settings(saved), _from_settings(ours), step) == step
+        return _identical(_from_settings(saved), _from_settings(ours), step)
     except ConfigError:  # settings of another version
         return False
+
+
+def _identical(one: RunConfig, other: RunConfig, steps: int) -> bool:
+    """Return whether the first ``steps`` are identical. A checkpoint can't be of a step after the end of its run."""
+    return steps <= min(_MOST_STEPS, one.timeline().steps) and count_identical_steps(one, other, steps) == steps
 
 
 def _is_scheduled(setting: str) -> bool:
@@ -81,6 +91,8 @@ def _from_settings(settings: Mapping[str, Any]) -> RunConfig:
         section = tree
         for parent in parents:
             section = section.setdefault(parent, {})
+            if not isinstance(section, dict):
+                raise ConfigError(f"{name}: {parent} has a value, so it can't have keys")
         section[key] = value
     kept = {name: tree[name] for name in ("train_batch_size", "optimizer", *_SCHEDULES) if name in tree}
     data = {"train": ["-"], "seq_length": settings.get("data.seq_length")}

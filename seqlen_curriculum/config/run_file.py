@@ -10,10 +10,13 @@ from typing import Any
 
 from seqlen_curriculum.config.data import corpus_prefix
 from seqlen_curriculum.errors import CheckpointError, ConfigError
+from seqlen_curriculum.fields import flat
 from seqlen_curriculum.files import apply_override, read_json
 from seqlen_curriculum.launchers import global_rank
 from seqlen_curriculum.run_folder import RUN_INFO
 from seqlen_curriculum.run_folder.hub import hub_folder, is_hub_name
+from seqlen_curriculum.run_folder.own_files import check_own
+from seqlen_curriculum.strict_json import shown
 
 __all__ = ["SCHEMA_KEY", "absolute_paths", "folder_of", "is_corpus", "places", "read_run_file"]
 
@@ -34,6 +37,8 @@ def read_run_file(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, 
     except OSError as error:  # a name of 5,000 characters, or a folder that is closed to this user
         raise ConfigError(f"can't be read ({error.strerror}); give the path of a run's JSON file", str(path)) from error
     file = given / RUN_INFO if is_folder else given
+    if is_folder:
+        check_own(file, ConfigError)
     if is_folder and not file.is_file():
         raise ConfigError(
             f"a folder without {RUN_INFO}; give the path of a run's JSON file, or a run's folder", str(path)
@@ -41,6 +46,12 @@ def read_run_file(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, 
     raw = read_json(file, comments=True)
     if isinstance(raw.get("config"), dict) and isinstance(raw.get("launches"), list):
         raw = _configuration_of_run(raw, file)
+    if is_folder and (function := _named_function(raw)):
+        raise ConfigError(
+            f"{function[0]}: {shown(function[1])} is a function that this command would import and run, but a run's folder "
+            f"may be someone else's; if you trust it, give {file} itself",
+            str(path),
+        )
     for override in overrides:
         apply_override(raw, override)
 
@@ -70,6 +81,12 @@ def _check_hub_name(name: str, looked_up: Sequence[str], file: str) -> None:
         f"give the folder of a model relative to one of them, or an absolute path{reason}",
         file,
     )
+
+
+def _named_function(raw: Mapping[str, Any]) -> tuple[str, str] | None:
+    """Return the key and the import path of a custom schedule's function, None without one."""
+    named = (item for item in flat(raw) if item[0].endswith(".function") and isinstance(item[1], str))
+    return next(named, None)
 
 
 def folder_of(path: str | Path) -> Path:

@@ -162,7 +162,9 @@ def _read_saved(path: Path) -> Tokenizer:
         tokenizer = Tokenizer.from_str(_read_text(path))
     except (ConfigError, KeyboardInterrupt, SystemExit):
         raise
-    except BaseException as error:  # the library raises Exception, and BaseException where its Rust code panics
+    except BaseException as error:  # the library raises nothing narrower; its PanicException is not an Exception
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         reason = " ".join(str(error).split())[:200]
         raise ConfigError(f"{path}: not a tokenizer.json ({reason}); save it again with tokenizers") from None
     # A saved tokenizer may truncate or pad. A corpus needs every token and no padding.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -27,11 +28,14 @@ from seqlen_curriculum.models.pretrained import (
 from seqlen_curriculum.run_folder import MANIFEST
 from seqlen_curriculum.run_folder.checkpoint_manifest import Checkpoint, read_checkpoint
 from seqlen_curriculum.run_folder.model_folder import sizes_in
+from seqlen_curriculum.run_folder.own_files import check_own
 
 __all__ = ["DTYPES", "export", "prepare_to_generate", "read_run_up_to"]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _PICTURE = "curves.png"
+_EXPORTED = {".json", ".safetensors", ".bin", ".txt", ".jinja", ".bpe", ".model"}
+"""Suffixes of the files that an export may contain or be made from."""
 
 
 def export(source: Path, out: Path, dtype: str | None = None, tokenizer: Path | None = None) -> Path:
@@ -43,6 +47,7 @@ def export(source: Path, out: Path, dtype: str | None = None, tokenizer: Path | 
     """
     new_folder("--out", out)
     folder = model_folder(source)
+    _check_links(source, folder)
     checkpoint = read_checkpoint(folder) if (folder / MANIFEST).exists() else None
     run = read_run_up_to(checkpoint) if checkpoint else None
     files = tokenizer or (folder if tokenizer_files(folder) else None)
@@ -77,12 +82,21 @@ def export(source: Path, out: Path, dtype: str | None = None, tokenizer: Path | 
     return folder
 
 
+def _check_links(source: Path, folder: Path) -> None:
+    """Raise CheckpointError for links out of a folder that somebody else may have made: an export is often published."""
+    if folder != source and folder.is_symlink():
+        raise CheckpointError(f"{folder}: is a link to {folder.resolve()}; give that folder to export it")
+    for path in folder.iterdir():
+        if path.suffix in _EXPORTED:
+            check_own(path)
+
+
 def read_run_up_to(checkpoint: Checkpoint) -> Run | None:
     """Return the run's log up to the checkpoint's step, or None if there is no log beside the checkpoint.
 
     Later steps are excluded: a card for step 610 shows neither later losses nor later rollbacks.
     """
-    save = checkpoint.folder.resolve().parent
+    save = Path(os.path.abspath(checkpoint.folder)).parent  # not that of a link's target
     if not any((save / name).exists() for name in LOGS):
         return None
     run = read_run(save)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -50,7 +52,7 @@ class ModelCard:
 
     def markdown(self) -> str:
         """Return the card with its YAML front matter, without a licence, which the owner must choose."""
-        parts = [self.front_matter(), f"# {self.name}", self.architecture_line()]
+        parts = [self.front_matter(), f"# {_escaped(self.name)}", self.architecture_line()]
         if self.settings is not None:
             parts += ["## Training", self.training()]
         if self.picture:
@@ -58,16 +60,17 @@ class ModelCard:
         if self.settings is not None:
             # Flat keys, so that "optimizer." selects ``optimizer.type`` and ``optimizer.params.lr``.
             shown = {name: value for name, value in self.settings.items() if name.startswith(_SETTINGS)}
-            rows = [(f"`{name}`", f"`{setting(value)}`") for name, value in shown.items() if value is not None]
+            rows = [(_code(name), _code(setting(value))) for name, value in shown.items() if value is not None]
             parts.append(_table("setting", rows))
         launches = self.run.info.get("launches") if self.run is not None else None
         if launches and launches[-1]["versions"]:
-            parts.append(_table("trained with", launches[-1]["versions"].items()))
+            versions = launches[-1]["versions"].items()
+            parts.append(_table("trained with", [(_escaped(name), _escaped(version)) for name, version in versions]))
         return "\n\n".join([*parts, "## Use", self.usage()]) + "\n"
 
     def front_matter(self) -> str:
         """Return the YAML that the Hugging Face hub reads."""
-        tags = [self.model_type]
+        tags = [json.dumps(self.model_type) if _SPECIAL.search(self.model_type) else self.model_type]
         if self.warms_up():
             tags.append("sequence-length-warmup")
         tag_lines = "\n".join(f"- {tag}" for tag in tags)
@@ -76,7 +79,7 @@ class ModelCard:
     def architecture_line(self) -> str:
         """Return a sentence with the class, parameters, dtype and sizes."""
         sizes = ", ".join(f"`{name}` {count(size)}" for name, size in self.sizes.items())
-        return f"A `{self.architecture}` of {count(self.parameters)} parameters in {self.dtype}: {sizes}."
+        return f"A {_code(self.architecture)} of {count(self.parameters)} parameters in {self.dtype}: {sizes}."
 
     def warms_up(self) -> bool:
         """Return whether the run has a curriculum whose length changes."""
@@ -108,7 +111,7 @@ class ModelCard:
             return f"on sequences of {min(trained)} to {max(trained)} tokens"
         assert self.settings is not None
         shortest, longest = (self.settings[f"curriculum_learning.{end}_difficulty"] for end in ("min", "max"))
-        return f"whose schedule goes from {shortest} to {longest} tokens"
+        return f"whose schedule goes from {_escaped(shortest)} to {_escaped(longest)} tokens"
 
     def usage(self) -> str:
         """Return the code that loads the model."""
@@ -118,6 +121,23 @@ class ModelCard:
             lines.append(f"tokenizer = transformers.AutoTokenizer.from_pretrained({folder})")
         lines += [f"model = transformers.AutoModelForCausalLM.from_pretrained({folder})", "```"]
         return "\n".join(lines)
+
+
+_SPECIAL = re.compile(r"[\\`*\[\]<>#|!~$&:]")
+"""Characters that have a meaning in Markdown or HTML, or start a link."""
+
+
+def _escaped(text: object) -> str:
+    """Return ``text`` on one line, without HTML or links, because somebody else may have chosen it."""
+    line = " ".join(str(text).encode(errors="replace").decode().split())
+    # An entity such as &#60; shows its character in text and in a table, and no more.
+    return _SPECIAL.sub(lambda found: f"&#{ord(found[0])};", line) if _SPECIAL.search(line) else line
+
+
+def _code(text: object) -> str:
+    """Return ``text`` on one line as code in a cell of a table."""
+    line = " ".join(str(text).split())
+    return f"<code>{_escaped(line)}</code>" if re.search(r"[`|<>&]", line) else f"`{line}`"
 
 
 def _table(head: str, rows: Iterable[tuple[str, str]]) -> str:

@@ -13,14 +13,17 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from seqlen_curriculum.errors import CheckpointError
 from seqlen_curriculum.fields import Count, CountOrZero, Section
 from seqlen_curriculum.files import replace_text, sync
 from seqlen_curriculum.run_folder import CHECKPOINT_PREFIX, MANIFEST
 from seqlen_curriculum.run_folder.evaluations import Evaluations
+from seqlen_curriculum.run_folder.json_file import first_problem
+from seqlen_curriculum.run_folder.own_files import not_own, wrong_name
 from seqlen_curriculum.run_folder.rollbacks import Rollback, begun_by, skip_same_steps
+from seqlen_curriculum.strict_json import shown
 
 __all__ = [
     "Checkpoint",
@@ -35,6 +38,16 @@ __all__ = [
 
 _OWN_CRC32 = "crc32_of_this_file"
 _BLOCK_BYTES = 2**20
+
+
+def _own_name(name: str) -> str:
+    if reason := wrong_name(name):
+        raise ValueError(reason)
+    return name
+
+
+FileName = Annotated[str, AfterValidator(_own_name)]
+"""The relative path of a file in the folder."""
 
 
 class Manifest(Section):
@@ -53,10 +66,16 @@ class Manifest(Section):
     """Rollbacks whose skipped steps start by ``step``, on which the weights depend."""
     evaluations: Evaluations = Field(default_factory=Evaluations)
     """The summary of evaluations up to ``step``."""
-    files: dict[str, int]
+    files: dict[FileName, CountOrZero]
     """The size in bytes of each file in the folder except this one, by relative path."""
-    crc32: dict[str, int] = Field(default_factory=dict)
+    crc32: dict[FileName, int] = Field(default_factory=dict)
     """The CRC-32 of each of these files. Checkpoints of earlier versions have none."""
+
+    @model_validator(mode="after")
+    def _crcs_of_files(self) -> Manifest:
+        if unknown := self.crc32.keys() - self.files.keys():
+            raise ValueError(f"crc32: {min(unknown)!r} is not one of the files")
+        return self
 
 
 class Checkpoint(Manifest):
@@ -74,17 +93,31 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: there is no such checkpoint folder; give one named {CHECKPOINT_PREFIX}<N>")
     try:
+        if reason := not_own(folder, MANIFEST):
+            raise CheckpointError(f"{folder}: {MANIFEST} {reason}")
         manifest = Manifest.model_validate_json(_checked((folder / MANIFEST).read_bytes()))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder}: no readable {MANIFEST}, so it is not a complete checkpoint") from error
+    except (OSError, ValueError, RecursionError) as error:
+        reason = f"no readable {MANIFEST} ({_reason(error)}), so it is not a complete checkpoint"
+        raise CheckpointError(f"{folder}: {reason}") from error
     # The size detects truncated files without reading gigabytes. ``damage`` compares the bytes.
     for name, size in manifest.files.items():
-        path = folder / name
-        if not path.exists():
-            raise CheckpointError(f"{folder}: {name} is missing, {size} bytes were saved")
-        if path.stat().st_size != size:
-            raise CheckpointError(f"{folder}: {name} has {path.stat().st_size} bytes, {size} bytes were saved")
+        try:
+            reason, found = not_own(folder, name), (folder / name).stat().st_size
+        except FileNotFoundError:
+            raise CheckpointError(f"{folder}: {name} is missing, {size} bytes were saved") from None
+        except OSError as error:
+            raise CheckpointError(f"{folder}: {name} can't be read ({error.strerror})") from error
+        if reason:
+            raise CheckpointError(f"{folder}: {name} {reason}")
+        if found != size:
+            raise CheckpointError(f"{folder}: {name} has {found} bytes, {size} bytes were saved")
     return Checkpoint(folder=folder, **dict(manifest))
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, ValidationError):
+        return first_problem(error)
+    return (error.strerror if isinstance(error, OSError) else str(error)) or type(error).__name__
 
 
 def _checked(text: bytes) -> str:
@@ -157,14 +190,19 @@ def checkpoint_folders(save: Path) -> list[Path]:
 
     # By number: as text, global_step9 would come after global_step10. Not global_step9.damaged.
     folders = {folder.name.removeprefix(CHECKPOINT_PREFIX): folder for folder in save.glob(f"{CHECKPOINT_PREFIX}*")}
-    return [folders[step] for step in sorted(filter(str.isdigit, folders), key=int)]
+    # global_step² has a digit that isn't a number.
+    return [folders[step] for step in sorted((name for name in folders if _is_number(name)), key=int)]
+
+
+def _is_number(text: str) -> bool:
+    return text.isascii() and text.isdigit()
 
 
 def differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> dict[str, str]:
     """Return the settings that differ between a checkpoint and the current run, each with both values."""
     keys = sorted({*saved, *current})
     return {
-        key: f"{saved.get(key)!r} in the checkpoint, {current.get(key)!r} now"
+        key: f"{shown(saved.get(key), 400)} in the checkpoint, {shown(current.get(key), 400)} now"
         for key in keys
         if saved.get(key) != current.get(key)
     }

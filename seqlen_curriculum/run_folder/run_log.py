@@ -24,6 +24,7 @@ from typing import Any
 
 from seqlen_curriculum.errors import DataError
 from seqlen_curriculum.files import sync
+from seqlen_curriculum.run_folder.own_files import check_own
 
 __all__ = ["MACHINE_KEYS", "RunLog", "losses", "read_run_log", "records_after"]
 
@@ -38,6 +39,7 @@ MACHINE_KEYS = ("seconds", "data_seconds", "checkpoint_seconds", "mfu", "peak_me
 """
 _LOSS = re.compile(rb'"loss": (-?\d+(?:\.\d+)?(?:e[+-]?\d+)?)[,}]')
 _LINES_BYTES = 2**20
+_MOST_STEPS = 10**15
 _ENCODER = json.JSONEncoder(allow_nan=False)  # json.dumps would create one per line
 
 
@@ -46,6 +48,7 @@ class RunLog:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        check_own(self.path, DataError)
         # Unbuffered, because data in Python's buffer is lost with the process, data written to the system is not.
         self._file = self.path.open("ab", buffering=0)
 
@@ -75,6 +78,7 @@ class RunLog:
         path = Path(path)
         if not path.exists():
             return 0
+        check_own(path, DataError)
         end, later = _end_of(path, step)
         if end < path.stat().st_size:
             os.truncate(path, end)
@@ -88,6 +92,7 @@ def _end_of(path: Path, step: int) -> tuple[int, int]:
     Steps never decrease in a log, so it is read backwards from the end, only as far as necessary.
     """
     later = 0
+    check_own(path, DataError)
     with path.open("rb") as file:
         end = file.seek(0, os.SEEK_END)
         if end == 0:  # can't be mapped
@@ -109,6 +114,7 @@ def records_after(path: Path, step: int) -> Iterator[dict[str, Any]]:
 
 def losses(path: Path) -> Iterator[float]:
     """Yield the training loss of every step that has one, in order, without parsing whole records."""
+    check_own(path, DataError)
     with path.open("rb") as file:
         # 10 million records of 170 bytes take 9 s, with json 70 s. The quotes exclude "valid_loss". Losses are finite JSON
         # numbers, because write() refuses others.
@@ -123,6 +129,7 @@ def read_run_log(path: str | Path, start: int = 0) -> Iterator[dict[str, Any]]:
 
     Raises DataError for a damaged line, whose number counts from ``start``.
     """
+    check_own(Path(path), DataError)
     with Path(path).open(encoding="utf-8", errors="replace") as file:
         file.seek(start)
         for number, line in enumerate(file, start=1):
@@ -138,6 +145,7 @@ def _parsed(line: str) -> dict[str, Any] | None:
     """Return the record in a complete ``line`` of the log, None if it isn't one."""
     try:
         record = json.loads(line)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):  # also a number of 5,000 digits
         return None
-    return record if line.endswith("\n") and isinstance(record, dict) and "step" in record else None
+    is_record = line.endswith("\n") and isinstance(record, dict) and type(record.get("step")) is int
+    return record if is_record and 0 <= record["step"] <= _MOST_STEPS else None

@@ -7,6 +7,7 @@ A checkpoint folder ``global_step<N>`` contains DeepSpeed's files, the model in 
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -18,7 +19,7 @@ from deepspeed import comm as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
 from seqlen_curriculum.errors import CheckpointError
-from seqlen_curriculum.files import discard_folder, move, replace_text, set_aside
+from seqlen_curriculum.files import discard_folder, move, remove, replace_text, set_aside
 from seqlen_curriculum.run_folder import CHECKPOINT_PREFIX, LATEST, ROLLBACKS
 from seqlen_curriculum.run_folder.checkpoint_manifest import (
     Checkpoint,
@@ -129,7 +130,7 @@ class Checkpoints:
 
     def _delete_hidden(self) -> None:
         for left_by_a_kill in self.save_folder.glob(f".{CHECKPOINT_PREFIX}*.tmp"):
-            shutil.rmtree(left_by_a_kill)
+            remove(left_by_a_kill)
 
     def find(self, resume: str) -> Checkpoint | None:
         """Return the checkpoint to resume from, the same on all ranks; ``resume`` is ``auto``, ``none`` or a folder.
@@ -219,7 +220,7 @@ class Checkpoints:
                 if not checkpoint.includes_rollbacks(rollbacks):
                     log_rank0(f"deleting a checkpoint of discarded steps: {checkpoint.folder}")
                     with suppress(OSError):  # no longer usable
-                        discard_folder(checkpoint.folder)
+                        _discard(checkpoint.folder)
 
         on_rank_0(discard)
         self.rollbacks = rollbacks
@@ -232,9 +233,9 @@ class Checkpoints:
     def _publish(self, unfinished: Path, final: Path, manifest: Manifest, files: Mapping[str, int]) -> None:
         """Write the manifest of the folder ``unfinished`` and rename it to ``final``; ``files`` are already on disk."""
         seal(unfinished, manifest, files)
-        if final.exists():
+        if os.path.lexists(final):
             log_rank0(f"replacing an unusable checkpoint: {final}")
-            discard_folder(final)
+            _discard(final)
         move(unfinished, final)
         self._make_newest(final)
 
@@ -264,7 +265,7 @@ class Checkpoints:
         for step in sorted(
             folders.keys() - steps_to_keep([*folders], self.keep_last, self.skip_steps, self.keep_steps)
         ):
-            discard_folder(folders[step])
+            _discard(folders[step])
 
     def complete(self) -> list[Checkpoint]:
         """Return the usable checkpoints, oldest first."""
@@ -283,3 +284,10 @@ class Checkpoints:
                 f"{folder}: holds steps that a rollback discarded, according to {self.save_folder / ROLLBACKS}"
             )
         return checkpoint
+
+
+def _discard(folder: Path) -> None:
+    """Delete a checkpoint. Of a link to a checkpoint elsewhere, only the link is deleted. Raises OSError."""
+    if folder.is_symlink():
+        log_rank0(f"deleting the link {folder}, but not the checkpoint in {folder.resolve()}")
+    discard_folder(folder)

@@ -13,7 +13,9 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.git_version_info import installed_ops
 
 from seqlen_curriculum.config.deepspeed_part import missing_packages
-from seqlen_curriculum.launchers import port_problem
+from seqlen_curriculum.errors import ConfigError
+from seqlen_curriculum.files import writable_folder
+from seqlen_curriculum.launchers import global_rank, port_problem
 
 __all__ = ["SHM_BYTES", "machine_problems", "must_compile", "on_cpu", "precision_problems", "supported_precisions"]
 
@@ -29,9 +31,21 @@ def machine_problems(deepspeed_config: Mapping[str, Any]) -> Iterator[str]:
     yield from _gpu(deepspeed_config)
     yield from _compilers(deepspeed_config)
     yield from missing_packages(deepspeed_config)
+    yield from _monitor_folders(deepspeed_config)
     yield from _checkpoint_writer(deepspeed_config)
     yield from port_problem()
     yield from _shared_memory()
+
+
+def _monitor_folders(config: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the folders of monitors that can't be written to. Rank 0 writes them."""
+    for name in ("csv_monitor", "tensorboard") if global_rank() == 0 else ():
+        folder = config[name].get("output_path") if _enabled(config, name) else None
+        if isinstance(folder, str) and folder:
+            try:
+                writable_folder(f"{name}.output_path:", Path(folder))
+            except ConfigError as error:
+                yield str(error)
 
 
 def on_cpu() -> bool:

@@ -110,7 +110,11 @@ WRONG_RUNS = {
         "can't be counted in 64 bits",
     ),
     "seed huge": (changed(training__seed=10**30), "training.seed: "),
-    "bad split": (changed(data__split="abc"), "data.split: 'abc' is not valid"),
+    "bad split": (changed(data__split="abc"), "data.split: 'abc' is not valid: write up to three shares"),
+    "one beta": (
+        changed(optimizer__params={"lr": 1e-3, "betas": [0.9]}),
+        "optimizer.params: betas: [0.9] is not valid: give two numbers",
+    ),
     "corpus twice": (changed(data__train=["x", "x"]), "train names 'x' twice"),
     "zero rows": (
         changed(
@@ -245,6 +249,7 @@ BETWEEN_KEYS = {
     "warmup increment",
     "bucket above",
     "clip twice",
+    "one beta",
     "curriculum: min above max",
     "curriculum: rung above max",
     "curriculum: two durations",
