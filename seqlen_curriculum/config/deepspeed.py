@@ -13,6 +13,7 @@ from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
 from seqlen_curriculum.errors import ConfigError
 from seqlen_curriculum.fields import Count, CountOrZero, Section, suggest
+from seqlen_curriculum.strict_json import shown
 
 __all__ = ["DeepSpeedKeys", "OtherScheduler", "batch_shape", "with_bf16", "without_max_grad_norm"]
 
@@ -34,7 +35,7 @@ class _Nested(_Open):
         for name in undeclared:
             meant = suggest(str(name), cls.model_fields, cutoff=0.85)
             if meant:
-                raise ValueError(f"{name} is unknown; did you mean '{meant}'?")
+                raise ValueError(f"{shown(str(name))[1:-1]} is unknown; did you mean '{meant}'?")
         return data
 
 
