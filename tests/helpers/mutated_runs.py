@@ -184,13 +184,15 @@ def _number(draw, run):
 
 def _scale(draw, run):
     container, key = _number(draw, run)
-    value = container[key] * draw.choice([0, -1, 0.5, 0.5, 2, 2, 2, 3, 10, 1000, 1e6, 1e9])
+    factor = draw.choice([0, -1, 0.5, 0.5, 2, 2, 2, 3, 10, 1000, 1e6, 1e9])
+    value = container[key] * (factor if abs(container[key]) < 1e290 else int(factor))  # 10**400 is above any float
     container[key] = int(value) if isinstance(container[key], int) and abs(value) < 1e300 else value
 
 
 def _shift(draw, run):
     container, key = _number(draw, run)
-    container[key] += draw.choice([-1, 1, 1, 0.5])
+    change = draw.choice([-1, 1, 1, 0.5])
+    container[key] += change if abs(container[key]) < 1e290 else int(change)
 
 
 def _count(draw, run):
