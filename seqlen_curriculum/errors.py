@@ -13,6 +13,7 @@ with status 75.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 __all__ = [
@@ -35,15 +36,26 @@ STOPPED = 75
 """Exit status of a run that was stopped by SIGTERM or SIGINT after saving a checkpoint (EX_TEMPFAIL in sysexits.h)."""
 
 
+_UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+"""Characters that a terminal obeys, can't print or reorders. Names in files may have them."""
+
+
+def _printable(message: str) -> str:
+    return _UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), message)
+
+
 class SeqlenCurriculumError(Exception):
-    """Base class of all user-facing errors."""
+    """Base class of all user-facing errors. Control characters in a message are escaped."""
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__(_printable(str(message)))
 
 
 class ConfigError(SeqlenCurriculumError, ValueError):
     """One or more problems in a configuration, listed in ``problems``."""
 
     def __init__(self, problems: str | Sequence[str], where: str = "") -> None:
-        self.problems: list[str] = [problems] if isinstance(problems, str) else list(problems)
+        self.problems = [_printable(problem) for problem in ([problems] if isinstance(problems, str) else problems)]
         self.where = where
         head = f"{where}: " if where else ""
         if len(self.problems) == 1:

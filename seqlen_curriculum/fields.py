@@ -170,7 +170,7 @@ def misspelt_sections(raw: Mapping[str, Any], known: Iterable[str]) -> list[str]
     for key in map(str, raw):
         meant = None if key in names or key.startswith("_") else suggest(key, names, cutoff=0.8)
         if meant:
-            problems.append(f"{key}: unknown key; did you mean '{meant}'?")
+            problems.append(f"{shown(key)[1:-1]}: unknown key; did you mean '{meant}'?")
         if len(problems) == _MOST_PROBLEMS:
             break
     return problems
@@ -186,7 +186,7 @@ def describe_errors(error: ValidationError, section: type[BaseModel], where: str
 
 def _describe(detail: Any, section: type[BaseModel], where: str) -> str:
     path, value, message = detail["loc"], detail["input"], detail["msg"].removeprefix("Value error, ")
-    key = ".".join([*filter(None, [where]), *map(str, path)])
+    key = ".".join([*filter(None, [where]), *(shown(str(part))[1:-1] for part in path)])
     if issubclass(section, Flags):  # the rest of the path is an index into the flag's list
         key = flag(str(path[0])) if path else ""
     if detail["type"] == "extra_forbidden":

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from seqlen_curriculum.errors import CheckpointError, ConfigError
-from seqlen_curriculum.strict_json import loads, without_comments
+from seqlen_curriculum.strict_json import loads, shown, without_comments
 
 __all__ = [
     "apply_override",
@@ -46,6 +46,9 @@ __all__ = [
 _LEFTOVER_SECONDS = 3600
 """Older temporary files are leftovers of killed processes: no process takes an hour to write one."""
 
+_MOST_CHARACTERS = 2**22
+"""Characters of a run's file. More of them are a corpus, or a device that has no end."""
+
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 """Errors of flock on a file system without locks: Lustre without ``-o flock``, NFS without a lock daemon."""
 
@@ -57,10 +60,15 @@ def read_json(path: Path, comments: bool = False) -> dict[str, Any]:
     """
     try:
         # "utf-8-sig" skips the byte order mark that some editors on Windows write.
-        text = path.read_text(encoding="utf-8-sig" if comments else "utf-8")
+        with path.open(encoding="utf-8-sig" if comments else "utf-8") as file:
+            text = file.read(_MOST_CHARACTERS + 1 if comments else -1)
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise ConfigError(f"can't be read ({reason}); give the path of a run's JSON file", str(path)) from error
+    if comments and len(text) > _MOST_CHARACTERS:
+        raise ConfigError(
+            f"has more than {_MOST_CHARACTERS:,} characters; give the path of a run's JSON file", str(path)
+        )
     try:
         value = loads(without_comments(text) if comments else text)
     except json.JSONDecodeError as error:
@@ -78,19 +86,21 @@ def apply_override(raw: dict[str, Any], override: str) -> None:
     """Set ``a.b=value`` in place; the value is read as JSON, or as a string if it isn't JSON. Raises ConfigError."""
     path, equals, text = override.partition("=")
     if not equals or not all(path.split(".")):
-        raise ConfigError(f"--set {override!r}: write section.key=value, as in --set training.train_tokens=2e9")
+        raise ConfigError(f"--set {shown(override)}: write section.key=value, as in --set training.train_tokens=2e9")
     try:
         value = loads(text)
     except json.JSONDecodeError:
         value = text
     except (ValueError, RecursionError) as error:
-        raise ConfigError(f"--set {override[:80]!r}: {error}") from error
+        raise ConfigError(f"--set {shown(override)}: {error}") from error
     *parents, key = path.split(".")
     target = raw
     for parent in parents:
         target = target.setdefault(parent, {})
         if not isinstance(target, dict):
-            raise ConfigError(f"--set {override!r}: '{parent}' holds {target!r}, not an object with keys")
+            raise ConfigError(
+                f"--set {shown(override)}: {shown(parent)} holds {shown(target)}, not an object with keys"
+            )
     target[key] = value
 
 

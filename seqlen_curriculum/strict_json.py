@@ -98,7 +98,7 @@ def _refuse_ambiguous(text: str) -> None:
 
     def problem(message: str) -> ConfigError:
         place = json.JSONDecodeError("", text, found.start())
-        keys = [str(container.at) for container in inside if container.at is not None]
+        keys = [shown(str(container.at))[1:-1] for container in inside if container.at is not None]
         path = ".".join(keys[:_SHOWN_KEYS]) + ("..." if len(keys) > _SHOWN_KEYS else "")
         where = f"(line {place.lineno}, column {place.colno})"
         return ConfigError(f"{path}: {message} {where}" if path else f"{message} {where}")
@@ -116,9 +116,9 @@ def _refuse_ambiguous(text: str) -> None:
         elif container is not None and container.at is None:
             key = json.loads(token)
             if reason := not_text(key):
-                raise problem(f"key {key!r} {reason}")
+                raise problem(f"key {shown(key)} {reason}")
             if key in container.keys:
-                raise problem(f"key '{key}' is given twice in one object; keep one")
+                raise problem(f"key {shown(key)} is given twice in one object; keep one")
             container.keys.add(key)
             container.at = key
         elif token[0] == '"':

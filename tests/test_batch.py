@@ -191,6 +191,10 @@ class TestSegments:
         assert new["ids"].tolist() == [7, 7, 9, 9]
         assert new["features"].tolist() == [[1, 0], [1, 0], [0, 1], [0, 1]]
         assert new["weights"].shape == (5,)
+        # of one number per row, position ids are a value of the row too
+        assert cut({"input_ids": ids(), "position_ids": torch.tensor([7, 9])}, 4, truncate=False)[
+            "position_ids"
+        ].shape == (4,)
 
     def test_the_full_length_divides_itself_once(self):
         assert cut({"input_ids": ids()}, 5, truncate=False)["input_ids"].equal(ids()[:, :5])

@@ -230,6 +230,19 @@ class TestRefusals:
             cut({**every_key(5, 3), name: value}, 4)
 
     def test_lists(self):
+        with pytest.raises(DataError, match=r"^input_ids: shape \(0, 8\) holds no tokens"):
+            cut(
+                {
+                    "input_ids": torch.ones(0, 8),
+                    "position_ids": torch.ones(0, 8).long(),
+                    "cu_seq_lens_q": torch.zeros(1),
+                },
+                4,
+            )
+        with pytest.raises(DataError, match=r"^position_ids: shape \(1, 0\) doesn't fit"):
+            cut({"input_ids": torch.ones(1, 8), "position_ids": torch.ones(1, 0).long()}, 4)
+        nothing = cut({**flattened(5, 3), "cu_seq_lens_q": None, "seq_idx": None}, 4)
+        assert (nothing["cu_seq_lens_q"], nothing["seq_idx"], nothing["position_ids"][0, 4]) == (None, None, 0)
         with pytest.raises(DataError, match=r"^cu_seq_lens_q: a list can't be shortened; give a tensor"):
             cut({**every_key(5, 3), "cu_seq_lens_q": [0, 5, 8]}, 4)
 

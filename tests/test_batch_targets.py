@@ -57,6 +57,7 @@ class TestShiftLabels:
         new, targets = emit(inside(), 8)
         assert new["shift_labels"].tolist() == [[2, 3, 4, 5, 6, 7, 8, -100], [12, 13, 14, 15, 16, 17, 18, -100]]
         assert targets == 2 * 7
+        assert emit(inside(2, 0), 8)[0]["shift_labels"].shape == (2, 0)
 
     def test_given_ones_are_not_replaced(self):
         new, _ = emit(inside(shift_labels=ids() + 50), 2)

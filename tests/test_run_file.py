@@ -193,7 +193,7 @@ def test_a_path_that_can_not_be_read_is_one_line(tmp_path, monkeypatch):
         raise PermissionError(13, "Permission denied")
 
     (tmp_path / "run.json").write_text("{}")
-    for method in ("read_text", "is_dir"):  # a closed file, and a file in a closed folder; root may read both
+    for method in ("open", "is_dir"):  # a closed file, and a file in a closed folder; root may read both
         with monkeypatch.context() as patch:
             patch.setattr(Path, method, closed)
             with pytest.raises(ConfigError, match=r"run.json: can't be read \(Permission denied\); give"):
@@ -404,3 +404,39 @@ def test_a_misspelt_section_is_one_problem(tmp_path):
 def test_a_missing_file_is_named_once(tmp_path):
     with pytest.raises(ConfigError, match=rf"^{tmp_path}/none: can't be read \(No such file or directory\); give"):
         RunConfig.load(tmp_path / "none")
+
+
+@pytest.mark.parametrize("path", ["/dev/zero", "corpus.json"])
+def test_a_file_without_end_is_not_read_whole(tmp_path, monkeypatch, path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "corpus.json").write_text('{"text": "a document"}\n' * 2**18)
+    with pytest.raises(
+        ConfigError, match=rf"{path}: has more than 4,194,304 characters; give the path of a run's JSON"
+    ):
+        RunConfig.load(path)
+
+
+class TestNamesInMessages:
+    """Keys are of anybody's making: they can't move the cursor, hide text, look like another line, or fill the screen."""
+
+    @pytest.mark.parametrize("key", ["a\nerror: b", "a\x1b[2J", "a\u202eb", "a\u2028b"])
+    def test_no_character_of_a_key_is_obeyed(self, tmp_path, key):
+        for section in ("training", "model", "scheduler"):
+            (tmp_path / "run.json").write_text(json.dumps(changed(GOOD, **{f"{section}__{key}": 1})))
+            with pytest.raises(ConfigError, match="unknown key") as found:
+                RunConfig.load(tmp_path / "run.json")
+            assert str(found.value).isprintable()
+        (tmp_path / "run.json").write_text(json.dumps({"b": {key: float("nan")}}))
+        with pytest.raises(ConfigError, match="NaN is not a JSON number") as found:
+            RunConfig.load(tmp_path / "run.json")
+        assert str(found.value).isprintable()
+
+    def test_a_long_key_or_override_is_cut(self, tmp_path):
+        (tmp_path / "run.json").write_text(json.dumps(changed(GOOD, **{"training__" + "x" * 9_000: 1})))
+        with pytest.raises(ConfigError, match=r"training\.x+\.\.\.x+: unknown key") as found:
+            RunConfig.load(tmp_path / "run.json")
+        assert len(str(found.value)) < 700
+        for override in ("x." + "y" * 9_000, "optimizer.type.x=1", "train_batch_size.=" + "1" * 9_000):
+            with pytest.raises(ConfigError, match="--set ") as found:
+                RunConfig.load(next(Path("configs").rglob("tiny*.json")), [override])
+            assert len(str(found.value)) < 300

@@ -78,6 +78,8 @@ def cut_documents(values: Mapping[Path, Any], tokens: Path, positions: Path, seq
     shape, old = values[tokens].shape, values[positions]
     if old.shape[-1] != shape[-1] or (old.ndim == 2 and len(old) not in (1, shape[0])):
         raise misfit(positions, old, shape[0] if len(shape) == 2 else 1, shape[-1])
+    if 0 in shape:
+        raise DataError(f"{dotted(tokens)}: shape {tuple(shape)} holds no tokens; leave empty padding-free batches out")
     columns = torch.arange(shape[-1], device=old.device)
     starts = _document_starts(old)  # (B or 1, T)
     offsets = (columns - torch.where(starts, columns, 0).cummax(-1).values) % seqlen  # 0 at the start of each piece
@@ -86,7 +88,7 @@ def cut_documents(values: Mapping[Path, Any], tokens: Path, positions: Path, seq
     # transformers' FlashAttention takes the smallest position as the start of a document, so every piece starts with it.
     new: dict[Path, Any] = {positions: (offsets + old.min()).to(old.dtype)}
     for path, value in values.items():
-        name = path[-1] if path else None
+        name = path[-1] if path and value is not None else None
         if name in _CUMULATIVE or name == "seq_idx":
             _check_boundaries(path, value, starts.expand(shape))
         if name in _CUMULATIVE:
@@ -119,7 +121,7 @@ def _document_starts(positions: Tensor) -> Tensor:
 def _restart(positions: Tensor) -> bool:
     """Return whether positions count up and restart at their smallest value inside a row, as in packed rows."""
     # Positions that restart at their smallest value never end T - 1 above their first one.
-    if bool((positions[..., -1] - positions[..., 0] == positions.shape[-1] - 1).all()):
+    if not positions.numel() or bool((positions[..., -1] - positions[..., 0] == positions.shape[-1] - 1).all()):
         return False
     is_break = _document_starts(positions)[..., 1:]
     return bool(is_break.any()) and bool((positions[..., 1:][is_break] == positions.min()).all())

@@ -54,7 +54,7 @@ class RowColumns:
 
     def shorten(self, path: Path, tensor: Tensor) -> Tensor:
         """Return the tensor with its sequence axes shortened, (B, ...) to (B * K, ...)."""
-        if path[-1:] == ("position_ids",):
+        if path[-1:] == ("position_ids",) and tensor.ndim > 1:
             return self.shorten_positions(path, tensor)
         axes = self.sequence_axes(path, tensor)
         if axes:

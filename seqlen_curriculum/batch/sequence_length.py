@@ -154,7 +154,7 @@ def _with_shift_labels(batch: Batch) -> Batch:
             f"emit_shift_labels: this {type(batch).__name__} is not a mapping with labels (rows, tokens); give it one"
         )
     new: Any = copy.copy(batch) if isinstance(batch, (dict, UserDict)) else dict(batch)
-    new["shift_labels"] = pad(labels[:, 1:], (0, 1), value=IGNORED)
+    new["shift_labels"] = pad(labels[:, 1:], (0, 1), value=IGNORED)[:, : labels.shape[1]]  # no column for rows of none
     return cast(Batch, new)
 
 

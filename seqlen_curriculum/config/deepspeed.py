@@ -34,7 +34,7 @@ class _Nested(_Open):
         for name in undeclared:
             meant = suggest(str(name), cls.model_fields, cutoff=0.85)
             if meant:
-                raise ValueError(f"{name} is unknown; did you mean '{meant}'?")
+                raise ValueError(f"{shown(str(name))[1:-1]} is unknown; did you mean '{meant}'?")
         return data
 
 
