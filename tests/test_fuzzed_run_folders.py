@@ -66,7 +66,7 @@ CONTENTS = {
 }
 NUMBERS = st.sampled_from([0, -1, 0.5, 1e308, 10**15, 2**63, 10**400, math.nan, math.inf, True, 5])
 NAMES = st.sampled_from(["", "..", "a\0b", "../x", "/etc/passwd", "x" * 5000, "\ud800", "training", "é", "."])
-VALUES = st.one_of(NUMBERS, NAMES, st.none(), st.just([]), st.just({}), st.just({"a": {"b": [1]}}))
+VALUES = st.one_of(NUMBERS, NAMES, st.none(), st.builds(list), st.builds(dict), st.builds(lambda: {"a": {"b": [1]}}))
 
 
 def places(value, path=()):
