@@ -223,7 +223,7 @@ ATTACKS = {
     linked_ledger: "rollbacks.json: is a link to",
     linked_latest: "",
     linked_lock: ".lock: is a link",
-    linked_tokenizer_files: "leads out of its folder",
+    linked_tokenizer_files: "is a link to",
     linked_unfinished_checkpoint: "",
     linked_checkpoint: "give that folder to export it",
     a_tokenizer_that_panics: "not a tokenizer.json (Precompiled",

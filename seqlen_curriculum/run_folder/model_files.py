@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from seqlen_curriculum.errors import CheckpointError
 from seqlen_curriculum.files import read_json
+from seqlen_curriculum.run_folder.own_files import check_own, wrong_name
 
 __all__ = ["TOKENIZER_FILES", "check_files", "ordinary_file", "weight_files", "weight_shapes"]
 
@@ -68,23 +69,14 @@ def _kernel(config: dict[str, Any]) -> str:
 def ordinary_file(folder: Path, name: str) -> Path:
     """Return the path of the file ``name`` in ``folder``.
 
-    Raises CheckpointError if it leads out of the folder, by its name or as a link, or isn't an ordinary file. Links of
-    Hugging Face's cache are followed: there, each file is a link to ``models--NAME/blobs/HASH``.
+    Raises CheckpointError if it leads out of the folder, by its name or as a link, or isn't an ordinary file.
     """
-    path = folder / name
-    try:
-        real = path.resolve()
-        is_cached = real.parent.name == "blobs" and real.parent.parent.name.startswith("models--")
-        if not is_cached and not real.is_relative_to(folder.resolve()):
-            problem = "leads out of its folder; copy the file into the folder"
-        elif not real.is_file():
-            problem = "is not an ordinary file" if real.exists() else "there is no such file"
-            problem += "; copy the folder again"
-        else:
-            return path
-    except (OSError, ValueError) as error:  # a name of 5,000 characters, or with a NUL character
-        problem = f"can't be read ({getattr(error, 'strerror', None) or error}); copy the folder again"
-    raise CheckpointError(f"{str(path)[:300]!r}: {problem}")
+    if reason := wrong_name(name):
+        raise CheckpointError(f"{folder}: {reason}; save the model again with save_pretrained")
+    check_own(folder / name)
+    if not (folder / name).exists():
+        raise CheckpointError(f"{folder / name}: there is no such file; copy the folder again")
+    return folder / name
 
 
 def weight_files(folder: Path) -> list[Path]:
