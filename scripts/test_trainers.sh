@@ -5,7 +5,7 @@
 #   PYTEST_ARGUMENT  passed to pytest, for example -k resume
 # The environment is .cache/trainers/NAME. It is reused until the requirements change. NAME.txt lists the trainer and the
 # packages that it needs, NAME.overrides.txt the versions that replace its own pins. uv installs them, and is installed itself if
-# it is missing. uv reads UV_FIND_LINKS, else PIP_FIND_LINKS; UV_TORCH_BACKEND=cpu selects PyTorch's CPU builds.
+# it is missing. PYTHON names another interpreter than python3: axolotl needs Python 3.12. uv reads UV_FIND_LINKS, else PIP_FIND_LINKS; UV_TORCH_BACKEND=cpu selects PyTorch's CPU builds.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -44,17 +44,17 @@ prepare() {
     echo "installing $requirements into $folder (a few minutes the first time)"
     uv=$(find_uv)
     rm -rf "$folder"
-    "$uv" venv --quiet --python "$(command -v python3)" "$folder"
+    "$uv" venv --quiet --python "${PYTHON:-$(command -v python3)}" "$folder"
     # shellcheck disable=SC2086 # one argument per tool
     UV_FIND_LINKS="${UV_FIND_LINKS:-${PIP_FIND_LINKS:-}}" "$uv" pip install --quiet --compile-bytecode --python "$folder/bin/python" \
-        --requirement "$requirements" --override "$overrides" $tools --editable .
+        --requirement "$requirements" --override "$overrides" $tools --editable . || return
     echo "$wanted" > "$folder/installed"
 }
 
 failed=()
 for name in "${names[@]}"; do
     echo "== $name"
-    prepare "$name"
+    prepare "$name" || { failed+=("$name") && continue; }
     # The trainers' own warnings are not errors here.
     DS_ACCELERATOR=cpu OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" ".cache/trainers/$name/bin/python" -m pytest \
         -o filterwarnings=default -m trainers "tests/test_$name.py" "$@" || failed+=("$name")

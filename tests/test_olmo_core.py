@@ -369,6 +369,7 @@ def test_two_ranks_share_the_rows_of_a_step(own_tokens, run_rows, place, run):
 
 def run_rank(place):
     """Train on this rank: OLMo-core's data, the run's rows, and the latter from one rank's checkpoint of step 10."""
+    from olmo_core.distributed import parallel
     from olmo_core.train import prepare_training_environment
 
     prepare_training_environment(backend="gloo")
@@ -380,6 +381,7 @@ def run_rank(place):
     }
     results = {}
     for name, (settings, options) in parts.items():
+        parallel._WORLD_MESH = None  # otherwise a process builds one model only
         _, seen = train(place / f"two-{name}", settings, **options)
         results[name] = {"rows": rows_by_step(seen), "tokens": seen["tokens"], "rates": seen["rates"]}
     (place / f"rank{os.environ['RANK']}.json").write_text(json.dumps(results))
