@@ -430,3 +430,8 @@ def test_what_this_machine_lacks_is_reported_before_ranks_are_started(monkeypatc
     )
     assert 'use "bf16": {"enabled": true} instead' in precision
     check_this_machine({"fp16": {"enabled": False}, "wandb": {"enabled": False}})
+
+
+def test_a_dot_in_a_key_makes_no_section():
+    with pytest.raises(ConfigError, match=r"^tensor_parallel\.\.\./\.: unknown key"):
+        RunConfig.from_dict({**GOOD, "tensor_parallel.../.": 1})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from collections.abc import Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
@@ -87,15 +88,15 @@ def _apply(
             if path in SECTIONS and path not in DeepSpeedKeys.model_fields and value is not None:
                 problems.append(f"{path}: {shown(value)} is not an object; write {{...}}")
             elif rule is None:
-                _check_name(path, has_model, problems, ignored)
+                _check_name(prefix, str(name), has_model, problems, ignored)
                 problems += _wrong_value(path, value)
     return kept
 
 
-def _check_name(path: str, has_model: bool, problems: list[str], ignored: list[str]) -> None:
+def _check_name(prefix: str, name: str, has_model: bool, problems: list[str], ignored: list[str]) -> None:
     """Report a key that DeepSpeed does not know, unless another version of it is installed than ``LISTED``."""
-    section, _, name = path.rpartition(".")
-    known = SECTIONS[section] if section else PASSED | RENAMED
+    section, path = prefix.removesuffix("."), f"{prefix}{name}"
+    known = SECTIONS.get(section, frozenset()) if section else PASSED | RENAMED
     # A leading underscore marks a comment.
     if name in known or name.startswith("_") or installed_deepspeed() not in ("", LISTED):
         return
@@ -123,6 +124,7 @@ def _wrong_value(path: str, value: object) -> Iterator[str]:
         yield f"{path}: {shown(value)} is not known; did you mean '{meant}'?"
 
 
+@functools.cache
 def installed_deepspeed() -> str:
     """Return the version of DeepSpeed, without importing it; empty if it is not installed."""
     try:
