@@ -5,7 +5,8 @@
 #   PYTEST_ARGUMENT  passed to pytest, for example -k resume
 # The environment is .cache/trainers/NAME. It is reused until the requirements change. NAME.txt lists the trainer and the
 # packages that it needs, NAME.overrides.txt the versions that replace its own pins. uv installs them, and is installed itself if
-# it is missing. PYTHON names another interpreter than python3: axolotl needs Python 3.12. uv reads UV_FIND_LINKS, else PIP_FIND_LINKS; UV_TORCH_BACKEND=cpu selects PyTorch's CPU builds.
+# it is missing. PYTHON names another interpreter than python3: axolotl needs Python 3.12. uv reads UV_FIND_LINKS, else
+# PIP_FIND_LINKS; UV_TORCH_BACKEND=cpu selects PyTorch's CPU builds.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

@@ -4,13 +4,10 @@ Axolotl has an environment of its own: bash scripts/test_trainers.sh axolotl. Th
 """
 
 import json
-import os
 import random
-import sys
 from pathlib import Path
 
 import pytest
-from helpers.launching import limit
 from helpers.settings import changed
 
 pytestmark = pytest.mark.trainers
@@ -231,29 +228,6 @@ def test_resume_mid_warmup_is_bit_identical(folder, packed, tmp_path):
         assert torch.equal(resumed.model.state_dict()[name], weight), name
 
 
-def test_two_ranks_share_the_batches_of_a_step(packed, tmp_path):
-    import subprocess
-
-    configuration, one, seen = packed
-    changes = {"output_dir": str(tmp_path / "out"), "gradient_accumulation_steps": 2}
-    (tmp_path / "two.json").write_text(json.dumps({**configuration, **changes}))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", __file__]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
-    subprocess.run([*command, str(tmp_path)], check=True, timeout=limit(300), env=environment)
-    ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1)]
-    for step, batches in by_step(seen, "input_ids").items():
-        two = [batch for rank in ranks for batch in rank["batches"][str(step)]]
-        assert sorted(two) == sorted(batch.tolist() for batch in batches)
-    assert all(rank["rates"] == rates(one) for rank in ranks[:1])  # only rank 0 logs
-
-
-def run_rank(folder):
-    """Train the configuration in ``folder`` on this rank, and write what it was given."""
-    trainer, seen = train(folder, json.loads((folder / "two.json").read_text()), pytest.MonkeyPatch())
-    batches = {step: [batch.tolist() for batch in batches] for step, batches in by_step(seen, "input_ids").items()}
-    (folder / f"rank{os.environ['RANK']}.json").write_text(json.dumps({"batches": batches, "rates": rates(trainer)}))
-
-
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
@@ -295,8 +269,3 @@ def test_batches_that_cannot_be_shortened_are_refused_before_data_is_prepared(ch
 def test_the_plugin_needs_its_key(folder, run, tmp_path):
     with pytest.raises(ValueError, match="sequence_length_warmup: required by SequenceLengthWarmupPlugin"):
         train(folder, settings(folder, tmp_path, None, False), pytest.MonkeyPatch())
-
-
-if __name__ == "__main__":
-    os.environ |= {"AXOLOTL_DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1", "WANDB_DISABLED": "1"}
-    run_rank(Path(sys.argv[1]))
