@@ -22,7 +22,8 @@ from composer.algorithms import SeqLengthWarmup
 from composer.models import ComposerModel
 from composer.utils import dist
 from helpers.launching import ROOT, free_port, limit, running
-from helpers.mosaicml import RATE, Fit, FullRows, Llama, expected_rows, planned
+from helpers.mosaicml import RATE, Fit, Llama, expected_rows, planned
+from helpers.own_rows import FullRows
 from helpers.settings import changed
 from torch.utils.data import DataLoader
 

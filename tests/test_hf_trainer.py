@@ -10,13 +10,14 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from helpers.own_rows import FullRows
 from helpers.settings import changed
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
 from helpers.hf import arguments, expected_rows, losses, rates, tiny_llama  # noqa: E402
-from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler  # noqa: E402
+from torch.utils.data import DataLoader, IterableDataset, RandomSampler  # noqa: E402
 from transformers import (  # noqa: E402
     BloomConfig,
     BloomForCausalLM,
@@ -157,20 +158,6 @@ def test_a_checkpoint_of_another_schedule_is_refused(run, tmp_path):
     state.write_text(json.dumps(without))
     with pytest.raises(CheckpointError, match="without a sequence length warmup"):
         train(run, tmp_path, resume=str(tmp_path / "checkpoint-10"))
-
-
-class FullRows(Dataset):
-    """A user's own data: rows of 32 tokens, of which the first says which row it is."""
-
-    def __init__(self, rows):
-        self.rows = rows
-
-    def __len__(self):
-        return self.rows
-
-    def __getitem__(self, index):
-        tokens = torch.cat([torch.tensor([index % 257]), torch.randint(257, (31,), generator=torch.manual_seed(index))])
-        return {"input_ids": tokens, "labels": tokens.clone(), "attention_mask": torch.ones(32, dtype=torch.int64)}
 
 
 def test_a_users_own_rows_are_cut_where_they_are_used(run, tmp_path):

@@ -1,4 +1,4 @@
-"""No command replaces a file unless it is told to, and none that fails at a check leaves something behind."""
+"""Commands replace no file without ``--overwrite``, and leave no file behind if a check fails."""
 
 import json
 

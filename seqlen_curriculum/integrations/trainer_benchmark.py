@@ -137,7 +137,7 @@ class _Clock(TrainerCallback):  # type: ignore[misc]
         self._ends: list[_Time] = []
         self._progress = tqdm(unit="step", disable=None)
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002 - as it is called
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002 - the callbacks' signature
         case = self._cases[state.global_step // self._steps % len(self._cases)]
         self.trainer.balances = case.balance
 

@@ -25,9 +25,9 @@ def tiny_llama():
     return Llama(LlamaConfig(vocab_size=257, max_position_embeddings=32, **sizes))
 
 
-def arguments(folder, **changes):
-    """Arguments of a Trainer whose steps have 8 rows on one rank."""
-    defaults = {
+def settings(folder):
+    """Return settings of a Trainer, or of a subclass, whose steps have 8 rows on one rank."""
+    return {
         "output_dir": str(folder),
         "per_device_train_batch_size": 2,
         "gradient_accumulation_steps": 4,
@@ -38,7 +38,10 @@ def arguments(folder, **changes):
         "disable_tqdm": True,
         "use_cpu": True,
     }
-    return TrainingArguments(**{**defaults, **changes})
+
+
+def arguments(folder, **changes):
+    return TrainingArguments(**{**settings(folder), **changes})
 
 
 def expected_rows(plan, first=1):

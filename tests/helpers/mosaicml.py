@@ -6,7 +6,6 @@ from composer import Callback, Trainer
 from composer.loggers import InMemoryLogger
 from composer.models import HuggingFaceModel
 from composer.utils import dist
-from torch.utils.data import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from seqlen_curriculum.data.from_config import open_training_data
@@ -39,20 +38,6 @@ class Rates(Callback):
 
     def after_train_batch(self, state, logger):  # noqa: ARG002 - Composer's signature
         self.rates.append(state.optimizers[0].param_groups[0]["lr"])
-
-
-class FullRows(Dataset):
-    """A user's own data: rows of 32 tokens, of which the first is the number of the row."""
-
-    def __init__(self, rows):
-        self.rows = rows
-
-    def __len__(self):
-        return self.rows
-
-    def __getitem__(self, index):
-        tokens = torch.cat([torch.tensor([index]), torch.randint(257, (31,), generator=torch.manual_seed(index))])
-        return {"input_ids": tokens, "labels": tokens.clone(), "attention_mask": torch.ones(32, dtype=torch.int64)}
 
 
 class Fit:

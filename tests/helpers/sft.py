@@ -6,7 +6,7 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
 
-from helpers.hf import tiny_llama
+from helpers import hf
 from helpers.settings import changed
 from seqlen_curriculum.integrations.transformers import warm_up
 
@@ -51,15 +51,7 @@ def sft_trainer(folder, run, strategy, **settings):
     ``strategy`` is the strategy of packing, or None.
     """
     defaults = {
-        "output_dir": str(folder),
-        "per_device_train_batch_size": 2,
-        "gradient_accumulation_steps": 4,
-        "learning_rate": 5e-3,
-        "report_to": [],
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "disable_tqdm": True,
-        "use_cpu": True,
+        **hf.settings(folder),
         "bf16": False,
         "max_length": 32,
         "activation_checkpointing": False,
@@ -68,7 +60,7 @@ def sft_trainer(folder, run, strategy, **settings):
     }
     rows = Dataset.from_list(documents())
     trainer = Recorded(
-        model=tiny_llama(),
+        model=hf.tiny_llama(),
         args=SFTConfig(**{**defaults, **settings}),
         train_dataset=rows,
         eval_dataset=rows.select(range(16)) if "eval_strategy" in settings else None,
