@@ -15,16 +15,20 @@ CPU = torch.device("cpu")
 
 
 class Reads:
-    """Notes what is read and in which thread; a step in ``broken`` is an error, those in ``held`` wait for ``go``."""
+    """Notes what is read and in which thread.
+
+    A step in ``broken`` is an error. One in ``held`` sets ``reading`` and waits for ``go``.
+    """
 
     def __init__(self, broken=(), held=()):
-        self.broken, self.held, self.go = broken, held, threading.Event()
+        self.broken, self.held, self.go, self.reading = broken, held, threading.Event(), threading.Event()
         self.begun, self.done, self.threads = [], [], set()
 
     def __call__(self, step):
         self.begun.append(step)
         self.threads.add(threading.current_thread())
         if step in self.held:
+            self.reading.set()
             assert self.go.wait(60)
         if step in self.broken:
             raise DataError(f"step {step} is damaged")
@@ -87,6 +91,7 @@ def test_what_was_read_ahead_is_thrown_away(started):
     reads = Reads(held=[2], broken=[2])
     prefetcher = started(reads)
     prefetcher.take(1, 2)
+    assert reads.reading.wait(60)  # before that the read would be cancelled
     threading.Timer(0.1, reads.go.set).start()
     prefetcher.discard()  # neither raises the error nor leaves the thread reading
     assert reads.begun == [1, 2]

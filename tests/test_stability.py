@@ -38,6 +38,13 @@ def test_ratios_by_hand():
     assert ratios_to_best([]).tolist() == []
 
 
+def test_there_is_no_ratio_to_a_loss_of_zero_nor_beyond_the_numbers():
+    assert np.isnan(ratios_to_best([0, 5, 5])).all()
+    assert np.isnan(ratios_to_best([1e-300, 1e300])).all()
+    summary = stability(training([0, 5, 5]))
+    assert (summary["spikes"], summary["max_loss_ratio"], summary["max_loss_ratio_step"]) == ([], None, None)
+
+
 def test_a_run_by_hand():
     # ratios 5 / 4 = 1.25, 0.5, 2.4 / 2 = 1.2 (no spike: not above), 3 / 2 = 1.5
     summary = stability(training([4, 5, 2, 2.4, 3]), validation(math.log(10), math.log(13), math.log(14), math.log(9)))
@@ -64,7 +71,7 @@ def test_perplexities_above_the_logs_limit_are_distinguished():
 def test_a_single_step_has_no_ratio():
     summary = stability(training([4]))
     assert (summary["max_loss_ratio"], summary["max_loss_ratio_step"], summary["spikes"]) == (None, None, [])
-    assert describe_stability(summary) == "loss ratio       needs two steps"
+    assert describe_stability(summary) == "loss ratio       needs two steps with losses above 0"
 
 
 def test_correlations_are_scipys_over_the_steps_that_have_a_variance():
@@ -75,6 +82,9 @@ def test_correlations_are_scipys_over_the_steps_that_have_a_variance():
     assert (found["r"], found["p"]) == (pytest.approx(expected.statistic), pytest.approx(expected.pvalue))
     assert found["steps"] == 4
     assert "variance_max" not in summary["correlations"]  # it never changes
+    for scale in (1e300, 1e-300):  # whose squares overflow and vanish
+        scaled = stability(training(losses, variance_norm=[v and scale * v for v in variance]))["correlations"]
+        assert scaled["variance_norm"]["r"] == pytest.approx(expected.statistic)
     assert f"{found['r']:.2f} of loss ratio and variance_norm" in describe_stability(summary)
 
 

@@ -16,7 +16,9 @@ def pearson(first: Sequence[float], second: Sequence[float]) -> tuple[float, flo
     The p-value is that of Student's t-test: the probability that n uncorrelated, normally distributed pairs have an |r| at
     least as large. With x = 1 - r^2 it is the regularized incomplete beta function I_x(n/2 - 1, 1/2).
     """
-    r = float(np.clip(np.corrcoef(first, second)[0, 1], -1, 1))
+    columns = [np.asarray(side, dtype=np.float64) for side in (first, second)]
+    # Divided by their maxima, because squares of the numbers themselves may overflow or vanish.
+    r = float(np.clip(np.corrcoef([column / np.abs(column).max() for column in columns])[0, 1], -1, 1))
     return r, _incomplete_beta((1 - r) * (1 + r), len(first) / 2 - 1, 0.5)
 
 

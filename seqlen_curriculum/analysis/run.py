@@ -164,10 +164,10 @@ class Run:
         return Series(values, *(end[chosen] for end in self.ends))
 
     def loss_ratios(self) -> Series:
-        """Return the loss ratio of every step except the first, which has none."""
+        """Return the loss ratio of every step that has one: not the first."""
         losses = self.series("loss")
         ratios = Series(ratios_to_best(losses.values), losses.step, losses.tokens, losses.hours)
-        return ratios[np.arange(1, max(1, len(losses.values)))]
+        return ratios[np.flatnonzero(~np.isnan(ratios.values))]
 
     @cached_property
     def timed(self) -> tuple[NDArray[Any], Column, Column]:

@@ -27,7 +27,7 @@ def stability(steps: Sequence[dict[str, Any]], evaluations: Sequence[dict[str, A
     """Return the measures of training and evaluation records (of ``load_run``) as one JSON object.
 
     - ``steps``: their number; ``spikes``: [{step, seqlen, lr, loss, ratio}]; ``spike_share``: fraction of the steps
-    - ``max_loss_ratio``, ``max_loss_ratio_step``: None for a single step
+    - ``max_loss_ratio``, ``max_loss_ratio_step``: None if no step has a ratio, as for a single step
     - ``evaluations``: their number; ``fluctuations``: [{step, valid_ppl, ratio}]; ``max_perplexity_ratio``
     - ``correlations``: the result of ``correlations``
     """
@@ -35,13 +35,13 @@ def stability(steps: Sequence[dict[str, Any]], evaluations: Sequence[dict[str, A
     # Computed from the loss, because the log's perplexity is cut off at exp(20).
     perplexity = perplexity_ratios([record["valid_loss"] for record in evaluations])
     spikes = _records_above(SPIKE, steps, ratios, ("step", "seqlen", "lr", "loss"))
-    # A single step has the ratio NaN, so there is no maximum.
+    known = not np.isnan(ratios).all()
     return {
         "steps": len(steps),
         "spikes": spikes,
         "spike_share": len(spikes) / len(steps),
-        "max_loss_ratio": float(np.nanmax(ratios)) if len(steps) > 1 else None,
-        "max_loss_ratio_step": steps[int(np.nanargmax(ratios))]["step"] if len(steps) > 1 else None,
+        "max_loss_ratio": float(np.nanmax(ratios)) if known else None,
+        "max_loss_ratio_step": steps[int(np.nanargmax(ratios))]["step"] if known else None,
         "evaluations": len(evaluations),
         "fluctuations": _records_above(SIGNIFICANT, evaluations, perplexity, ("step", "valid_ppl")),
         "max_perplexity_ratio": float(np.nanmax(perplexity)) if len(evaluations) > 1 else None,
@@ -93,7 +93,7 @@ def correlations(steps: Sequence[dict[str, Any]], ratios: NDArray[np.float64]) -
 def describe_stability(summary: dict[str, Any]) -> str:
     """Return the measures as lines for a terminal."""
     if summary["max_loss_ratio"] is None:
-        return "loss ratio       needs two steps"
+        return "loss ratio       needs two steps with losses above 0"
     spikes, share = len(summary["spikes"]), summary["spike_share"]
     lines = [
         f"loss ratio       over {SPIKE} at {spikes:,} of {summary['steps']:,} steps ({share:.2%}), at most "

@@ -23,8 +23,11 @@ def loss_ratio(loss: float, best: float) -> float | None:
 
 
 def ratios_to_best(values: ArrayLike) -> NDArray[np.float64]:
-    """Return each of ``values`` (n,) over the lowest before it, (n,), with NaN for the first."""
-    return np.asarray(values, dtype=np.float64) / _best_before(values)
+    """Return ``loss_ratio`` of each of ``values`` (n,) to the lowest before it, (n,), with NaN for None."""
+    best = _best_before(values)
+    with np.errstate(over="ignore"):
+        ratios = np.asarray(values, dtype=np.float64) / np.where(best > 0, best, np.nan)
+    return np.where(np.isfinite(ratios), ratios, np.nan)
 
 
 def perplexity_ratio(loss: float, best: float) -> float:
