@@ -5,6 +5,7 @@ Shapes: ``B`` rows, ``S`` seqlen, ``V`` vocabulary, ``H`` hidden size.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -48,21 +49,12 @@ def build_model(config: ModelConfig, read_weights: bool = True) -> CausalLM | An
     """Build the model of the ``model`` section on the CPU in fp32, ready to train.
 
     The weights are those of ``hf_checkpoint``. Without it, or without ``read_weights`` (if a checkpoint of the run is
-    loaded), they are initialised from torch's global seed. Raises CheckpointError, ConfigError.
+    loaded), the architecture initialises them from torch's global seed. Raises CheckpointError, ConfigError.
     """
-    if config.initial is None:
+    if config.architecture is None:
         return build_gpt2(config)
-    folder = config.initial.folder
-    try:
-        with quiet():
-            lm_config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        drop_code(lm_config)
-    except (KeyError, OSError, TypeError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(
-            f"model.hf_checkpoint: {folder}: transformers can't read its config.json: {reason}"
-        ) from error
-    weights_folder = folder if read_weights else None
+    lm_config = _lm_config(config)
+    weights_folder = config.initial.folder if config.initial is not None and read_weights else None
     with quiet():
         if config.is_gpt2:
             lm = _pretrained_gpt2(config, lm_config, weights_folder)
@@ -71,6 +63,24 @@ def build_model(config: ModelConfig, read_weights: bool = True) -> CausalLM | An
     if config.activation_checkpointing:
         checkpoint_activations(lm)
     return CausalLM(lm) if config.is_gpt2 else AnyCausalLM(lm)
+
+
+def _lm_config(config: ModelConfig) -> Any:
+    """Return the configuration of transformers for the architecture of ``config``. Raises ConfigError."""
+    assert config.architecture is not None
+    where = config.source if config.initial is None else f"{config.source}: {config.hf_checkpoint}"
+    try:
+        with quiet():
+            if config.initial is not None:
+                folder = config.initial.folder
+                lm_config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            else:
+                lm_config = AutoConfig.for_model(**copy.deepcopy(config.architecture))
+        drop_code(lm_config)
+    except Exception as error:  # a wrong value raises one of many classes, also of other libraries
+        reason = " ".join(str(error).split())[:300]
+        raise ConfigError(f"{where}: transformers can't read its config.json: {reason}") from error
+    return lm_config
 
 
 def _pretrained_gpt2(config: ModelConfig, lm_config: Any, folder: Path | None) -> Any:
@@ -96,19 +106,27 @@ def _pretrained_gpt2(config: ModelConfig, lm_config: Any, folder: Path | None) -
 
 def _pretrained_lm(config: ModelConfig, lm_config: Any, folder: Path | None) -> Any:
     """Return any other causal language model, built by transformers."""
-    assert config.initial is not None
     try:
-        if folder is not None:
-            lm = load_model(folder)
-        else:
-            lm = AutoModelForCausalLM.from_config(lm_config, trust_remote_code=False).float()
+        lm = load_model(folder, padding=True) if folder is not None else _new_lm(config, lm_config)
     except ValueError as error:
-        raise ConfigError(f"model.hf_checkpoint: no causal language model of transformers ({error})") from error
-    if folder is None and (config.initial.folder / "generation_config.json").exists():
+        raise ConfigError(f"{config.source}: no causal language model of transformers ({error})") from error
+    if folder is None and config.initial is not None and (config.initial.folder / "generation_config.json").exists():
         lm.generation_config = GenerationConfig.from_pretrained(config.initial.folder)
         replace_invalid_generation_config(lm)
     _check_causal(lm.eval(), config)
     return lm.train()
+
+
+def _new_lm(config: ModelConfig, lm_config: Any) -> Any:
+    """Return a causal language model with weights by the architecture's own init, in fp32 whatever the saved dtype."""
+    if config.initial is None:
+        lm_config.vocab_size = config.padded_vocab_size
+    lm = AutoModelForCausalLM.from_config(lm_config, dtype=torch.float32, trust_remote_code=False)
+    if config.initial is None:
+        # An embedding doesn't train its padding token: id 1 by default in OLMo, 0 in Gemma. In a corpus with another
+        # tokenizer that id is an ordinary token, and rows are never padded.
+        lm.get_input_embeddings().padding_idx = None
+    return lm
 
 
 @torch.no_grad()
@@ -122,9 +140,8 @@ def _check_causal(lm: Any, config: ModelConfig) -> None:
     before = lm(input_ids=tokens, use_cache=False).logits[:, :-1].float()  # (1, S - 1, V)
     after = lm(input_ids=changed_end, use_cache=False).logits[:, :-1].float()
     if not torch.allclose(before, after, atol=1e-5 * float(before.abs().max()), rtol=0):
-        raise ConfigError(
-            f"model.hf_checkpoint: {config.hf_checkpoint}: its logits change with later tokens; give a causal language model"
-        )
+        name = "" if config.hf_checkpoint is None else f"{config.hf_checkpoint}: "
+        raise ConfigError(f"{config.source}: {name}its logits change with later tokens; give a causal language model")
 
 
 def save_model(model: CausalLM | AnyCausalLM, folder: Path, weights: Mapping[str, Tensor]) -> None:

@@ -21,7 +21,18 @@ from seqlen_curriculum.run_folder.hub import hub_folder, is_hub_name
 from seqlen_curriculum.run_folder.model_files import check_files, weight_files, weight_shapes
 from seqlen_curriculum.run_folder.rollbacks import read_rollbacks
 
-__all__ = ["SIZES", "PretrainedModel", "model_folder", "no_size", "read_pretrained", "sizes_in", "vocabulary"]
+__all__ = [
+    "CAUSAL",
+    "SIZES",
+    "PretrainedModel",
+    "is_plain_gpt2",
+    "lasting_keys",
+    "model_folder",
+    "no_size",
+    "read_pretrained",
+    "sizes_in",
+    "vocabulary",
+]
 
 SIZES = {
     "num_layers": ("num_hidden_layers", "n_layer", "num_layers", "n_layers"),
@@ -31,7 +42,7 @@ SIZES = {
     "vocab_size": ("vocab_size",),
 }
 """Names of model sizes: those of the model section, and those of Hugging Face's architectures."""
-_CAUSAL = ("ForCausalLM", "LMHeadModel")
+CAUSAL = ("ForCausalLM", "LMHeadModel")
 """Suffixes of the names of causal language models."""
 _BUFFERS = (".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias", ".inv_freq")
 """Suffixes of tensors in older folders that aren't weights."""
@@ -51,17 +62,6 @@ class PretrainedModel:
     """Shapes of the weights, by name."""
     files: list[Path]
     """Paths of the weight files."""
-
-    @property
-    def model_type(self) -> str:
-        """The architecture's name in transformers, such as ``llama``."""
-        return str(self.config["model_type"])
-
-    @property
-    def is_plain_gpt2(self) -> bool:
-        """True if ``build_gpt2`` can build this architecture, for any sizes and activation."""
-        is_variant = self.config.get("add_cross_attention") or self.config.get("tie_word_embeddings") is False
-        return self.model_type == "gpt2" and not is_variant
 
     def sizes(self) -> dict[str, int]:
         """Return the sizes in ``config.json``, by the names in ``SIZES``, with the vocabulary without padding."""
@@ -84,8 +84,8 @@ class PretrainedModel:
     @cached_property
     def fingerprint(self) -> str:
         """A digest of architecture and weights that doesn't depend on the path."""
-        lasting = {key: value for key, value in self.config.items() if key not in _INCIDENTAL}
-        digest = hashlib.blake2b(json.dumps(lasting, sort_keys=True).encode(), digest_size=16)
+        lasting = json.dumps(lasting_keys(self.config), sort_keys=True)
+        digest = hashlib.blake2b(lasting.encode(), digest_size=16)
         for path in self.files:
             size = path.stat().st_size
             digest.update(f"{path.name} {size}".encode())
@@ -116,6 +116,17 @@ def read_pretrained(folder: Path) -> PretrainedModel:
     return PretrainedModel(folder, config, dict(shape for path in files for shape in weight_shapes(path)), files)
 
 
+def lasting_keys(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the keys of a ``config.json`` that affect the model."""
+    return {key: value for key, value in config.items() if key not in _INCIDENTAL}
+
+
+def is_plain_gpt2(config: Mapping[str, Any]) -> bool:
+    """Return whether our GPT-2 is the architecture of a ``config.json``, for any sizes and activation."""
+    is_variant = config.get("add_cross_attention") or config.get("tie_word_embeddings") is False
+    return config.get("model_type") == "gpt2" and not is_variant
+
+
 def sizes_in(config: Mapping[str, Any]) -> dict[str, int]:
     """Return the sizes in a model's configuration, by the names in ``SIZES``."""
     # If a configuration has several of the names, the first is used, because later items of a dict replace earlier ones.
@@ -123,7 +134,7 @@ def sizes_in(config: Mapping[str, Any]) -> dict[str, int]:
     return {size: value for size, value in sizes.items() if type(value) is int}
 
 
-def no_size(size: str, config: dict[str, Any]) -> str:
+def no_size(size: str, config: Mapping[str, Any]) -> str:
     """Return the error message for a ``config`` without ``size``."""
     if "text_config" in config and size != "max_position_embeddings":
         return f"config.json has {size} only in the text_config of a multimodal model; give the folder of a text model"
@@ -136,7 +147,7 @@ def _check_causal(folder: Path, config: dict[str, Any]) -> None:
     name = ", ".join(map(str, architectures)) if isinstance(architectures, list) else ""
     if config.get("is_encoder_decoder"):
         problem = f"{name or 'it'} is an encoder-decoder model"
-    elif not name.endswith(_CAUSAL):
+    elif not name.endswith(CAUSAL):
         problem = f"its config.json has the architecture {name}" if name else "its config.json has no architecture"
     elif not isinstance(config.get("model_type"), str):
         problem = "its config.json has no model_type"
