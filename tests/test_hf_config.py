@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from seqlen_curriculum import ConfigError, DataError, RunConfig
+from seqlen_curriculum.config.hf_config import TOKENS
 from seqlen_curriculum.config.model import ModelConfig
 from seqlen_curriculum.config.presets import ARCHITECTURE_PRESETS
 from seqlen_curriculum.data.from_config import open_run_data
@@ -18,7 +19,7 @@ from seqlen_curriculum.export.huggingface import export
 from seqlen_curriculum.fields import describe_errors
 from seqlen_curriculum.models.causal_lm import AnyCausalLM, build_model, save_model
 from seqlen_curriculum.models.gpt2 import CausalLM
-from seqlen_curriculum.models.pretrained import load_model, quiet
+from seqlen_curriculum.models.pretrained import add_older_names, load_model, quiet
 from seqlen_curriculum.planning import ranks, summary
 
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -63,7 +64,8 @@ def test_fresh_weights_are_the_architectures_own(name):
     assert config.parameter_count() == sum(weight.numel() for weight in model.parameters())
     torch.manual_seed(5)
     with quiet():
-        own = AutoConfig.for_model(**{**copy.deepcopy(SHAPES[name]), "vocab_size": 384})
+        tokens = dict.fromkeys(TOKENS)  # a padding token would have an embedding of zeros
+        own = AutoConfig.for_model(**{**copy.deepcopy(SHAPES[name]), **tokens, "vocab_size": 384})
         expected = AutoModelForCausalLM.from_config(own).state_dict()
     found = model.lm.state_dict()
     assert found.keys() == expected.keys()
@@ -201,12 +203,70 @@ def test_what_makes_no_model_is_refused_on_reading(given, message):
     assert message in refusal(hf_config=given)
 
 
+def test_ids_of_tokens_are_not_those_of_another_tokenizer():
+    own = build_model(ModelConfig(hf_config=changed(pad_token_id=...))).lm.config
+    assert (own.pad_token_id, own.bos_token_id, own.eos_token_id) == (None, None, None)
+    given = build_model(ModelConfig(hf_config=changed(eos_token_id=[7, 8]))).lm
+    assert (given.config.pad_token_id, given.config.eos_token_id, given.generation_config.eos_token_id) == (
+        3,
+        [7, 8],
+        [7, 8],
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "older"),
+    [
+        ("llama-1b", {"rope_theta": 500000.0, "rope_scaling": {**ARCHITECTURE_PRESETS["llama-1b"]["rope_scaling"]}}),
+        ("qwen3-0.6b", {"rope_theta": 1000000.0}),
+        ("neox-160m", {"rotary_emb_base": 10000, "rotary_pct": 0.25}),
+    ],
+)
+def test_a_saved_configuration_has_the_names_of_transformers_4_too(name, older, tmp_path):
+    model = build_model(ModelConfig(hf_config=SHAPES[name]))
+    save_model(model, tmp_path, model.state_dict())
+    written = json.loads((tmp_path / "config.json").read_text())
+    assert written["torch_dtype"] == written["dtype"] == "float32"
+    assert {key: written[key] for key in older} == older
+    with quiet():
+        assert AutoConfig.from_pretrained(tmp_path).rope_parameters == model.lm.config.rope_parameters
+
+
+@pytest.mark.parametrize(("kind", "is_added"), [("llama", True), ("gpt_neox_japanese", False), ("gemma3_text", False)])
+def test_older_names_that_transformers_5_reads_differently_are_left_out(kind, is_added, tmp_path):
+    scaling = {"rope_type": "linear", "factor": 8.0, "rope_theta": 77.0}
+    with quiet():
+        config = AutoConfig.for_model(kind, **({} if kind == "gemma3_text" else {"rope_parameters": scaling}))
+        config.save_pretrained(tmp_path)
+        add_older_names(tmp_path)
+        again = AutoConfig.from_pretrained(tmp_path)
+    assert again.rope_parameters == config.rope_parameters
+    assert ("rope_scaling" in json.loads((tmp_path / "config.json").read_text())) == is_added
+
+
+def test_experts_have_the_name_of_transformers_4_too(tmp_path):
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+    model = build_model(ModelConfig(hf_config=changed(model_type="qwen3_moe", **experts)))
+    save_model(model, tmp_path, model.state_dict())
+    assert json.loads((tmp_path / "config.json").read_text())["num_experts"] == 4
+
+
 def test_code_of_a_known_architecture_is_left_out():
     config = ModelConfig(hf_config={**LLAMA, "auto_map": {"AutoConfig": "code.Config"}})
     assert not hasattr(build_model(config).lm.config, "auto_map")
 
 
 def test_what_only_transformers_knows_is_refused_when_it_is_built():
+    bloom = {
+        "model_type": "bloom",
+        "n_layer": 2,
+        "n_head": 2,
+        "hidden_size": 32,
+        "vocab_size": 257,
+        "hiden_dropout": 0.5,
+    }
+    with pytest.raises(ConfigError, match="hiden_dropout: unknown key of bloom; did you mean 'hidden_dropout'"):
+        build_model(ModelConfig(hf_config=bloom, max_position_embeddings=32))
     with pytest.raises(ConfigError, match=r"model\.hf_config: transformers can't read its config\.json: .*hidden_act"):
         build_model(ModelConfig(hf_config={**LLAMA, "hidden_act": 3}))
     both_ways = {**SMALL, "model_type": "bert"}

@@ -19,7 +19,7 @@ from seqlen_curriculum.run_folder.model_files import code_in
 from seqlen_curriculum.run_folder.model_folder import CAUSAL, SIZES, vocabulary
 from seqlen_curriculum.strict_json import shown
 
-__all__ = ["causal_types", "config_problems", "read_hf_config", "size_problems", "split_keys", "with_sizes"]
+__all__ = ["TOKENS", "causal_types", "config_problems", "read_hf_config", "size_problems", "split_keys", "with_sizes"]
 
 _MOST_LAYERS = 10_000
 _GPT2_KEYS = keys(
@@ -30,7 +30,8 @@ _GPT2_KEYS = keys(
     summary_type summary_use_proj summary_activation summary_proj_to_labels summary_first_dropout
     """
 )
-_TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id")
+TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id")
+"""Keys with the ids of tokens, which depend on the tokenizer."""
 
 
 def read_hf_config(path: str) -> dict[str, Any]:
@@ -218,7 +219,7 @@ def with_sizes(config: Mapping[str, Any], sizes: Mapping[str, int]) -> dict[str,
     changed = dict(config)
     for size, value in sizes.items():
         changed |= {name: value for name in SIZES[size] if name in config}
-    for key in _TOKENS:
+    for key in TOKENS:
         if changed.get(key, 0) >= changed["vocab_size"]:
             del changed[key]
     return changed

@@ -5,7 +5,6 @@ Shapes: ``B`` rows, ``S`` seqlen, ``V`` vocabulary, ``H`` hidden size.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, GPT2LMHeadModel
+from transformers import GenerationConfig, GPT2LMHeadModel
 
 from seqlen_curriculum.config.model import ModelConfig
 from seqlen_curriculum.errors import CheckpointError, ConfigError
+from seqlen_curriculum.models.architecture import architecture_config, new_model, source_of
 from seqlen_curriculum.models.gpt2 import CausalLM, build_gpt2, checkpoint_activations, save_hf
 from seqlen_curriculum.models.pretrained import (
-    drop_code,
     load_model,
     quiet,
     replace_invalid_generation_config,
@@ -53,7 +52,7 @@ def build_model(config: ModelConfig, read_weights: bool = True) -> CausalLM | An
     """
     if config.architecture is None:
         return build_gpt2(config)
-    lm_config = _lm_config(config)
+    lm_config = architecture_config(config)
     weights_folder = config.initial.folder if config.initial is not None and read_weights else None
     with quiet():
         if config.is_gpt2:
@@ -63,24 +62,6 @@ def build_model(config: ModelConfig, read_weights: bool = True) -> CausalLM | An
     if config.activation_checkpointing:
         checkpoint_activations(lm)
     return CausalLM(lm) if config.is_gpt2 else AnyCausalLM(lm)
-
-
-def _lm_config(config: ModelConfig) -> Any:
-    """Return the configuration of transformers for the architecture of ``config``. Raises ConfigError."""
-    assert config.architecture is not None
-    where = config.source if config.initial is None else f"{config.source}: {config.hf_checkpoint}"
-    try:
-        with quiet():
-            if config.initial is not None:
-                folder = config.initial.folder
-                lm_config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-            else:
-                lm_config = AutoConfig.for_model(**copy.deepcopy(config.architecture))
-        drop_code(lm_config)
-    except Exception as error:  # a wrong value raises one of many classes, also of other libraries
-        reason = " ".join(str(error).split())[:300]
-        raise ConfigError(f"{where}: transformers can't read its config.json: {reason}") from error
-    return lm_config
 
 
 def _pretrained_gpt2(config: ModelConfig, lm_config: Any, folder: Path | None) -> Any:
@@ -107,26 +88,14 @@ def _pretrained_gpt2(config: ModelConfig, lm_config: Any, folder: Path | None) -
 def _pretrained_lm(config: ModelConfig, lm_config: Any, folder: Path | None) -> Any:
     """Return any other causal language model, built by transformers."""
     try:
-        lm = load_model(folder, padding=True) if folder is not None else _new_lm(config, lm_config)
+        lm = load_model(folder, padding=True) if folder is not None else new_model(config, lm_config)
     except ValueError as error:
-        raise ConfigError(f"{config.source}: no causal language model of transformers ({error})") from error
+        raise ConfigError(f"{source_of(config)}: no causal language model of transformers ({error})") from error
     if folder is None and config.initial is not None and (config.initial.folder / "generation_config.json").exists():
         lm.generation_config = GenerationConfig.from_pretrained(config.initial.folder)
         replace_invalid_generation_config(lm)
     _check_causal(lm.eval(), config)
     return lm.train()
-
-
-def _new_lm(config: ModelConfig, lm_config: Any) -> Any:
-    """Return a causal language model with weights by the architecture's own init, in fp32 whatever the saved dtype."""
-    if config.initial is None:
-        lm_config.vocab_size = config.padded_vocab_size
-    lm = AutoModelForCausalLM.from_config(lm_config, dtype=torch.float32, trust_remote_code=False)
-    if config.initial is None:
-        # An embedding doesn't train its padding token: id 1 by default in OLMo, 0 in Gemma. In a corpus with another
-        # tokenizer that id is an ordinary token, and rows are never padded.
-        lm.get_input_embeddings().padding_idx = None
-    return lm
 
 
 @torch.no_grad()
@@ -140,8 +109,7 @@ def _check_causal(lm: Any, config: ModelConfig) -> None:
     before = lm(input_ids=tokens, use_cache=False).logits[:, :-1].float()  # (1, S - 1, V)
     after = lm(input_ids=changed_end, use_cache=False).logits[:, :-1].float()
     if not torch.allclose(before, after, atol=1e-5 * float(before.abs().max()), rtol=0):
-        name = "" if config.hf_checkpoint is None else f"{config.hf_checkpoint}: "
-        raise ConfigError(f"{config.source}: {name}its logits change with later tokens; give a causal language model")
+        raise ConfigError(f"{source_of(config)}: its logits change with later tokens; give a causal language model")
 
 
 def save_model(model: CausalLM | AnyCausalLM, folder: Path, weights: Mapping[str, Tensor]) -> None:
