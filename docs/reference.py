@@ -25,7 +25,8 @@ SECTIONS = {
     "fixed_mixed": "MixedSchedule",
     "adaptive": "AdaptiveSchedule",
     "custom": "CustomSchedule",
-    "scheduler.params": "TokenCosineParams",
+    "TokenCosineLR": "TokenCosineParams",  # TokenLinearLR has the same keys
+    "TokenWSDLR": "TokenWSDParams",
     "batch_size_warmup": "BatchSizeWarmup",
     "model": "ModelConfig",
     "data": "DataConfig",

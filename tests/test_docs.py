@@ -26,7 +26,7 @@ from seqlen_curriculum.schedule.schedule_config import (
     MixedSchedule,
     RootSchedule,
 )
-from seqlen_curriculum.schedule.token_lr import TokenCosineParams
+from seqlen_curriculum.schedule.token_lr import TokenCosineParams, TokenWSDParams
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -49,7 +49,8 @@ SECTIONS = {
     "fixed_mixed": MixedSchedule,
     "adaptive": AdaptiveSchedule,
     "custom": CustomSchedule,
-    "scheduler.params": TokenCosineParams,
+    "TokenCosineLR": TokenCosineParams,
+    "TokenWSDLR": TokenWSDParams,
     "batch_size_warmup": BatchSizeWarmup,
     "model": ModelConfig,
     "data": DataConfig,

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
-from helpers.wrong_files import BETWEEN_KEYS, GOOD, SIZES, WARMUP, WRONG_BLOCKS, WRONG_MODELS, WRONG_RUNS, changed
+from helpers.wrong_files import BETWEEN_KEYS, GOOD, SIZES, WARMUP, WRONG_BLOCKS, WRONG_MODELS, WRONG_RUNS, WSD, changed
 from jsonschema import Draft202012Validator
 from jsonschema.exceptions import best_match
 
@@ -63,6 +63,8 @@ RIGHT = {
     "sizes": changed(model=SIZES),
     "preset and size": changed(model={"preset": "tiny-1m", "vocab_size": 300}),
     "warmup": changed(batch_size_warmup=WARMUP),
+    "wsd": changed(scheduler=WSD),
+    "linear rate": changed(scheduler={"type": "TokenLinearLR"}),
     "other scheduler": changed(scheduler={"type": "WarmupDecayLR", "params": {"total_num_steps": 5}}),
     "off": changed(curriculum_learning={"enabled": False}),
     "off, with an old schedule": block("fixed_linear", enabled=False, schedule_config={"whatever": 1}),
@@ -138,8 +140,10 @@ def test_a_misspelt_section_fails_as_it_does_in_the_checks(misspelt):
     assert problem(file) is not None  # and GOOD passes
 
 
-@pytest.mark.parametrize("kind", ["TokenCosine", "TokenCosinLR", "tokencosinelr", "TokenCosineLr", "TokenCosineRL"])
-def test_a_misspelt_token_cosine_is_no_other_scheduler(kind):
+@pytest.mark.parametrize(
+    "kind", ["TokenCosine", "TokenCosinLR", "tokencosinelr", "TokenCosineLr", "TokenLinerLR", "TokenWSD"]
+)
+def test_a_misspelt_token_wise_schedule_is_no_other_scheduler(kind):
     assert problem(changed(scheduler={"type": kind})) is not None
     with pytest.raises(ConfigError, match=r"scheduler\.type"):
         RunConfig.from_dict(changed(scheduler={"type": kind}))

@@ -136,12 +136,17 @@ class ModelConfig(Section):
             return self.vocab_size
         return ceil_div(self.vocab_size, VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
+    @property
+    def inner_size(self) -> int:
+        """Width of a GPT-2's MLP."""
+        return (self.initial and self.initial.config.get("n_inner")) or 4 * self.hidden_size
+
     def parameter_count(self) -> int:
         """Return the exact number of trained parameters. The tied head counts once; padded vocabulary rows count."""
         if self.initial is not None and not self.is_gpt2:
             return self.initial.parameter_count()
         width = self.hidden_size
-        inner = (self.initial and self.initial.config.get("n_inner")) or 4 * width
+        inner = self.inner_size
         # A block: qkv 3w^2+3w, projection w^2+w, MLP w*i+i and i*w+w, two layer norms 4w. With w = 768 and i = 4w these
         # are 12w^2 + 13w = 7,087,872; GPT-2 117M has 12 of them, 38.6M of words and 0.8M of positions: 124.5M in all.
         block = 4 * width**2 + 9 * width + 2 * width * inner + inner

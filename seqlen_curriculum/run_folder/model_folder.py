@@ -68,9 +68,14 @@ class PretrainedModel:
         sizes, vocab_size = sizes_in(self.config), vocabulary(self.folder)
         return sizes if vocab_size is None else {**sizes, "vocab_size": vocab_size}
 
+    @property
+    def weights(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of the trained weights, without buffers."""
+        return {name: shape for name, shape in self.shapes.items() if not name.endswith(_BUFFERS)}
+
     def parameter_count(self) -> int:
         """Return the number of trained parameters, a tied head counted once."""
-        return sum(math.prod(shape) for name, shape in self.shapes.items() if not name.endswith(_BUFFERS))
+        return sum(math.prod(shape) for shape in self.weights.values())
 
     def looked_up_count(self) -> int:
         """Return the parameters of a word embedding that isn't tied to the head, 0 if it is tied."""
