@@ -16,6 +16,7 @@ from helpers.markdown import ILLUSTRATION, OUTPUT, RUN, SLOW, blocks, calls, mat
 
 from seqlen_curriculum import RunConfig
 from seqlen_curriculum.config import DataConfig, ModelConfig, TrainingConfig
+from seqlen_curriculum.config.rope import RopeConfig, RopeScaling
 from seqlen_curriculum.schedule.batch_size_warmup import BatchSizeWarmup
 from seqlen_curriculum.schedule.curriculum_config import CustomCurriculum
 from seqlen_curriculum.schedule.schedule_config import (
@@ -53,6 +54,8 @@ SECTIONS = {
     "TokenWSDLR": TokenWSDParams,
     "batch_size_warmup": BatchSizeWarmup,
     "model": ModelConfig,
+    "model.rope": RopeConfig,
+    "model.rope.scaling": RopeScaling,
     "data": DataConfig,
     "training": TrainingConfig,
 }

@@ -21,6 +21,8 @@ from seqlen_curriculum.files import read_json
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 SHIPPED = sorted(path for path in CONFIGS.rglob("*.json") if not path.name.endswith(".schema.json"))
+NEED_A_MODEL = [path for path in SHIPPED if path.parent.name == "long_context"]
+"""Files that are loaded with the folder of a model in test_long_context.py."""
 PAGES = [CONFIGS.parent / "README.md", *sorted((CONFIGS.parent / "docs").rglob("*.md"))]
 BLOCK = re.compile(r"^```jsonc\n(\{.*?)^```", re.DOTALL | re.MULTILINE)
 SCHEMA = run_schema()
@@ -95,6 +97,8 @@ def test_every_shipped_file_names_the_schema_and_follows_it(path):
     raw = read_json(path, comments=True)
     assert (path.parent / raw["$schema"]).resolve() == CONFIGS / "run.schema.json"
     assert problem(raw) is None
+    if path in NEED_A_MODEL:
+        return
     assert problem(json.loads(json.dumps(RunConfig.load(path).as_file()))) is None
 
 

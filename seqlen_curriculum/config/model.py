@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, overload
 
 from pydantic import Field, model_validator
 
+from seqlen_curriculum.config.rope import RopeConfig, with_more_positions
 from seqlen_curriculum.errors import CheckpointError, SeqlenCurriculumError
 from seqlen_curriculum.fields import Count, Section, Seqlen, nearest
 from seqlen_curriculum.run_folder.model_folder import SIZES, PretrainedModel, no_size, read_pretrained
@@ -85,6 +86,10 @@ class ModelConfig(Section):
     """Dropout probability for embeddings, attention and residuals of a GPT-2. The paper's Megatron recipe uses 0.1. Other
     architectures set theirs in the ``config.json`` of ``hf_checkpoint``."""
 
+    rope: RopeConfig | None = None
+    """Another base or scaling of rotary positions, to continue ``hf_checkpoint`` at a longer ``data.seq_length``.
+    ``max_position_embeddings`` then grows to ``data.seq_length``, unless a higher one is given."""
+
     activation_checkpointing: bool = False
     """Keep only each block's input and recompute the rest in the backward pass: less memory, about a third more compute."""
 
@@ -98,7 +103,21 @@ class ModelConfig(Section):
             if name not in PRESETS:
                 raise ValueError(f"preset '{name}' is unknown{nearest(name, PRESETS)}")
             data = {**PRESETS[name], **data}  # a size that is given overrides the preset's
+        if data.get("rope") is not None and data.get("hf_checkpoint") is None:
+            raise ValueError(
+                "rope changes the positions of a trained model, but hf_checkpoint isn't given; set it to the model's folder "
+                "(slw train --hf-checkpoint FOLDER), or remove rope"
+            )
         return _with_sizes_of_folder(data)
+
+    @model_validator(mode="after")
+    def _rope_is_possible(self) -> ModelConfig:
+        if self.rope is not None and self.initial is not None and (learned := self.initial.learned_positions):
+            raise ValueError(
+                f"rope can't lengthen a {self.initial.model_type}, whose positions are learned ({learned}); remove rope, or "
+                "take a hf_checkpoint with RoPE, such as a Llama"
+            )
+        return self
 
     @model_validator(mode="after")
     def _dropout_is_known(self) -> ModelConfig:
@@ -188,6 +207,7 @@ def _with_sizes_of_folder(data: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(f"hf_checkpoint: {error}; {reason}") from error
     except SeqlenCurriculumError as error:
         raise ValueError(f"hf_checkpoint: {error}") from error
+    sizes = with_more_positions(data, sizes)
     # A size that config.json lacks may be given in the section. A size that both have must be equal.
     missing = [size for size in SIZES if size not in sizes and size not in data]
     if missing:

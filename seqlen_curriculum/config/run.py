@@ -93,6 +93,7 @@ class RunConfig:
         for name, section in OURS.items():
             if raw.get(name) is not None:
                 sections[name] = parse_section(section, raw[name], name, problems)
+        sections["model"] = _lengthened(sections.get("model"), raw, sections.get("data"))
         if (schedule := token_schedule(raw.get("scheduler"))) is not None:
             sections["scheduler"] = parse_section(schedule, raw["scheduler"], "scheduler", problems)
         sections["curriculum"] = _parse_curriculum(raw, curriculum_path, problems)
@@ -237,6 +238,13 @@ def _parse_curriculum(raw: Mapping[str, Any], path: str, problems: list[str]) ->
     config, block_problems = curriculum_problems(block)
     problems += [path + problem.removeprefix(BLOCK) for problem in block_problems]
     return config
+
+
+def _lengthened(model: ModelConfig | None, raw: Mapping[str, Any], data: DataConfig | None) -> ModelConfig | None:
+    """Return a model with ``rope`` with positions for full-length samples, unless the file gives their number."""
+    if model is None or model.rope is None or data is None or "max_position_embeddings" in raw["model"]:
+        return model
+    return model.model_copy(update={"max_position_embeddings": max(model.max_position_embeddings, data.seq_length)})
 
 
 def _is_ours(name: str, raw: Mapping[str, Any]) -> bool:

@@ -114,10 +114,11 @@ def _require_enabled(properties: dict[str, Any], definitions: dict[str, Any]) ->
 
 
 def _require_a_model(section: dict[str, Any]) -> None:
-    """Require a preset, a folder, or all five sizes."""
+    """Require a preset, a folder (which a flag may give if RoPE is changed), or all five sizes."""
     section["properties"]["preset"]["enum"] = [*PRESETS, None]
     section["required"] = []
-    section["anyOf"] = [{"required": ["preset"]}, {"required": ["hf_checkpoint"]}, {"required": list(SIZES)}]
+    section["anyOf"] = [{"required": [key]} for key in ("preset", "hf_checkpoint", "rope")]
+    section["anyOf"] += [{"required": list(SIZES)}]
 
 
 def _guarded(names: Iterable[str]) -> list[str]:

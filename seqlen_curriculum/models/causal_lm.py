@@ -24,6 +24,7 @@ from seqlen_curriculum.models.pretrained import (
     replace_invalid_generation_config,
     save_pretrained,
 )
+from seqlen_curriculum.models.rope import change_rope
 
 __all__ = ["AnyCausalLM", "build_model", "save_model"]
 
@@ -62,6 +63,8 @@ def build_model(config: ModelConfig, read_weights: bool = True) -> CausalLM | An
         raise ConfigError(
             f"model.hf_checkpoint: {folder}: transformers can't read its config.json: {reason}"
         ) from error
+    if config.rope is not None:
+        change_rope(lm_config, config.rope, config.max_position_embeddings)
     weights_folder = folder if read_weights else None
     with quiet():
         if config.is_gpt2:
@@ -99,7 +102,7 @@ def _pretrained_lm(config: ModelConfig, lm_config: Any, folder: Path | None) -> 
     assert config.initial is not None
     try:
         if folder is not None:
-            lm = load_model(folder)
+            lm = load_model(folder, config=lm_config if config.rope else None)
         else:
             lm = AutoModelForCausalLM.from_config(lm_config, trust_remote_code=False).float()
     except ValueError as error:

@@ -18,6 +18,7 @@ from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
 from transformers.utils import logging
 
+from seqlen_curriculum.config.rope import older_rope_keys
 from seqlen_curriculum.data.tokenizer import END_OF_TEXT, read_tokenizer, tokenizer_files, vocab_size
 from seqlen_curriculum.errors import CheckpointError, ConfigError
 from seqlen_curriculum.files import follow_umask, read_json
@@ -39,12 +40,12 @@ __all__ = [
 ]
 
 
-def load_model(path: Path, dtype: torch.dtype | None = torch.float32, padding: bool = False) -> Any:
+def load_model(path: Path, dtype: torch.dtype | None = torch.float32, padding: bool = False, config: Any = None) -> Any:
     """Load the ``AutoModelForCausalLM`` of ``model_folder(path)`` on the CPU, in eval mode.
 
     Padding rows of the vocabulary are removed unless ``padding``. The default ``dtype`` is float32 for any saved dtype: it
-    represents every saved value exactly, and sums of logits need its precision. None keeps the saved one. Raises
-    CheckpointError.
+    represents every saved value exactly, and sums of logits need its precision. None keeps the saved one. ``config``
+    replaces transformers' configuration in the folder. Raises CheckpointError.
     """
     folder = model_folder(path)
     weight_files(folder)
@@ -57,6 +58,7 @@ def load_model(path: Path, dtype: torch.dtype | None = torch.float32, padding: b
                 trust_remote_code=False,
                 weights_only=True,
                 output_loading_info=True,
+                **({} if config is None else {"config": config}),
             )
     except Exception as error:  # damaged files make the libraries raise almost anything
         message = (str(error).strip().splitlines() or [""])[0]
@@ -113,6 +115,9 @@ def save_pretrained(model: Any, folder: Path, weights: Mapping[str, torch.Tensor
     """Write transformers' ``model``, or ``weights`` instead of its own, to ``folder``, with modes that follow the umask."""
     with quiet():
         model.save_pretrained(folder, state_dict=weights)
+    config = read_json(folder / "config.json")
+    if older := older_rope_keys(config):
+        (folder / "config.json").write_text(json.dumps({**config, **older}, indent=2, sort_keys=True) + "\n", "utf-8")
     for path in folder.glob("*.safetensors"):
         follow_umask(path)
 

@@ -77,6 +77,13 @@ class PretrainedModel:
         """Return the number of trained parameters, a tied head counted once."""
         return sum(math.prod(shape) for shape in self.weights.values())
 
+    @property
+    def learned_positions(self) -> str | None:
+        """The name of the embedding of positions, None if positions aren't learned."""
+        parts = ("wpe.", "embed_positions", "position_embed")
+        tables = (name for name, shape in self.weights.items() if len(shape) == 2)
+        return next((name for name in tables if any(part in name for part in parts)), None)
+
     def looked_up_count(self) -> int:
         """Return the parameters of a word embedding that isn't tied to the head, 0 if it is tied."""
         vocab_size, hidden_size = self.config.get("vocab_size"), self.sizes().get("hidden_size")
