@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from helpers.models import complete, make_models
+from helpers.models import SHAPES, SMALL, complete, make_models
 from pydantic import ValidationError
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -22,16 +22,7 @@ from seqlen_curriculum.models.gpt2 import CausalLM
 from seqlen_curriculum.models.pretrained import add_older_names, load_model, quiet
 from seqlen_curriculum.planning import ranks, summary
 
-SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-SMALL |= {"max_position_embeddings": 64, "vocab_size": 257}
 LLAMA = {"model_type": "llama", **SMALL, "num_key_value_heads": 2, "pad_token_id": 3}
-SHAPES = {
-    name: {key: value for key, value in {**config, **SMALL}.items() if not key.endswith("_token_id")}
-    | ({"num_key_value_heads": 2} if "num_key_value_heads" in config else {})
-    | ({"head_dim": 16} if "head_dim" in config else {})
-    for name, config in ARCHITECTURE_PRESETS.items()
-}
-"""Each preset's shape, with fewer and smaller blocks."""
 
 
 def changed(base=LLAMA, **changes):
