@@ -60,7 +60,8 @@ def measure_throughput(
     full, model_config = config.data.seq_length, config.model
     if "window" in kinds and not model_config.is_gpt2:
         raise ConfigError(
-            "--kinds window: only a GPT-2 has windows of attention, not model.hf_checkpoint's; leave it out"
+            f"--kinds window: only a GPT-2 has windows of attention, not the {model_config.model_type} of "
+            f"{model_config.source}; leave it out"
         )
     join_ranks(config.deepspeed)
     choose_attention(full)
