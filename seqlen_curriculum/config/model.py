@@ -141,7 +141,7 @@ class ModelConfig(Section):
         if self.initial is not None and not self.is_gpt2:
             return self.initial.parameter_count()
         width = self.hidden_size
-        inner = (self.initial and self.initial.config.get("n_inner")) or 4 * width
+        inner = (self.initial and self.initial.inner_size()) or 4 * width
         # A block: qkv 3w^2+3w, projection w^2+w, MLP w*i+i and i*w+w, two layer norms 4w. With w = 768 and i = 4w these
         # are 12w^2 + 13w = 7,087,872; GPT-2 117M has 12 of them, 38.6M of words and 0.8M of positions: 124.5M in all.
         block = 4 * width**2 + 9 * width + 2 * width * inner + inner

@@ -12,15 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, GenerationConfig, GPT2LMHeadModel
 
 from seqlen_curriculum.config.model import ModelConfig
-from seqlen_curriculum.errors import CheckpointError, ConfigError
+from seqlen_curriculum.errors import CheckpointError, ConfigError, SeqlenCurriculumError
 from seqlen_curriculum.models.gpt2 import CausalLM, build_gpt2, checkpoint_activations, save_hf
 from seqlen_curriculum.models.pretrained import (
-    drop_code,
     load_model,
     quiet,
+    read_config,
+    reason,
     replace_invalid_generation_config,
     save_pretrained,
 )
@@ -54,20 +55,16 @@ def build_model(config: ModelConfig, read_weights: bool = True) -> CausalLM | An
         return build_gpt2(config)
     folder = config.initial.folder
     try:
+        lm_config, weights_folder = read_config(folder), folder if read_weights else None
         with quiet():
-            lm_config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        drop_code(lm_config)
-    except (KeyError, OSError, TypeError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(
-            f"model.hf_checkpoint: {folder}: transformers can't read its config.json: {reason}"
-        ) from error
-    weights_folder = folder if read_weights else None
-    with quiet():
-        if config.is_gpt2:
-            lm = _pretrained_gpt2(config, lm_config, weights_folder)
-        else:
-            lm = _pretrained_lm(config, lm_config, weights_folder)
+            if config.is_gpt2:
+                lm = _pretrained_gpt2(config, lm_config, weights_folder)
+            else:
+                lm = _pretrained_lm(config, lm_config, weights_folder)
+    except SeqlenCurriculumError:
+        raise
+    except Exception as error:  # odd values in config.json make transformers raise almost anything
+        raise ConfigError(f"model.hf_checkpoint: {folder}: transformers can't build it ({reason(error)})") from error
     if config.activation_checkpointing:
         checkpoint_activations(lm)
     return CausalLM(lm) if config.is_gpt2 else AnyCausalLM(lm)
@@ -97,13 +94,10 @@ def _pretrained_gpt2(config: ModelConfig, lm_config: Any, folder: Path | None) -
 def _pretrained_lm(config: ModelConfig, lm_config: Any, folder: Path | None) -> Any:
     """Return any other causal language model, built by transformers."""
     assert config.initial is not None
-    try:
-        if folder is not None:
-            lm = load_model(folder)
-        else:
-            lm = AutoModelForCausalLM.from_config(lm_config, trust_remote_code=False).float()
-    except ValueError as error:
-        raise ConfigError(f"model.hf_checkpoint: no causal language model of transformers ({error})") from error
+    if folder is not None:
+        lm = load_model(folder)
+    else:
+        lm = AutoModelForCausalLM.from_config(lm_config, trust_remote_code=False).float()
     if folder is None and (config.initial.folder / "generation_config.json").exists():
         lm.generation_config = GenerationConfig.from_pretrained(config.initial.folder)
         replace_invalid_generation_config(lm)

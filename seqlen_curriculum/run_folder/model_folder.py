@@ -20,8 +20,18 @@ from seqlen_curriculum.run_folder.checkpoint_manifest import checkpoint_folders,
 from seqlen_curriculum.run_folder.hub import hub_folder, is_hub_name
 from seqlen_curriculum.run_folder.model_files import check_files, weight_files, weight_shapes
 from seqlen_curriculum.run_folder.rollbacks import read_rollbacks
+from seqlen_curriculum.strict_json import shown
 
-__all__ = ["SIZES", "PretrainedModel", "model_folder", "no_size", "read_pretrained", "sizes_in", "vocabulary"]
+__all__ = [
+    "SIZES",
+    "PretrainedModel",
+    "model_folder",
+    "no_size",
+    "read_pretrained",
+    "shapes_in",
+    "sizes_in",
+    "vocabulary",
+]
 
 SIZES = {
     "num_layers": ("num_hidden_layers", "n_layer", "num_layers", "n_layers"),
@@ -68,6 +78,15 @@ class PretrainedModel:
         sizes, vocab_size = sizes_in(self.config), vocabulary(self.folder)
         return sizes if vocab_size is None else {**sizes, "vocab_size": vocab_size}
 
+    def inner_size(self) -> int | None:
+        """Return the width of a GPT-2's MLP that isn't 4 x ``hidden_size``, or None. Raises ConfigError."""
+        inner = self.config.get("n_inner")
+        if inner is not None and (type(inner) is not int or inner < 1):
+            raise ConfigError(
+                f"{self.folder}: n_inner in its config.json: {shown(inner)} is not a width; give 1 or more"
+            )
+        return inner
+
     def parameter_count(self) -> int:
         """Return the number of trained parameters, a tied head counted once."""
         return sum(math.prod(shape) for name, shape in self.shapes.items() if not name.endswith(_BUFFERS))
@@ -112,8 +131,20 @@ def read_pretrained(folder: Path) -> PretrainedModel:
         )
     config = read_json(folder / "config.json")
     _check_causal(folder, config)
-    files = weight_files(folder)
-    return PretrainedModel(folder, config, dict(shape for path in files for shape in weight_shapes(path)), files)
+    model = PretrainedModel(folder, config, shapes_in(folder, config), weight_files(folder))
+    model.inner_size()
+    return model
+
+
+def shapes_in(folder: Path, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the weights in ``folder`` by name. Raises CheckpointError for fewer weights than layers."""
+    shapes = dict(shape for path in weight_files(folder) for shape in weight_shapes(path))
+    layers = sizes_in(config).get("num_layers", 0)
+    if layers > len(shapes):
+        raise CheckpointError(
+            f"{folder}: its config.json has {layers:,} layers, and its files only {len(shapes):,} weights; copy it again"
+        )
+    return shapes
 
 
 def sizes_in(config: Mapping[str, Any]) -> dict[str, int]:
