@@ -134,7 +134,7 @@ class EngineChecks:
                 'training.compile: true compiles one graph per length with curriculum_learning.method "window"; set it to '
                 'false, or method to "segment"'
             )
-        if self.compiled and self.model and not self.model.is_gpt2:
+        if self.compiled and self.model and not self.model.is_gpt2 and not self.model.is_encoder:
             yield f"training.compile: true doesn't work with {self._other_model}; set it to false"
         if self.compiled and self.keys.zero_stage == 3:
             yield (
@@ -143,7 +143,7 @@ class EngineChecks:
             )
 
     def architecture(self) -> Iterator[str]:
-        if self.model is None or self.model.is_gpt2:
+        if self.model is None or self.model.is_gpt2 or self.model.is_encoder:  # for an encoder see objective.py
             return
         model = self._other_model
         for name, degree in self.keys.degrees.items():

@@ -62,9 +62,9 @@ class ModelConfig(Section):
     """Name of a preset. It sets every size below that isn't given."""
 
     hf_checkpoint: str | None = None
-    """Folder of a Hugging Face causal language model, or its name on the Hub, such as ``gpt2``. Training starts from its
-    architecture and weights. It sets the five sizes; a size that is given too must be the same. A relative path is looked
-    up in the current folder first, then in the folder of this file."""
+    """Folder of a Hugging Face causal language model or encoder, or its name on the Hub, such as ``gpt2``. Training starts
+    from its architecture and weights. It sets the five sizes; a size that is given too must be the same. A relative path is
+    looked up in the current folder first, then in the folder of this file."""
 
     num_layers: Count
     """Number of transformer blocks."""
@@ -128,6 +128,11 @@ class ModelConfig(Section):
     def is_gpt2(self) -> bool:
         """True for a GPT-2, which every engine can train. Other architectures train data-parallel only."""
         return self.initial is None or self.initial.is_plain_gpt2
+
+    @property
+    def is_encoder(self) -> bool:
+        """True for an encoder, which ``training.objective: "masked"`` trains; False for a causal language model."""
+        return self.initial is not None and self.initial.is_encoder
 
     @property
     def padded_vocab_size(self) -> int:

@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, GPT
 from seqlen_curriculum.config.model import ModelConfig
 from seqlen_curriculum.errors import CheckpointError, ConfigError
 from seqlen_curriculum.models.gpt2 import CausalLM, build_gpt2, checkpoint_activations, save_hf
+from seqlen_curriculum.models.masked_lm import MaskedLM, build_masked_lm
 from seqlen_curriculum.models.pretrained import (
     drop_code,
     load_model,
@@ -44,7 +45,7 @@ class AnyCausalLM(nn.Module):
         return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
 
-def build_model(config: ModelConfig, read_weights: bool = True) -> CausalLM | AnyCausalLM:
+def build_model(config: ModelConfig, read_weights: bool = True) -> CausalLM | AnyCausalLM | MaskedLM:
     """Build the model of the ``model`` section on the CPU in fp32, ready to train.
 
     The weights are those of ``hf_checkpoint``. Without it, or without ``read_weights`` (if a checkpoint of the run is
@@ -63,6 +64,11 @@ def build_model(config: ModelConfig, read_weights: bool = True) -> CausalLM | An
             f"model.hf_checkpoint: {folder}: transformers can't read its config.json: {reason}"
         ) from error
     weights_folder = folder if read_weights else None
+    if config.is_encoder:
+        model = build_masked_lm(lm_config, weights_folder)
+        if config.activation_checkpointing:
+            checkpoint_activations(model.lm)
+        return model
     with quiet():
         if config.is_gpt2:
             lm = _pretrained_gpt2(config, lm_config, weights_folder)
@@ -127,8 +133,8 @@ def _check_causal(lm: Any, config: ModelConfig) -> None:
         )
 
 
-def save_model(model: CausalLM | AnyCausalLM, folder: Path, weights: Mapping[str, Tensor]) -> None:
-    """Write ``weights``, under the names of ``model``'s parameters, for ``AutoModelForCausalLM.from_pretrained(folder)``.
+def save_model(model: CausalLM | AnyCausalLM | MaskedLM, folder: Path, weights: Mapping[str, Tensor]) -> None:
+    """Write ``weights``, under the names of ``model``'s parameters, for ``from_pretrained(folder)`` of its ``AutoModel``.
 
     Raises CheckpointError.
     """

@@ -15,14 +15,15 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, GenerationConfig, PreTrainedTokenizerFast
 from transformers.utils import logging
 
+from seqlen_curriculum.data.mask_tokens import MASK_TOKENS
 from seqlen_curriculum.data.tokenizer import END_OF_TEXT, read_tokenizer, tokenizer_files, vocab_size
 from seqlen_curriculum.errors import CheckpointError, ConfigError
 from seqlen_curriculum.files import follow_umask, read_json
 from seqlen_curriculum.run_folder.model_files import TOKENIZER_FILES, ordinary_file, weight_files
-from seqlen_curriculum.run_folder.model_folder import model_folder, vocabulary
+from seqlen_curriculum.run_folder.model_folder import is_encoder, model_folder, vocabulary
 
 __all__ = [
     "copy_tokenizer",
@@ -40,7 +41,7 @@ __all__ = [
 
 
 def load_model(path: Path, dtype: torch.dtype | None = torch.float32, padding: bool = False) -> Any:
-    """Load the ``AutoModelForCausalLM`` of ``model_folder(path)`` on the CPU, in eval mode.
+    """Load the ``AutoModelForCausalLM``, or ``AutoModelForMaskedLM``, of ``model_folder(path)`` on the CPU, in eval mode.
 
     Padding rows of the vocabulary are removed unless ``padding``. The default ``dtype`` is float32 for any saved dtype: it
     represents every saved value exactly, and sums of logits need its precision. None keeps the saved one. Raises
@@ -48,9 +49,10 @@ def load_model(path: Path, dtype: torch.dtype | None = torch.float32, padding: b
     """
     folder = model_folder(path)
     weight_files(folder)
+    encoder = is_encoder(read_json(folder / "config.json"))
     try:
         with quiet():
-            model, loading = AutoModelForCausalLM.from_pretrained(
+            model, loading = (AutoModelForMaskedLM if encoder else AutoModelForCausalLM).from_pretrained(
                 folder,
                 dtype=dtype or "auto",
                 local_files_only=True,
@@ -60,9 +62,8 @@ def load_model(path: Path, dtype: torch.dtype | None = torch.float32, padding: b
             )
     except Exception as error:  # damaged files make the libraries raise almost anything
         message = (str(error).strip().splitlines() or [""])[0]
-        raise CheckpointError(
-            f"{folder}: can't be loaded as a causal language model ({type(error).__name__}: {message})"
-        ) from error
+        kind = "an encoder" if encoder else "a causal language model"
+        raise CheckpointError(f"{folder}: can't be loaded as {kind} ({type(error).__name__}: {message})") from error
     # transformers only warns about missing weights and initialises them randomly.
     lost = sorted({*loading["missing_keys"], *(key[0] for key in loading["mismatched_keys"])})
     if lost:
@@ -73,7 +74,8 @@ def load_model(path: Path, dtype: torch.dtype | None = torch.float32, padding: b
     if not padding and size is not None and size < model.get_input_embeddings().num_embeddings:
         with quiet():
             model.resize_token_embeddings(size)
-    replace_invalid_generation_config(model)
+    if not encoder:
+        replace_invalid_generation_config(model)
     drop_code(model.config)
     return model.eval()
 
@@ -157,6 +159,8 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path, end: str | None = None, p
     if end is None and tokenizer.token_to_id(END_OF_TEXT) is not None:
         end = END_OF_TEXT
     special_tokens = {"eos_token": end, "bos_token": end} if end is not None else {}
+    masks = [mask for mask in MASK_TOKENS if tokenizer.token_to_id(mask) is not None]
+    special_tokens |= {"mask_token": masks[0]} if masks else {}
     with quiet():
         PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special_tokens).save_pretrained(folder)
     _complete_config(folder, end, positions)

@@ -1,4 +1,4 @@
-"""A folder with a causal language model in Hugging Face's format, such as a checkpoint or a download; read without torch."""
+"""A folder with a language model in Hugging Face's format, such as a checkpoint or a download; read without torch."""
 
 from __future__ import annotations
 
@@ -21,7 +21,17 @@ from seqlen_curriculum.run_folder.hub import hub_folder, is_hub_name
 from seqlen_curriculum.run_folder.model_files import check_files, weight_files, weight_shapes
 from seqlen_curriculum.run_folder.rollbacks import read_rollbacks
 
-__all__ = ["SIZES", "PretrainedModel", "model_folder", "no_size", "read_pretrained", "sizes_in", "vocabulary"]
+__all__ = [
+    "SIZES",
+    "PretrainedModel",
+    "is_encoder",
+    "model_folder",
+    "no_size",
+    "read_pretrained",
+    "refuse_encoder",
+    "sizes_in",
+    "vocabulary",
+]
 
 SIZES = {
     "num_layers": ("num_hidden_layers", "n_layer", "num_layers", "n_layers"),
@@ -33,8 +43,19 @@ SIZES = {
 """Names of model sizes: those of the model section, and those of Hugging Face's architectures."""
 _CAUSAL = ("ForCausalLM", "LMHeadModel")
 """Suffixes of the names of causal language models."""
-_BUFFERS = (".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias", ".inv_freq")
+_MASKED = "ForMaskedLM"
+"""Suffix of the names of encoders with a head for masked tokens."""
+_BUFFERS = (
+    ".attn.bias",
+    ".attn.masked_bias",
+    ".attention.bias",
+    ".attention.masked_bias",
+    ".inv_freq",
+    ".position_ids",
+)
 """Suffixes of tensors in older folders that aren't weights."""
+_OTHER_HEADS = (".pooler.", ".seq_relationship.")
+"""Parts of the names of weights in an encoder's folder that its head for masked tokens doesn't use."""
 _INCIDENTAL = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache")
 """Keys of ``config.json`` that don't affect the model."""
 _BLOCK_BYTES, _BLOCKS = 4096, 64
@@ -42,7 +63,7 @@ _BLOCK_BYTES, _BLOCKS = 4096, 64
 
 @dataclass(frozen=True)
 class PretrainedModel:
-    """A causal language model in ``folder``, described by its files without reading the values of its weights."""
+    """A language model in ``folder``, described by its files without reading the values of its weights."""
 
     folder: Path
     config: dict[str, Any]
@@ -63,6 +84,11 @@ class PretrainedModel:
         is_variant = self.config.get("add_cross_attention") or self.config.get("tie_word_embeddings") is False
         return self.model_type == "gpt2" and not is_variant
 
+    @property
+    def is_encoder(self) -> bool:
+        """True for an encoder with a head for masked tokens, False for a causal language model."""
+        return is_encoder(self.config)
+
     def sizes(self) -> dict[str, int]:
         """Return the sizes in ``config.json``, by the names in ``SIZES``, with the vocabulary without padding."""
         sizes, vocab_size = sizes_in(self.config), vocabulary(self.folder)
@@ -70,7 +96,12 @@ class PretrainedModel:
 
     def parameter_count(self) -> int:
         """Return the number of trained parameters, a tied head counted once."""
-        return sum(math.prod(shape) for name, shape in self.shapes.items() if not name.endswith(_BUFFERS))
+        unused = _OTHER_HEADS if self.is_encoder else ()
+        return sum(
+            math.prod(shape)
+            for name, shape in self.shapes.items()
+            if not name.endswith(_BUFFERS) and not any(part in name for part in unused)
+        )
 
     def looked_up_count(self) -> int:
         """Return the parameters of a word embedding that isn't tied to the head, 0 if it is tied."""
@@ -99,7 +130,7 @@ class PretrainedModel:
 
 
 def read_pretrained(folder: Path) -> PretrainedModel:
-    """Read the description of the causal language model in ``folder`` and check that its weight files are complete.
+    """Read the description of the language model in ``folder`` and check that its weight files are complete.
 
     Raises CheckpointError, and ConfigError for a model of another type.
     """
@@ -111,7 +142,7 @@ def read_pretrained(folder: Path) -> PretrainedModel:
             f"{folder}: is the folder of a run, whose newest checkpoint changes; give one checkpoint, such as {newest}"
         )
     config = read_json(folder / "config.json")
-    _check_causal(folder, config)
+    _check_kind(folder, config)
     files = weight_files(folder)
     return PretrainedModel(folder, config, dict(shape for path in files for shape in weight_shapes(path)), files)
 
@@ -131,20 +162,35 @@ def no_size(size: str, config: dict[str, Any]) -> str:
     return f"config.json has no {size} (as {names}); set model.{size} to the model's own"
 
 
-def _check_causal(folder: Path, config: dict[str, Any]) -> None:
+def is_encoder(config: Mapping[str, Any]) -> bool:
+    """Return whether ``config``, a model's ``config.json``, is that of an encoder with a head for masked tokens."""
+    return _architecture(config).endswith(_MASKED)
+
+
+def refuse_encoder(folder: Path, problem: str) -> None:
+    """Raise ConfigError with ``problem`` if the model in ``folder`` is an encoder."""
+    if is_encoder(config := read_json(folder / "config.json")):
+        raise ConfigError(f"{folder}: {_architecture(config)} is an encoder, trained on masked tokens; {problem}")
+
+
+def _architecture(config: Mapping[str, Any]) -> str:
     architectures = config.get("architectures")
-    name = ", ".join(map(str, architectures)) if isinstance(architectures, list) else ""
+    return ", ".join(map(str, architectures)) if isinstance(architectures, list) else ""
+
+
+def _check_kind(folder: Path, config: dict[str, Any]) -> None:
+    name = _architecture(config)
     if config.get("is_encoder_decoder"):
         problem = f"{name or 'it'} is an encoder-decoder model"
-    elif not name.endswith(_CAUSAL):
+    elif not name.endswith((*_CAUSAL, _MASKED)):
         problem = f"its config.json has the architecture {name}" if name else "its config.json has no architecture"
     elif not isinstance(config.get("model_type"), str):
         problem = "its config.json has no model_type"
     else:
         return
     raise ConfigError(
-        f"{folder}: {problem}; give a causal language model, such as GPT2LMHeadModel or LlamaForCausalLM, saved by "
-        "save_pretrained"
+        f"{folder}: {problem}; give a causal language model, such as GPT2LMHeadModel or LlamaForCausalLM, or an encoder, "
+        "such as BertForMaskedLM, saved by save_pretrained"
     )
 
 

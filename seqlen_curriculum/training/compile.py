@@ -9,6 +9,7 @@ from deepspeed import comm as dist
 from seqlen_curriculum.config.run import RunConfig
 from seqlen_curriculum.models.causal_lm import AnyCausalLM
 from seqlen_curriculum.models.gpt2 import CausalLM
+from seqlen_curriculum.models.masked_lm import MaskedLM
 from seqlen_curriculum.training.telemetry import log_rank0
 
 __all__ = ["compile_model", "compiled_parts"]
@@ -20,7 +21,7 @@ def compiled_parts(config: RunConfig, device: torch.device) -> list[str]:
     return ["blocks"] * (wanted is True) + ["loss"] * (device.type == "cuda" and wanted is not False)
 
 
-def compile_model(config: RunConfig, model: CausalLM | AnyCausalLM, device: torch.device) -> bool:
+def compile_model(config: RunConfig, model: CausalLM | AnyCausalLM | MaskedLM, device: torch.device) -> bool:
     """Compile the ``compiled_parts`` of a GPT-2; return whether anything is compiled. Call it on all ranks.
 
     All lengths share their graphs, and so do all blocks: one for training, one for evaluation, and one for micro-batches of
