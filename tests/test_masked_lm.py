@@ -3,16 +3,19 @@
 Shapes: B rows, S tokens, M masked targets of a row, V vocabulary.
 """
 
+import json
+
 import pytest
 import torch
-from helpers.encoders import MASK, V, configs, write_encoder
+from helpers.encoders import MASK, V, configs, write_encoder, write_tokenizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoModelForMaskedLM
+from transformers import AutoModelForMaskedLM, AutoTokenizer, BertForPreTraining
 
 from seqlen_curriculum.config.model import ModelConfig
 from seqlen_curriculum.data.objective import Masking
 from seqlen_curriculum.errors import ConfigError
+from seqlen_curriculum.export.huggingface import export
 from seqlen_curriculum.models.causal_lm import build_model, save_model
 from seqlen_curriculum.models.generation import Sampling, generate
 from seqlen_curriculum.models.masked_lm import MaskedLM
@@ -135,6 +138,15 @@ def test_parameters_are_counted_from_the_folder(folders):
         assert counted < 200_000
 
 
+def test_weights_of_other_heads_in_the_folder_are_left_out(tmp_path):
+    """As in bert-base-uncased, which has the weights of a pooler and of next sentence prediction."""
+    BertForPreTraining(configs()["bert"]).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "architectures": ["BertForMaskedLM"]}))
+    model = build_model(section(tmp_path))
+    assert section(tmp_path).parameter_count() == sum(weight.numel() for weight in model.parameters())
+
+
 @pytest.mark.parametrize(("name", "positions"), [("bert", 64), ("roberta", 64), ("modernbert", None)])
 def test_rows_longer_than_the_positions_are_refused(folders, name, positions):
     model = build_model(section(folders[name]))
@@ -150,3 +162,16 @@ def test_rows_longer_than_the_positions_are_refused(folders, name, positions):
 def test_text_is_not_generated_by_an_encoder(folders):
     with pytest.raises(ConfigError, match=r"BertForMaskedLM is an encoder.*can't continue a text"):
         next(generate(folders["bert"], ["a"], Sampling()))
+
+
+def test_an_export_is_the_folder_of_an_encoder(folders, tmp_path):
+    write_tokenizer(folders["bert"] / "tokenizer.json", special=("<end>", "[CLS]"))
+    export(folders["bert"], tmp_path / "out")
+    model = AutoModelForMaskedLM.from_pretrained(tmp_path / "out")
+    weights = load_model(folders["bert"]).state_dict()
+    assert all(torch.equal(weight, weights[name]) for name, weight in model.state_dict().items())
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert (tokenizer.mask_token, tokenizer.mask_token_id) == ("[MASK]", 2)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "pipeline_tag: fill-mask" in card
+    assert "AutoModelForMaskedLM.from_pretrained('out')" in card
