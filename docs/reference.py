@@ -35,7 +35,7 @@ SECTIONS = {
 ELSEWHERE = {"schedule_config", "schedule_type", "curriculum_type"}
 """Keys of ``curriculum_learning`` that the text of the page describes."""
 _TABLE = re.compile(r"(<!-- table: (?P<name>[\w.]+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
-_TYPES = {"number": "number", "string": "string", "boolean": "`true` or `false`"}
+_TYPES = {"number": "number", "string": "string", "boolean": "`true` or `false`", "object": "object"}
 
 Schema = dict[str, Any]
 
@@ -82,11 +82,12 @@ def _values(value: Schema) -> str:
 
 
 def _presets() -> Iterator[str]:
-    yield "| preset | layers | hidden size | heads | positions | vocabulary | parameters |"
-    yield "| --- | --- | --- | --- | --- | --- | --- |"
+    yield "| preset | architecture | layers | hidden size | heads | positions | vocabulary | parameters |"
+    yield "| --- | --- | --- | --- | --- | --- | --- | --- |"
     for name, sizes in PRESETS.items():
-        count = ModelConfig.model_validate({"preset": name}).parameter_count()
-        yield " | ".join([f"| `{name}`", *(f"{size:,}" for size in sizes.values()), f"{count:,} |"])
+        model = ModelConfig.model_validate({"preset": name})
+        numbers = (f"{number:,}" for number in (*sizes.values(), model.parameter_count()))
+        yield " | ".join([f"| `{name}`", model.model_type, *numbers]) + " |"
 
 
 def _deepspeed() -> Iterator[str]:

@@ -18,7 +18,8 @@ from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM
 from transformers.activations import ACT2FN
 
-from seqlen_curriculum.config.model import PRESETS, ModelConfig
+from seqlen_curriculum.config.model import ModelConfig
+from seqlen_curriculum.config.presets import GPT2_PRESETS
 from seqlen_curriculum.errors import ConfigError
 from seqlen_curriculum.models.gpt2 import build_gpt2, save_hf
 
@@ -56,7 +57,7 @@ def test_fused_gelu_is_gpt2s_gelu_new() -> None:
     torch.testing.assert_close(ACT2FN["gelu_pytorch_tanh"](x), ACT2FN["gelu_new"](x), rtol=0, atol=1e-14)
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", GPT2_PRESETS)
 def test_parameter_count_is_the_models(preset: str) -> None:
     config = ModelConfig.model_validate({"preset": preset})
     with torch.device("meta"):

@@ -8,6 +8,7 @@ import json
 import pytest
 import torch
 from helpers.encoders import MASK, V, configs, write_encoder, write_tokenizer
+from pydantic import ValidationError
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForMaskedLM, AutoTokenizer, BertForPreTraining
@@ -136,6 +137,44 @@ def test_parameters_are_counted_from_the_folder(folders):
         counted = sum(weight.numel() for weight in build_model(config).parameters())
         assert config.parameter_count() == counted, name
         assert counted < 200_000
+
+
+def config_of(name, **changes):
+    """Return the ``config.json`` of a tiny encoder."""
+    config = configs()[name]
+    config.architectures = [f"{type(config).__name__.removesuffix('Config')}ForMaskedLM"]
+    return {**json.loads(config.to_json_string(use_diff=False)), **changes}
+
+
+@pytest.mark.parametrize("name", ["bert", "roberta", "modernbert", "electra"])
+def test_a_new_encoder_of_a_configuration(name):
+    torch.manual_seed(0)
+    model = build_model(ModelConfig(hf_config=config_of(name, vocab_size=500))).eval()
+    assert model.sparse
+    assert model.lm.config.vocab_size == 512  # padded, as for causal models
+    inputs, targets, labels = rows_of()
+    loss = torch.nn.functional.cross_entropy(model.lm(inputs).logits.flatten(0, 1), labels.flatten())
+    assert model(inputs, targets).item() == pytest.approx(loss.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_attention_heads": 5}, "transformers can't build this encoder: .*not a multiple"),
+        ({"hidden_size": "wide"}, "hidden_size"),
+        ({"model_type": "llama"}, "'llama' has no encoder for masked tokens"),
+        ({"architectures": ["BertForTokenClassification"]}, "a ...ForCausalLM, or a ...ForMaskedLM"),
+        ({"architectures": None, "model_type": "modernbert"}, r'add "architectures": \["ModernBertForMaskedLM"\]'),
+    ],
+)
+def test_configurations_of_no_encoder_are_refused(changes, message):
+    with pytest.raises((ConfigError, ValidationError), match=message):
+        build_model(ModelConfig(hf_config=config_of("bert", **changes)))
+
+
+def test_an_encoder_that_needs_a_padding_token_is_refused_without():
+    with pytest.raises(ConfigError, match=r"model.hf_config: RobertaForMaskedLM can't read four tokens"):
+        build_model(ModelConfig(hf_config=config_of("roberta", pad_token_id=None)))
 
 
 def test_weights_of_other_heads_in_the_folder_are_left_out(tmp_path):

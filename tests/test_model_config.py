@@ -32,6 +32,7 @@ def test_preset_fills_every_size() -> None:
     assert config.model_dump() == {
         "preset": "gpt2-117m",
         "hf_checkpoint": None,
+        "hf_config": None,
         "num_layers": 12,
         "hidden_size": 768,
         "num_attention_heads": 12,
@@ -83,6 +84,13 @@ def test_vocabulary_is_padded_to_a_multiple_of_128(vocab_size: int, padded: int)
         ("gpt2-1.5b", 1557.7),
         ("gpt3-125m", 125.3),
         ("gpt3-1.3b", 1315.8),
+        ("llama-15m", 15.19),
+        ("llama-160m", 162.42),
+        ("llama-1b", 1235.8),
+        ("qwen3-0.6b", 596.05),
+        ("olmo2-1b", 1484.9),
+        ("neox-160m", 162.3),
+        ("mistral-7b", 7241.7),
     ],
 )
 def test_presets_have_the_size_of_their_name(preset: str, millions: float) -> None:
@@ -90,7 +98,7 @@ def test_presets_have_the_size_of_their_name(preset: str, millions: float) -> No
 
 
 def test_all_presets_are_listed_above() -> None:
-    assert len(PRESETS) == 9
+    assert len(PRESETS) == 16
 
 
 def test_parameter_count_of_gpt2_by_hand() -> None:

@@ -47,7 +47,11 @@ def _length_problems(config: RunConfig) -> Iterator[str]:
         )
     elif config.model and (seq_length or max_difficulty) > config.model.max_position_embeddings:
         key = "data.seq_length" if seq_length else "curriculum_learning.max_difficulty"
-        fix = "take another model.hf_checkpoint" if config.model.initial else "raise model.max_position_embeddings"
+        fix = "raise model.max_position_embeddings"
+        if config.model.initial:
+            fix = "take another model.hf_checkpoint"
+        elif config.model.hf_config is not None:
+            fix = "raise max_position_embeddings in model.hf_config"
         positions = config.model.max_position_embeddings
         yield f"{key}: {seq_length or max_difficulty} is above the model's {positions} positions; lower it or {fix}"
 
@@ -98,6 +102,8 @@ def warnings(config: RunConfig) -> list[str]:
     """Return one line for each setting that is allowed but ill-advised."""
     curriculum = config.curriculum
     lines = [f"no effect on this run: {', '.join(config.ignored)}; remove them"] if config.ignored else []
+    if config.model and (unknown := config.model.ignored_keys):
+        lines.append(f"model.hf_config: {', '.join(unknown)}: no keys of {config.model.model_type}; they are ignored")
     if curriculum is None or curriculum.min_difficulty == curriculum.max_difficulty:
         return lines
     if config.adapts:

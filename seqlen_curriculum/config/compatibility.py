@@ -56,8 +56,7 @@ class EngineChecks:
     @property
     def _other_model(self) -> str:
         assert self.model is not None
-        assert self.model.initial is not None
-        return f"the {self.model.initial.model_type} of model.hf_checkpoint, only with a GPT-2"
+        return f"the {self.model.model_type} of {self.model.source}, only with a GPT-2"
 
     def precision(self) -> Iterator[str]:
         enabled = self.keys.enabled_precisions

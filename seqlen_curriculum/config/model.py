@@ -5,16 +5,29 @@ Needs no torch, so that a run can be planned on a machine that can't build the m
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, overload
 
 from pydantic import Field, model_validator
 
+from seqlen_curriculum.config.architectures import Counts, count
+from seqlen_curriculum.config.hf_config import config_problems, read_hf_config, size_problems, split_keys, with_sizes
+from seqlen_curriculum.config.presets import ARCHITECTURE_PRESETS, PRESETS
 from seqlen_curriculum.errors import CheckpointError, SeqlenCurriculumError
 from seqlen_curriculum.fields import Count, Section, Seqlen, nearest
-from seqlen_curriculum.run_folder.model_folder import SIZES, PretrainedModel, no_size, read_pretrained
+from seqlen_curriculum.run_folder.model_folder import (
+    SIZES,
+    PretrainedModel,
+    is_encoder,
+    is_plain_gpt2,
+    no_size,
+    read_pretrained,
+    sizes_in,
+)
 from seqlen_curriculum.schedule.piecewise import ceil_div
+from seqlen_curriculum.strict_json import shown
 
 if TYPE_CHECKING:
     import numpy as np
@@ -26,37 +39,8 @@ VOCAB_MULTIPLE = 128
 """The vocabulary is padded to a multiple of this, as in Megatron: 50257 tokens make 50304 rows, which suit tensor cores."""
 
 
-def _shape(
-    num_layers: int, hidden_size: int, num_attention_heads: int, max_position_embeddings: int, vocab_size: int = 50257
-) -> dict[str, int]:
-    return {
-        "num_layers": num_layers,
-        "hidden_size": hidden_size,
-        "num_attention_heads": num_attention_heads,
-        "max_position_embeddings": max_position_embeddings,
-        "vocab_size": vocab_size,
-    }
-
-
-PRESETS: dict[str, dict[str, int]] = {
-    # For a CPU and for tests; heads of 16, 32 and 32.
-    "tiny-200k": _shape(2, 64, 4, 1024, 512),  # 198,400 parameters, half of them embeddings
-    "tiny-1m": _shape(2, 128, 4, 1024, 4096),  # 1,052,160
-    "tiny-2m": _shape(4, 160, 5, 1024, 4096),  # 2,056,640
-    # GPT-2 (Radford et al. 2019, table 2). The smallest was published as 117M; it has 124M.
-    "gpt2-117m": _shape(12, 768, 12, 1024),  # the paper's first model
-    "gpt2-345m": _shape(24, 1024, 16, 1024),
-    "gpt2-774m": _shape(36, 1280, 20, 1024),
-    "gpt2-1.5b": _shape(48, 1600, 25, 1024),  # the paper's second model
-    # GPT-3 (Brown et al. 2020, table 2.1): twice the context.
-    "gpt3-125m": _shape(12, 768, 12, 2048),  # the paper's third model
-    "gpt3-1.3b": _shape(24, 2048, 16, 2048),  # 16 heads of 128; the GPT-3 paper's 24 don't divide 2048
-}
-"""Sizes by name. The parameter counts include the padding of the vocabulary."""
-
-
 class ModelConfig(Section):
-    """The ``model`` section: a preset, the five sizes, a preset with some sizes overridden, or a pretrained model."""
+    """The ``model`` section: a preset, some of its sizes overridden, five sizes, a configuration or a pretrained model."""
 
     preset: str | None = None
     """Name of a preset. It sets every size below that isn't given."""
@@ -65,6 +49,11 @@ class ModelConfig(Section):
     """Folder of a Hugging Face causal language model or encoder, or its name on the Hub, such as ``gpt2``. Training starts
     from its architecture and weights. It sets the five sizes; a size that is given too must be the same. A relative path is
     looked up in the current folder first, then in the folder of this file."""
+
+    hf_config: str | dict[str, Any] | None = None
+    """A new model of any architecture of transformers: the path of a ``config.json``, a folder with one, a name on the Hub,
+    or the object itself. It sets the five sizes; a size that is given too must be the same. A relative path is looked up as
+    for ``hf_checkpoint``. The run records the object, so that the file isn't needed again."""
 
     num_layers: Count
     """Number of transformer blocks."""
@@ -83,7 +72,7 @@ class ModelConfig(Section):
 
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Dropout probability for embeddings, attention and residuals of a GPT-2. The paper's Megatron recipe uses 0.1. Other
-    architectures set theirs in the ``config.json`` of ``hf_checkpoint``."""
+    architectures set theirs in their ``config.json``."""
 
     activation_checkpointing: bool = False
     """Keep only each block's input and recompute the rest in the backward pass: less memory, about a third more compute."""
@@ -98,15 +87,23 @@ class ModelConfig(Section):
             if name not in PRESETS:
                 raise ValueError(f"preset '{name}' is unknown{nearest(name, PRESETS)}")
             data = {**PRESETS[name], **data}  # a size that is given overrides the preset's
+        if data.get("hf_config") is not None:
+            return _with_sizes_of_config(data)
         return _with_sizes_of_folder(data)
+
+    @model_validator(mode="after")
+    def _preset_is_consistent(self) -> ModelConfig:
+        if self.preset in ARCHITECTURE_PRESETS and self.hf_checkpoint is None:
+            assert self.architecture is not None
+            _raise_first(f"preset {self.preset} with the sizes given", size_problems(self.architecture))
+        return self
 
     @model_validator(mode="after")
     def _dropout_is_known(self) -> ModelConfig:
         if self.dropout and not self.is_gpt2:
-            assert self.initial is not None
             raise ValueError(
-                f"dropout {self.dropout} is not used by a {self.initial.model_type}, which has its own in config.json; "
-                "remove the key"
+                f"dropout {self.dropout} is not used by a {self.model_type}, which has its own in config.json; remove the "
+                "key"
             )
         return self
 
@@ -124,29 +121,87 @@ class ModelConfig(Section):
         """The model in ``hf_checkpoint``. Raises CheckpointError, or ConfigError if it has changed since."""
         return read_pretrained(Path(self.hf_checkpoint)) if self.hf_checkpoint else None
 
+    @cached_property
+    def architecture(self) -> dict[str, Any] | None:
+        """The ``config.json`` of the model; None for a GPT-2 that is given by its sizes."""
+        if self.initial is not None:
+            return self.initial.config
+        if isinstance(self.hf_config, dict):
+            return split_keys(self.hf_config)[0]
+        if self.preset in ARCHITECTURE_PRESETS:
+            return with_sizes(ARCHITECTURE_PRESETS[self.preset], {size: getattr(self, size) for size in SIZES})
+        return None
+
+    @property
+    def ignored_keys(self) -> list[str]:
+        """Keys of ``hf_config`` that its architecture doesn't have, if they have a value."""
+        config = self.hf_config if isinstance(self.hf_config, dict) else {}
+        return [key for key in split_keys(config)[1] if config[key]]
+
+    @property
+    def model_type(self) -> str:
+        """The architecture's name in transformers, such as ``llama``."""
+        return "gpt2" if self.architecture is None else str(self.architecture["model_type"])
+
+    @property
+    def source(self) -> str:
+        """The key that names the architecture, for messages."""
+        given = [key for key in ("hf_checkpoint", "hf_config", "preset") if getattr(self, key) is not None]
+        return f"model.{given[0]}" if given else "model"
+
     @property
     def is_gpt2(self) -> bool:
         """True for a GPT-2, which every engine can train. Other architectures train data-parallel only."""
-        return self.initial is None or self.initial.is_plain_gpt2
+        return self.architecture is None or is_plain_gpt2(self.architecture)
 
     @property
     def is_encoder(self) -> bool:
         """True for an encoder, which ``training.objective: "masked"`` trains; False for a causal language model."""
-        return self.initial is not None and self.initial.is_encoder
+        return self.architecture is not None and is_encoder(self.architecture)
 
     @property
     def padded_vocab_size(self) -> int:
-        """Rows of the word embedding and the tied head: for a GPT-2, ``vocab_size`` rounded up to ``VOCAB_MULTIPLE``."""
-        if not self.is_gpt2:
-            return self.vocab_size
+        """Rows of the word embedding and of the head.
+
+        That is ``vocab_size`` rounded up to ``VOCAB_MULTIPLE``. A pretrained model that isn't a GPT-2 keeps its own rows.
+        """
+        if self.initial is not None and not self.is_gpt2:
+            return int(self.initial.config.get("vocab_size") or self.vocab_size)
         return ceil_div(self.vocab_size, VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
+    @cached_property
+    def counts(self) -> Counts | None:
+        """The counts of a known architecture that isn't a GPT-2."""
+        if self.architecture is None or self.is_gpt2 or any(size_problems(self.architecture)):
+            return None
+        return count(self.architecture, self.padded_vocab_size)
+
+    @property
+    def uncounted(self) -> str:
+        """Why the parameters and the FLOPs of this model aren't known, empty if they are."""
+        if self.is_gpt2 or self.counts is not None:
+            return ""
+        if self.initial is None:
+            return f"the weights of the architecture {self.model_type} aren't known here"
+        experts = next((key for key in self.initial.config if "experts" in key), "")
+        return (
+            f"how many of its {experts} a token of the architecture {self.model_type} uses isn't known"
+            if experts
+            else ""
+        )
+
     def parameter_count(self) -> int:
-        """Return the exact number of trained parameters. The tied head counts once; padded vocabulary rows count."""
+        """Return the exact number of trained parameters. The tied head counts once; padded vocabulary rows count.
+
+        Not for a model that is ``uncounted``.
+        """
         if self.initial is not None and not self.is_gpt2:
             return self.initial.parameter_count()
+        if self.counts is not None:
+            return self.counts.parameters
+        assert self.is_gpt2, self.uncounted
         width = self.hidden_size
-        inner = (self.initial and self.initial.config.get("n_inner")) or 4 * width
+        inner = (self.architecture and self.architecture.get("n_inner")) or 4 * width
         # A block: qkv 3w^2+3w, projection w^2+w, MLP w*i+i and i*w+w, two layer norms 4w. With w = 768 and i = 4w these
         # are 12w^2 + 13w = 7,087,872; GPT-2 117M has 12 of them, 38.6M of words and 0.8M of positions: 124.5M in all.
         block = 4 * width**2 + 9 * width + 2 * width * inner + inner
@@ -161,10 +216,13 @@ class ModelConfig(Section):
         """Return the training FLOPs (forward and backward) of one token in a sequence of ``seqlen`` tokens, elementwise.
 
         ``6 N + 12 num_layers hidden_size seqlen`` (PaLM, appendix B; Megatron's formula to within biases). ``N`` excludes
-        position embeddings, which are looked up, and counts the word embedding once, for the product of the head.
-        Attention is counted as if it were not causal, as in both sources. Recomputation for activation checkpointing is
-        not counted.
+        position embeddings, which are looked up, and counts the word embedding once, for the product of the head. In a
+        mixture of experts it counts those of a token. Attention is counted as if it were not causal, as in both sources; in
+        a layer with a sliding window over ``min(seqlen, window)`` tokens; with heads of another width, over that of all
+        heads. Recomputation for activation checkpointing is not counted. Not for a model that is ``uncounted``.
         """
+        if self.counts is not None:
+            return self.counts.flops_per_token(seqlen)
         # GPT-2 117M at seqlen 1024: 6 * (124.5M - 0.8M) + 12 * 12 * 768 * 1024 = 742M + 113M = 855M FLOPs per token.
         looked_up = self.max_position_embeddings * self.hidden_size
         if self.initial is not None and not self.is_gpt2:
@@ -188,14 +246,44 @@ def _with_sizes_of_folder(data: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(f"hf_checkpoint: {error}; {reason}") from error
     except SeqlenCurriculumError as error:
         raise ValueError(f"hf_checkpoint: {error}") from error
+    return _with_sizes(data, "hf_checkpoint", path, pretrained.config, sizes)
+
+
+def _with_sizes_of_config(data: dict[str, Any]) -> dict[str, Any]:
+    """Return the section with the object of ``hf_config`` and its sizes. Raises ValueError if it makes no model."""
+    value = data["hf_config"]
+    others = [key for key in ("preset", "hf_checkpoint") if data.get(key) is not None]
+    if others:
+        raise ValueError(f"hf_config and {others[0]} each give an architecture; remove one of them")
+    if not isinstance(value, (str, dict)):
+        raise ValueError(f"hf_config: {shown(value)} is neither a path nor an object; write the path of a config.json")
+    where = value if isinstance(value, str) else ""
+    try:
+        config = read_hf_config(value) if isinstance(value, str) else value
+    except SeqlenCurriculumError as error:
+        raise ValueError(f"hf_config: {error}") from error
+    _raise_first(f"hf_config {where}".rstrip(), config_problems(config))
+    return {**_with_sizes(data, "hf_config", where, config, sizes_in(config)), "hf_config": config}
+
+
+def _raise_first(where: str, problems: Iterator[str]) -> None:
+    for problem in problems:
+        raise ValueError(f"{where}: {problem}")
+
+
+def _with_sizes(
+    data: dict[str, Any], key: str, path: str, config: Mapping[str, Any], sizes: Mapping[str, int]
+) -> dict[str, Any]:
+    """Return the section with ``sizes`` of ``config``, which is in ``path``, or in the section itself."""
+    where = f"{key} {path}".rstrip()
     # A size that config.json lacks may be given in the section. A size that both have must be equal.
     missing = [size for size in SIZES if size not in sizes and size not in data]
     if missing:
-        raise ValueError(f"hf_checkpoint: {path}: {no_size(missing[0], pretrained.config)}")
+        raise ValueError(f"{key}: {f'{path}: ' if path else ''}{no_size(missing[0], config)}")
     for size, value in sizes.items():
         if data.get(size, value) != value:
             raise ValueError(
-                f"{size}: {data[size]} differs from {value} in hf_checkpoint {path}; remove the size (or the preset that "
-                "sets it), or give another folder"
+                f"{size}: {data[size]} differs from {value} in {where}; remove the size (or the preset that sets it), or "
+                f"change {key}"
             )
     return {**data, **sizes}

@@ -21,15 +21,15 @@ def objective_problems(config: RunConfig) -> Iterator[str]:
     masked = training.objective == "masked"
     if model is not None and masked and not model.is_encoder:
         yield (
-            f'training.objective: "masked" needs an encoder, but {_source(model)} is a causal language model; give an '
-            'encoder, such as BertForMaskedLM, or set it to "causal"'
+            f'training.objective: "masked" needs an encoder, but {_source(model)} is a causal language model; give a model '
+            'whose architectures in config.json is, for example, ["BertForMaskedLM"], or set it to "causal"'
         )
     elif model is not None and not masked and model.is_encoder:
         yield (
             f'training.objective: "causal" can\'t train the encoder of {_source(model)}, which sees later tokens; set it to '
             '"masked", or give a causal language model'
         )
-    elif model is not None and masked and model.initial and model.initial.config.get("is_decoder"):
+    elif model is not None and masked and model.architecture and model.architecture.get("is_decoder"):
         yield (
             f'training.objective: "masked" needs an encoder, but is_decoder is true in the config.json of {_source(model)}, '
             "so that it doesn't see later tokens; set it to false there"
@@ -63,6 +63,5 @@ def _masked_problems(config: RunConfig) -> Iterator[str]:
 
 def _source(model: ModelConfig) -> str:
     """Return the key that chooses the model, and its value."""
-    if model.hf_checkpoint is not None:
-        return f"model.hf_checkpoint {model.hf_checkpoint}"
-    return f"model.preset {model.preset}" if model.preset is not None else "the model section's GPT-2"
+    value = model.preset if model.hf_checkpoint is None else model.hf_checkpoint
+    return model.source if value is None or model.hf_config is not None else f"{model.source} {value}"

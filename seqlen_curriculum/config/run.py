@@ -24,6 +24,7 @@ from seqlen_curriculum.config.run_file import SCHEMA_KEY, absolute_paths, folder
 from seqlen_curriculum.config.training import TrainingConfig
 from seqlen_curriculum.errors import ConfigError
 from seqlen_curriculum.fields import Section, flat, misspelt_sections, parse_section
+from seqlen_curriculum.run_folder.model_folder import lasting_keys
 from seqlen_curriculum.schedule.batch_size_warmup import BatchSizeWarmup
 from seqlen_curriculum.schedule.curriculum_config import (
     BLOCK,
@@ -182,9 +183,12 @@ class RunConfig:
         """Return the settings that identify the run: ``{"model.num_layers": 12, ...}``, without ranks, ZeRO and paths."""
         chosen: dict[str, Any] = {}
         if self.model:
-            chosen["model"] = self.model.model_dump(exclude={"preset", "activation_checkpointing", "hf_checkpoint"})
+            unimportant = {"preset", "activation_checkpointing", "hf_checkpoint", "hf_config"}
+            chosen["model"] = self.model.model_dump(exclude=unimportant)
             if self.model.initial:
                 chosen["model"]["initial_weights"] = self.model.initial.fingerprint
+            elif self.model.architecture is not None:
+                chosen["model"]["hf_config"] = lasting_keys(self.model.architecture)
         if self.curriculum:
             # Omitted if it is off: checkpoints of versions without batch growth belong to the same run.
             off = set() if self.curriculum.batch_growth else set(BatchGrowthKeys.model_fields)
@@ -213,6 +217,8 @@ class RunConfig:
         dumped = {name: section.model_dump(mode="json", exclude_none=True) for name, section in given.items()}
         if self.data and self.data.valid is not None:
             del dumped["data"]["split"]  # not used, and an error beside ``valid``
+        if self.model and self.model.hf_config is not None:
+            dumped["model"]["hf_config"] = self.model.hf_config  # where null is a value: no sliding window
         return absolute_paths({**self.deepspeed, "curriculum_learning": {"enabled": False}, **dumped})
 
     def warnings(self) -> list[str]:

@@ -28,8 +28,8 @@ def read_run_file(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, 
     """Return the configuration in a file after applying ``a.b=value`` overrides. Raises ConfigError.
 
     ``path`` may also be a run's ``run.json`` or its folder. The configuration is then that of the run's newest launch, and
-    a note is printed to stderr. Relative paths in ``data.train``, ``data.valid``, ``data.test`` and
-    ``model.hf_checkpoint`` are looked up in the current folder first, then in the folder of the file.
+    a note is printed to stderr. Relative paths in ``data.train``, ``data.valid``, ``data.test``, ``model.hf_checkpoint``
+    and ``model.hf_config`` are looked up in the current folder first, then in the folder of the file.
     """
     given = Path(path)
     try:
@@ -60,24 +60,31 @@ def read_run_file(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, 
         return other if exists(other) and not exists(path) else path
 
     raw = _with_paths(raw, beside_the_file)
-    model, looked_up = raw.get("model"), places(file.parent)
-    checkpoint = model.get("hf_checkpoint") if isinstance(model, Mapping) else None
-    if len(looked_up) > 1 and isinstance(checkpoint, str) and checkpoint and not os.path.exists(checkpoint):
-        _check_hub_name(checkpoint, looked_up, str(path))
+    looked_up = places(file.parent)
+    for key, value in _model_paths(raw):
+        if len(looked_up) > 1 and not os.path.exists(value):
+            _check_hub_name(key, value, looked_up, str(path))
     return raw
 
 
-def _check_hub_name(name: str, looked_up: Sequence[str], file: str) -> None:
-    """Raise ConfigError unless ``name``, which isn't a folder in ``looked_up``, is a model in the cache or on the Hub."""
+def _model_paths(raw: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return the keys of the ``model`` section that hold a path or a name on the Hub, with their values."""
+    model = raw.get("model")
+    found = [(key, model.get(key)) for key in ("hf_checkpoint", "hf_config")] if isinstance(model, Mapping) else []
+    return [(key, value) for key, value in found if isinstance(value, str) and value]
+
+
+def _check_hub_name(key: str, name: str, looked_up: Sequence[str], file: str) -> None:
+    """Raise ConfigError unless ``name``, which isn't a path in ``looked_up``, is a model in the cache or on the Hub."""
     reason = ""
     if is_hub_name(name):
         try:
-            hub_folder(name)
+            hub_folder(name, weights=key == "hf_checkpoint")
             return
         except CheckpointError as error:
             reason = f" ({error})"
     raise ConfigError(
-        f"model.hf_checkpoint: no folder {name!r}, neither in {' nor in '.join(looked_up)}, the folder of the run's file; "
+        f"model.{key}: no folder {name!r}, neither in {' nor in '.join(looked_up)}, the folder of the run's file; "
         f"give the folder of a model relative to one of them, or an absolute path{reason}",
         file,
     )
@@ -111,7 +118,7 @@ def absolute_paths(raw: Mapping[str, Any]) -> dict[str, Any]:
     """Return a copy of the configuration with absolute paths."""
     # A name on the Hub is no path.
     return _with_paths(
-        raw, lambda path, exists: path if exists is os.path.isdir and is_hub_name(path) else os.path.abspath(path)
+        raw, lambda path, exists: path if exists is not is_corpus and is_hub_name(path) else os.path.abspath(path)
     )
 
 
@@ -138,6 +145,7 @@ def _with_paths(raw: Mapping[str, Any], place: Callable[[str, Callable[[str], bo
     changed, data, model = dict(raw), raw.get("data"), raw.get("model")
     if isinstance(data, Mapping):
         changed["data"] = {**data, **{key: corpora(data[key]) for key in ("train", "valid", "test") if key in data}}
-    if isinstance(model, Mapping) and isinstance(model.get("hf_checkpoint"), str) and model["hf_checkpoint"]:
-        changed["model"] = {**model, "hf_checkpoint": place(model["hf_checkpoint"], os.path.isdir)}
+    if isinstance(model, Mapping) and (paths := _model_paths(raw)):
+        exists = {"hf_checkpoint": os.path.isdir, "hf_config": os.path.exists}
+        changed["model"] = {**model, **{key: place(value, exists[key]) for key, value in paths}}
     return changed

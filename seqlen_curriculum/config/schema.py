@@ -38,7 +38,7 @@ class _RunFile(DeepSpeedKeys):
     scheduler: TokenCosineConfig | OtherScheduler | None = None  # type: ignore[assignment]
     """The learning rate schedule: ``TokenCosineLR``, or one of DeepSpeed's own."""
     model: ModelConfig | None = None
-    """The model: a preset, five sizes, or a pretrained model."""
+    """The model: a preset, five sizes, a configuration of any architecture, or a pretrained model."""
     data: DataConfig | None = None
     """The corpora and the full length of a sample."""
     training: TrainingConfig | None = None
@@ -115,10 +115,11 @@ def _require_enabled(properties: dict[str, Any], definitions: dict[str, Any]) ->
 
 
 def _require_a_model(section: dict[str, Any]) -> None:
-    """Require a preset, a folder, or all five sizes."""
+    """Require a preset, a folder, a configuration, or all five sizes."""
     section["properties"]["preset"]["enum"] = [*PRESETS, None]
     section["required"] = []
-    section["anyOf"] = [{"required": ["preset"]}, {"required": ["hf_checkpoint"]}, {"required": list(SIZES)}]
+    ways = [["preset"], ["hf_checkpoint"], ["hf_config"], [*SIZES]]
+    section["anyOf"] = [{"required": keys} for keys in ways]
 
 
 def _guarded(names: Iterable[str]) -> list[str]:

@@ -87,7 +87,9 @@ def _check_places(prefixes: Sequence[str], folder: Path | None) -> None:
 def _check_vocabulary(corpus: IndexedCorpus, model: ModelConfig) -> None:
     if corpus.vocab_size is not None and corpus.vocab_size > model.vocab_size:
         fix = f"set model.vocab_size to {corpus.vocab_size}"
-        if model.hf_checkpoint:
+        if model.hf_config is not None:
+            fix = f"set vocab_size in model.hf_config to {corpus.vocab_size}"
+        elif model.hf_checkpoint:
             fix = f"prepare the corpus with the tokenizer of {model.hf_checkpoint}"
         raise DataError(
             f"{corpus.prefix}: was made with a vocabulary of {corpus.vocab_size}, the model has {model.vocab_size}; {fix}"

@@ -68,8 +68,8 @@ def _mask_names(path: Path, model: ModelConfig) -> Iterator[str]:
 
 def _of_model(model: ModelConfig) -> Iterator[Any]:
     """Yield the ids of the special tokens in ``config.json``, for a run without a tokenizer."""
-    if model.initial is not None:
-        yield from (model.initial.config.get(f"{role}_token_id") for role in _ROLES)
+    config = model.architecture or {}
+    yield from (config.get(f"{role}_token_id") for role in _ROLES)
 
 
 def _checked(given: int | None, own: int | None, path: Path | None, vocab_size: int) -> int:

@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, GPT2LMHeadModel
+from transformers import GenerationConfig, GPT2LMHeadModel
 
 from seqlen_curriculum.config.model import ModelConfig
 from seqlen_curriculum.errors import CheckpointError, ConfigError
+from seqlen_curriculum.models.architecture import architecture_config, new_model, source_of
 from seqlen_curriculum.models.gpt2 import CausalLM, build_gpt2, checkpoint_activations, save_hf
 from seqlen_curriculum.models.masked_lm import MaskedLM, build_masked_lm
 from seqlen_curriculum.models.pretrained import (
-    drop_code,
     load_model,
     quiet,
     replace_invalid_generation_config,
@@ -49,23 +49,14 @@ def build_model(config: ModelConfig, read_weights: bool = True) -> CausalLM | An
     """Build the model of the ``model`` section on the CPU in fp32, ready to train.
 
     The weights are those of ``hf_checkpoint``. Without it, or without ``read_weights`` (if a checkpoint of the run is
-    loaded), they are initialised from torch's global seed. Raises CheckpointError, ConfigError.
+    loaded), the architecture initialises them from torch's global seed. Raises CheckpointError, ConfigError.
     """
-    if config.initial is None:
+    if config.architecture is None:
         return build_gpt2(config)
-    folder = config.initial.folder
-    try:
-        with quiet():
-            lm_config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        drop_code(lm_config)
-    except (KeyError, OSError, TypeError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(
-            f"model.hf_checkpoint: {folder}: transformers can't read its config.json: {reason}"
-        ) from error
-    weights_folder = folder if read_weights else None
+    lm_config = architecture_config(config)
+    weights_folder = config.initial.folder if config.initial is not None and read_weights else None
     if config.is_encoder:
-        model = build_masked_lm(lm_config, weights_folder)
+        model = build_masked_lm(config, lm_config, weights_folder)
         if config.activation_checkpointing:
             checkpoint_activations(model.lm)
         return model
@@ -102,15 +93,11 @@ def _pretrained_gpt2(config: ModelConfig, lm_config: Any, folder: Path | None) -
 
 def _pretrained_lm(config: ModelConfig, lm_config: Any, folder: Path | None) -> Any:
     """Return any other causal language model, built by transformers."""
-    assert config.initial is not None
     try:
-        if folder is not None:
-            lm = load_model(folder)
-        else:
-            lm = AutoModelForCausalLM.from_config(lm_config, trust_remote_code=False).float()
+        lm = load_model(folder, padding=True) if folder is not None else new_model(config, lm_config)
     except ValueError as error:
-        raise ConfigError(f"model.hf_checkpoint: no causal language model of transformers ({error})") from error
-    if folder is None and (config.initial.folder / "generation_config.json").exists():
+        raise ConfigError(f"{source_of(config)}: no causal language model of transformers ({error})") from error
+    if folder is None and config.initial is not None and (config.initial.folder / "generation_config.json").exists():
         lm.generation_config = GenerationConfig.from_pretrained(config.initial.folder)
         replace_invalid_generation_config(lm)
     _check_causal(lm.eval(), config)
@@ -128,9 +115,7 @@ def _check_causal(lm: Any, config: ModelConfig) -> None:
     before = lm(input_ids=tokens, use_cache=False).logits[:, :-1].float()  # (1, S - 1, V)
     after = lm(input_ids=changed_end, use_cache=False).logits[:, :-1].float()
     if not torch.allclose(before, after, atol=1e-5 * float(before.abs().max()), rtol=0):
-        raise ConfigError(
-            f"model.hf_checkpoint: {config.hf_checkpoint}: its logits change with later tokens; give a causal language model"
-        )
+        raise ConfigError(f"{source_of(config)}: its logits change with later tokens; give a causal language model")
 
 
 def save_model(model: CausalLM | AnyCausalLM | MaskedLM, folder: Path, weights: Mapping[str, Tensor]) -> None:

@@ -19,7 +19,7 @@ from transformers import AttentionInterface, GPT2Config, GPT2LMHeadModel
 from seqlen_curriculum.config.model import ModelConfig
 from seqlen_curriculum.errors import ConfigError
 from seqlen_curriculum.models.cross_entropy import mean_cross_entropy
-from seqlen_curriculum.models.pretrained import quiet, save_weights
+from seqlen_curriculum.models.pretrained import add_older_names, quiet, save_weights
 
 __all__ = [
     "CausalLM",
@@ -214,3 +214,4 @@ def save_config(model: CausalLM, folder: str | Path, dtype: torch.dtype) -> None
     config.use_cache = True  # disabled in training, needed for generation
     with quiet():
         config.save_pretrained(folder)
+    add_older_names(Path(folder))

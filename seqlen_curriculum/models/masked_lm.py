@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoModelForMaskedLM
 
+from seqlen_curriculum.config.model import ModelConfig
 from seqlen_curriculum.errors import ConfigError
+from seqlen_curriculum.models.architecture import new_model, source_of
 from seqlen_curriculum.models.cross_entropy import mean_cross_entropy
-from seqlen_curriculum.models.pretrained import load_model
+from seqlen_curriculum.models.pretrained import load_model, quiet
 
 __all__ = ["MaskedLM", "build_masked_lm"]
 
@@ -104,19 +105,26 @@ class _LossHead(nn.Module):
         return mean_cross_entropy(hidden.flatten(0, -2), self.weight, self.labels.flatten(), bias=self.bias)
 
 
-def build_masked_lm(lm_config: Any, folder: Path | None) -> MaskedLM:
+def build_masked_lm(config: ModelConfig, lm_config: Any, folder: Path | None) -> MaskedLM:
     """Build the encoder of ``lm_config`` on the CPU in fp32, with the weights in ``folder`` or fresh ones, ready to train.
 
-    Raises ConfigError for an architecture that isn't an encoder with a head for masked tokens, and CheckpointError.
+    Raises CheckpointError, and ConfigError for an encoder that can't be built or can't read four tokens.
     """
+    with quiet():
+        lm = load_model(folder, padding=True) if folder is not None else _new(config, lm_config)
+        try:
+            return MaskedLM(lm.eval()).train()
+        except (RuntimeError, TypeError, AttributeError, IndexError, ValueError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise ConfigError(f"{source_of(config)}: {type(lm).__name__} can't read four tokens: {reason}") from error
+
+
+def _new(config: ModelConfig, lm_config: Any) -> Any:
     try:
-        if folder is not None:
-            lm = load_model(folder)
-        else:
-            lm = AutoModelForMaskedLM.from_config(lm_config, trust_remote_code=False).float()
-    except ValueError as error:
-        raise ConfigError(f"model: no encoder with a head for masked tokens in transformers ({error})") from error
-    return MaskedLM(lm.eval()).train()
+        return new_model(config, lm_config)
+    except Exception as error:  # a wrong value raises one of many classes
+        reason = " ".join(str(error).split())[:300]
+        raise ConfigError(f"{source_of(config)}: transformers can't build this encoder: {reason}") from error
 
 
 def _example(lm: Any) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,13 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
-from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, GenerationConfig, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    GenerationConfig,
+    PreTrainedTokenizerFast,
+)
 from transformers.utils import logging
 
 from seqlen_curriculum.data.mask_tokens import MASK_TOKENS
@@ -26,6 +32,7 @@ from seqlen_curriculum.run_folder.model_files import TOKENIZER_FILES, ordinary_f
 from seqlen_curriculum.run_folder.model_folder import is_encoder, model_folder, vocabulary
 
 __all__ = [
+    "add_older_names",
     "copy_tokenizer",
     "drop_code",
     "load_model",
@@ -115,8 +122,45 @@ def save_pretrained(model: Any, folder: Path, weights: Mapping[str, torch.Tensor
     """Write transformers' ``model``, or ``weights`` instead of its own, to ``folder``, with modes that follow the umask."""
     with quiet():
         model.save_pretrained(folder, state_dict=weights)
+    add_older_names(folder)
     for path in folder.glob("*.safetensors"):
         follow_umask(path)
+
+
+def add_older_names(folder: Path) -> None:
+    """Add the names of transformers 4 to the ``config.json`` in ``folder``, if transformers 5 reads the same from both.
+
+    transformers 4 doesn't know ``rope_parameters``: without ``rope_theta`` it would compute other logits without an error.
+    """
+    path = folder / "config.json"
+    written = read_json(path)
+    config = {**_older_names(written), **written}
+    if config == written:
+        return
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    with quiet():
+        again = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False).to_dict()
+    if any(again[key] != value for key, value in written.items() if key in ("rope_parameters", "dtype")):
+        path.write_text(json.dumps(written, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _older_names(config: Mapping[str, Any]) -> dict[str, Any]:
+    names = {"torch_dtype": config["dtype"]} if config.get("dtype") else {}
+    if "num_local_experts" in config:
+        names["num_experts"] = config["num_local_experts"]
+    rope = config.get("rope_parameters")
+    if not isinstance(rope, dict) or "rope_theta" not in rope:  # other types of layers have other positions
+        return names
+    is_neox = config.get("model_type") == "gpt_neox"
+    names["rotary_emb_base" if is_neox else "rope_theta"] = rope["rope_theta"]
+    if "partial_rotary_factor" in rope:
+        names["rotary_pct" if is_neox else "partial_rotary_factor"] = rope["partial_rotary_factor"]
+    if rope.get("rope_type", "default") != "default":
+        names["rope_scaling"] = {key: value for key, value in rope.items() if key not in _NOT_SCALING}
+    return names
+
+
+_NOT_SCALING = ("rope_theta", "partial_rotary_factor")
 
 
 def replace_invalid_generation_config(model: Any) -> None:

@@ -110,9 +110,10 @@ def on_ranks(config: RunConfig, flags: RankFlags) -> dict[str, Any]:
       per power of two. The first five are [minimum, maximum] of a data-parallel rank; ``speed`` is relative to full speed.
     - ``fill_tokens``, ``tflops`` of a rank, ``tflops_source``, ``hours``, ``hours_at_full_speed`` (if every micro-batch
       filled its device), ``hours_of_full_length`` (the same tokens without a curriculum). These, and ``hours`` and ``speed``
-      of a group, are None without a model section.
+      of a group, are None without a model section and for a model that is ``uncounted``.
     """
-    shapes, model, least_tokens = _Shapes.of(config), config.model, None
+    shapes, least_tokens = _Shapes.of(config), None
+    model = None if config.model is None or config.model.uncounted else config.model
     tflops, source = _speed(config.keys, flags.tflops)
     summary = {
         "ranks": flags.ranks,
@@ -214,7 +215,7 @@ def _spanning(keys: DeepSpeedKeys, summary: dict[str, Any]) -> list[str]:
 
 def _idle(config: RunConfig, summary: dict[str, Any]) -> list[str]:
     """Warn about micro-batches that don't fill a device, if they cost more than 1 % of the hours."""
-    if config.model is None or summary["hours"] <= 1.01 * summary["hours_at_full_speed"]:
+    if summary["hours"] is None or summary["hours"] <= 1.01 * summary["hours_at_full_speed"]:
         return []
     fill = summary["fill_tokens"]
     idle = [group for group in summary["lengths"] if group["micro_batch_tokens"][0] < fill]

@@ -41,7 +41,8 @@ def plan(config: RunConfig, at: Iterable[int] = ()) -> dict[str, Any]:
       of rows and tokens per row), ``milestones [{step, seqlen, rows, consumed_tokens, lr}]``.
     - With a data section: ``sample_tokens``, and ``dropped_tokens`` or ``leftover_tokens``.
     - In half precision: ``gradient_dtype``, in which gradients accumulate and reduce.
-    - With a model section: ``parameters, flops, flops_of_full_length`` (the same tokens at full length).
+    - With a model section: ``parameters, flops, flops_of_full_length`` (the same tokens at full length), or ``uncounted``,
+      the reason why they aren't known.
     - With ``training.seqlen_bucket``: ``without_seqlen_bucket {steps, lengths, flops}``.
     """
     timeline = config.timeline()
@@ -107,8 +108,10 @@ def data_use(timeline: Timeline, seq_length: int, recycle: bool) -> dict[str, in
     return {"sample_tokens": read, "leftover_tokens" if recycle else "dropped_tokens": left_over}
 
 
-def compute_use(timeline: Timeline, model: ModelConfig, full_length: int) -> dict[str, float]:
+def compute_use(timeline: Timeline, model: ModelConfig, full_length: int) -> dict[str, Any]:
     """Return the parameters of a model, the training FLOPs of a run, and those of the same tokens at full length."""
+    if model.uncounted:
+        return {"uncounted": model.uncounted}
     # A token at a short length needs fewer attention FLOPs, so the sum is over lengths.
     lengths, tokens = timeline.tokens_by_length()
     flops = float(np.sum(tokens * model.flops_per_token(lengths)))
@@ -145,6 +148,8 @@ def _facts(summary: dict[str, Any]) -> list[str]:
             f"compute           {summary['flops']:.3g} FLOPs, {ratio:.3f} of the same tokens at full length "
             f"({summary['parameters']:,} parameters)"
         )
+    if "uncounted" in summary:
+        lines.append(f"compute           unknown: {summary['uncounted']}")
     if "gradient_dtype" in summary:
         lines.append(f"gradients         accumulated and reduced in {summary['gradient_dtype']}")
     if "without_seqlen_bucket" in summary:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from seqlen_curriculum.errors import CheckpointError
 from seqlen_curriculum.files import read_json
 from seqlen_curriculum.run_folder.own_files import check_own, wrong_name
 
-__all__ = ["TOKENIZER_FILES", "check_files", "ordinary_file", "weight_files", "weight_shapes"]
+__all__ = ["TOKENIZER_FILES", "check_files", "code_in", "ordinary_file", "weight_files", "weight_shapes"]
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -45,7 +45,7 @@ def check_files(folder: Path) -> None:
     for name in ("config.json", "generation_config.json", *TOKENIZER_FILES):
         if os.path.lexists(folder / name):
             ordinary_file(folder, name)
-    if (folder / "config.json").exists() and (kernel := _kernel(read_json(folder / "config.json"))):
+    if (folder / "config.json").exists() and (kernel := code_in(read_json(folder / "config.json"))):
         raise CheckpointError(
             f"{folder}: its config.json names code to download, {kernel}; remove the key to use the model's own code"
         )
@@ -56,10 +56,10 @@ def check_files(folder: Path) -> None:
         )
 
 
-def _kernel(config: dict[str, Any]) -> str:
+def code_in(config: Mapping[str, Any]) -> str:
     """Return the key and the value that names a kernel on the Hub, which transformers would run. Empty without one."""
     for key, value in config.items():
-        if isinstance(value, dict) and (found := _kernel(value)):
+        if isinstance(value, dict) and (found := code_in(value)):
             return f"{key}.{found}"
         if key.endswith("_implementation") and "/" in str(value):
             return f"{key} {value!r}"[:200]

@@ -22,9 +22,14 @@ from seqlen_curriculum.run_folder.model_files import check_files, weight_files, 
 from seqlen_curriculum.run_folder.rollbacks import read_rollbacks
 
 __all__ = [
+    "CAUSAL",
+    "MASKED",
     "SIZES",
     "PretrainedModel",
+    "architecture_names",
     "is_encoder",
+    "is_plain_gpt2",
+    "lasting_keys",
     "model_folder",
     "no_size",
     "read_pretrained",
@@ -41,9 +46,9 @@ SIZES = {
     "vocab_size": ("vocab_size",),
 }
 """Names of model sizes: those of the model section, and those of Hugging Face's architectures."""
-_CAUSAL = ("ForCausalLM", "LMHeadModel")
+CAUSAL = ("ForCausalLM", "LMHeadModel")
 """Suffixes of the names of causal language models."""
-_MASKED = "ForMaskedLM"
+MASKED = "ForMaskedLM"
 """Suffix of the names of encoders with a head for masked tokens."""
 _BUFFERS = (
     ".attn.bias",
@@ -73,22 +78,6 @@ class PretrainedModel:
     files: list[Path]
     """Paths of the weight files."""
 
-    @property
-    def model_type(self) -> str:
-        """The architecture's name in transformers, such as ``llama``."""
-        return str(self.config["model_type"])
-
-    @property
-    def is_plain_gpt2(self) -> bool:
-        """True if ``build_gpt2`` can build this architecture, for any sizes and activation."""
-        is_variant = self.config.get("add_cross_attention") or self.config.get("tie_word_embeddings") is False
-        return self.model_type == "gpt2" and not is_variant
-
-    @property
-    def is_encoder(self) -> bool:
-        """True for an encoder with a head for masked tokens, False for a causal language model."""
-        return is_encoder(self.config)
-
     def sizes(self) -> dict[str, int]:
         """Return the sizes in ``config.json``, by the names in ``SIZES``, with the vocabulary without padding."""
         sizes, vocab_size = sizes_in(self.config), vocabulary(self.folder)
@@ -96,7 +85,7 @@ class PretrainedModel:
 
     def parameter_count(self) -> int:
         """Return the number of trained parameters, a tied head counted once."""
-        unused = _OTHER_HEADS if self.is_encoder else ()
+        unused = _OTHER_HEADS if is_encoder(self.config) else ()
         return sum(
             math.prod(shape)
             for name, shape in self.shapes.items()
@@ -115,8 +104,8 @@ class PretrainedModel:
     @cached_property
     def fingerprint(self) -> str:
         """A digest of architecture and weights that doesn't depend on the path."""
-        lasting = {key: value for key, value in self.config.items() if key not in _INCIDENTAL}
-        digest = hashlib.blake2b(json.dumps(lasting, sort_keys=True).encode(), digest_size=16)
+        lasting = json.dumps(lasting_keys(self.config), sort_keys=True)
+        digest = hashlib.blake2b(lasting.encode(), digest_size=16)
         for path in self.files:
             size = path.stat().st_size
             digest.update(f"{path.name} {size}".encode())
@@ -147,6 +136,17 @@ def read_pretrained(folder: Path) -> PretrainedModel:
     return PretrainedModel(folder, config, dict(shape for path in files for shape in weight_shapes(path)), files)
 
 
+def lasting_keys(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the keys of a ``config.json`` that affect the model."""
+    return {key: value for key, value in config.items() if key not in _INCIDENTAL}
+
+
+def is_plain_gpt2(config: Mapping[str, Any]) -> bool:
+    """Return whether our GPT-2 is the architecture of a ``config.json``, for any sizes and activation."""
+    is_variant = config.get("add_cross_attention") or config.get("tie_word_embeddings") is False
+    return config.get("model_type") == "gpt2" and not is_variant
+
+
 def sizes_in(config: Mapping[str, Any]) -> dict[str, int]:
     """Return the sizes in a model's configuration, by the names in ``SIZES``."""
     # If a configuration has several of the names, the first is used, because later items of a dict replace earlier ones.
@@ -154,7 +154,7 @@ def sizes_in(config: Mapping[str, Any]) -> dict[str, int]:
     return {size: value for size, value in sizes.items() if type(value) is int}
 
 
-def no_size(size: str, config: dict[str, Any]) -> str:
+def no_size(size: str, config: Mapping[str, Any]) -> str:
     """Return the error message for a ``config`` without ``size``."""
     if "text_config" in config and size != "max_position_embeddings":
         return f"config.json has {size} only in the text_config of a multimodal model; give the folder of a text model"
@@ -164,25 +164,25 @@ def no_size(size: str, config: dict[str, Any]) -> str:
 
 def is_encoder(config: Mapping[str, Any]) -> bool:
     """Return whether ``config``, a model's ``config.json``, is that of an encoder with a head for masked tokens."""
-    return _architecture(config).endswith(_MASKED)
+    return architecture_names(config).endswith(MASKED)
 
 
 def refuse_encoder(folder: Path, problem: str) -> None:
     """Raise ConfigError with ``problem`` if the model in ``folder`` is an encoder."""
     if is_encoder(config := read_json(folder / "config.json")):
-        raise ConfigError(f"{folder}: {_architecture(config)} is an encoder, trained on masked tokens; {problem}")
+        raise ConfigError(f"{folder}: {architecture_names(config)} is an encoder, trained on masked tokens; {problem}")
 
 
-def _architecture(config: Mapping[str, Any]) -> str:
+def architecture_names(config: Mapping[str, Any]) -> str:
     architectures = config.get("architectures")
     return ", ".join(map(str, architectures)) if isinstance(architectures, list) else ""
 
 
 def _check_kind(folder: Path, config: dict[str, Any]) -> None:
-    name = _architecture(config)
+    name = architecture_names(config)
     if config.get("is_encoder_decoder"):
         problem = f"{name or 'it'} is an encoder-decoder model"
-    elif not name.endswith((*_CAUSAL, _MASKED)):
+    elif not name.endswith((*CAUSAL, MASKED)):
         problem = f"its config.json has the architecture {name}" if name else "its config.json has no architecture"
     elif not isinstance(config.get("model_type"), str):
         problem = "its config.json has no model_type"

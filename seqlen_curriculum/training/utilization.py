@@ -27,7 +27,7 @@ class Utilization(NamedTuple):
         """Return the MFU of a step that trained ``tokens`` tokens in sequences of ``seqlen``; None if unknown."""
         # GPT-2 117M at 1024: 855M FLOPs per token. 512 rows are 524,288 tokens, 4.48e14 FLOPs. In 1 s on two A100s with
         # 2 x 3.12e14 FLOP/s that is 0.72.
-        if self.peak_flops is None:
+        if self.peak_flops is None or self.model.uncounted:
             return None
         return self.model.flops_per_token(seqlen) * tokens / (seconds * self.peak_flops)
 

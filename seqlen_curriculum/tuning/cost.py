@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from seqlen_curriculum.config.run import RunConfig
+from seqlen_curriculum.errors import ConfigError
 
 __all__ = ["Cost", "cost_of"]
 
@@ -29,6 +30,8 @@ def cost_of(config: RunConfig, first_step: int, last_step: int) -> Cost:
     assert config.model is not None
     assert config.data is not None
     assert config.training is not None
+    if config.model.uncounted:
+        raise ConfigError(f"{config.model.source}: the cost of a probe isn't known: {config.model.uncounted}")
     timeline, training = config.timeline(), config.training
     last_step = min(last_step, timeline.steps)
     if first_step > last_step:
