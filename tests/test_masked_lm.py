@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForMaskedLM, AutoTokenizer, BertForPreTraining
 
+from seqlen_curriculum.config.encoder_counts import count_encoder
 from seqlen_curriculum.config.model import ModelConfig
 from seqlen_curriculum.data.objective import Masking
 from seqlen_curriculum.errors import ConfigError
@@ -214,3 +215,40 @@ def test_an_export_is_the_folder_of_an_encoder(folders, tmp_path):
     card = (tmp_path / "out" / "README.md").read_text()
     assert "pipeline_tag: fill-mask" in card
     assert "AutoModelForMaskedLM.from_pretrained('out')" in card
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("bert", {}),
+        ("bert", {"type_vocab_size": 3, "vocab_size": 500, "tie_word_embeddings": False}),
+        ("roberta", {}),
+        ("modernbert", {}),
+        ("modernbert", {"attention_bias": True, "mlp_bias": True, "norm_bias": True, "classifier_bias": True}),
+    ],
+)
+def test_a_configuration_is_counted_as_it_is_built(name, changes):
+    config = ModelConfig(hf_config=config_of(name, **changes))
+    model = build_model(config)
+    assert config.parameter_count() == sum(weight.numel() for weight in model.parameters())
+    assert not config.uncounted
+
+
+def test_the_counts_of_published_encoders():
+    bert = {"architectures": ["BertForMaskedLM"], "model_type": "bert", "vocab_size": 30522, "hidden_size": 768}
+    bert |= {
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "intermediate_size": 3072,
+        "max_position_embeddings": 512,
+    }
+    counts = count_encoder(bert, 30522)
+    assert counts.parameters == 109_514_298
+    # 6 x (109,514,298 - 514 x 768 of positions and types) + 12 layers x 12 x 768 x 512 tokens
+    assert counts.flops_per_token(512) == 6 * (109_514_298 - 514 * 768) + 12 * 12 * 768 * 512
+    modernbert = bert | {"architectures": ["ModernBertForMaskedLM"], "model_type": "modernbert", "vocab_size": 50368}
+    modernbert |= {"num_hidden_layers": 22, "intermediate_size": 1152, "max_position_embeddings": 8192}
+    counts = count_encoder(modernbert, 50368)
+    assert counts.parameters == 149_655_232  # ModernBERT-base
+    assert counts.windows == {None: 8, 128: 14}
+    assert count_encoder({**bert, "model_type": "electra"}, 30522) is None

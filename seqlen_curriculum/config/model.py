@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, overload
 from pydantic import Field, model_validator
 
 from seqlen_curriculum.config.architectures import Counts, count
+from seqlen_curriculum.config.encoder_counts import count_encoder
 from seqlen_curriculum.config.hf_config import config_problems, read_hf_config, size_problems, split_keys, with_sizes
 from seqlen_curriculum.config.presets import ARCHITECTURE_PRESETS, PRESETS
 from seqlen_curriculum.errors import CheckpointError, SeqlenCurriculumError
@@ -174,7 +175,7 @@ class ModelConfig(Section):
         """The counts of a known architecture that isn't a GPT-2."""
         if self.architecture is None or self.is_gpt2 or any(size_problems(self.architecture)):
             return None
-        return count(self.architecture, self.padded_vocab_size)
+        return (count_encoder if self.is_encoder else count)(self.architecture, self.padded_vocab_size)
 
     @property
     def uncounted(self) -> str:
