@@ -251,4 +251,5 @@ def test_the_counts_of_published_encoders():
     counts = count_encoder(modernbert, 50368)
     assert counts.parameters == 149_655_232  # ModernBERT-base
     assert counts.windows == {None: 8, 128: 14}
-    assert count_encoder({**bert, "model_type": "electra"}, 30522) is None
+    for changes in ({"model_type": "electra"}, {"type_vocab_size": "two"}, {"layer_types": 3}, {"hidden_size": None}):
+        assert count_encoder({**bert, **changes}, 30522) is None

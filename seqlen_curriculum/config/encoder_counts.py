@@ -20,9 +20,15 @@ def count_encoder(config: Mapping[str, Any], vocab_rows: int) -> Counts | None:
     The FLOPs count the head for every token.
     """
     counted = _COUNTED.get(config["model_type"])
-    sizes = [config.get(key) for key in (*REQUIRED, "max_position_embeddings")]
-    if counted is None or not all(type(size) is int and size > 0 for size in sizes):
-        return None
+    config = {**_DEFAULTS, **config}
+    sizes = [config.get(key) for key in (*REQUIRED, "max_position_embeddings", *_DEFAULTS)]
+    kinds = config.get("layer_types")
+    if (
+        counted is None
+        or not all(type(size) is int and size > 0 for size in sizes)
+        or not isinstance(kinds, list | None)
+    ):
+        return None  # the training says what is wrong with them
     looked_up, multiplied, windows = counted(config)
     width = config["hidden_size"]
     words = vocab_rows * width
@@ -35,6 +41,8 @@ def count_encoder(config: Mapping[str, Any], vocab_rows: int) -> Counts | None:
     )
 
 
+_DEFAULTS = {"type_vocab_size": 2, "global_attn_every_n_layers": 3, "local_attention": 128}
+"""Values of keys that a configuration may leave out."""
 _Parts = tuple[int, int, list[int | None]]
 """Weights that are looked up, weights of products without the word embedding, and the window of each layer."""
 
@@ -44,7 +52,7 @@ def _bert(config: Mapping[str, Any]) -> _Parts:
     # Query, key, value and output 4H^2 + 4H, two layer norms 4H, MLP 2HI + I + H. With H = 768 and I = 3072 that is
     # 7,087,872; BERT base has 12 of them, and 109,514,298 parameters.
     block = 4 * width**2 + 9 * width + 2 * width * inner + inner
-    looked_up = (config["max_position_embeddings"] + config.get("type_vocab_size", 2)) * width
+    looked_up = (config["max_position_embeddings"] + config["type_vocab_size"]) * width
     # The layer norm of the embeddings, and the head's dense layer H^2 + H with its layer norm.
     return looked_up, layers * block + 2 * width + width**2 + 3 * width, [None] * layers
 
@@ -59,7 +67,7 @@ def _modernbert(config: Mapping[str, Any]) -> _Parts:
     norms = (2 * layers + 2) * width * (2 if config.get("norm_bias") else 1)
     head = width**2 + (width if config.get("classifier_bias") else 0)
     kinds = config.get("layer_types")
-    every, window = config.get("global_attn_every_n_layers") or 3, config.get("local_attention") or 128
+    every, window = config["global_attn_every_n_layers"], config["local_attention"]
     if kinds is None:
         kinds = ["sliding_attention" if layer % every else "full_attention" for layer in range(layers)]
     windows = [window if kind == "sliding_attention" else None for kind in kinds]
