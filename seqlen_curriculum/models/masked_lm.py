@@ -40,8 +40,7 @@ class MaskedLM(nn.Module):
         reference = _own_loss(lm)
         dense_head = lm.get_output_embeddings()
         if type(dense_head) is nn.Linear:
-            self._head = _LossHead(dense_head)
-            lm.set_output_embeddings(self._head)
+            lm.set_output_embeddings(_LossHead(dense_head))
             hook = lm.base_model.register_forward_hook(self._keep_masked)
             self.sparse = True
             if not self._equals(reference):
@@ -65,11 +64,12 @@ class MaskedLM(nn.Module):
             logits = self.lm(input_ids=inputs).logits  # (B, S, V)
             masked = torch.take_along_dim(logits, places.unsqueeze(-1), dim=1)  # (B, M, V)
             return F.cross_entropy(masked.flatten(0, 1).float(), labels.flatten())
-        self._places, self._head.labels = places, labels
+        head = self.lm.get_output_embeddings()
+        self._places, head.labels = places, labels
         try:
             loss: Tensor = self.lm(input_ids=inputs).logits
         finally:
-            self._places = self._head.labels = None
+            self._places = head.labels = None
         return loss
 
     def _keep_masked(self, _encoder: nn.Module, _inputs: Any, output: Any) -> Any:
