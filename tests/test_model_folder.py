@@ -142,7 +142,9 @@ def test_other_architectures_train_data_parallel_alone(folders, tiny_run):
     (dropout,) = found(model=section(folders / "llama", dropout=0.1))
     assert "dropout 0.1 is not used by a llama" in dropout
     (longer,) = found(data={**tiny_run["data"], "seq_length": 64})
-    assert longer.endswith("is above the model's 32 positions; lower it or take another model.hf_checkpoint")
+    assert longer.endswith(
+        "above the model's 32 positions; lower it or set model.rope to continue it at longer sequences"
+    )
 
 
 def test_the_runs_identity_is_in_the_weights_not_in_the_path(folders, tiny_run, tmp_path):

@@ -183,6 +183,7 @@ def test_a_masked_run_is_planned(run, tiny_run):
         ({"training__mlm_probability": 15}, ["training.mlm_probability", "15"]),
         ({"training__mask_token_id": 512}, ["training.mask_token_id: 512", "vocabulary of 512"]),
         ({"training__compile": True}, ["training.compile: true", "masked"]),
+        ({"model__rope": {"theta": 1e6}}, ["model.rope", "masked", "remove it"]),
         ({"pipeline": {"stages": 2}}, ["pipeline.stages: 2", "masked", "set it to 1"]),
         ({"tensor_parallel": {"autotp_size": 2}}, ["tensor_parallel.autotp_size: 2", "masked", "set it to 1"]),
         ({"sequence_parallel_size": 2}, ["sequence_parallel_size: 2", "masked", "set it to 1"]),

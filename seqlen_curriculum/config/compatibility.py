@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from seqlen_curriculum.config.deepspeed import DeepSpeedKeys
 from seqlen_curriculum.config.model import ModelConfig
+from seqlen_curriculum.config.muon import trains_by_muon
 from seqlen_curriculum.schedule.shortening import Method
 
 __all__ = ["EngineChecks", "engine_problems", "length_problems"]
@@ -88,7 +89,7 @@ class EngineChecks:
                 f"data_types.grad_accum_dtype: {sums} accumulates {own[0]} gradients wrongly with pipeline.stages {stages}; "
                 "remove it"
             )
-        if self.keys.optimizer and self.keys.optimizer.type.lower() == "muon":
+        if self.keys.optimizer and trains_by_muon(self.keys.optimizer.type):
             # DeepSpeed 0.19.8 doesn't divide the parameters of a pipeline between Muon and Adam.
             yield f"optimizer.type: {self.keys.optimizer.type} doesn't work with pipeline.stages {stages}; use Adam"
         for name, degree in self.keys.degrees.items():

@@ -16,6 +16,7 @@ from seqlen_curriculum.config.architectures import Counts, count
 from seqlen_curriculum.config.encoder_counts import count_encoder
 from seqlen_curriculum.config.hf_config import config_problems, read_hf_config, size_problems, split_keys, with_sizes
 from seqlen_curriculum.config.presets import ARCHITECTURE_PRESETS, PRESETS
+from seqlen_curriculum.config.rope import RopeConfig, with_more_positions
 from seqlen_curriculum.errors import CheckpointError, SeqlenCurriculumError
 from seqlen_curriculum.fields import Count, Section, Seqlen, nearest
 from seqlen_curriculum.run_folder.model_folder import (
@@ -75,6 +76,10 @@ class ModelConfig(Section):
     """Dropout probability for embeddings, attention and residuals of a GPT-2. The paper's Megatron recipe uses 0.1. Other
     architectures set theirs in their ``config.json``."""
 
+    rope: RopeConfig | None = None
+    """Another base or scaling of rotary positions, to continue ``hf_checkpoint`` at a longer ``data.seq_length``.
+    ``max_position_embeddings`` then grows to ``data.seq_length``, unless a higher one is given."""
+
     activation_checkpointing: bool = False
     """Keep only each block's input and recompute the rest in the backward pass: less memory, about a third more compute."""
 
@@ -88,9 +93,23 @@ class ModelConfig(Section):
             if name not in PRESETS:
                 raise ValueError(f"preset '{name}' is unknown{nearest(name, PRESETS)}")
             data = {**PRESETS[name], **data}  # a size that is given overrides the preset's
+        if data.get("rope") is not None and data.get("hf_checkpoint") is None:
+            raise ValueError(
+                "rope changes the positions of a trained model, but hf_checkpoint isn't given; set it to the model's folder "
+                "(slw train --hf-checkpoint FOLDER), or remove rope"
+            )
         if data.get("hf_config") is not None:
             return _with_sizes_of_config(data)
         return _with_sizes_of_folder(data)
+
+    @model_validator(mode="after")
+    def _rope_is_possible(self) -> ModelConfig:
+        if self.rope is not None and self.initial is not None and (learned := self.initial.learned_positions):
+            raise ValueError(
+                f"rope can't lengthen a {self.model_type}, whose positions are learned ({learned}); remove rope, or "
+                "take a hf_checkpoint with RoPE, such as a Llama"
+            )
+        return self
 
     @model_validator(mode="after")
     def _preset_is_consistent(self) -> ModelConfig:
@@ -191,6 +210,11 @@ class ModelConfig(Section):
             else ""
         )
 
+    @property
+    def inner_size(self) -> int:
+        """Width of a GPT-2's MLP."""
+        return (self.architecture and self.architecture.get("n_inner")) or 4 * self.hidden_size
+
     def parameter_count(self) -> int:
         """Return the exact number of trained parameters. The tied head counts once; padded vocabulary rows count.
 
@@ -202,7 +226,7 @@ class ModelConfig(Section):
             return self.counts.parameters
         assert self.is_gpt2, self.uncounted
         width = self.hidden_size
-        inner = (self.architecture and self.architecture.get("n_inner")) or 4 * width
+        inner = self.inner_size
         # A block: qkv 3w^2+3w, projection w^2+w, MLP w*i+i and i*w+w, two layer norms 4w. With w = 768 and i = 4w these
         # are 12w^2 + 13w = 7,087,872; GPT-2 117M has 12 of them, 38.6M of words and 0.8M of positions: 124.5M in all.
         block = 4 * width**2 + 9 * width + 2 * width * inner + inner
@@ -247,6 +271,7 @@ def _with_sizes_of_folder(data: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(f"hf_checkpoint: {error}; {reason}") from error
     except SeqlenCurriculumError as error:
         raise ValueError(f"hf_checkpoint: {error}") from error
+    sizes = with_more_positions(data, sizes)
     return _with_sizes(data, "hf_checkpoint", path, pretrained.config, sizes)
 
 

@@ -52,6 +52,8 @@ def _masked_problems(config: RunConfig) -> Iterator[str]:
             'curriculum_learning.method: "window" needs causal attention, which the encoders of training.objective "masked" '
             'don\'t have; set it to "truncate" or "segment"'
         )
+    if model is not None and model.rope is not None:
+        yield 'model.rope: lengthens causal language models, not the encoders of training.objective "masked"; remove it'
     if training.compile:
         yield 'training.compile: true doesn\'t work with training.objective "masked"; set it to false'
     if model is not None and training.mask_token_id is not None and training.mask_token_id >= model.vocab_size:

@@ -25,6 +25,7 @@ from seqlen_curriculum.models.pretrained import (
     replace_invalid_generation_config,
     save_pretrained,
 )
+from seqlen_curriculum.models.rope import change_rope
 
 __all__ = ["AnyCausalLM", "build_model", "save_model"]
 
@@ -54,6 +55,8 @@ def build_model(config: ModelConfig, read_weights: bool = True) -> CausalLM | An
     if config.architecture is None:
         return build_gpt2(config)
     lm_config = architecture_config(config)
+    if config.rope is not None:
+        change_rope(lm_config, config.rope, config.max_position_embeddings)
     weights_folder = config.initial.folder if config.initial is not None and read_weights else None
     if config.is_encoder:
         model = build_masked_lm(config, lm_config, weights_folder)
@@ -94,7 +97,10 @@ def _pretrained_gpt2(config: ModelConfig, lm_config: Any, folder: Path | None) -
 def _pretrained_lm(config: ModelConfig, lm_config: Any, folder: Path | None) -> Any:
     """Return any other causal language model, built by transformers."""
     try:
-        lm = load_model(folder, padding=True) if folder is not None else new_model(config, lm_config)
+        if folder is not None:
+            lm = load_model(folder, padding=True, config=lm_config if config.rope else None)
+        else:
+            lm = new_model(config, lm_config)
     except ValueError as error:
         raise ConfigError(f"{source_of(config)}: no causal language model of transformers ({error})") from error
     if folder is None and config.initial is not None and (config.initial.folder / "generation_config.json").exists():
