@@ -139,7 +139,7 @@ def saved_loss(folder, config):
 
 
 # In bf16 too, where rotary positions would be others if the engine rounded their frequencies.
-@pytest.mark.parametrize(("name", "rounding"), [("llama-zero3", 1e-5), ("bloom-zero3", 1e-5), ("llama-bf16", 1e-4)])
+@pytest.mark.parametrize(("name", "rounding"), [("llama-zero3", 1e-5), ("bloom-zero3", 1e-5), ("llama-bf16", 3e-4)])
 def test_the_saved_weights_have_the_evaluated_loss(trained, run_file, folders, name, rounding):
     sets = [f"model.hf_checkpoint={folders / name.split('-')[0]}", "model.max_position_embeddings=32"]
     loss = saved_loss(trained[name] / "global_step18", RunConfig.load(run_file, sets))

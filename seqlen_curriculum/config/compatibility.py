@@ -134,8 +134,6 @@ class EngineChecks:
                 'training.compile: true compiles one graph per length with curriculum_learning.method "window"; set it to '
                 'false, or method to "segment"'
             )
-        if self.compiled and self.model and not self.model.is_gpt2 and not self.model.is_encoder:
-            yield f"training.compile: true doesn't work with {self._other_model}; set it to false"
         if self.compiled and self.keys.zero_stage == 3:
             yield (
                 "training.compile: true doesn't work with zero_optimization.stage 3, which gathers weights inside every "
@@ -149,5 +147,3 @@ class EngineChecks:
         for name, degree in self.keys.degrees.items():
             if degree > 1:
                 yield f"{name}: {degree} doesn't work with {model}; set it to 1 (ZeRO 0 to 3 and offload train every model)"
-        if self.method == "window":
-            yield f'curriculum_learning.method: "window" doesn\'t work with {model}; set it to "truncate" or "segment"'

@@ -56,7 +56,7 @@ def mean_cross_entropy(
 ) -> Tensor:
     """Return the mean cross entropy in nats, an fp32 scalar, of ``targets`` (N) int64.
 
-    The logits are ``hidden @ weight.T + bias``; with ``cap`` they become ``cap * tanh(logits / cap)`` (Gemma 2's soft cap).
+    The logits are ``hidden @ weight.T + bias``; with ``cap`` they are then ``cap * tanh(logits / cap)``, as in Gemma 2.
     On a GPU, ``compiled`` computes the loss of the logits by compiled kernels, which write no fp32 copy of them.
 
     Memory for the logits of ``hidden`` (N, H) and ``weight`` (V, H) is bounded. At N=65536 and V=50304 they would take

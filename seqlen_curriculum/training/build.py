@@ -44,11 +44,6 @@ def build_executor(
     if keys.fp32_gradients:
         log_rank0("gradients accumulate and reduce in fp32: data_types.grad_accum_dtype and communication_data_type")
         deepspeed_config = {**deepspeed_config, **keys.fp32_gradients}
-    if isinstance(model, MaskedLM) and not model.sparse:
-        log_rank0(
-            f"{type(model.lm).__name__}: the logits of all tokens are kept in memory, because the loss of masked positions "
-            "alone differs from transformers' own"
-        )
     if isinstance(model, AnyCausalLM | MaskedLM):
         return DataParallel(_engine(deepspeed_config, model, scheduler, rate)), write
     if keys.pipeline_stages > 1:
