@@ -57,6 +57,7 @@ def test_a_rate_of_the_trainers_own_is_left_alone(tiny_run):
         ({"curriculum_learning__batch_growth": True}, "curriculum_learning.batch_growth"),
         ({"curriculum_learning__schedule_type": "adaptive"}, "curriculum_learning.schedule_type"),
         ({"curriculum_learning__method": "window"}, 'curriculum_learning.method: "window" needs padding-free'),
+        ({"training__objective": "masked"}, "training.objective: not available in another trainer (its batches bring"),
         ({"training": None}, "training: section required"),
     ],
 )

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from seqlen_curriculum.config.compatibility import engine_problems, length_problems
+from seqlen_curriculum.config.objective import objective_problems
 from seqlen_curriculum.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ def conflicts(config: RunConfig, complete: bool) -> list[str]:
     problems += growth_problems(config)
     compiled = bool(config.training and config.training.compile)
     problems += engine_problems(config.keys, config.model, compiled, config.shortening.method)
+    problems += objective_problems(config)
     can_plan = complete and config.training and config.keys.train_batch_size and (config.data or config.curriculum)
     if problems or not can_plan:
         return problems

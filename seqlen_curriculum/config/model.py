@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, overload
 from pydantic import Field, model_validator
 
 from seqlen_curriculum.config.architectures import Counts, count
+from seqlen_curriculum.config.encoder_counts import count_encoder
 from seqlen_curriculum.config.hf_config import config_problems, read_hf_config, size_problems, split_keys, with_sizes
 from seqlen_curriculum.config.presets import ARCHITECTURE_PRESETS, PRESETS
 from seqlen_curriculum.config.rope import RopeConfig, with_more_positions
@@ -21,6 +22,7 @@ from seqlen_curriculum.fields import Count, Section, Seqlen, nearest
 from seqlen_curriculum.run_folder.model_folder import (
     SIZES,
     PretrainedModel,
+    is_encoder,
     is_plain_gpt2,
     no_size,
     read_pretrained,
@@ -46,9 +48,9 @@ class ModelConfig(Section):
     """Name of a preset. It sets every size below that isn't given."""
 
     hf_checkpoint: str | None = None
-    """Folder of a Hugging Face causal language model, or its name on the Hub, such as ``gpt2``. Training starts from its
-    architecture and weights. It sets the five sizes; a size that is given too must be the same. A relative path is looked
-    up in the current folder first, then in the folder of this file."""
+    """Folder of a Hugging Face causal language model or encoder, or its name on the Hub, such as ``gpt2``. Training starts
+    from its architecture and weights. It sets the five sizes; a size that is given too must be the same. A relative path is
+    looked up in the current folder first, then in the folder of this file."""
 
     hf_config: str | dict[str, Any] | None = None
     """A new model of any architecture of transformers: the path of a ``config.json``, a folder with one, a name on the Hub,
@@ -173,6 +175,11 @@ class ModelConfig(Section):
         return self.architecture is None or is_plain_gpt2(self.architecture)
 
     @property
+    def is_encoder(self) -> bool:
+        """True for an encoder, which ``training.objective: "masked"`` trains; False for a causal language model."""
+        return self.architecture is not None and is_encoder(self.architecture)
+
+    @property
     def padded_vocab_size(self) -> int:
         """Rows of the word embedding and of the head.
 
@@ -187,7 +194,7 @@ class ModelConfig(Section):
         """The counts of a known architecture that isn't a GPT-2."""
         if self.architecture is None or self.is_gpt2 or any(size_problems(self.architecture)):
             return None
-        return count(self.architecture, self.padded_vocab_size)
+        return (count_encoder if self.is_encoder else count)(self.architecture, self.padded_vocab_size)
 
     @property
     def uncounted(self) -> str:

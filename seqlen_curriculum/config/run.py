@@ -198,6 +198,7 @@ class RunConfig:
             chosen["data"] = self.data.model_dump(exclude={"train", "valid", "test"}) | {"weights": self.data.weights}
             decides = {"eval_interval", "eval_rows"} if self.adapts else set()
             chosen["training"] = self.training.model_dump(include={"train_tokens", "seed", "seqlen_bucket", *decides})
+            chosen["training"] |= self.training.identity()
         if self.batch_size_warmup:
             chosen["batch_size_warmup"] = self.batch_size_warmup.model_dump()
         shared = ("train_batch_size", "optimizer", "scheduler", "gradient_clipping", *_PRECISION)

@@ -10,6 +10,7 @@ from seqlen_curriculum.config.model import ModelConfig
 from seqlen_curriculum.config.run import RunConfig
 from seqlen_curriculum.config.run_file import is_corpus, places
 from seqlen_curriculum.data.indexed import IndexedCorpus
+from seqlen_curriculum.data.mask_tokens import open_objective
 from seqlen_curriculum.data.samples import SPLITS, Samples, check_token_ids, open_split
 from seqlen_curriculum.data.training_data import TrainingData
 from seqlen_curriculum.errors import ConfigError, DataError
@@ -32,6 +33,7 @@ def open_run_data(config: RunConfig) -> tuple[TrainingData, Samples | None]:
     for corpus in corpora:
         _check_vocabulary(corpus, config.model)
     _check_tokenizers(corpora, config.model)
+    open_objective(config)
     return open_training_data(config), open_samples(config, "valid") if config.training.eval_interval else None
 
 

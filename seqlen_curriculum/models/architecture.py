@@ -7,7 +7,7 @@ import dataclasses
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
 from seqlen_curriculum.config.hf_config import TOKENS
 from seqlen_curriculum.config.model import ModelConfig
@@ -54,13 +54,14 @@ def _new_config(given: dict[str, Any]) -> Any:
 
 
 def new_model(config: ModelConfig, lm_config: Any) -> Any:
-    """Return a causal language model with weights by the architecture's own init, in fp32 whatever the saved dtype.
+    """Return a causal language model or an encoder, with weights by the architecture's own init.
 
-    Raises ValueError for an architecture without one.
+    It is in fp32 whatever the saved dtype. Raises ValueError for an architecture without one.
     """
     if config.initial is None:
         lm_config.vocab_size = config.padded_vocab_size
-    lm = AutoModelForCausalLM.from_config(lm_config, dtype=torch.float32, trust_remote_code=False)
+    auto = AutoModelForMaskedLM if config.is_encoder else AutoModelForCausalLM
+    lm = auto.from_config(lm_config, dtype=torch.float32, trust_remote_code=False)
     if config.initial is None:
         # An embedding doesn't train its padding token. Rows are never padded, and in a corpus with another tokenizer that id
         # is an ordinary token.

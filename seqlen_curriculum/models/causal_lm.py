@@ -19,6 +19,7 @@ from seqlen_curriculum.errors import CheckpointError, ConfigError, SeqlenCurricu
 from seqlen_curriculum.models.architecture import architecture_config, new_model, source_of
 from seqlen_curriculum.models.gpt2 import CausalLM, build_gpt2, checkpoint_activations, save_hf
 from seqlen_curriculum.models.loss_head import LossHead
+from seqlen_curriculum.models.masked_lm import MaskedLM, build_masked_lm
 from seqlen_curriculum.models.pretrained import (
     load_model,
     quiet,
@@ -110,7 +111,7 @@ class AnyCausalLM(nn.Module):
         self.restarted_window = window
 
 
-def build_model(config: ModelConfig, read_weights: bool = True) -> CausalLM | AnyCausalLM:
+def build_model(config: ModelConfig, read_weights: bool = True) -> CausalLM | AnyCausalLM | MaskedLM:
     """Build the model of the ``model`` section on the CPU in fp32, ready to train.
 
     The weights are those of ``hf_checkpoint``. Without it, or without ``read_weights`` (if a checkpoint of the run is
@@ -124,17 +125,20 @@ def build_model(config: ModelConfig, read_weights: bool = True) -> CausalLM | An
         if config.rope is not None:
             change_rope(lm_config, config.rope, config.max_position_embeddings)
         with quiet():
-            if config.is_gpt2:
-                lm = _pretrained_gpt2(config, lm_config, weights_folder)
+            model: CausalLM | AnyCausalLM | MaskedLM
+            if config.is_encoder:
+                model = build_masked_lm(config, lm_config, weights_folder)
+            elif config.is_gpt2:
+                model = CausalLM(_pretrained_gpt2(config, lm_config, weights_folder))
             else:
-                lm = _pretrained_lm(config, lm_config, weights_folder)
+                model = AnyCausalLM(_pretrained_lm(config, lm_config, weights_folder))
     except SeqlenCurriculumError:
         raise
     except Exception as error:  # odd values in config.json make transformers raise almost anything
         raise ConfigError(f"{source_of(config)}: transformers can't build it ({reason(error)})") from error
     if config.activation_checkpointing:
-        checkpoint_activations(lm)
-    return CausalLM(lm) if config.is_gpt2 else AnyCausalLM(lm)
+        checkpoint_activations(model.lm)
+    return model
 
 
 def _pretrained_gpt2(config: ModelConfig, lm_config: Any, folder: Path | None) -> Any:
@@ -185,8 +189,8 @@ def _check_causal(lm: Any, config: ModelConfig) -> None:
         raise ConfigError(f"{source_of(config)}: its logits change with later tokens; give a causal language model")
 
 
-def save_model(model: CausalLM | AnyCausalLM, folder: Path, weights: Mapping[str, Tensor]) -> None:
-    """Write ``weights``, under the names of ``model``'s parameters, for ``AutoModelForCausalLM.from_pretrained(folder)``.
+def save_model(model: CausalLM | AnyCausalLM | MaskedLM, folder: Path, weights: Mapping[str, Tensor]) -> None:
+    """Write ``weights``, under the names of ``model``'s parameters, for ``from_pretrained(folder)`` of its ``AutoModel``.
 
     Raises CheckpointError.
     """

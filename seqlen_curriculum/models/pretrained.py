@@ -17,15 +17,22 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    GenerationConfig,
+    PreTrainedTokenizerFast,
+)
 from transformers.utils import logging
 
 from seqlen_curriculum.config.rope import older_rope_keys
+from seqlen_curriculum.data.mask_tokens import MASK_TOKENS
 from seqlen_curriculum.data.tokenizer import END_OF_TEXT, read_tokenizer, tokenizer_files, vocab_size
 from seqlen_curriculum.errors import CheckpointError, ConfigError, SeqlenCurriculumError
 from seqlen_curriculum.files import follow_umask, read_json
 from seqlen_curriculum.run_folder.model_files import TOKENIZER_FILES, ordinary_file
-from seqlen_curriculum.run_folder.model_folder import model_folder, shapes_in, vocabulary
+from seqlen_curriculum.run_folder.model_folder import is_encoder, model_folder, shapes_in, vocabulary
 from seqlen_curriculum.strict_json import shown
 
 __all__ = [
@@ -47,17 +54,18 @@ __all__ = [
 
 
 def load_model(path: Path, dtype: torch.dtype | None = torch.float32, padding: bool = False, config: Any = None) -> Any:
-    """Load the ``AutoModelForCausalLM`` of ``model_folder(path)`` on the CPU, in eval mode.
+    """Load the ``AutoModelForCausalLM``, or ``AutoModelForMaskedLM``, of ``model_folder(path)`` on the CPU, in eval mode.
 
     Padding rows of the vocabulary are removed unless ``padding``. The default ``dtype`` is float32 for any saved dtype: it
     represents every saved value exactly, and sums of logits need its precision. None keeps the saved one. ``config``
     replaces transformers' configuration in the folder. Raises CheckpointError.
     """
     folder = model_folder(path)
+    encoder = is_encoder(read_json(folder / "config.json"))
     try:
-        config = read_config(folder)
+        config = config or read_config(folder)
         with quiet():
-            model, loading = AutoModelForCausalLM.from_pretrained(
+            model, loading = (AutoModelForMaskedLM if encoder else AutoModelForCausalLM).from_pretrained(
                 folder,
                 config=config,
                 dtype=dtype or "auto",
@@ -65,12 +73,12 @@ def load_model(path: Path, dtype: torch.dtype | None = torch.float32, padding: b
                 trust_remote_code=False,
                 weights_only=True,
                 output_loading_info=True,
-                **({} if config is None else {"config": config}),
             )
     except SeqlenCurriculumError:
         raise
     except Exception as error:  # damaged files make the libraries raise almost anything
-        raise CheckpointError(f"{folder}: can't be loaded as a causal language model ({reason(error)})") from error
+        kind = "an encoder" if encoder else "a causal language model"
+        raise CheckpointError(f"{folder}: can't be loaded as {kind} ({reason(error)})") from error
     # transformers only warns about missing weights and initialises them randomly.
     lost = sorted({*loading["missing_keys"], *(key[0] for key in loading["mismatched_keys"])})
     if lost:
@@ -81,8 +89,9 @@ def load_model(path: Path, dtype: torch.dtype | None = torch.float32, padding: b
     if not padding and size is not None and size < model.get_input_embeddings().num_embeddings:
         with quiet():
             model.resize_token_embeddings(size)
-    _check_token_ids(folder, model.generation_config)
-    replace_invalid_generation_config(model)
+    if not encoder:
+        _check_token_ids(folder, model.generation_config)
+        replace_invalid_generation_config(model)
     drop_code(model.config)
     return model.eval()
 
@@ -112,7 +121,8 @@ def read_config(folder: Path) -> Any:
     drop_code(config)
     shapes = shapes_in(folder, config.to_dict())
     with torch.device("meta"), quiet():
-        model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32, trust_remote_code=False)
+        kind = AutoModelForMaskedLM if is_encoder(config.to_dict()) else AutoModelForCausalLM
+        model = kind.from_config(copy.deepcopy(config), dtype=torch.float32, trust_remote_code=False)
     described, stored = model.num_parameters(), sum(map(math.prod, shapes.values()))
     # A few missing weights are reported by name, after loading. Quantized weights are packed, up to 16 in one element.
     if described > stored * (16 if hasattr(config, "quantization_config") else 2):
@@ -226,6 +236,8 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path, end: str | None = None, p
     if end is None and tokenizer.token_to_id(END_OF_TEXT) is not None:
         end = END_OF_TEXT
     special_tokens = {"eos_token": end, "bos_token": end} if end is not None else {}
+    masks = [mask for mask in MASK_TOKENS if tokenizer.token_to_id(mask) is not None]
+    special_tokens |= {"mask_token": masks[0]} if masks else {}
     with quiet():
         PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special_tokens).save_pretrained(folder)
     _complete_config(folder, end, positions)
