@@ -106,6 +106,8 @@ def whole_run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     png = picture_path("--png", args.png, args.overwrite) if args.png else None
     config = RunConfig.load(args.config, args.set, require=("data",))
     summary = account(config)
+    if png and "pieces" in summary:
+        raise ConfigError(f'--png {png}: not available with data.order "decomposed", which has one way to use a corpus')
     if png and "ways" not in summary:
         raise ConfigError(f"--png {png}: there are no steps to plot; add training and train_batch_size to the file")
     if png:

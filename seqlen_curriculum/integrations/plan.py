@@ -125,7 +125,12 @@ def _refused(raw: Mapping[str, Any]) -> list[str]:
     """Return one line for each feature that needs our own training loop."""
     block = raw.get("curriculum_learning")
     curriculum = block if isinstance(block, Mapping) and block.get("enabled") else {}
+    data = raw.get("data")
     refused = {
+        "data.order": (
+            isinstance(data, Mapping) and data.get("order") == "decomposed",
+            "a trainer's steps all have the same rows",
+        ),
         "batch_size_warmup": (raw.get("batch_size_warmup") is not None, "a trainer's steps all have the same rows"),
         "curriculum_learning.batch_growth": (
             bool(curriculum.get("batch_growth")),

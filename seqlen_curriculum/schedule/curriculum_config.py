@@ -10,7 +10,7 @@ from pydantic import TypeAdapter, ValidationError, model_validator
 
 from seqlen_curriculum.errors import ConfigError
 from seqlen_curriculum.fields import Seqlen, describe_errors, load_function, nearest
-from seqlen_curriculum.schedule.adjusted_pacing import bucketed
+from seqlen_curriculum.schedule.adjusted_pacing import Rounding, bucketed
 from seqlen_curriculum.schedule.global_batch import BatchGrowthKeys, GlobalBatch
 from seqlen_curriculum.schedule.pacing import Custom, Discrete, Mixed, Pacing
 from seqlen_curriculum.schedule.piecewise import ceil_div
@@ -111,10 +111,10 @@ class RampCurriculum(_Curriculum):
         self,
         rows: GlobalBatch | None = None,
         train_tokens: int | None = None,
-        bucket: int | None = None,
+        bucket: Rounding = None,
         seq_length: int | None = None,
     ) -> Pacing:
-        """Return the ramp with lengths in multiples of ``bucket``.
+        """Return the ramp with lengths rounded to ``bucket``.
 
         A ramp in tokens needs ``rows``, a ramp as a fraction needs ``rows`` and ``train_tokens``. Raises ConfigError.
         """
@@ -172,10 +172,10 @@ class _PlainCurriculum(_Curriculum):
         self,
         rows: GlobalBatch | None = None,  # noqa: ARG002
         train_tokens: int | None = None,  # noqa: ARG002
-        bucket: int | None = None,
+        bucket: Rounding = None,
         seq_length: int | None = None,  # noqa: ARG002
     ) -> Pacing:
-        """Return the pacing with lengths in multiples of ``bucket``. Raises ConfigError."""
+        """Return the pacing with lengths rounded to ``bucket``. Raises ConfigError."""
         return bucketed(self._schedule(), bucket)
 
 
