@@ -108,7 +108,7 @@ def initialize(
         )
     if run.decomposed:
         raise ConfigError(
-            "data.order: \"decomposed\" sets the rows of each step, which DeepSpeed's dataloader doesn't read; train with slw "
+            'data.order: "decomposed" sets the rows of each step, which an own training loop doesn\'t read; train with slw '
             'train, or set it to "packed"'
         )
     run = run if run.keys.train_batch_size else run.for_ranks(_ranks(run, given))
