@@ -3,10 +3,10 @@
 The targets of document d are the tokens ``[start, end)`` of the corpus, except for the first token of the corpus, which has
 no input. Its n targets are cut by the binary form of n: with a longest length of 8, n = 21 = 8 + 8 + 4 + 1 gives pieces at
 offsets 0, 8, 16 and 20. So a document has ``n // longest`` of the longest pieces, and one of each shorter length whose bit
-is set in n. The index stores, for each length, the pieces before every 64th document; the documents between are cut again
-when they are read. 100 million documents take 8 bytes x 1.6 million per length.
+is set in n. The index stores, for each length, the pieces before every 32nd document; the documents between are cut again
+when they are read. 100 million documents take 8 bytes x 3.1 million per length.
 
-Shapes: D documents, P powers of two from 1 to the longest piece, B blocks of 64 documents, n requested pieces.
+Shapes: D documents, P powers of two from 1 to the longest piece, B blocks of 32 documents, n requested pieces.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from seqlen_curriculum.schedule.piecewise import IntArray, ceil_div
 __all__ = ["PieceIndex"]
 
 _VERSION = 1
-_BLOCK = 64  # documents
+_BLOCK = 32  # documents
 _CHUNK = 2**14  # blocks that are counted at a time: a million documents
 _SAMPLED = 64  # places of the index whose documents are part of the fingerprint
 _SAMPLE = 256  # documents at each of them
@@ -64,9 +64,9 @@ class PieceIndex:
         blocks = np.searchsorted(self._before[power], numbers, side="right") - 1
         number = numbers - self._before[power, blocks]  # within the block
         documents = np.minimum(blocks[:, None] * _BLOCK + np.arange(_BLOCK + 1), self.corpus.num_documents)
-        bounds = _target_bounds(self.corpus, documents)  # (n, 65)
+        bounds = _target_bounds(self.corpus, documents)  # (n, 33)
         lengths = np.diff(bounds, axis=1)
-        ends = np.cumsum(_pieces(lengths, power, self.longest), axis=1)  # (n, 64)
+        ends = np.cumsum(_pieces(lengths, power, self.longest), axis=1)  # (n, 32)
         if (ends[:, -1] != self._before[power, blocks + 1] - self._before[power, blocks]).any():
             raise DataError(
                 f"{_paths(self.corpus, self.longest)[0]}: is not the index of {self.corpus.prefix}, or the corpus changed "
