@@ -221,6 +221,20 @@ def test_a_step_names_the_documents_of_its_pieces(run, tmp_path):
         assert set(sample["ids"][0]) <= {256, first}
 
 
+def test_the_index_is_measured_on_a_sparse_corpus(run, tmp_path):
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps(run))
+    arguments = ("benchmark", "pieces", path, "--documents", 3000, "--rounds", 1, "--folder", tmp_path)
+    record = json.loads(slw(*arguments, "--json").stdout)["pieces"]
+    assert (record["documents"], record["steps"], record["batch"]) == (3000, 20, 4)
+    # 16-byte fingerprint, and for 1, 2, 4, 8 and 16 tokens the pieces before each of 94 blocks, and all; numpy's header.
+    assert record["index_bytes"] == 128 + 16 + 5 * 95 * 8
+    assert record["tokens"] > record["pieces"] > 3000
+    assert "3,000 documents" in slw(*arguments).stdout
+    packed = slw(*arguments, "--set", "data.order=packed", "--set", "data.min_piece_tokens=null")
+    assert (packed.returncode, 'data.order: "packed" has no pieces' in packed.stderr) == (1, True)
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
