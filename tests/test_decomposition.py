@@ -9,6 +9,7 @@ from helpers.command import slw
 from helpers.settings import changed
 
 from seqlen_curriculum import RunConfig
+from seqlen_curriculum.config.equivalence import trains_identically
 from seqlen_curriculum.data.from_config import open_training_data, with_buckets
 from seqlen_curriculum.data.writer import CorpusWriter
 from seqlen_curriculum.errors import ConfigError, DataError
@@ -124,6 +125,26 @@ def test_lengths_that_depend_on_the_corpus_need_it(run):
 def test_a_ramp_as_a_fraction_ends_where_it_says(run):
     schedule = SCHEDULE | {"schedule_config": {"curriculum_fraction": 0.5, "difficulty_step": 1}}
     assert RunConfig.from_dict({**run, "curriculum_learning": schedule}).timeline().first_step_at(16) == 10
+
+
+def test_another_schedule_is_the_same_run_while_its_steps_are(run):
+    def settings(**changes):
+        return RunConfig.from_dict(changed({**run, "curriculum_learning": SCHEDULE}, **changes)).settings()
+
+    later = settings(curriculum_learning__schedule_config={"total_curriculum_step": 12, "difficulty_step": 1})
+    assert trains_identically(settings(), later, 9)
+    assert not trains_identically(settings(), later, 10)
+    # Rates by tokens: at 64 tokens per step, 5 steps of warmup are 320 tokens at every length.
+    warmup = {"type": "TokenCosineLR", "params": {"warmup_tokens": 320, "decay_tokens": 640}}
+    rated = changed({**run, "curriculum_learning": SCHEDULE}, train_batch_size=4) | {
+        "optimizer": {"type": "Adam", "params": {"lr": 1.0}},
+        "scheduler": warmup,
+    }
+    assert RunConfig.from_dict(rated).plan.learning_rate()(5) == 1.0
+    # The cycles of grow depend on the budget, and on pieces that settings don't have.
+    grow = changed(run, data__bucket_curriculum="grow")
+    longer = RunConfig.from_dict(changed(grow, training__train_tokens=2560)).settings()
+    assert not trains_identically(RunConfig.from_dict(grow).settings(), longer, 1)
 
 
 def test_a_length_without_pieces_is_refused(run, prefix):
