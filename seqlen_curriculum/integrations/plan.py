@@ -125,10 +125,14 @@ def _refused(raw: Mapping[str, Any]) -> list[str]:
     """Return one line for each feature that needs our own training loop."""
     block = raw.get("curriculum_learning")
     curriculum = block if isinstance(block, Mapping) and block.get("enabled") else {}
-    training = raw.get("training")
+    data, training = raw.get("data"), raw.get("training")
     objective = training.get("objective") if isinstance(training, Mapping) else None
     refused = {
         "training.objective": (objective == "masked", "its batches bring their own targets"),
+        "data.order": (
+            isinstance(data, Mapping) and data.get("order") == "decomposed",
+            "a trainer's steps all have the same rows",
+        ),
         "batch_size_warmup": (raw.get("batch_size_warmup") is not None, "a trainer's steps all have the same rows"),
         "curriculum_learning.batch_growth": (
             bool(curriculum.get("batch_growth")),

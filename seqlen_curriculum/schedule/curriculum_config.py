@@ -11,7 +11,7 @@ from pydantic import TypeAdapter, ValidationError, model_validator
 
 from seqlen_curriculum.errors import ConfigError
 from seqlen_curriculum.fields import Seqlen, describe_errors, load_function, nearest
-from seqlen_curriculum.schedule.adjusted_pacing import bucketed
+from seqlen_curriculum.schedule.adjusted_pacing import Rounding, bucketed
 from seqlen_curriculum.schedule.custom_pacing import Custom, shared
 from seqlen_curriculum.schedule.global_batch import BatchGrowthKeys, GlobalBatch
 from seqlen_curriculum.schedule.pacing import Discrete, Mixed, Pacing
@@ -113,10 +113,10 @@ class RampCurriculum(_Curriculum):
         self,
         rows: GlobalBatch | None = None,
         train_tokens: int | None = None,
-        bucket: int | None = None,
+        bucket: Rounding = None,
         seq_length: int | None = None,
     ) -> Pacing:
-        """Return the ramp with lengths in multiples of ``bucket``.
+        """Return the ramp with lengths rounded to ``bucket``.
 
         A ramp in tokens needs ``rows``, a ramp as a fraction needs ``rows`` and ``train_tokens``. Raises ConfigError.
         """
@@ -174,10 +174,10 @@ class _PlainCurriculum(_Curriculum):
         self,
         rows: GlobalBatch | None = None,  # noqa: ARG002
         train_tokens: int | None = None,  # noqa: ARG002
-        bucket: int | None = None,
+        bucket: Rounding = None,
         seq_length: int | None = None,  # noqa: ARG002
     ) -> Pacing:
-        """Return the pacing with lengths in multiples of ``bucket``. Raises ConfigError."""
+        """Return the pacing with lengths rounded to ``bucket``. Raises ConfigError."""
         return bucketed(self._schedule(), bucket)
 
 

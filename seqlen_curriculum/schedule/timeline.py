@@ -19,7 +19,7 @@ from seqlen_curriculum.schedule.global_batch import (
     samples_by_step,
 )
 from seqlen_curriculum.schedule.pacing import Pacing, lengths_by_run
-from seqlen_curriculum.schedule.piecewise import IntArray, Periodic, Piecewise, Steps, ceil_div
+from seqlen_curriculum.schedule.piecewise import IntArray, Periodic, Piecewise, Steps, StepValues, ceil_div
 from seqlen_curriculum.schedule.shortening import TRUNCATE, Shortening
 
 __all__ = ["Timeline"]
@@ -47,6 +47,7 @@ class Timeline:
         self._rows = self._samples.times(self._lengths.map(shortening.rows_per_sample))
         self._tokens = self._samples.times(used)
         self.steps = self.steps_to(train_tokens)
+        self._samples_at = dict[int, StepValues]()
 
     def _length_of_each_step(self, rows: GlobalBatch) -> Piecewise | Periodic:
         """Return the length of each step of the run and of the step after it."""
@@ -123,6 +124,13 @@ class Timeline:
     def consumed_tokens(self, steps: Steps) -> Steps:
         """Return the target tokens trained on by the end of each step; 0 for step 0."""
         return self._tokens.total(steps)
+
+    def samples_at(self, seqlen: int, steps: Steps) -> Steps:
+        """Return the samples read at length ``seqlen`` by the end of each step; 0 for step 0."""
+        if seqlen not in self._samples_at:
+            at_seqlen = self._lengths.map(lambda lengths: (lengths == seqlen).astype(np.int64))
+            self._samples_at[seqlen] = self._samples.times(at_seqlen)
+        return self._samples_at[seqlen].total(steps)
 
     def steps_to(self, tokens: int) -> int:
         """Return the first step by whose end at least ``tokens`` tokens are consumed."""

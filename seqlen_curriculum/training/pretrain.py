@@ -17,7 +17,7 @@ from seqlen_curriculum.data.mask_tokens import open_objective, tokenizer_path
 from seqlen_curriculum.data.objective import Masking, Objective
 from seqlen_curriculum.data.samples import Samples
 from seqlen_curriculum.data.tokenizer import read_tokenizer
-from seqlen_curriculum.data.training_data import TrainingData
+from seqlen_curriculum.data.training_data import RunData
 from seqlen_curriculum.errors import CheckpointError, DivergenceError
 from seqlen_curriculum.files import lock_folder, read_json, sync
 from seqlen_curriculum.models.attention import set_window
@@ -48,7 +48,7 @@ __all__ = ["pretrain", "refuse_other_run"]
 
 def pretrain(
     config: RunConfig,
-    train: TrainingData,
+    train: RunData,
     valid: Samples | None,
     save: Path,
     resume: str = "auto",
@@ -71,7 +71,7 @@ class _Pretraining:
     def __init__(
         self,
         config: RunConfig,
-        train: TrainingData,
+        train: RunData,
         valid: Samples | None,
         save: Path,
         resume: str,
@@ -80,7 +80,7 @@ class _Pretraining:
         if config.training is not None and config.training.deterministic:
             be_deterministic()
         join_ranks(config.deepspeed)
-        config = config.for_ranks(dist.get_world_size())
+        config = config.with_buckets(train.buckets).for_ranks(dist.get_world_size())
         assert config.model is not None
         assert config.training is not None
         choose_attention(config.shortening.seq_length)
@@ -220,7 +220,7 @@ class _Pretraining:
         on_rank_0(rewind)
 
 
-def _data_settings(train: TrainingData, objective: Objective) -> dict[str, Any]:
+def _data_settings(train: RunData, objective: Objective) -> dict[str, Any]:
     """Return the settings of the data that identify the run: content, not paths."""
     corpora = [corpus for source in train.sources for corpus, _, _ in source.ranges]
     fingerprints = {f"data.train.{number}": corpus.fingerprint() for number, corpus in enumerate(corpora)}
@@ -237,7 +237,7 @@ class RunTokenizer(NamedTuple):
     end_id: int | None
 
 
-def tokenizer_of(train: TrainingData, model: ModelConfig) -> RunTokenizer | None:
+def tokenizer_of(train: RunData, model: ModelConfig) -> RunTokenizer | None:
     """Return the tokenizer beside the first corpus, else that in ``model.hf_checkpoint``, else None.
 
     Raises ConfigError if it is damaged.

@@ -19,7 +19,7 @@ from seqlen_curriculum.config.plan import RunPlan
 from seqlen_curriculum.config.training import TrainingConfig
 from seqlen_curriculum.data.objective import NextToken, Objective
 from seqlen_curriculum.data.samples import Samples
-from seqlen_curriculum.data.training_data import TrainingData
+from seqlen_curriculum.data.training_data import RunData
 from seqlen_curriculum.run_folder.evaluations import Evaluations
 from seqlen_curriculum.run_folder.run_log import RunLog
 from seqlen_curriculum.schedule.piecewise import IntArray
@@ -46,7 +46,7 @@ class Trainer:
 
     executor: Executor
     plan: RunPlan
-    train_data: TrainingData
+    train_data: RunData
     valid_samples: Samples | None
     settings: TrainingConfig
     telemetry: Telemetry
