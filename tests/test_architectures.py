@@ -74,7 +74,7 @@ def configs(draw, name):
 
 
 @pytest.mark.parametrize("name", sorted(FAMILIES))
-@settings(max_examples=8)
+@settings(max_examples=20)
 @given(data=st.data())
 def test_random_configurations_have_the_parameters_of_the_model(name, data):
     config = data.draw(configs(name))

@@ -138,6 +138,11 @@ def test_the_runs_identity_is_in_the_configuration(tiny_run):
     assert settings({"hf_config": {**LLAMA, "transformers_version": "4.57.0", "torch_dtype": "float16"}}) == config
     other = settings({"hf_config": {**LLAMA, "rms_norm_eps": 1e-5}})
     assert [key for key in other if other[key] != config.get(key)] == ["model.hf_config.rms_norm_eps"]
+    mistral = {**LLAMA, "model_type": "mistral"}
+    whole = settings({"hf_config": {**mistral, "sliding_window": None}})
+    assert whole["model.hf_config.sliding_window"] != settings({"hf_config": mistral}).get(
+        "model.hf_config.sliding_window"
+    )
     preset = {"preset": "llama-15m", "vocab_size": 257}
     assert settings(preset) == settings({"hf_config": {**ARCHITECTURE_PRESETS["llama-15m"], "vocab_size": 257}})
     recorded = RunConfig.from_dict({**tiny_run, "model": preset}).as_file()
