@@ -138,25 +138,36 @@ def _cells(axis: Any, bottom: float, colours: list[str], tokens: range) -> None:
 
 
 def draw_learning_rate() -> Figure:
-    """Draw the rate by tokens and, at the same steps, that of the same cosine counted in steps."""
+    """Draw the rate by tokens and that of the same cosine counted in steps; and the three token-wise schedules."""
     plan = load().plan
     steps = np.arange(1, plan.steps + 1)
-    rate = plan.learning_rate()
-    assert rate is not None
     # A constant length of the same number of steps: there, counting steps and counting tokens is the same.
     constant = run_file(min_difficulty=256) | {"training": {"train_tokens": plan.steps * 16 * 256, "eval_interval": 10}}
-    by_steps = RunConfig.from_dict(constant).plan.learning_rate()
-    assert by_steps is not None
-    tokens = plan.timeline.consumed_tokens(steps) / 1000
     figure = Figure(figsize=(7.2, 2.2), layout="constrained")
     against_steps, against_tokens = figure.subplots(1, 2, sharey=True)
-    for axis, x, label in ((against_steps, steps, "step"), (against_tokens, tokens, "consumed tokens (thousands)")):
-        axis.plot(x, rate(steps), color=BLUE, label="decay by tokens")
-        axis.plot(x, by_steps(steps), color=ORANGE, ls="--", label="decay by steps")
+    against_steps.plot(steps, _rates(run_file(), steps), color=BLUE, label="cosine by tokens")
+    against_steps.plot(steps, _rates(constant, steps), color=ORANGE, ls="--", label="cosine by steps")
+    tokens = plan.timeline.consumed_tokens(steps) / 1000
+    for kind, more, colour in (
+        ("TokenCosineLR", {}, BLUE),
+        ("TokenLinearLR", {}, GREEN),
+        ("TokenWSDLR", {"decay_tokens": 150_000}, ORANGE),
+    ):
+        params = {"warmup_steps": 20, "min_lr": 1e-4, **more}
+        rates = _rates(run_file() | {"scheduler": {"type": kind, "params": params}}, steps)
+        against_tokens.plot(tokens, rates, color=colour, label=kind)
+    for axis, label in ((against_steps, "step"), (against_tokens, "consumed tokens (thousands)")):
         axis.set(xlabel=label, xlim=(0, None), ylim=(0, None))
+        axis.legend(frameon=False, fontsize=8, loc="lower center")
     against_steps.set_ylabel("learning rate")
-    against_steps.legend(frameon=False, fontsize=8, loc="lower center")
     return figure
+
+
+def _rates(file: dict[str, Any], steps: Any) -> Any:
+    """Return the learning rates of ``steps`` of the run of ``file``."""
+    rate = RunConfig.from_dict(file).plan.learning_rate()
+    assert rate is not None
+    return rate(steps)
 
 
 def draw_batch() -> Figure:

@@ -25,9 +25,12 @@ SECTIONS = {
     "fixed_mixed": "MixedSchedule",
     "adaptive": "AdaptiveSchedule",
     "custom": "CustomSchedule",
-    "scheduler.params": "TokenCosineParams",
+    "TokenCosineLR": "TokenCosineParams",  # TokenLinearLR has the same keys
+    "TokenWSDLR": "TokenWSDParams",
     "batch_size_warmup": "BatchSizeWarmup",
     "model": "ModelConfig",
+    "model.rope": "RopeConfig",
+    "model.rope.scaling": "RopeScaling",
     "data": "DataConfig",
     "training": "TrainingConfig",
 }
@@ -67,6 +70,8 @@ def _keys(section: Schema) -> Iterator[str]:
 
 def _values(value: Schema) -> str:
     """Return the values that a key takes: ``integer``, ``"drop"`` or ``"recycle"``, ``list of string``."""
+    if "$ref" in value:
+        return "object"
     if "anyOf" in value:
         return " or ".join(_values(choice) for choice in value["anyOf"] if choice.get("type") != "null")
     if "enum" in value:

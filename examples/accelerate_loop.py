@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from seqlen_curriculum import TokenCosineLR
+from seqlen_curriculum import TokenLR
 from seqlen_curriculum.integrations.plan import TrainerPlan
 from seqlen_curriculum.integrations.torch_data import RunLoader, RunRows
 
@@ -28,7 +28,7 @@ def main(run=RUN):
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=512, max_position_embeddings=64, **sizes))
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    rate = TokenCosineLR(optimizer, plan.learning_rate)  # not prepared: Accelerate would step it once per process
+    rate = TokenLR(optimizer, plan.learning_rate)  # not prepared: Accelerate would step it once per process
     model, optimizer = accelerator.prepare(model, optimizer)
     loader = RunLoader(RunRows(plan), MICRO_BATCH, rank=rank, ranks=ranks)  # not prepared: it already is this rank's
 

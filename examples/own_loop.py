@@ -40,7 +40,7 @@ def main() -> None:
         logits = engine(tokens[:, :-1])  # (B, S, 100)
         loss = nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
         engine.backward(loss)
-        engine.step()  # TokenCosineLR steps too, even when fp16 skips the weights' update
+        engine.step()  # the rate steps too, even when fp16 skips the weights' update
         consumed_tokens += engine.train_batch_size() * seqlen
 
     if engine.global_rank == 0:

@@ -1,6 +1,6 @@
 """Sequence length warmup for GPT pre-training with DeepSpeed.
 
-Importing this package loads neither torch nor DeepSpeed: planning works on a laptop. ``initialize``, ``TokenCosineLR``,
+Importing this package loads neither torch nor DeepSpeed: planning works on a laptop. ``initialize``, ``TokenLR``,
 ``pretrain`` and ``set_batch_sequence_length`` load them when first used, and need the extra ``train``.
 """
 
@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from seqlen_curriculum.errors import CheckpointError, ConfigError, DataError, DivergenceError, SeqlenCurriculumError
     from seqlen_curriculum.schedule.scheduler import CurriculumScheduler
     from seqlen_curriculum.schedule.timeline import Timeline
-    from seqlen_curriculum.schedule.token_lr import TokenCosine
+    from seqlen_curriculum.schedule.token_lr import TokenCosine, TokenRate
     from seqlen_curriculum.training.engine import initialize
-    from seqlen_curriculum.training.lr_scheduler import TokenCosineLR
+    from seqlen_curriculum.training.lr_scheduler import TokenCosineLR, TokenLR
     from seqlen_curriculum.training.pretrain import pretrain
 
 __version__ = "0.1.0"
@@ -35,6 +35,8 @@ _MODULES = {
     "Timeline": "schedule.timeline",
     "TokenCosine": "schedule.token_lr",
     "TokenCosineLR": "training.lr_scheduler",
+    "TokenLR": "training.lr_scheduler",
+    "TokenRate": "schedule.token_lr",
     "initialize": "training.engine",
     "pretrain": "training.pretrain",
     "set_batch_sequence_length": "batch",
@@ -51,6 +53,8 @@ __all__ = [
     "Timeline",
     "TokenCosine",
     "TokenCosineLR",
+    "TokenLR",
+    "TokenRate",
     "initialize",
     "pretrain",
     "set_batch_sequence_length",

@@ -16,6 +16,7 @@ from helpers.markdown import ILLUSTRATION, OUTPUT, RUN, SLOW, blocks, calls, mat
 
 from seqlen_curriculum import RunConfig
 from seqlen_curriculum.config import DataConfig, ModelConfig, TrainingConfig
+from seqlen_curriculum.config.rope import RopeConfig, RopeScaling
 from seqlen_curriculum.schedule.batch_size_warmup import BatchSizeWarmup
 from seqlen_curriculum.schedule.curriculum_config import CustomCurriculum
 from seqlen_curriculum.schedule.schedule_config import (
@@ -26,7 +27,7 @@ from seqlen_curriculum.schedule.schedule_config import (
     MixedSchedule,
     RootSchedule,
 )
-from seqlen_curriculum.schedule.token_lr import TokenCosineParams
+from seqlen_curriculum.schedule.token_lr import TokenCosineParams, TokenWSDParams
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -49,9 +50,12 @@ SECTIONS = {
     "fixed_mixed": MixedSchedule,
     "adaptive": AdaptiveSchedule,
     "custom": CustomSchedule,
-    "scheduler.params": TokenCosineParams,
+    "TokenCosineLR": TokenCosineParams,
+    "TokenWSDLR": TokenWSDParams,
     "batch_size_warmup": BatchSizeWarmup,
     "model": ModelConfig,
+    "model.rope": RopeConfig,
+    "model.rope.scaling": RopeScaling,
     "data": DataConfig,
     "training": TrainingConfig,
 }

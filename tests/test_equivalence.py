@@ -34,6 +34,12 @@ def run(total=40, lowest=8, **changes):
     return RunConfig.from_dict(raw)
 
 
+def wsd(train_tokens=20_000, decay_tokens=4_000, **params):
+    """The run with a WSD rate: by default it decays from 16,000 consumed tokens to the end."""
+    params = {"warmup_steps": 10, "decay_tokens": decay_tokens, **params}
+    return run(scheduler={"type": "TokenWSDLR", "params": params}, training__train_tokens=train_tokens)
+
+
 # Raw lengths are 8 + 40 t / T: 16 is reached at t = T / 5, step 8 of T = 40 and 16 of T = 80.
 @pytest.mark.parametrize(
     ("one", "other", "steps"),
@@ -51,6 +57,29 @@ def run(total=40, lowest=8, **changes):
 )
 def test_steps_alike_by_hand(one, other, steps):
     assert count_identical_steps(one, other, 12) == steps
+
+
+# 4,000 tokens are consumed by the end of the ramp at step 40, then 192 per step: 15,904 by step 102, 16,096 by step 103.
+@pytest.mark.parametrize(
+    ("other", "steps"),
+    [
+        (wsd(), 200),
+        (wsd(decay_tokens=8_000), 81),
+        (wsd(train_tokens=60_000), 102),
+        (wsd(train_tokens=60_000, decay_tokens=50_000), 71),
+        (wsd(decay_type="linear"), 102),
+        (wsd(min_lr=1e-5), 102),
+        (wsd(warmup_steps=11), 0),
+        (run(scheduler={"type": "TokenLinearLR", "params": {"warmup_steps": 10}}), 10),
+    ],
+)
+def test_a_wsd_is_the_same_run_until_the_first_of_two_decays(other, steps):
+    planned = wsd()
+    steps = min(steps, planned.plan.steps)
+    assert count_identical_steps(planned, other, planned.plan.steps) == steps
+    assert trains_identically(planned.settings(), other.settings(), steps)
+    if steps < planned.plan.steps:
+        assert not trains_identically(planned.settings(), other.settings(), steps + 1)
 
 
 def test_stored_settings_are_enough():

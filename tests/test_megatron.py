@@ -132,7 +132,7 @@ def test_tensor_parallelism_without_sequence_parallelism_divides_no_length(tiny_
 
 
 def test_a_rate_needs_a_token_cosine(tiny_run):
-    with pytest.raises(ConfigError, match="scheduler: a TokenCosineLR is required"):
+    with pytest.raises(ConfigError, match="scheduler: TokenCosineLR, TokenLinearLR or TokenWSDLR is required"):
         token_rate(warm_up(megatron_args(), changed(tiny_run, scheduler=None)))
 
 

@@ -39,6 +39,7 @@ def test_preset_fills_every_size() -> None:
         "max_position_embeddings": 1024,
         "vocab_size": 50257,
         "dropout": 0.0,
+        "rope": None,
         "activation_checkpointing": False,
     }
 

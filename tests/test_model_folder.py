@@ -133,14 +133,12 @@ def test_other_architectures_train_data_parallel_alone(folders, tiny_run):
         "tensor_parallel.autotp_size: 2 doesn't work with the llama"
     )
     assert found(sequence_parallel_size=2)[-1].startswith("sequence_parallel_size: 2 doesn't work with the llama")
-    (compiled,) = found(training={**tiny_run["training"], "compile": True})
-    assert compiled.startswith("training.compile: true doesn't work with the llama")
-    (window,) = found(curriculum_learning={**tiny_run["curriculum_learning"], "method": "window"})
-    assert window.startswith('curriculum_learning.method: "window" doesn\'t work with the llama')
     (dropout,) = found(model=section(folders / "llama", dropout=0.1))
     assert "dropout 0.1 is not used by a llama" in dropout
     (longer,) = found(data={**tiny_run["data"], "seq_length": 64})
-    assert longer.endswith("is above the model's 32 positions; lower it or take another model.hf_checkpoint")
+    assert longer.endswith(
+        "is above the model's 32 positions; lower it or set model.rope to continue it at longer sequences"
+    )
 
 
 def test_the_runs_identity_is_in_the_weights_not_in_the_path(folders, tiny_run, tmp_path):

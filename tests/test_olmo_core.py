@@ -331,7 +331,7 @@ def wrong(name):
     ("name", "named"),
     [
         ("duration", r"max_duration: .*epochs.* set Duration.tokens\(4000\) or Duration.steps\(\d+\)"),
-        ("scheduler", "scheduler: ConstantScheduler contradicts the file's TokenCosineLR"),
+        ("scheduler", "scheduler: ConstantScheduler contradicts the file's scheduler"),
         ("step units", r"max_duration: .*tokens.* set Duration.steps"),
         ("token units", r"max_duration: .*steps.* set Duration.tokens\(4000\)"),
         ("length", "sequence_length: 16 in the data loader, but the warmup ends at 32"),

@@ -95,14 +95,20 @@ def test_the_log_of_samples_covers_both_corpora_epoch_by_epoch(trained, blended_
     assert abs(counted[0] - 0.7 * sum(counted)) < 1
 
 
+WSD = 'scheduler={"type": "TokenWSDLR", "params": {"warmup_steps": 5, "decay_tokens": 600, "min_lr": 1e-4}}'
+"""A rate that falls in the last 600 tokens; the length and the rows of a step still grow."""
+STABLE = 18
+"""A step of these runs with a checkpoint, before any decay."""
+
+
 @pytest.fixture(scope="module")
 def continued(trained):
     """The folder of further runs: the blend continued on two ranks and on one, and small runs of each method."""
     save, _, run_file = trained
     folder = save.parent
 
-    def run(name, sets=(), resume="auto", after=None):
-        return run_of(run_file, folder / name, sets, resume, after=after)
+    def run(name, sets=(), resume="auto", after=None, **more):
+        return run_of(run_file, folder / name, sets, resume, after=after, **more)
 
     resume = save / "global_step30"
     small = [run(name, [*SMALL, *sets]) for name, sets in SMALL_RUNS.items()]
@@ -114,7 +120,12 @@ def continued(trained):
     one = {"segment": SMALL_RUNS["segment"][:1], "window": SMALL_RUNS["window"][:1]}
     references = [run(f"{name}-one", [*SMALL, *sets]) for name, sets in one.items()]
     restarted = run("restarted", [*SMALL, *one["window"], "curriculum_learning.restart_positions=true"])
-    runs.launch("one", [run("one-rank", (), resume), *references, restarted], ranks=1)
+    cooled = [
+        run("wsd-planned", [*SMALL, WSD]),
+        run("wsd-long", [*SMALL, WSD, "training.train_tokens=4000"], until_step=STABLE),
+        run("wsd-cooled", [*SMALL, WSD], folder / "wsd-long" / f"global_step{STABLE}", "wsd-long"),
+    ]
+    runs.launch("one", [run("one-rank", (), resume), *references, restarted, *cooled], ranks=1)
     return runs
 
 
@@ -154,6 +165,17 @@ def test_each_method_trains_as_on_one_rank(continued, trained, name):
 def test_windows_resume_to_the_last_bit(continued):
     expected = [[r for r in part if r["step"] > RECYCLED] for part in records(continued["window"])]
     assert_same(records(continued["window-resumed"]), expected, 0.0)
+
+
+def test_a_cool_down_from_a_stable_checkpoint_is_the_run_that_had_it_planned(continued, trained):
+    plan = RunConfig.load(trained[2], [*SMALL, WSD]).plan
+    assert 5 < STABLE < plan.timeline.steps_to(plan.learning_rate().decay.start) < plan.steps - 1
+    assert plan.timeline.seqlen(STABLE) < 32  # the curriculum goes on in the decay
+    planned = records(continued["wsd-planned"])
+    for name, ours in (("wsd-long", lambda step: step <= STABLE), ("wsd-cooled", lambda step: step > STABLE)):
+        for part, whole in zip(records(continued[name]), planned, strict=True):
+            assert part == [record for record in whole if ours(record["step"])]
+    assert records(continued["wsd-cooled"])[0][-1]["lr"] == 1e-4
 
 
 def test_positions_may_restart_in_each_window(continued):

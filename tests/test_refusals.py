@@ -3,13 +3,8 @@
 import deepspeed
 import pytest
 from deepspeed.runtime.config import DeepSpeedConfig
-from deepspeed.runtime.engine import DeepSpeedEngine
-from torch import nn
 
 from seqlen_curriculum import ConfigError
-from seqlen_curriculum.config.model import ModelConfig
-from seqlen_curriculum.models.gpt2 import build_gpt2
-from seqlen_curriculum.training.muon import embeddings_by_adam
 from seqlen_curriculum.training.refusals import initialize_deepspeed
 
 
@@ -52,46 +47,3 @@ def test_other_errors_pass_unchanged(monkeypatch):
     with pytest.raises(RuntimeError, match="allocate"):
         initialize_deepspeed(config={})
     assert deepspeed.set_optimizer_flags.__module__ == "deepspeed"
-
-
-class OwnModel(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.words, self.block, self.out = nn.Embedding(96, 8), nn.Linear(8, 8), nn.Linear(8, 96, bias=False)
-
-
-class NamesItsHead(OwnModel):
-    """A model whose head isn't the last layer with as many outputs as there are words."""
-
-    def __init__(self):
-        super().__init__()
-        self.head, self.more = nn.Linear(8, 90, bias=False), nn.Linear(8, 96)
-
-    def get_output_embeddings(self):
-        return self.head
-
-
-def gpt2():
-    return build_gpt2(ModelConfig.model_validate({"preset": "tiny-200k"}))
-
-
-MODELS = {
-    "GPT-2": (gpt2, {"lm.transformer.wte", "lm.transformer.wpe"}),
-    "get_output_embeddings": (NamesItsHead, {"words", "head"}),
-    "a model of the user's own": (OwnModel, {"words", "out"}),
-}
-
-
-@pytest.mark.parametrize(("build", "left_out"), MODELS.values(), ids=MODELS)
-def test_muon_trains_no_embedding_and_no_head(build, left_out):
-    model = build()
-    config = DeepSpeedConfig({"train_batch_size": 1, "optimizer": {"type": "Muon", "params": {"lr": 1e-3}}})
-    with embeddings_by_adam():
-        deepspeed.set_optimizer_flags(config, model)
-    muon, adam = DeepSpeedEngine._muon_param_groups(list(model.parameters()), {"lr": 1e-3})
-    assert (muon["use_muon"], adam["use_muon"]) == (True, False)
-    of_muon = {id(weight) for weight in muon["params"]}
-    matrices = {name: weight for name, weight in model.named_parameters() if weight.dim() == 2}
-    by_adam = {name.removesuffix(".weight") for name, weight in matrices.items() if id(weight) not in of_muon}
-    assert by_adam == left_out
-    assert of_muon

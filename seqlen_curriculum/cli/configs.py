@@ -21,7 +21,7 @@ from typing import Any
 from seqlen_curriculum.cli.common import see
 from seqlen_curriculum.cli.flags import Parser, add_json, add_overwrite
 from seqlen_curriculum.errors import ConfigError
-from seqlen_curriculum.files import output_file, replace_text
+from seqlen_curriculum.files import output_file, read_json, replace_text
 from seqlen_curriculum.shipped import shipped_folder
 
 SCHEMA = "run.schema.json"
@@ -86,16 +86,25 @@ def list_configs(args: argparse.Namespace) -> None:
         )
 
 
+def continues_a_model(path: Path) -> bool:
+    """Return whether a configuration needs the folder of a model, which ``--hf-checkpoint`` gives."""
+    model = read_json(path, comments=True).get("model")
+    return isinstance(model, dict) and "rope" in model and "hf_checkpoint" not in model
+
+
 def sizes(path: Path) -> dict[str, Any]:
-    """Return the parameters of the model, the token budget, and the first and the full batch size and sequence length."""
+    """Return the parameters of the model, the token budget, and the first and the full batch size and sequence length.
+
+    The parameters are None for a configuration that continues the user's model.
+    """
     from seqlen_curriculum.config.run import RunConfig  # after --help: numpy and pydantic take a moment
 
-    config = RunConfig.load(path, require=("model", "data", "training"))
-    assert config.model is not None
+    overrides = ["model=null"] if continues_a_model(path) else []
+    config = RunConfig.load(path, overrides, require=("data", "training"))
     assert config.data is not None
     timeline = config.timeline()
     return {
-        "parameters": config.model.parameter_count(),
+        "parameters": config.model.parameter_count() if config.model else None,
         "train_tokens": config.train_tokens,
         "first_batch_size": timeline.samples(1),
         "batch_size": config.global_batch,
@@ -109,8 +118,10 @@ def _from_to(first: int, last: int) -> str:
     return f"{last:,}" if first == last else f"{first:,} to {last:,}"
 
 
-def _short(number: int) -> str:
+def _short(number: int | None) -> str:
     """Format a count as in papers: 124M, 1.56B."""
+    if number is None:
+        return "yours"
     unit, size = next(pair for pair in (("B", 1e9), ("M", 1e6), ("k", 1e3), ("", 1)) if number >= pair[1])
     return f"{number / size:.3g}{unit}"
 

@@ -46,8 +46,9 @@ def _length_problems(config: RunConfig) -> Iterator[str]:
     elif config.model and (seq_length or max_difficulty) > config.model.max_position_embeddings:
         key = "data.seq_length" if seq_length else "curriculum_learning.max_difficulty"
         fix = "raise model.max_position_embeddings"
-        if config.model.initial:
-            fix = "take another model.hf_checkpoint"
+        if config.model.initial and not config.model.rope:
+            learned = config.model.initial.learned_positions
+            fix = "take another model.hf_checkpoint" if learned else "set model.rope to continue it at longer sequences"
         elif config.model.hf_config is not None:
             fix = "raise max_position_embeddings in model.hf_config"
         positions = config.model.max_position_embeddings

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from seqlen_curriculum.config.deepspeed import DeepSpeedKeys
 from seqlen_curriculum.config.model import ModelConfig
+from seqlen_curriculum.config.muon import trains_by_muon
 from seqlen_curriculum.schedule.shortening import Method
 
 __all__ = ["EngineChecks", "engine_problems", "length_problems"]
@@ -88,7 +89,7 @@ class EngineChecks:
                 f"data_types.grad_accum_dtype: {sums} accumulates {own[0]} gradients wrongly with pipeline.stages {stages}; "
                 "remove it"
             )
-        if self.keys.optimizer and self.keys.optimizer.type.lower() == "muon":
+        if self.keys.optimizer and trains_by_muon(self.keys.optimizer.type):
             # DeepSpeed 0.19.8 doesn't divide the parameters of a pipeline between Muon and Adam.
             yield f"optimizer.type: {self.keys.optimizer.type} doesn't work with pipeline.stages {stages}; use Adam"
         for name, degree in self.keys.degrees.items():
@@ -133,8 +134,6 @@ class EngineChecks:
                 'training.compile: true compiles one graph per length with curriculum_learning.method "window"; set it to '
                 'false, or method to "segment"'
             )
-        if self.compiled and self.model and not self.model.is_gpt2:
-            yield f"training.compile: true doesn't work with {self._other_model}; set it to false"
         if self.compiled and self.keys.zero_stage == 3:
             yield (
                 "training.compile: true doesn't work with zero_optimization.stage 3, which gathers weights inside every "
@@ -148,5 +147,3 @@ class EngineChecks:
         for name, degree in self.keys.degrees.items():
             if degree > 1:
                 yield f"{name}: {degree} doesn't work with {model}; set it to 1 (ZeRO 0 to 3 and offload train every model)"
-        if self.method == "window":
-            yield f'curriculum_learning.method: "window" doesn\'t work with {model}; set it to "truncate" or "segment"'

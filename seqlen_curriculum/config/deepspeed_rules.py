@@ -136,7 +136,8 @@ TYPES = {
         Adadelta Adafactor Adamax LBFGS NAdam RAdam RMSprop Rprop SGD SparseAdam
     """),
     "scheduler.type": _keys("""
-        LRRangeTest OneCycle WarmupLR WarmupDecayLR WarmupCosineLR TokenCosineLR LambdaLR MultiplicativeLR StepLR
+        LRRangeTest OneCycle WarmupLR WarmupDecayLR WarmupCosineLR TokenCosineLR TokenLinearLR TokenWSDLR LambdaLR
+        MultiplicativeLR StepLR
         MultiStepLR ConstantLR LinearLR ExponentialLR SequentialLR CosineAnnealingLR ChainedScheduler ReduceLROnPlateau
         CyclicLR CosineAnnealingWarmRestarts OneCycleLR PolynomialLR
     """),

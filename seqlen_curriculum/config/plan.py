@@ -16,7 +16,7 @@ from seqlen_curriculum.schedule.micro_batch import balanced_rows
 from seqlen_curriculum.schedule.scheduler import CurriculumScheduler
 from seqlen_curriculum.schedule.shortening import Shortening
 from seqlen_curriculum.schedule.timeline import Timeline
-from seqlen_curriculum.schedule.token_lr import TokenCosine, TokenCosineParams
+from seqlen_curriculum.schedule.token_lr import TokenRate, TokenRateParams
 
 if TYPE_CHECKING:
     from seqlen_curriculum.config.run import RunConfig
@@ -35,8 +35,8 @@ class RunPlan:
     timeline: Timeline
     global_batch: GlobalBatch
     """Samples per step over all ranks: a constant, a warmup or a growth."""
-    lr_params: TokenCosineParams | None
-    """``scheduler.params`` of a ``TokenCosineLR``; None if DeepSpeed schedules the rate."""
+    lr_params: TokenRateParams | None
+    """``scheduler.params`` of a token-wise ``scheduler``; None if DeepSpeed schedules the rate."""
     max_lr: float | None
     """``optimizer.params.lr``."""
     data_ranks: int
@@ -85,7 +85,7 @@ class RunPlan:
         """Return how a sample is shortened to a step's seqlen."""
         return self.timeline.shortening
 
-    def learning_rate(self, max_lr: float | None = None) -> TokenCosine | None:
+    def learning_rate(self, max_lr: float | None = None) -> TokenRate | None:
         """Return the learning rate schedule, None if DeepSpeed schedules the rate.
 
         ``max_lr`` overrides ``optimizer.params.lr``, for an optimizer that the user made. Raises ConfigError if neither
@@ -95,8 +95,10 @@ class RunPlan:
             return None
         peak = max_lr or self.max_lr
         if peak is None:
-            raise ConfigError("optimizer.params.lr: required, but not given; TokenCosineLR warms up to it")
-        return TokenCosine(self.timeline, self.lr_params, peak)
+            raise ConfigError(
+                "optimizer.params.lr: required, but not given; the schedule of scheduler.type warms up to it"
+            )
+        return TokenRate(self.timeline, self.lr_params, peak)
 
     def samples_of_rank(self, step: int, data_rank: int) -> tuple[int, int]:
         """Return (first, count) of the samples that ``data_rank`` reads at ``step``."""

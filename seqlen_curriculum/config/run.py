@@ -1,7 +1,7 @@
 """Read the JSON file of a run strictly: a DeepSpeed configuration plus the sections of this package.
 
-These are ``curriculum_learning``, ``batch_size_warmup``, ``model``, ``data``, ``training``, and ``scheduler`` if its type is
-``TokenCosineLR``. DeepSpeed gets the rest, as ``deepspeed_rules.py`` says. All problems of a file are reported in one
+These are ``curriculum_learning``, ``batch_size_warmup``, ``model``, ``data``, ``training``, and ``scheduler`` if it is
+token-wise. DeepSpeed gets the rest, as ``deepspeed_rules.py`` says. All problems of a file are reported in one
 ConfigError.
 """
 
@@ -37,7 +37,7 @@ from seqlen_curriculum.schedule.global_batch import BatchGrowthKeys, GlobalBatch
 from seqlen_curriculum.schedule.scheduler import CurriculumScheduler
 from seqlen_curriculum.schedule.shortening import Shortening
 from seqlen_curriculum.schedule.timeline import Timeline
-from seqlen_curriculum.schedule.token_lr import TokenCosineConfig, is_token_cosine
+from seqlen_curriculum.schedule.token_lr import TokenLRConfig, token_schedule
 from seqlen_curriculum.strict_json import shown
 
 __all__ = ["DataConfig", "RunConfig", "TrainingConfig"]
@@ -58,7 +58,7 @@ class RunConfig:
     deepspeed: dict[str, Any]
     keys: DeepSpeedKeys
     curriculum: CurriculumConfig | None = None
-    scheduler: TokenCosineConfig | None = None
+    scheduler: TokenLRConfig | None = None
     model: ModelConfig | None = None
     data: DataConfig | None = None
     training: TrainingConfig | None = None
@@ -94,8 +94,9 @@ class RunConfig:
         for name, section in OURS.items():
             if raw.get(name) is not None:
                 sections[name] = parse_section(section, raw[name], name, problems)
-        if is_token_cosine(raw.get("scheduler")):
-            sections["scheduler"] = parse_section(TokenCosineConfig, raw["scheduler"], "scheduler", problems)
+        sections["model"] = _lengthened(sections.get("model"), raw, sections.get("data"))
+        if (schedule := token_schedule(raw.get("scheduler"))) is not None:
+            sections["scheduler"] = parse_section(schedule, raw["scheduler"], "scheduler", problems)
         sections["curriculum"] = _parse_curriculum(raw, curriculum_path, problems)
         deepspeed = {name: value for name, value in raw.items() if value is not None and not _is_ours(name, raw)}
         deepspeed.pop(SCHEMA_KEY, None)
@@ -247,5 +248,14 @@ def _parse_curriculum(raw: Mapping[str, Any], path: str, problems: list[str]) ->
     return config
 
 
+def _lengthened(model: ModelConfig | None, raw: Mapping[str, Any], data: DataConfig | None) -> ModelConfig | None:
+    """Return a model with ``rope`` with positions for full-length samples, unless the file gives their number."""
+    if model is None or model.rope is None or data is None or "max_position_embeddings" in raw["model"]:
+        return model
+    return model.model_copy(update={"max_position_embeddings": max(model.max_position_embeddings, data.seq_length)})
+
+
 def _is_ours(name: str, raw: Mapping[str, Any]) -> bool:
-    return name in OURS or name == "curriculum_learning" or (name == "scheduler" and is_token_cosine(raw[name]))
+    return (
+        name in OURS or name == "curriculum_learning" or (name == "scheduler" and token_schedule(raw[name]) is not None)
+    )

@@ -17,7 +17,7 @@ from seqlen_curriculum.config.training import TrainingConfig
 from seqlen_curriculum.run_folder.model_folder import SIZES
 from seqlen_curriculum.schedule.batch_size_warmup import BatchSizeWarmup
 from seqlen_curriculum.schedule.curriculum_config import CurriculumConfig
-from seqlen_curriculum.schedule.token_lr import TokenCosineConfig
+from seqlen_curriculum.schedule.token_lr import SCHEDULES, TokenLRConfig
 
 __all__ = ["run_schema"]
 
@@ -35,8 +35,8 @@ class _RunFile(DeepSpeedKeys):
 
     curriculum_learning: Annotated[CurriculumConfig, Field(discriminator="schedule_type")] | None = None
     """The schedule of the sequence length. Without it, or with ``enabled`` false, all steps have full length."""
-    scheduler: TokenCosineConfig | OtherScheduler | None = None  # type: ignore[assignment]
-    """The learning rate schedule: ``TokenCosineLR``, or one of DeepSpeed's own."""
+    scheduler: TokenLRConfig | OtherScheduler | None = None  # type: ignore[assignment]
+    """The learning rate schedule: token-wise, or one of DeepSpeed's own."""
     model: ModelConfig | None = None
     """The model: a preset, five sizes, a configuration of any architecture, or a pretrained model."""
     data: DataConfig | None = None
@@ -67,9 +67,8 @@ def run_schema() -> dict[str, Any]:
     _require_enabled(properties, definitions)
     _require_a_model(definitions["ModelConfig"])
     # A misspelt "TokenCosineLR" is an error, not one of DeepSpeed's schedulers.
-    definitions["OtherScheduler"]["properties"]["type"]["not"] = {
-        "pattern": f"^[Tt][Oo][Kk][Ee][Nn]_?[Cc][Oo][Ss][Ii][Nn][Ee]|{_misspelt('TokenCosineLR')}"
-    }
+    slips = "|".join(map(_misspelt, SCHEDULES))
+    definitions["OtherScheduler"]["properties"]["type"]["not"] = {"pattern": f"^[Tt][Oo][Kk][Ee][Nn]|{slips}"}
     for section in (schema, *definitions.values()):
         if section.get("additionalProperties") is True:
             section["patternProperties"] = {_misspelt(name): False for name in _guarded(section["properties"])}
@@ -115,10 +114,10 @@ def _require_enabled(properties: dict[str, Any], definitions: dict[str, Any]) ->
 
 
 def _require_a_model(section: dict[str, Any]) -> None:
-    """Require a preset, a folder, a configuration, or all five sizes."""
+    """Require a preset, a folder (which a flag may give if RoPE is changed), a configuration, or all five sizes."""
     section["properties"]["preset"]["enum"] = [*PRESETS, None]
     section["required"] = []
-    ways = [["preset"], ["hf_checkpoint"], ["hf_config"], [*SIZES]]
+    ways = [["preset"], ["hf_checkpoint"], ["hf_config"], ["rope"], [*SIZES]]
     section["anyOf"] = [{"required": keys} for keys in ways]
 
 

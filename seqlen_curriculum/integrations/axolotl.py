@@ -6,7 +6,7 @@
 
 Axolotl's datasets, model, optimizer and checkpoints stay. The plugin gives Axolotl's trainer to ``warm_up``, which cuts each
 micro-batch where the training loop takes it, sets ``max_steps`` to the run's number of steps, and sets the rate of every
-step if the file has a ``TokenCosineLR``. Evaluations are at full length.
+step if the file has a token-wise ``scheduler``. Evaluations are at full length.
 
 With ``sample_packing`` the documents of a packed row are cut into pieces of at most ``seqlen`` tokens that don't attend to
 each other. All tokens are trained, so the file needs ``method: "window"``. Without packing rows are truncated.
@@ -129,4 +129,4 @@ def _plan_problems(cfg: Any, plan: Any) -> Iterator[str]:
     keys = [*(["lr_scheduler"] if (cfg.lr_scheduler or "cosine") != "cosine" else []), *_RATE_KEYS]
     for key in keys:
         if cfg[key]:
-            yield f"{key}: {cfg[key]!r} contradicts the file's TokenCosineLR, which sets the rate; remove one of the two"
+            yield f"{key}: {cfg[key]!r} contradicts the file's scheduler, which sets the rate; remove one of the two"

@@ -27,7 +27,7 @@ from seqlen_curriculum.errors import CheckpointError, ConfigError, DataError
 from seqlen_curriculum.integrations.plan import TrainerPlan
 from seqlen_curriculum.integrations.torch_data import RunLoader, RunRows
 from seqlen_curriculum.schedule.micro_batch import balanced_rows
-from seqlen_curriculum.training.lr_scheduler import TokenCosineLR
+from seqlen_curriculum.training.lr_scheduler import TokenLR
 
 __all__ = ["SequenceLengthWarmup"]
 
@@ -36,7 +36,7 @@ FULL_LENGTH_COUNTS = {"total_tokens", "loss_generating_tokens"}
 
 
 class SequenceLengthWarmup(Algorithm):  # type: ignore[misc]
-    """Sets the length of every batch, and the rate of every step if the file has a ``TokenCosineLR``.
+    """Sets the length of every batch, and the rate of every step if the file has a token-wise ``scheduler``.
 
     The loader goes through ``data_spec``, and ``max_duration`` is the run's:
 
@@ -60,17 +60,17 @@ class SequenceLengthWarmup(Algorithm):  # type: ignore[misc]
     ) -> None:
         """Plan the run of ``curriculum``, a file with our sections or its content. Raises ConfigError.
 
-        ``global_batch``: rows per optimizer step over all ranks. ``max_lr``: the optimizer's rate, which a ``TokenCosineLR``
-        warms up to. ``balance``: the micro-batches of short steps have more rows, so that each has about as many tokens as
-        ``device_train_microbatch_size`` rows have at full length. All micro-batches of a step have the same number of rows,
-        so the gradient stays the same up to rounding.
+        ``global_batch``: rows per optimizer step over all ranks. ``max_lr``: the optimizer's rate, which a token-wise
+        ``scheduler`` warms up to. ``balance``: the micro-batches of short steps have more rows, so that each has about as
+        many tokens as ``device_train_microbatch_size`` rows have at full length. All micro-batches of a step have the same
+        number of rows, so the gradient stays the same up to rounding.
         """
         self.plan = TrainerPlan.of(curriculum, global_batch=global_batch, max_lr=max_lr)
         self._balance = balance
         self._state: State | None = None
         self._loader: Any = None
         self._shifts = False
-        self._rates: list[TokenCosineLR] = []
+        self._rates: list[TokenLR] = []
         self._saved: dict[str, Any] | None = None
 
     @property
@@ -157,7 +157,7 @@ class SequenceLengthWarmup(Algorithm):  # type: ignore[misc]
             return rows
         return balanced_rows(whole, rows, self.plan.full_length, self.plan.seqlen(self._step()))
 
-    def _make_rates(self, state: State) -> list[TokenCosineLR]:
+    def _make_rates(self, state: State) -> list[TokenLR]:
         """Return the schedulers of the optimizers' rates. Raises ConfigError for another rate than ``max_lr``."""
         rate = self.plan.learning_rate
         if rate is None:
@@ -169,7 +169,7 @@ class SequenceLengthWarmup(Algorithm):  # type: ignore[misc]
             raise ConfigError(
                 f"max_lr: {rate.max_lr:g}, but the optimizer has {', '.join(f'{lr:g}' for lr in lrs)}; make them equal"
             )
-        return [TokenCosineLR(optimizer, rate, last_epoch=0) for optimizer in state.optimizers]  # 0: from initial_lr
+        return [TokenLR(optimizer, rate, last_epoch=0) for optimizer in state.optimizers]  # 0: from initial_lr
 
     def _start_step(self, logger: Logger) -> None:
         """Set and log the rates. Composer's own schedulers see the time before a step, and lag by one."""

@@ -3,7 +3,8 @@
 ``Trainer(callbacks=[SequenceLengthWarmup("run.json", global_batch=64)])`` is all that a script needs. The module, its
 optimizer and its data stay. Every optimizer step has one length on all ranks: batches are cut where the loop takes them,
 behind workers and prefetching. Evaluation stays at full length. The rate of each step is that of the file's
-``TokenCosineLR``. Training stops at the token budget. A checkpoint keeps the schedule and can't be resumed with another.
+token-wise ``scheduler``. Training stops at the token budget. A checkpoint keeps the schedule and can't be resumed with
+another.
 
 ``RunDataModule`` reads the rows that ``train_gpt2.py`` reads, leftovers included. It resumes in the middle of an epoch, also
 on another number of ranks.
@@ -36,7 +37,7 @@ from seqlen_curriculum.integrations.lightning_checks import (
 )
 from seqlen_curriculum.integrations.plan import TrainerPlan
 from seqlen_curriculum.integrations.torch_data import EvaluationRows, RunLoader, RunRows
-from seqlen_curriculum.training.lr_scheduler import TokenCosineLR
+from seqlen_curriculum.training.lr_scheduler import TokenLR
 
 __all__ = ["RunDataModule", "SequenceLengthWarmup"]
 
@@ -52,7 +53,7 @@ class SequenceLengthWarmup(pl.Callback):  # type: ignore[misc]
 
     ``curriculum`` is a file with our sections, or its content. ``global_batch`` is the number of rows per optimizer step:
     those of a batch x ``accumulate_grad_batches`` x ranks. ``max_lr`` is the rate of the module's optimizer, if the file has
-    a ``TokenCosineLR`` but no ``optimizer.params.lr``.
+    a token-wise ``scheduler`` but no ``optimizer.params.lr``.
 
     Batches are tensors, or any nesting of dicts and tuples, that hold rows of S tokens with shifted labels. If the model
     shifts the labels by itself, as those of Hugging Face do, ``emit_shift_labels=True`` adds ``shift_labels``: without them
@@ -81,7 +82,7 @@ class SequenceLengthWarmup(pl.Callback):  # type: ignore[misc]
         self._given_accumulation = accumulate_grad_batches
         self._accumulation = self._optimizers = 1
         self._limits_steps = False
-        self._schedulers: list[TokenCosineLR] = []
+        self._schedulers: list[TokenLR] = []
         self._hooked: Any = None
 
     @property
@@ -129,8 +130,8 @@ class SequenceLengthWarmup(pl.Callback):  # type: ignore[misc]
             raise ConfigError(problems)
         own = [config.scheduler for config in trainer.lr_scheduler_configs]
         if not own and self.plan.learning_rate is not None:
-            own = [TokenCosineLR(optimizer, self.plan.learning_rate) for optimizer in trainer.optimizers]
-        self._schedulers = [scheduler for scheduler in own if isinstance(scheduler, TokenCosineLR)]
+            own = [TokenLR(optimizer, self.plan.learning_rate) for optimizer in trainer.optimizers]
+        self._schedulers = [scheduler for scheduler in own if isinstance(scheduler, TokenLR)]
         self._hook(trainer, pl_module)
 
     def batches_per_step(self, trainer: Any) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 from seqlen_curriculum.errors import CheckpointError
 from seqlen_curriculum.integrations.plan import TrainerPlan
 from seqlen_curriculum.integrations.torch_data import RunLoader, RunRows
-from seqlen_curriculum.training.lr_scheduler import TokenCosineLR
+from seqlen_curriculum.training.lr_scheduler import TokenLR
 
 __all__ = ["data_problems", "data_ranks", "rate_problems", "recount_batches", "trainer_problems"]
 
@@ -52,10 +52,10 @@ def rate_problems(trainer: Any, plan: TrainerPlan) -> Iterator[str]:
     if plan.learning_rate is None:
         return
     for scheduler in (config.scheduler for config in trainer.lr_scheduler_configs):
-        if not isinstance(scheduler, TokenCosineLR):
+        if not isinstance(scheduler, TokenLR):
             yield (
-                f"configure_optimizers: returns a {type(scheduler).__name__}, but the file has a TokenCosineLR; return the "
-                "optimizer alone, or remove the file's scheduler"
+                f"configure_optimizers: returns a {type(scheduler).__name__}, but the file's scheduler sets the rate; "
+                "return the optimizer alone, or remove the file's scheduler"
             )
     for optimizer in trainer.optimizers[:1]:
         lr, max_lr = float(optimizer.defaults["lr"]), plan.learning_rate.max_lr

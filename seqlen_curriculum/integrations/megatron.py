@@ -78,11 +78,14 @@ def token_rate(plan: TrainerPlan) -> Callable[[Any, Mapping[str, Any]], float]:
     Assign it before ``pretrain``: ``OptimizerParamScheduler.get_lr = token_rate(plan)``. The step is derived from the
     samples that the scheduler counts and saves. Megatron doesn't count a step that fp16 skips, so that the rate lags by it,
     as with Megatron's own schedules. A group with a ``max_lr`` of its own gets its share. Raises ConfigError without a
-    ``TokenCosineLR``.
+    token-wise ``scheduler``.
     """
     rate = plan.learning_rate
     if rate is None:
-        raise ConfigError("scheduler: a TokenCosineLR is required, but not given; add it, or keep Megatron's rate")
+        raise ConfigError(
+            "scheduler: TokenCosineLR, TokenLinearLR or TokenWSDLR is required, but not given; add it, or keep Megatron's "
+            "rate"
+        )
 
     def get_lr(scheduler: Any, param_group: Mapping[str, Any]) -> float:
         step = scheduler.num_steps // plan.global_batch + 1

@@ -206,8 +206,8 @@ def _problems(trainer: Any, plan: TrainerPlan, full_length: int) -> Iterator[str
         yield "data_loader: its RunRows was made for another plan; make both from the same file and batch"
     if scheduler is not None and plan.learning_rate is not None:
         yield (
-            f"scheduler: {type(scheduler).__name__} contradicts the file's TokenCosineLR, which sets the rate; remove one "
-            "of the two"
+            f"scheduler: {type(scheduler).__name__} contradicts the file's scheduler, which sets the rate; remove one of "
+            "the two"
         )
     # Both end with the same step. But a step-wise scheduler knows the last step only from a duration in steps, and a
     # token-wise one the last token only from a duration in tokens: the trainer converts at full length.

@@ -13,7 +13,7 @@ from seqlen_curriculum.config.run_file import folder_of, read_run_file
 from seqlen_curriculum.errors import CheckpointError, ConfigError
 from seqlen_curriculum.run_folder.checkpoint_manifest import differences
 from seqlen_curriculum.schedule.timeline import Timeline
-from seqlen_curriculum.schedule.token_lr import TokenCosine, is_token_cosine
+from seqlen_curriculum.schedule.token_lr import TokenRate, token_schedule
 
 __all__ = ["TrainerPlan"]
 
@@ -25,8 +25,8 @@ class TrainerPlan:
     config: RunConfig
     """Our sections of the file with the trainer's global batch."""
     timeline: Timeline
-    learning_rate: TokenCosine | None
-    """The rate of every step; None where the file has no ``TokenCosineLR``, and the trainer schedules its own."""
+    learning_rate: TokenRate | None
+    """The rate of every step; None where the file has no token-wise ``scheduler``, and the trainer schedules its own."""
 
     @classmethod
     def of(
@@ -40,7 +40,7 @@ class TrainerPlan:
         """Plan the run of a file, or of its content, for a trainer of ``global_batch`` rows per optimizer step.
 
         Only our sections are read: a trainer reads the keys of DeepSpeed by itself, where they may be ``"auto"``.
-        ``max_lr`` is the rate of the trainer's optimizer, which a ``TokenCosineLR`` warms up to; default: the file's
+        ``max_lr`` is the rate of the trainer's optimizer, which a token-wise ``scheduler`` warms up to; default: the file's
         ``optimizer.params.lr``. ``padding_free`` batches keep every token and are cut into pieces that don't see one
         another. They need ``method: "window"``, which other batches can't have here.
 
@@ -52,7 +52,7 @@ class TrainerPlan:
         problems = [*_contradictions(raw, global_batch, max_lr), *_refused(raw), *_method_problems(raw, padding_free)]
         if problems:
             raise ConfigError(problems, where)
-        names = [*OURS, "curriculum_learning", *(["scheduler"] if is_token_cosine(raw.get("scheduler")) else [])]
+        names = [*OURS, "curriculum_learning", *(["scheduler"] if token_schedule(raw.get("scheduler")) else [])]
         ours = {name: raw[name] for name in names if raw.get(name) is not None}
         run = RunConfig.from_dict({**ours, "train_batch_size": global_batch}, where, require=("training",))
         if not isinstance(config, Mapping):

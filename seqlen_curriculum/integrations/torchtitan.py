@@ -2,9 +2,9 @@
 
 A config function returns ``warm_up(llama3_8b(), "run.json")``. The trainer's own loop, model and parallelism stay. Each
 optimizer step has one length on all ranks, batches are shortened where the loop takes them (behind the loader's workers),
-and validation is at full length. ``training.steps`` becomes the run's number of steps, and a ``TokenCosineLR`` of the file
-sets the rate of every step from its consumed tokens. A checkpoint keeps the schedule, and loading it with another one is
-refused.
+and validation is at full length. ``training.steps`` becomes the run's number of steps, and a token-wise ``scheduler`` of the
+file sets the rate of every step from its consumed tokens. A checkpoint keeps the schedule, and loading it with another one
+is refused.
 
 torchtitan's rows are full of documents, each with ``positions`` from 0, and FlexAttention and varlen attention mask by
 them. With ``method: "window"`` the positions restart every ``seqlen`` tokens, so that tokens attend within pieces of that
@@ -94,7 +94,7 @@ class _PlannedRows(RunDataLoader.Config):
 
 @dataclass(kw_only=True, slots=True)
 class _PlannedRates(LRSchedulersContainer.Config):  # type: ignore[misc]
-    """The file's ``TokenCosineLR`` as the factor of every optimizer's own rate."""
+    """The file's token-wise ``scheduler`` as the factor of every optimizer's own rate."""
 
     _plan: TrainerPlan
 
@@ -113,7 +113,7 @@ class SequenceLengthWarmupTrainer(Trainer):  # type: ignore[misc]
         """The fields of ``Trainer.Config``, and the run's file."""
 
         curriculum: str = ""
-        """JSON file with a curriculum_learning and a training section; also read: scheduler (TokenCosineLR), data."""
+        """JSON file with a curriculum_learning and a training section; also read: scheduler (token-wise), data."""
 
     plan: TrainerPlan
 

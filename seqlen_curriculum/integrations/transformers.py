@@ -2,8 +2,9 @@
 
 An existing script adds ``trainer = warm_up(trainer, "run.json")``. The trainer's own loop, data and optimizer stay. Each
 optimizer step has one length on all ranks, its batches are cut where the loop takes them (behind workers and prefetching),
-and evaluations are at full length. ``max_steps`` is the run's number of steps, and a ``TokenCosineLR`` of the file sets the
-rate of every step from its consumed tokens. A checkpoint keeps the schedule, and resuming it with another one is refused.
+and evaluations are at full length. ``max_steps`` is the run's number of steps, and a token-wise ``scheduler`` of the file
+sets the rate of every step from its consumed tokens. A checkpoint keeps the schedule, and resuming it with another one is
+refused.
 
 Padding-free batches (TRL's BFD packing, ``DataCollatorWithFlattening``) keep every token: their documents are cut into
 pieces of the step's length. They need ``method: "window"``, under which all tokens of a row count.
@@ -30,7 +31,7 @@ from seqlen_curriculum.integrations.plan import TrainerPlan
 from seqlen_curriculum.integrations.torch_data import RunRows
 from seqlen_curriculum.integrations.trainer_checks import is_padding_free, rows_problems, trainer_problems
 from seqlen_curriculum.schedule.micro_batch import balanced_rows
-from seqlen_curriculum.training.lr_scheduler import TokenCosineLR
+from seqlen_curriculum.training.lr_scheduler import TokenLR
 
 __all__ = ["SequenceLengthWarmupMixin", "SequenceLengthWarmupState", "SequenceLengthWarmupTrainer", "warm_up"]
 
@@ -98,7 +99,7 @@ class SequenceLengthWarmupMixin:
         step = self.state.global_step + 1
         self._check_checkpoint()
         scheduler = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)  # Accelerate wraps it
-        if isinstance(scheduler, TokenCosineLR):
+        if isinstance(scheduler, TokenLR):
             scheduler.seek(step)
         # The step's rows and target tokens are counted after the cut: each token weighs 1 / counted tokens.
         batches = (self._cut(batch, step) for batch in epoch_iterator)
@@ -149,12 +150,12 @@ class SequenceLengthWarmupMixin:
         self.plan.check(saved, self.state.global_step)
 
     def create_scheduler(self: Any, num_training_steps: int, optimizer: Any = None) -> Any:
-        """Create the file's ``TokenCosineLR``, else the trainer's own scheduler."""
+        """Create the file's token-wise ``scheduler``, else the trainer's own scheduler."""
         if self.lr_scheduler is None and self.plan.learning_rate is not None:
             optimizer = self.optimizer if optimizer is None else optimizer
             while not isinstance(optimizer, torch.optim.Optimizer):  # Accelerate and DeepSpeed wrap it
                 optimizer = optimizer.optimizer
-            self.lr_scheduler = TokenCosineLR(optimizer, self.plan.learning_rate)
+            self.lr_scheduler = TokenLR(optimizer, self.plan.learning_rate)
             self._created_lr_scheduler = True
             return self.lr_scheduler
         return super().create_scheduler(num_training_steps, optimizer)  # type: ignore[misc]

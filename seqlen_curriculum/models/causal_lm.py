@@ -5,7 +5,7 @@ Shapes: ``B`` rows, ``S`` seqlen, ``V`` vocabulary, ``H`` hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,30 +18,95 @@ from seqlen_curriculum.config.model import ModelConfig
 from seqlen_curriculum.errors import CheckpointError, ConfigError
 from seqlen_curriculum.models.architecture import architecture_config, new_model, source_of
 from seqlen_curriculum.models.gpt2 import CausalLM, build_gpt2, checkpoint_activations, save_hf
+from seqlen_curriculum.models.loss_head import LossHead
 from seqlen_curriculum.models.pretrained import (
     load_model,
     quiet,
     replace_invalid_generation_config,
     save_pretrained,
 )
+from seqlen_curriculum.models.probe import Ability, backbone_of, balance_loss, probe
+from seqlen_curriculum.models.rope import change_rope
 
 __all__ = ["AnyCausalLM", "build_model", "save_model"]
 
 
 class AnyCausalLM(nn.Module):
-    """Any causal language model of transformers with the interface of ``CausalLM``.
+    """Any causal language model of transformers with the interface of ``CausalLM``; ``lm`` owns every parameter.
 
-    It holds the logits (B, S, V) of a micro-batch in memory, because it makes no assumptions about the model.
+    ``abilities`` is what ``probe`` found. Where the loss can't be computed from hidden states, the logits (B, S, V) of a
+    micro-batch are held in memory; where attention can't be ours, it stays the model's own.
     """
+
+    lm: Any
 
     def __init__(self, lm: Any) -> None:
         super().__init__()
+        self.abilities = probe(lm)
         self.lm = lm
+        self.restarted_window: int | None = None
 
-    def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        """Return the mean cross entropy in nats, an fp32 scalar, of ``targets`` (B, S), already shifted."""
-        logits = self.lm(input_ids=inputs, use_cache=False).logits  # (B, S, V)
-        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+    def forward(self, inputs: Tensor, targets: Tensor, first_position: int = 0) -> Tensor:
+        """Return the mean cross entropy in nats, an fp32 scalar, of ``targets`` (B, S) given ``inputs`` (B, S), both int64.
+
+        ``targets`` are already shifted: ``targets[:, i]`` follows ``inputs[:, i]``, which is at ``first_position + i``. In
+        training mode, the auxiliary loss of a mixture of experts is added if its configuration has ``output_router_logits``.
+        """
+        if self.head is None:
+            outputs = self.lm(input_ids=inputs, use_cache=False, **self._positions(inputs, first_position))
+            whole = F.cross_entropy(outputs.logits.flatten(0, 1).float(), targets.flatten())
+            balance = getattr(outputs, "aux_loss", None)
+            return whole if balance is None or not self.training else whole + self.lm.router_aux_loss_coef * balance
+        routes = self.abilities.routes and self.training
+        routing = {"output_router_logits": routes} if self.abilities.routes else {}
+        keywords = self._positions(inputs, first_position) | routing
+        outputs = self.backbone(input_ids=inputs, use_cache=False, **keywords)
+        loss: Tensor = self.head(outputs.last_hidden_state, targets)
+        return loss + balance_loss(self.lm, outputs.router_logits) if routes else loss
+
+    def _positions(self, inputs: Tensor, first_position: int) -> dict[str, Tensor]:
+        """Return the keyword ``position_ids`` (1, S), if the model takes them; with a restart of 4: ``0 1 2 3 0 1``."""
+        if "windows" in self.abilities.refused:
+            assert first_position == 0  # whoever splits rows has called require()
+            return {}
+        place = torch.arange(first_position, first_position + inputs.shape[1], device=inputs.device).unsqueeze(0)
+        return {"position_ids": place if self.restarted_window is None else place % self.restarted_window}
+
+    def require(self, ability: Ability, setting: str) -> None:
+        """Raise ConfigError, which names the ``setting`` that needs ``ability``, if the model lacks it."""
+        if ability in self.abilities.refused:
+            raise ConfigError(
+                f"{setting} doesn't work with a {self.lm.config.model_type} ({type(self.lm).__name__}): "
+                f"{self.abilities.refused[ability]}; remove it, or choose another architecture"
+            )
+
+    @property
+    def backbone(self) -> Any:
+        """Transformers' model without its head: (B, S) token ids to hidden states."""
+        return backbone_of(self.lm)
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """The decoder layers. Raises ConfigError if there is no list of them."""
+        for module in self.backbone.modules():
+            if isinstance(module, nn.ModuleList) and len(module) == self.lm.config.num_hidden_layers:
+                return module
+        raise ConfigError(f"{type(self.lm).__name__} has no list of its layers; choose another architecture")
+
+    @property
+    def head(self) -> LossHead | None:
+        """The output layer, None if the loss is computed from logits."""
+        return self.lm.get_submodule(self.abilities.head_name) if self.abilities.head_name else None
+
+    @property
+    def attentions(self) -> Sequence[nn.Module]:
+        """The modules that attend by ``causal_attention``. Raises ConfigError if windows don't work."""
+        self.require("windows", 'curriculum_learning.method: "window"')
+        return self.abilities.attentions
+
+    def restart_positions(self, window: int | None) -> None:
+        """Count positions from 0 in each ``window`` tokens of a row, or through the row."""
+        self.restarted_window = window
 
 
 def build_model(config: ModelConfig, read_weights: bool = True) -> CausalLM | AnyCausalLM:
@@ -53,6 +118,8 @@ def build_model(config: ModelConfig, read_weights: bool = True) -> CausalLM | An
     if config.architecture is None:
         return build_gpt2(config)
     lm_config = architecture_config(config)
+    if config.rope is not None:
+        change_rope(lm_config, config.rope, config.max_position_embeddings)
     weights_folder = config.initial.folder if config.initial is not None and read_weights else None
     with quiet():
         if config.is_gpt2:
@@ -88,7 +155,10 @@ def _pretrained_gpt2(config: ModelConfig, lm_config: Any, folder: Path | None) -
 def _pretrained_lm(config: ModelConfig, lm_config: Any, folder: Path | None) -> Any:
     """Return any other causal language model, built by transformers."""
     try:
-        lm = load_model(folder, padding=True) if folder is not None else new_model(config, lm_config)
+        if folder is not None:
+            lm = load_model(folder, padding=True, config=lm_config if config.rope else None)
+        else:
+            lm = new_model(config, lm_config)
     except ValueError as error:
         raise ConfigError(f"{source_of(config)}: no causal language model of transformers ({error})") from error
     if folder is None and config.initial is not None and (config.initial.folder / "generation_config.json").exists():

@@ -28,6 +28,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -45,21 +46,35 @@ _MOST_LOGITS = 2**29
 in all. Smaller chunks would increase the share of the weights, which every chunk reads, in the traffic."""
 
 
-def mean_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, compiled: bool = False) -> Tensor:
+def mean_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    compiled: bool = False,
+    bias: Tensor | None = None,
+    cap: float | None = None,
+) -> Tensor:
     """Return the mean cross entropy in nats, an fp32 scalar, of ``targets`` (N) int64.
 
+    The logits are ``hidden @ weight.T + bias``; with ``cap`` they are then ``cap * tanh(logits / cap)``, as in Gemma 2.
     On a GPU, ``compiled`` computes the loss of the logits by compiled kernels, which write no fp32 copy of them.
 
     Memory for the logits of ``hidden`` (N, H) and ``weight`` (V, H) is bounded. At N=65536 and V=50304 they would take
     65536 * 50304 * 4 bytes = 13 GB in fp32, and their gradient the same. With chunks, second derivatives aren't available.
     """
     if hidden.device.type == "cpu" and hasattr(F, "linear_cross_entropy"):
-        return _cpu_cross_entropy(hidden, weight, targets)
-    chunks = -(-len(targets) * len(weight) // _MOST_LOGITS)
-    return _chunked_cross_entropy(hidden, weight, targets, chunks, _compiled_loss() if compiled else _loss_of)
+        if cap is None:
+            return _cpu_cross_entropy(hidden, weight, targets, bias)
+        chunks = -(-len(targets) // _CPU_CHUNK_TOKENS)
+    else:
+        # A capped logit takes about twice the memory, because the backward pass needs its fp32 tanh.
+        most = _MOST_LOGITS if cap is None else _MOST_LOGITS // 2
+        chunks = -(-len(targets) * len(weight) // most)
+    loss_of = _compiled_loss(cap) if compiled else partial(_loss_of, cap=cap)
+    return _chunked_cross_entropy(hidden, weight, targets, chunks, loss_of, bias)
 
 
-def _cpu_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+def _cpu_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None) -> Tensor:
     """Return the mean cross entropy by torch's ``linear_cross_entropy`` (2.13 and later)."""
     half = hidden.dtype in (torch.float16, torch.bfloat16)
     options = torch.nn.LinearCrossEntropyOptions(
@@ -70,52 +85,62 @@ def _cpu_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tenso
     )
     # torch averages half precision losses by a half precision sum. bf16 has 8 significant bits: from 1024 on its values
     # are 8 apart, so adding a loss of 3 changes nothing. Therefore the losses are averaged here in fp32.
-    losses = F.linear_cross_entropy(hidden, weight, targets, reduction="none", options=options)  # (N)
+    losses = F.linear_cross_entropy(hidden, weight, targets, linear_bias=bias, reduction="none", options=options)  # (N)
     return losses.float().mean()
 
 
 def _chunked_cross_entropy(
-    hidden: Tensor, weight: Tensor, targets: Tensor, chunks: int, loss_of: LossOf | None = None
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    chunks: int,
+    loss_of: LossOf | None = None,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """Return the mean cross entropy, computed from the logits of one chunk of tokens at a time."""
     loss_of = loss_of or _loss_of
     total: Tensor
     if chunks <= 1:
-        total = loss_of(F.linear(hidden, weight), targets)
+        total = loss_of(F.linear(hidden, weight, bias), targets)
     elif torch.is_grad_enabled():
-        total = _ChunkedSum.apply(hidden, weight, targets, chunks, loss_of)  # type: ignore[no-untyped-call]
+        total = _ChunkedSum.apply(hidden, weight, bias, targets, chunks, loss_of)  # type: ignore[no-untyped-call]
     else:
         pairs = zip(hidden.chunk(chunks), targets.chunk(chunks), strict=True)
-        total = torch.stack([loss_of(F.linear(rows, weight), wanted) for rows, wanted in pairs]).sum()
+        total = torch.stack([loss_of(F.linear(rows, weight, bias), wanted) for rows, wanted in pairs]).sum()
     return total / len(targets)
 
 
-def _loss_of(logits: Tensor, targets: Tensor) -> Tensor:
+def _loss_of(logits: Tensor, targets: Tensor, cap: float | None = None) -> Tensor:
     """Return the summed cross entropy of ``targets`` (n) by ``logits`` (n, V), with an fp32 softmax in half precision."""
+    if cap is not None:
+        logits = cap * torch.tanh(logits.float() / cap)
     loss: Tensor = F.nll_loss(F.log_softmax(logits, dim=-1, dtype=torch.float32), targets, reduction="sum")
     return loss
 
 
 @functools.cache
-def _compiled_loss() -> LossOf:
+def _compiled_loss(cap: float | None = None) -> LossOf:
     """Return ``_loss_of`` as compiled kernels for any number of tokens."""
-    return torch.compile(_loss_of, dynamic=True)
+    return torch.compile(_loss_of if cap is None else partial(_loss_of, cap=cap), dynamic=True)
 
 
 class _ChunkedSum(torch.autograd.Function):
     """Summed cross entropy by chunks, with gradients computed in the forward pass: no logits are stored or recomputed."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunks: int, loss_of: LossOf) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, chunks: int, loss_of: LossOf
+    ) -> Tensor:
         # The losses are summed, not averaged, because in fp16 a gradient divided by N=16384 would be 0 or subnormal. The
         # weight's gradient is accumulated in fp32, because in bf16 each addition would round it by 0.2 %.
         weight_grad: Tensor | None = None  # (V, H)
+        bias_grad = None if bias is None else torch.zeros_like(bias, dtype=torch.float32)  # (V)
         # The maximum of fp16 is 65504. 10,000 tokens with the same target and hidden states of 8 sum to 80,000, but to 5,000
         # after division by 16. The loss scale is applied too late to help.
         divisor = 16.0 if hidden.dtype == torch.float16 else 1.0
         hidden_grads, total = [], torch.zeros((), device=hidden.device)
         for rows, wanted in zip(hidden.chunk(chunks), targets.chunk(chunks), strict=True):
-            logits = F.linear(rows, weight).requires_grad_()  # (n, V)
+            logits = F.linear(rows, weight, bias).requires_grad_()  # (n, V)
             with torch.enable_grad():
                 loss = loss_of(logits, wanted)
             (logits_grad,) = torch.autograd.grad(loss, logits)
@@ -124,15 +149,18 @@ class _ChunkedSum(torch.autograd.Function):
             smaller = rows if divisor == 1 else rows / divisor
             product = logits_grad.t() @ smaller
             weight_grad = product.float() if weight_grad is None else weight_grad.add_(product)
-        ctx.save_for_backward(torch.cat(hidden_grads), weight_grad)
+            if bias_grad is not None:
+                bias_grad += logits_grad.sum(0, dtype=torch.float32)
+        ctx.save_for_backward(torch.cat(hidden_grads), weight_grad, bias_grad)
         ctx.weight_scale = divisor
         ctx.weight_dtype = weight.dtype
         return total
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
-        hidden_grad, weight_grad = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None, None, None]:
+        hidden_grad, weight_grad, bias_grad = ctx.saved_tensors
         # Rounded to the weight's dtype in the kernel that writes it.
         scaled = torch.empty_like(weight_grad, dtype=ctx.weight_dtype)
         torch.mul(weight_grad, grad * ctx.weight_scale, out=scaled)
-        return hidden_grad * grad, scaled, None, None, None
+        bias_scaled = None if bias_grad is None else (bias_grad * grad).to(ctx.weight_dtype)
+        return hidden_grad * grad, scaled, bias_scaled, None, None, None

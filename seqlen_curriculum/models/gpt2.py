@@ -6,19 +6,18 @@ Shapes: ``B`` rows, ``S`` seqlen, ``H`` hidden size, ``V`` padded vocabulary, ``
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
-from functools import partial
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
-from transformers import AttentionInterface, GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from seqlen_curriculum.config.model import ModelConfig
 from seqlen_curriculum.errors import ConfigError
-from seqlen_curriculum.models.cross_entropy import mean_cross_entropy
+from seqlen_curriculum.models.attention import SDPA_CAUSAL, causal_attention, refuse_padding, set_window
+from seqlen_curriculum.models.loss_head import LossHead
 from seqlen_curriculum.models.pretrained import add_older_names, quiet, save_weights
 
 __all__ = [
@@ -52,7 +51,7 @@ def build_gpt2(config: ModelConfig, bos_token_id: int | None = None, eos_token_i
         use_cache=False,
         bos_token_id=bos_token_id,
         eos_token_id=eos_token_id,
-        attn_implementation="sdpa_causal",
+        attn_implementation=SDPA_CAUSAL,
     )
     lm = GPT2LMHeadModel(hf_config)
     if config.activation_checkpointing:
@@ -79,7 +78,7 @@ class CausalLM(nn.Module):
     def __init__(self, lm: Any) -> None:
         super().__init__()
         lm.lm_head = LossHead(lm.transformer.wte.weight)
-        lm.register_forward_pre_hook(_refuse_padding, with_kwargs=True)
+        lm.register_forward_pre_hook(refuse_padding, with_kwargs=True)
         lm.transformer.wpe.register_forward_pre_hook(_restart_positions)
         self.lm = lm
         set_window(self, None)
@@ -102,94 +101,34 @@ class CausalLM(nn.Module):
         loss: Tensor = self.lm.lm_head(hidden, targets)
         return loss
 
+    @property
+    def backbone(self) -> Any:
+        """Transformers' model without its head: (B, S) token ids to hidden states."""
+        return self.lm.transformer
 
-class LossHead(nn.Module):
-    """The tied head. Its forward is the only place outside the embedding that uses the shared weight.
+    @property
+    def blocks(self) -> nn.ModuleList:
+        blocks: nn.ModuleList = self.lm.transformer.h
+        return blocks
 
-    ZeRO-3 requires this, because it gathers a module's parameters only during the forward of that module.
-    """
+    @property
+    def head(self) -> LossHead:
+        head: LossHead = self.lm.lm_head
+        return head
 
-    def __init__(self, weight: nn.Parameter) -> None:
-        super().__init__()
-        self.weight = weight  # (V, H)
-        self.compiled = False
+    @property
+    def attentions(self) -> Sequence[nn.Module]:
+        """The modules that attend by ``causal_attention``, one per block."""
+        return [block.attn for block in self.lm.transformer.h]
 
-    def forward(self, hidden: Tensor, targets: Tensor | None = None) -> Tensor:
-        """Return the logits (..., V) of ``hidden`` (..., H), or, given ``targets`` (...), their mean cross entropy."""
-        if targets is None:
-            return F.linear(hidden, self.weight)
-        return mean_cross_entropy(hidden.flatten(0, -2), self.weight, targets.flatten(), self.compiled)
-
-
-def set_window(model: CausalLM, window: int | None, restart_positions: bool = False) -> None:
-    """Restrict attention to aligned windows, tokens ``[k * window, (k + 1) * window)`` of a row; None for whole rows.
-
-    Positions continue through the row, or with ``restart_positions`` start at 0 in each window, which makes a window
-    equivalent to a separate row. Call it between steps and on every rank, because the backward pass may recompute the
-    forward. Source: SkyLadder (Zhu et al. 2025), which masks short windows in full rows. Raises ConfigError if ``window``
-    is below 1.
-    """
-    if window is not None and window < 1:
-        raise ConfigError(f"window: {window} has no tokens; give 1 or more, or None for whole rows")
-    for block in model.lm.transformer.h:
-        block.attn.window = window
-    model.lm.transformer.wpe.window = window if restart_positions else None
+    def restart_positions(self, window: int | None) -> None:
+        """Count positions from 0 in each ``window`` tokens of a row, or through the row."""
+        self.lm.transformer.wpe.window = window
 
 
 def _restart_positions(wpe: Any, inputs: tuple[Tensor]) -> tuple[Tensor]:
     """Restart the position ids (1, S) at 0 in each window: with s=4, ``0 1 2 3 4 5`` becomes ``0 1 2 3 0 1``."""
     return inputs if wpe.window is None else (inputs[0] % wpe.window,)
-
-
-def _refuse_padding(_lm: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-    """Raise an error for padded rows; ``causal_attention`` gets no mask, so padding would silently be read as text."""
-    mask = keywords.get("attention_mask", inputs[2] if len(inputs) > 2 else None)
-    if mask is not None and not bool(torch.as_tensor(mask).all()):
-        raise NotImplementedError("padding and masks: save_hf() the model and load the folder instead")
-
-
-def causal_attention(
-    module: Any,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    **_: Any,
-) -> tuple[Tensor, None]:
-    """Compute causal attention in unpadded rows, or in each ``module.window`` tokens of them (see ``set_window``).
-
-    Query, key and value are (B, nh, S, hs), the result (B, S, nh, hs).
-    """
-    if attention_mask is not None or query.shape[2] != key.shape[2]:
-        raise NotImplementedError("masks and key-value caches: save_hf() the model and load the folder instead")
-    attend = partial(F.scaled_dot_product_attention, dropout_p=dropout, is_causal=True, scale=scaling)
-    rows, heads, seqlen, head_size = query.shape
-    window, qkv = module.window, (query, key, value)
-    if window is None or window >= seqlen:
-        return attend(*qkv).transpose(1, 2), None
-
-    # Windows become separate rows, so attention costs S * s instead of S * S and needs no mask. With S=10 and s=4,
-    # tokens 0-3 and 4-7 are two rows of 4 for each row of the batch, and tokens 8-9 one row of 2.
-    whole = seqlen - seqlen % window
-    windows = [
-        torch.unflatten(tensor[:, :, :whole], 2, (-1, window))
-        .transpose(1, 2)
-        .flatten(0, 1)  # (B * whole / s, nh, s, hs)
-        for tensor in qkv
-    ]
-    out = attend(*windows).transpose(1, 2)  # (B * whole / s, s, nh, hs)
-    out = out.reshape(rows, whole, heads, head_size)
-    if whole < seqlen:
-        rest = attend(*(tensor[:, :, whole:] for tensor in qkv)).transpose(1, 2)  # (B, S - whole, nh, hs)
-        out = torch.cat([out, rest], dim=1)
-    return out, None
-
-
-# transformers' "sdpa" synchronizes the device in every forward, to detect packed rows by their position ids. Under
-# torch.compile it can't and builds the S x S mask. An attention registered under another name gets no mask.
-AttentionInterface.register("sdpa_causal", causal_attention)
 
 
 def save_hf(model: CausalLM, folder: str | Path, state_dict: Mapping[str, Tensor] | None = None) -> None:

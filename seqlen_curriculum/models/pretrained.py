@@ -18,6 +18,7 @@ from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
 from transformers.utils import logging
 
+from seqlen_curriculum.config.rope import older_rope_keys
 from seqlen_curriculum.data.tokenizer import END_OF_TEXT, read_tokenizer, tokenizer_files, vocab_size
 from seqlen_curriculum.errors import CheckpointError, ConfigError
 from seqlen_curriculum.files import follow_umask, read_json
@@ -40,12 +41,12 @@ __all__ = [
 ]
 
 
-def load_model(path: Path, dtype: torch.dtype | None = torch.float32, padding: bool = False) -> Any:
+def load_model(path: Path, dtype: torch.dtype | None = torch.float32, padding: bool = False, config: Any = None) -> Any:
     """Load the ``AutoModelForCausalLM`` of ``model_folder(path)`` on the CPU, in eval mode.
 
     Padding rows of the vocabulary are removed unless ``padding``. The default ``dtype`` is float32 for any saved dtype: it
-    represents every saved value exactly, and sums of logits need its precision. None keeps the saved one. Raises
-    CheckpointError.
+    represents every saved value exactly, and sums of logits need its precision. None keeps the saved one. ``config``
+    replaces transformers' configuration in the folder. Raises CheckpointError.
     """
     folder = model_folder(path)
     weight_files(folder)
@@ -58,6 +59,7 @@ def load_model(path: Path, dtype: torch.dtype | None = torch.float32, padding: b
                 trust_remote_code=False,
                 weights_only=True,
                 output_loading_info=True,
+                **({} if config is None else {"config": config}),
             )
     except Exception as error:  # damaged files make the libraries raise almost anything
         message = (str(error).strip().splitlines() or [""])[0]
@@ -140,19 +142,7 @@ def _older_names(config: Mapping[str, Any]) -> dict[str, Any]:
     names = {"torch_dtype": config["dtype"]} if config.get("dtype") else {}
     if "num_local_experts" in config:
         names["num_experts"] = config["num_local_experts"]
-    rope = config.get("rope_parameters")
-    if not isinstance(rope, dict) or "rope_theta" not in rope:  # other types of layers have other positions
-        return names
-    is_neox = config.get("model_type") == "gpt_neox"
-    names["rotary_emb_base" if is_neox else "rope_theta"] = rope["rope_theta"]
-    if "partial_rotary_factor" in rope:
-        names["rotary_pct" if is_neox else "partial_rotary_factor"] = rope["partial_rotary_factor"]
-    if rope.get("rope_type", "default") != "default":
-        names["rope_scaling"] = {key: value for key, value in rope.items() if key not in _NOT_SCALING}
-    return names
-
-
-_NOT_SCALING = ("rope_theta", "partial_rotary_factor")
+    return {**names, **older_rope_keys(config)}
 
 
 def replace_invalid_generation_config(model: Any) -> None:

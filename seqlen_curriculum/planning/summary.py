@@ -11,10 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from seqlen_curriculum.config.model import ModelConfig
+from seqlen_curriculum.config.muon import MuonGroups, planned_groups, trains_by_muon
 from seqlen_curriculum.config.run import RunConfig
 from seqlen_curriculum.errors import ConfigError
 from seqlen_curriculum.schedule.timeline import Timeline
-from seqlen_curriculum.schedule.token_lr import TokenCosine
+from seqlen_curriculum.schedule.token_lr import TokenRate
 
 __all__ = ["compare", "compute_use", "data_use", "describe", "draw", "milestones", "plan"]
 
@@ -43,6 +44,7 @@ def plan(config: RunConfig, at: Iterable[int] = ()) -> dict[str, Any]:
     - In half precision: ``gradient_dtype``, in which gradients accumulate and reduce.
     - With a model section: ``parameters, flops, flops_of_full_length`` (the same tokens at full length), or ``uncounted``,
       the reason why they aren't known.
+    - With Muon: ``muon {muon, adam, left_out}``, the numbers of parameters by optimizer and the matrices left to Adam.
     - With ``training.seqlen_bucket``: ``without_seqlen_bucket {steps, lengths, flops}``.
     """
     timeline = config.timeline()
@@ -66,6 +68,9 @@ def plan(config: RunConfig, at: Iterable[int] = ()) -> dict[str, Any]:
         summary |= data_use(timeline, config.data.seq_length, config.data.leftovers == "recycle")
     if config.model:
         summary |= compute_use(timeline, config.model, full_length)
+        optimizer = config.keys.optimizer
+        if optimizer and trains_by_muon(optimizer.type) and (groups := planned_groups(config.model)):
+            summary["muon"] = groups._asdict()
     if config.training and config.training.seqlen_bucket:
         without = plan(replace(config, training=config.training.model_copy(update={"seqlen_bucket": None})))
         compared = [name for name in ("steps", "lengths", "flops") if name in without]
@@ -73,11 +78,11 @@ def plan(config: RunConfig, at: Iterable[int] = ()) -> dict[str, Any]:
     return summary
 
 
-def milestones(timeline: Timeline, rate: TokenCosine | None, at: Iterable[int] = ()) -> list[dict[str, Any]]:
+def milestones(timeline: Timeline, rate: TokenRate | None, at: Iterable[int] = ()) -> list[dict[str, Any]]:
     """Return ``{step, seqlen, rows, consumed_tokens, lr}`` of the key steps of a run and of the steps ``at``.
 
-    Key steps are the first, the last, the end of the learning rate warmup, and every 10 % of the budget. Raises ConfigError
-    for a step outside the run.
+    Key steps are the first, the last, the end of the learning rate warmup, the last step before the decay, and every 10 % of
+    the budget. Raises ConfigError for a step outside the run.
     """
     asked = set(at)
     outside = sorted(step for step in asked if not 1 <= step <= timeline.steps)
@@ -85,12 +90,12 @@ def milestones(timeline: Timeline, rate: TokenCosine | None, at: Iterable[int] =
         raise ConfigError(f"--at: {outside[0]} is not a step of this run; give steps from 1 to {timeline.steps}")
     # Without 0 and steps after the run: 10 % of a small budget may be 0 tokens, and a long warmup ends after the run.
     tenths = {timeline.steps_to(timeline.train_tokens * tenth // 10) for tenth in range(1, 10)}
-    warmup = {timeline.steps_to(rate.warmup_tokens)} if rate else set()
-    steps = {step for step in {1, timeline.steps} | tenths | warmup if 1 <= step <= timeline.steps} | asked
+    phases = {timeline.steps_to(end) for end in (rate.warmup_tokens, rate.decay.start)} if rate else set()
+    steps = {step for step in {1, timeline.steps} | tenths | phases if 1 <= step <= timeline.steps} | asked
     return [_milestone(timeline, rate, step) for step in sorted(steps)]
 
 
-def _milestone(timeline: Timeline, rate: TokenCosine | None, step: int) -> dict[str, Any]:
+def _milestone(timeline: Timeline, rate: TokenRate | None, step: int) -> dict[str, Any]:
     return {
         "step": step,
         "seqlen": timeline.seqlen(step),
@@ -150,6 +155,8 @@ def _facts(summary: dict[str, Any]) -> list[str]:
         )
     if "uncounted" in summary:
         lines.append(f"compute           unknown: {summary['uncounted']}")
+    if "muon" in summary:
+        lines.append(f"optimizer         {MuonGroups(**summary['muon']).describe()}")
     if "gradient_dtype" in summary:
         lines.append(f"gradients         accumulated and reduced in {summary['gradient_dtype']}")
     if "without_seqlen_bucket" in summary:

@@ -68,9 +68,21 @@ class PretrainedModel:
         sizes, vocab_size = sizes_in(self.config), vocabulary(self.folder)
         return sizes if vocab_size is None else {**sizes, "vocab_size": vocab_size}
 
+    @property
+    def weights(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of the trained weights, without buffers."""
+        return {name: shape for name, shape in self.shapes.items() if not name.endswith(_BUFFERS)}
+
     def parameter_count(self) -> int:
         """Return the number of trained parameters, a tied head counted once."""
-        return sum(math.prod(shape) for name, shape in self.shapes.items() if not name.endswith(_BUFFERS))
+        return sum(math.prod(shape) for shape in self.weights.values())
+
+    @property
+    def learned_positions(self) -> str | None:
+        """The name of the embedding of positions, None if positions aren't learned."""
+        parts = ("wpe.", "embed_positions", "position_embed")
+        tables = (name for name, shape in self.weights.items() if len(shape) == 2)
+        return next((name for name in tables if any(part in name for part in parts)), None)
 
     def looked_up_count(self) -> int:
         """Return the parameters of a word embedding that isn't tied to the head, 0 if it is tied."""

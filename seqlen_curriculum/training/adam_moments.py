@@ -6,7 +6,7 @@ Shapes: ``n`` elements of a tensor or a part of it.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -17,8 +17,9 @@ from deepspeed.utils import safe_get_local_optimizer_state
 from torch import Tensor
 
 from seqlen_curriculum.training.executor import Executor
+from seqlen_curriculum.training.progress import log_rank0
 
-__all__ = ["adam_moments"]
+__all__ = ["MomentsMeter", "adam_moments"]
 
 _VARIANCE, _MOMENTUM = "exp_avg_sq", "exp_avg"
 _CHUNK, _CPU_CHUNK = 1 << 24, 1 << 17
@@ -47,6 +48,35 @@ def adam_moments(executor: Executor) -> dict[str, float]:
     if not any(values):
         return {}
     return {name: value for name, value in zip(_NAMES, values, strict=True) if math.isfinite(value)}
+
+
+class MomentsMeter:
+    """``adam_moments`` of an executor, with one line in the log about moments that can't be measured."""
+
+    def __init__(self, executor: Executor) -> None:
+        self._executor, self._has_reported = executor, False
+
+    def measure(self) -> dict[str, float]:
+        """Return the moments after a step, as ``adam_moments`` does. Call it on all ranks."""
+        measured, engine = adam_moments(self._executor), self._executor.engine
+        if not self._has_reported and engine.global_steps > engine.skipped_steps:
+            self._has_reported = True
+            if line := _unmeasured(engine, measured):
+                log_rank0(f"optimizer.type {engine.optimizer_name()}: {line}")
+        return measured
+
+
+def _unmeasured(engine: Any, measured: Mapping[str, float]) -> str | None:
+    """Return in words which moments weren't measured after a step, None if all were."""
+    if measured and any(getattr(parameter, "use_muon", False) for parameter in engine.module.parameters()):
+        return "variance_norm and momentum_norm are those of the parameters that Adam trains; Muon keeps no variance"
+    if measured:
+        return None
+    if any(_VARIANCE in state for state in engine.basic_optimizer.state.values()):
+        return (
+            "the variance can't be measured here (fp16 at ZeRO stage 0, a state on NVMe, or values that aren't finite)"
+        )
+    return "keeps no variance of the gradients, so the run log has no variance_norm and momentum_norm"
 
 
 def _chunks(states: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
@@ -103,6 +133,8 @@ def _own_state(executor: Executor) -> Iterator[tuple[Tensor, Tensor]]:
 def _state_of(parameter: Tensor, engine: Any) -> dict[str, Tensor]:
     """Return the state of this rank's elements of one parameter, empty if the rank has none."""
     base = engine.basic_optimizer
+    if getattr(parameter, "use_muon", False):
+        return {}
     if engine.zero_optimization_stage() == 3:
         return {key: safe_get_local_optimizer_state(parameter, key) for key in (_VARIANCE, _MOMENTUM)}
     if not isinstance(engine.optimizer, DeepSpeedZeroOptimizer | BF16_Optimizer):  # ZeRO stage 0

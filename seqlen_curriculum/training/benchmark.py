@@ -17,11 +17,11 @@ from tqdm import tqdm
 
 from seqlen_curriculum.config.deepspeed import batch_shape
 from seqlen_curriculum.config.run import RunConfig
-from seqlen_curriculum.errors import ConfigError
+from seqlen_curriculum.models.attention import set_window
 from seqlen_curriculum.models.causal_lm import build_model
-from seqlen_curriculum.models.gpt2 import CausalLM, set_window
 from seqlen_curriculum.schedule.micro_batch import balanced_rows
 from seqlen_curriculum.schedule.shortening import Method, Shortening
+from seqlen_curriculum.training.abilities import check_abilities
 from seqlen_curriculum.training.adam_moments import adam_moments
 from seqlen_curriculum.training.build import build_executor
 from seqlen_curriculum.training.compile import compile_model
@@ -58,17 +58,14 @@ def measure_throughput(
     assert config.model is not None
     assert config.data is not None
     full, model_config = config.data.seq_length, config.model
-    if "window" in kinds and not model_config.is_gpt2:
-        raise ConfigError(
-            f"--kinds window: only a GPT-2 has windows of attention, not the {model_config.model_type} of "
-            f"{model_config.source}; leave it out"
-        )
     join_ranks(config.deepspeed)
     choose_attention(full)
     config = config.for_ranks(dist.get_world_size())
     rows, micro_batch, _ = batch_shape(config.keys, dist.get_world_size())
     torch.manual_seed(0)  # the same weights on every rank
     model = build_model(model_config)
+    compiled = config.training.compile if config.training else None
+    check_abilities(model, "window" if "window" in kinds else "truncate", compiled)
     executor, _ = build_executor(config.keys, config.deepspeed, model, config.curriculum_scheduler())
     if "window" not in kinds:  # windows aren't compiled
         compile_model(config, model, executor.engine.device)
@@ -83,7 +80,7 @@ def measure_throughput(
     for turn in tqdm(range(rounds + 1), unit="round", disable=True if dist.get_rank() else None):
         for case, measured in zip(cases, seen, strict=True):
             tokens = torch.randint(0, model_config.vocab_size, (case.rows, case.row_tokens + 1), generator=draw)
-            if isinstance(model, CausalLM):
+            if "window" in kinds:
                 set_window(model, case.seqlen if KINDS[case.kind] == "window" else None)
             one = _one_step(executor, tokens, case.micro_rows)
             measured += [one] if turn else []

@@ -15,13 +15,13 @@ __all__ = ["compile_model", "compiled_parts"]
 
 
 def compiled_parts(config: RunConfig, device: torch.device) -> list[str]:
-    """Return what ``training.compile`` compiles of a GPT-2 on ``device``: "blocks", "loss", both or nothing."""
+    """Return what ``training.compile`` compiles of a model on ``device``: "blocks", "loss", both or nothing."""
     wanted = config.training.compile if config.training else None
     return ["blocks"] * (wanted is True) + ["loss"] * (device.type == "cuda" and wanted is not False)
 
 
 def compile_model(config: RunConfig, model: CausalLM | AnyCausalLM, device: torch.device) -> bool:
-    """Compile the ``compiled_parts`` of a GPT-2; return whether anything is compiled. Call it on all ranks.
+    """Compile the ``compiled_parts`` of a model; return whether anything is compiled. Call it on all ranks.
 
     All lengths share their graphs, and so do all blocks: one for training, one for evaluation, and one for micro-batches of
     a single row, because torch always specializes size 1. Without a working compiler, log a message and don't compile.
@@ -30,7 +30,9 @@ def compile_model(config: RunConfig, model: CausalLM | AnyCausalLM, device: torc
     26), and took as long as uncompiled ones at 16,384 tokens.
     """
     parts = compiled_parts(config, device)
-    if not parts or not isinstance(model, CausalLM):
+    if model.head is None and "loss" in parts:
+        parts.remove("loss")  # of logits
+    if not parts:
         return False
     problem = _compiler_problem(device)
     missing = torch.tensor(float(bool(problem)), device=device)
@@ -44,8 +46,9 @@ def compile_model(config: RunConfig, model: CausalLM | AnyCausalLM, device: torc
     # Otherwise torch treats equal sizes as one size: a step of length 64 in a model of hidden size 64 would get its own
     # graph.
     torch.fx.experimental._config.use_duck_shape = False
-    model.lm.lm_head.compiled = "loss" in parts
-    for block in model.lm.transformer.h if "blocks" in parts else ():
+    if model.head is not None:
+        model.head.compiled = "loss" in parts
+    for block in model.blocks if "blocks" in parts else ():
         block.compile(dynamic=True)
     return True
 

@@ -23,8 +23,8 @@ from seqlen_curriculum.config.run import RunConfig
 from seqlen_curriculum.errors import ConfigError
 from seqlen_curriculum.launchers import DEFAULT_PORT, launch
 from seqlen_curriculum.schedule.scheduler import CurriculumScheduler
-from seqlen_curriculum.schedule.token_lr import TokenCosine
-from seqlen_curriculum.training.lr_scheduler import TokenCosineLR
+from seqlen_curriculum.schedule.token_lr import TokenRate
+from seqlen_curriculum.training.lr_scheduler import TokenLR
 from seqlen_curriculum.training.pipeline_shapes import follow_shapes
 from seqlen_curriculum.training.refusals import initialize_deepspeed
 from seqlen_curriculum.training.start import join_ranks
@@ -32,7 +32,7 @@ from seqlen_curriculum.training.versions import check_deepspeed_version
 
 __all__ = ["Rate", "begin_step", "build_engine", "follow_plan", "follow_steps", "initialize", "skip_step"]
 
-Rate: TypeAlias = Callable[[float], TokenCosine | None]
+Rate: TypeAlias = Callable[[float], TokenRate | None]
 """Returns the learning rate schedule, given the largest ``lr`` of the optimizer."""
 
 
@@ -59,7 +59,7 @@ def initialize(
 
     - The engine gains ``curriculum_scheduler``. Its ``update_difficulty(engine.global_steps + 1)`` returns the length of the
       next step in tokens. It is None if the configuration has neither a curriculum nor a data section.
-    - A ``TokenCosineLR`` advances with the engine's steps, and counts the tokens of steps that fp16 skips.
+    - A token-wise ``scheduler`` advances with the engine's steps, and counts the tokens of steps that fp16 skips.
     - ``train_batch`` and ``eval_batch`` of a pipeline accept batches whose length changes.
 
     Without a launcher, as in a notebook, the process is rank 0 of 1.
@@ -71,7 +71,7 @@ def initialize(
         model_parameters: The parameters to train, or groups of them as for ``torch.optim``.
         training_data: A dataset. The third return value is a dataloader for it, with rows of full length.
         lr_scheduler: A scheduler, or a function of the optimizer that returns one. It replaces the configuration's, and is
-            an error with ``TokenCosineLR``.
+            an error with a token-wise ``scheduler`` in the file.
         distributed_port: Port of rank 0 if neither the launcher nor MASTER_PORT sets it.
         mpu: Megatron's model parallel unit, with ``get_data_parallel_world_size()`` and the like.
         dist_init_required: Passed to DeepSpeed. torch.distributed is initialized if it isn't yet.
@@ -108,7 +108,7 @@ def initialize(
         )
     run = run if run.keys.train_batch_size else run.for_ranks(_ranks(run, given))
     if run.scheduler is not None and lr_scheduler is not None:
-        raise ConfigError("scheduler: the file sets TokenCosineLR and lr_scheduler= is given too; keep one")
+        raise ConfigError(f"scheduler: the file sets {run.scheduler.type} and lr_scheduler= is given too; keep one")
     if model is None:
         raise ConfigError("model: required, but not given; give the module to train")
     scheduler = run.curriculum_scheduler() if run.curriculum or run.data else None
@@ -166,11 +166,11 @@ def _ranks(run: RunConfig, given: Mapping[str, Any]) -> int:
     return found.ranks if found else 1
 
 
-def _token_lr(rate: Rate, optimizer: Optimizer) -> TokenCosineLR:
+def _token_lr(rate: Rate, optimizer: Optimizer) -> TokenLR:
     """Build the learning rate scheduler of DeepSpeed's optimizer."""
-    token_cosine = rate(max(group["lr"] for group in optimizer.param_groups))
-    assert token_cosine is not None
-    return TokenCosineLR(optimizer, token_cosine)
+    token_rate = rate(max(group["lr"] for group in optimizer.param_groups))
+    assert token_rate is not None
+    return TokenLR(optimizer, token_rate)
 
 
 def _free_shared_memory(engine: Any) -> None:
@@ -245,14 +245,14 @@ def begin_step(engine: Any, seqlen: int | None = None) -> None:
         engine.curriculum_scheduler.set_current_difficulty(seqlen)
     elif engine.curriculum_scheduler is not None:
         engine.curriculum_scheduler.update_difficulty(step)
-    if isinstance(engine.lr_scheduler, TokenCosineLR):
+    if isinstance(engine.lr_scheduler, TokenLR):
         engine.lr_scheduler.seek(step)
 
 
 def follow_plan(engine: Any, plan: RunPlan) -> None:
     """Set the lengths and learning rates of ``plan`` for the following steps."""
     engine.curriculum_scheduler = plan.scheduler
-    if isinstance(engine.lr_scheduler, TokenCosineLR):
+    if isinstance(engine.lr_scheduler, TokenLR):
         rate = plan.learning_rate(engine.lr_scheduler.rate.max_lr)
         assert rate is not None
         engine.lr_scheduler.rate = rate

@@ -44,7 +44,7 @@ def measure_loop(config: RunConfig, folder: Path, steps: int, pairs: int) -> dic
     The bare loop has its batches on the device in advance. Per step it sets the learning rate, runs forward and backward of
     each micro-batch, calls ``engine.step()`` and reads the loss. Both start from the same weights and get the same result.
     Evaluations and checkpoints are excluded. The run log is written to ``folder``. Needs one rank, a GPT-2 without dropout,
-    a ``TokenCosineLR``, and the model, data and training sections. Raises ConfigError.
+    a token-wise ``scheduler``, and the model, data and training sections. Raises ConfigError.
 
     Returns ``parameters``, ``step_tokens`` and ``micro_batches`` (means per step), and medians over ``pairs``: ``cpu_ratio``
     and ``ratio`` (CPU seconds and seconds of our loop relative to the bare one), ``cpu_milliseconds`` per step of the bare
@@ -55,7 +55,7 @@ def measure_loop(config: RunConfig, folder: Path, steps: int, pairs: int) -> dic
     if config.model.dropout or not config.model.is_gpt2 or config.scheduler is None or config.keys.model_cuts:
         raise ConfigError(
             "model.dropout: the comparison needs a GPT-2 on one rank without dropout, because the loops draw different "
-            "masks, and a TokenCosineLR; set it to 0, and scheduler.type"
+            "masks, and a token-wise scheduler; set it to 0, and scheduler.type to TokenCosineLR"
         )
     join_ranks(config.deepspeed)
     choose_attention(config.shortening.seq_length)

@@ -1,4 +1,4 @@
-"""``TokenCosine`` as a torch learning rate scheduler that DeepSpeed accepts."""
+"""``TokenRate`` as a torch learning rate scheduler that DeepSpeed accepts."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ from typing import Any
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from seqlen_curriculum.schedule.token_lr import TokenCosine
+from seqlen_curriculum.schedule.token_lr import TokenRate
 
-__all__ = ["TokenCosineLR"]
+__all__ = ["TokenCosineLR", "TokenLR"]
 
 
-class TokenCosineLR(LRScheduler):
+class TokenLR(LRScheduler):
     """Learning rate scheduler that sets each group's rate to ``rate(step)`` times its own ``lr`` over ``rate.max_lr``.
 
     ``last_epoch`` counts completed optimizer steps, so the current rate is that of step ``last_epoch + 1``. The counter is
     the only state. Everything else is derived from the configuration.
     """
 
-    def __init__(self, optimizer: Optimizer, rate: TokenCosine, last_epoch: int = -1) -> None:
+    def __init__(self, optimizer: Optimizer, rate: TokenRate, last_epoch: int = -1) -> None:
         self.rate = rate
-        self._latest: tuple[tuple[TokenCosine, int], float] | None = None
+        self._latest: tuple[tuple[TokenRate, int], float] | None = None
         super().__init__(optimizer, last_epoch)
 
     def get_lr(self) -> list[float | Any]:
@@ -51,3 +51,7 @@ class TokenCosineLR(LRScheduler):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Resume after ``last_epoch`` completed steps."""
         self.seek(state_dict["last_epoch"] + 1)
+
+
+TokenCosineLR = TokenLR
+"""``TokenLR``, for scripts that import it by the name of one of its shapes."""

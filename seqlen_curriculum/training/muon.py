@@ -13,7 +13,9 @@ from typing import Any
 import deepspeed
 from torch import nn
 
-__all__ = ["embeddings_by_adam", "looked_up_weights"]
+from seqlen_curriculum.config.muon import MuonGroups, trains_by_muon
+
+__all__ = ["embeddings_by_adam", "groups_of", "looked_up_weights"]
 
 
 def looked_up_weights(model: nn.Module) -> Iterator[nn.Parameter]:
@@ -33,19 +35,38 @@ def looked_up_weights(model: nn.Module) -> Iterator[nn.Parameter]:
     yield from (module.weight for module in (*embeddings, *heads))
 
 
+def groups_of(model: nn.Module) -> MuonGroups:
+    """Return how DeepSpeed's flags divide the parameters of ``model`` that are trained."""
+    trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    # Under zero.Init a weight is a shard, and DeepSpeed keeps the shape of the whole.
+    sizes = {name: getattr(weight, "ds_numel", weight.numel()) for name, weight in trained.items()}
+    muon = sum(int(size) for name, size in sizes.items() if getattr(trained[name], "use_muon", False))
+    left_out = [
+        name.removeprefix("lm.")
+        for name, weight in trained.items()
+        if len(getattr(weight, "ds_shape", weight.shape)) >= 2 and not weight.use_muon  # type: ignore[attr-defined]
+    ]
+    return MuonGroups(muon, sum(sizes.values()) - muon, tuple(left_out))
+
+
 @contextmanager
-def embeddings_by_adam() -> Iterator[None]:
-    """Correct the flags by which ``deepspeed.initialize`` divides parameters between Muon and Adam, inside the context."""
-    set_flags = deepspeed.set_optimizer_flags
+def embeddings_by_adam() -> Iterator[list[MuonGroups]]:
+    """Correct the flags by which ``deepspeed.initialize`` divides parameters between Muon and Adam, inside the context.
+
+    The yielded list gets the groups of a model that is divided.
+    """
+    set_flags, divided = deepspeed.set_optimizer_flags, list[MuonGroups]()
 
     def set_optimizer_flags(config_class: Any, model: nn.Module) -> None:
         set_flags(config_class, model)
         for weight in looked_up_weights(model):
             if getattr(weight, "use_muon", False):
                 weight.use_muon = False  # type: ignore[attr-defined]
+        if trains_by_muon(str(config_class.optimizer_name)):
+            divided.append(groups_of(model))
 
     deepspeed.set_optimizer_flags = set_optimizer_flags
     try:
-        yield
+        yield divided
     finally:
         deepspeed.set_optimizer_flags = set_flags

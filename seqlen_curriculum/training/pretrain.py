@@ -18,13 +18,14 @@ from seqlen_curriculum.data.tokenizer import read_tokenizer, tokenizer_files
 from seqlen_curriculum.data.training_data import TrainingData
 from seqlen_curriculum.errors import CheckpointError, DivergenceError
 from seqlen_curriculum.files import lock_folder, read_json, sync
+from seqlen_curriculum.models.attention import set_window
 from seqlen_curriculum.models.causal_lm import build_model
-from seqlen_curriculum.models.gpt2 import CausalLM, set_window
 from seqlen_curriculum.models.pretrained import copy_tokenizer, set_end_of_text
 from seqlen_curriculum.run_folder import ROLLBACKS, RUN_LOG
 from seqlen_curriculum.run_folder.checkpoint_manifest import Checkpoint
 from seqlen_curriculum.run_folder.evaluations import Evaluations
 from seqlen_curriculum.run_folder.run_log import RunLog, read_run_log
+from seqlen_curriculum.training.abilities import check_abilities
 from seqlen_curriculum.training.build import build_executor
 from seqlen_curriculum.training.checkpoint import Checkpoints
 from seqlen_curriculum.training.compile import compile_model
@@ -112,6 +113,7 @@ class _Pretraining:
         self.positions = model_config.max_position_embeddings
         torch.manual_seed(self.settings.seed)  # the same weights on every rank
         self.model = build_model(model_config, read_weights=self.checkpoint is None)
+        check_abilities(self.model, self.plan.shortening.method, self.settings.compile)
         if self.tokenizer is not None:
             set_end_of_text(self.model.lm, self.tokenizer.end_id)
         # Models other than GPT-2 may use random numbers elsewhere: other dropout, dropped layers, noise in a router.
@@ -176,7 +178,6 @@ class _Pretraining:
         )
 
     def _set_window(self, seqlen: int | None) -> None:
-        assert isinstance(self.model, CausalLM)  # config/compatibility.py refuses other models
         set_window(self.model, seqlen, restart_positions=self.plan.scheduler.config.restart_positions)
 
     def save_checkpoint(self, step: int, evaluations: Evaluations) -> None:

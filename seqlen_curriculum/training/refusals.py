@@ -17,6 +17,7 @@ from seqlen_curriculum.config.deepspeed_rules import MONITORS
 from seqlen_curriculum.errors import ConfigError, SeqlenCurriculumError
 from seqlen_curriculum.strict_json import shown
 from seqlen_curriculum.training.muon import embeddings_by_adam
+from seqlen_curriculum.training.progress import log_rank0
 
 __all__ = ["initialize_deepspeed"]
 
@@ -44,8 +45,8 @@ def initialize_deepspeed(**arguments: Any) -> tuple[Any, ...]:
     unchanged.
     """
     try:
-        with embeddings_by_adam():
-            return tuple(deepspeed.initialize(**arguments))
+        with embeddings_by_adam() as divided:
+            initialized = tuple(deepspeed.initialize(**arguments))
     except Exception as error:
         section = {package: name for name, package in MONITORS.items()}.get(type(error).__module__.partition(".")[0])
         if section is not None:  # such as wandb's, where no API key is set
@@ -56,6 +57,9 @@ def initialize_deepspeed(**arguments: Any) -> tuple[Any, ...]:
             raise ConfigError(_invalid_values(error, arguments.get("config"))) from error
         kind = type(error).__name__
         raise ConfigError(f"DeepSpeed refuses its part of the configuration: {kind}: {_one_line(error)}") from error
+    for groups in divided:
+        log_rank0(f"optimizer: {groups.describe()}")
+    return initialized
 
 
 def _one_line(error: Exception) -> str:

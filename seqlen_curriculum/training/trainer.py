@@ -22,7 +22,7 @@ from seqlen_curriculum.data.training_data import TrainingData
 from seqlen_curriculum.run_folder.evaluations import Evaluations
 from seqlen_curriculum.run_folder.run_log import RunLog
 from seqlen_curriculum.schedule.piecewise import IntArray
-from seqlen_curriculum.training.adam_moments import adam_moments
+from seqlen_curriculum.training.adam_moments import MomentsMeter
 from seqlen_curriculum.training.engine import begin_step, follow_plan, skip_step
 from seqlen_curriculum.training.executor import Executor, StepResult
 from seqlen_curriculum.training.outcome import share_outcome
@@ -68,6 +68,7 @@ class Trainer:
 
     def __post_init__(self) -> None:
         self._data = Prefetcher(self.read, self.engine.device)
+        self._moments = MomentsMeter(self.executor)
         self._follow(self.plan)
 
     def _follow(self, plan: RunPlan) -> None:
@@ -146,7 +147,7 @@ class Trainer:
         if spike_line:
             log_rank0(spike_line)
         due = self._is_due(step, self.settings.variance_interval)
-        moments = adam_moments(self.executor) if due else {}
+        moments = self._moments.measure() if due else {}
         record = {
             "step": step,
             "seqlen": seqlen,

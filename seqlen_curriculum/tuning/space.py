@@ -103,7 +103,7 @@ def space_of(raw: Mapping[str, Any], settings: Settings) -> Space:
     if warmup is None:
         raise ConfigError(
             "scheduler.params: no LR warmup, which is the unit of the search; give warmup_steps, warmup_samples or "
-            "warmup_tokens of TokenCosineLR there, or --warmup-steps"
+            "warmup_tokens there (scheduler.type TokenCosineLR, TokenLinearLR or TokenWSDLR), or --warmup-steps"
         )
     beginning = math.ceil(settings.beginning_warmups * warmup)
     probe = math.ceil(settings.probe_warmups * warmup)

@@ -4,7 +4,7 @@ import torch
 from accelerate import Accelerator
 
 from helpers.hf import tiny_llama
-from seqlen_curriculum import TokenCosineLR
+from seqlen_curriculum import TokenLR
 from seqlen_curriculum.integrations.plan import TrainerPlan
 from seqlen_curriculum.integrations.torch_data import RunLoader, RunRows
 
@@ -19,7 +19,7 @@ def train(run, folder, save_after=None, resume=None, accumulation=4, **loader_op
     plan = TrainerPlan.of(run, global_batch=2 * accumulation * ranks, max_lr=5e-3)
     model = tiny_llama()
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
-    rate = TokenCosineLR(optimizer, plan.learning_rate)
+    rate = TokenLR(optimizer, plan.learning_rate)
     model, optimizer = accelerator.prepare(model, optimizer)
     loader = RunLoader(RunRows(plan), 2, rank=rank, ranks=ranks, **loader_options)
     accelerator.register_for_checkpointing(loader)

@@ -25,6 +25,15 @@ GOOD = {
 }
 
 
+WSD = {"type": "TokenWSDLR", "params": {"warmup_steps": 3, "decay_tokens": 1e4, "decay_type": "linear"}}
+
+
+def wsd(**params):
+    """GOOD with a WSD schedule, whose ``params`` are changed; a value of None removes the key."""
+    kept = {name: value for name, value in {**WSD["params"], **params}.items() if value is not None}
+    return changed(scheduler={**WSD, "params": kept})
+
+
 WARMUP = {"start": 2, "increment": 2, "tokens": 1e4}
 
 
@@ -57,6 +66,14 @@ WRONG_RUNS = {
     "lr missing": (changed(optimizer={"type": "Adam"}), "optimizer.params.lr: required"),
     "lr zero": (changed(optimizer__params__lr=0), "optimizer.params.lr: 0 is not valid"),
     "warmup over budget": (changed(scheduler__params__warmup_steps=10_000), "scheduler.params.decay_tokens"),
+    "unknown decay": (wsd(decay_type="exponential"), "scheduler.params.decay_type: 'exponential' is not valid: input"),
+    "no decay": (wsd(decay_tokens=None), "scheduler.params.decay_tokens: required"),
+    "decay over budget": (wsd(decay_tokens=2e5), "scheduler.params.decay_tokens: 200000 and the 384 tokens of the"),
+    "wsd typo": (changed(scheduler={**WSD, "type": "TokenWsdLR"}), "scheduler.type: 'TokenWsdLR' is not valid"),
+    "linear with a shape": (
+        changed(scheduler={**WSD, "type": "TokenLinearLR"}),
+        "scheduler.params.decay_type: unknown key",
+    ),
     "two warmups": (changed(scheduler__params__warmup_tokens=5), "warmup_steps and warmup_tokens are given"),
     "budget below a step": (changed(training__train_tokens=7), "less than one token for each of the 8 rows"),
     "unknown preset": (changed(model__preset="gpt2-117"), "did you mean 'gpt2-117m'?"),
@@ -237,6 +254,7 @@ BETWEEN_KEYS = {
     "curriculum above model",
     "lr missing",
     "warmup over budget",
+    "decay over budget",
     "two warmups",
     "budget below a step",
     "blended twice",

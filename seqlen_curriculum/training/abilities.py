@@ -1,0 +1,30 @@
+"""Check at the start of a run what its model's architecture can do, as found when the model was built."""
+
+from __future__ import annotations
+
+from seqlen_curriculum.models.causal_lm import AnyCausalLM
+from seqlen_curriculum.models.gpt2 import CausalLM
+from seqlen_curriculum.models.probe import Ability
+from seqlen_curriculum.schedule.shortening import Method
+from seqlen_curriculum.training.telemetry import log_rank0
+
+__all__ = ["check_abilities"]
+
+WITHOUT: dict[Ability, str] = {
+    "loss": "the logits of a whole micro-batch are kept in memory",
+    "attention": "attention is transformers' own",
+    "windows": 'method "window" isn\'t available',
+}
+"""Consequences for a run, by missing ability."""
+
+
+def check_abilities(model: CausalLM | AnyCausalLM, method: Method, compiled: bool | None) -> None:
+    """Log what the architecture lacks. Raise ConfigError if the run needs it; ``compiled`` is ``training.compile``."""
+    if isinstance(model, CausalLM):
+        return
+    for ability, reason in model.abilities.refused.items():
+        log_rank0(f"{type(model.lm).__name__}: {WITHOUT[ability]}, because {reason}")
+    if method == "window":
+        model.require("windows", 'curriculum_learning.method: "window"')
+    if compiled:
+        model.require("attention", "training.compile: true")
