@@ -76,7 +76,8 @@ def trained(run_file, folders):
     runs = Runs(root)
     refused = run("refused", *REFUSED, fails=True)
     fresh = [run_of(run_file, root / name, fresh_model(name)) for name in FRESH]
-    runs.launch("all", [*(run(name, *how) for name, how in RUNS.items()), refused, *fresh], ranks=2)
+    # Last come those of other engines: DeepSpeed keeps their process groups in globals.
+    runs.launch("all", [*fresh, *(run(name, *how) for name, how in RUNS.items()), refused], ranks=2)
     return runs
 
 
@@ -93,8 +94,17 @@ def alone(run_file, tmp_path_factory):
         todo.append(run_of(run_file, runs.folder / name, fresh_model(name)))
         checkpoint = runs.folder / name / "global_step9"
         todo.append(run_of(run_file, runs.folder / f"{name}-resumed", fresh_model(name), checkpoint, after=name))
+    other = [f"model.hf_config={json.dumps({**SHAPES['llama-1b'], 'rms_norm_eps': 0.1})}"]
+    begun = runs.folder / "llama-1b" / "global_step9"
+    todo.append(run_of(run_file, runs.folder / "other", other, begun, after="llama-1b", fails=True))
     runs.launch("one", todo, ranks=1)
     return runs
+
+
+def test_another_configuration_is_refused_by_its_key(alone):
+    message = (alone["other"] / "error").read_text()
+    assert "\n  - model.hf_config.rms_norm_eps: 1e-05 in the checkpoint, 0.1 now" in message
+    assert message.count("\n  - ") == 1
 
 
 @pytest.mark.parametrize("name", FRESH)

@@ -139,7 +139,7 @@ def test_other_architectures_train_data_parallel_alone(folders, tiny_run):
     assert "dropout 0.1 is not used by a llama" in dropout
     (longer,) = found(data={**tiny_run["data"], "seq_length": 64})
     assert longer.endswith(
-        "above the model's 32 positions; lower it or set model.rope to continue it at longer sequences"
+        "is above the model's 32 positions; lower it or set model.rope to continue it at longer sequences"
     )
 
 

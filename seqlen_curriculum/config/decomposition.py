@@ -27,8 +27,8 @@ def decomposition_problems(config: RunConfig) -> Iterator[str]:
         )
     if config.training and config.training.objective == "masked":
         yield (
-            'training.objective: "masked" doesn\'t work together with data.order "decomposed"; set data.order to "packed", or '
-            'the objective to "causal"'
+            'training.objective: "masked" doesn\'t work together with data.order "decomposed"; set one of them to its '
+            "default"
         )
     if config.curriculum is not None:
         yield from _schedule_problems(config)

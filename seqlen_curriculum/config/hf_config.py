@@ -141,7 +141,7 @@ def _key_problems(model_type: str, config: Mapping[str, Any]) -> Iterator[str]:
     elsewhere |= {key: name for name, family in FAMILIES.items() for key in family.keys}
     for key in split_keys(config)[1]:
         meant = _same_size(key, known) or suggest(key, known, cutoff=0.8)
-        if meant:
+        if meant and meant not in config:  # the first Llama has max_sequence_length beside max_position_embeddings
             yield f"{shown(key)[1:-1]}: unknown key of {model_type}; did you mean '{meant}'?"
         elif key in elsewhere and config[key]:
             yield f"{key}: {shown(config[key])} is a key of {elsewhere[key]}, not of {model_type}; remove it"

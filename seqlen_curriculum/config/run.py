@@ -228,7 +228,9 @@ class RunConfig:
             if self.model.initial:
                 chosen["model"]["initial_weights"] = self.model.initial.fingerprint
             elif self.model.architecture is not None:
-                chosen["model"]["hf_config"] = lasting_keys(self.model.architecture)
+                keys = lasting_keys(self.model.architecture)
+                # A null is a value: Mistral's sliding_window is 4096 if it is missing. A missing setting equals None.
+                chosen["model"]["hf_config"] = {key: "null" if keys[key] is None else keys[key] for key in keys}
         if self.curriculum:
             # Omitted if it is off: checkpoints of versions without batch growth belong to the same run.
             off = set() if self.curriculum.batch_growth else set(BatchGrowthKeys.model_fields)
