@@ -1,13 +1,14 @@
 """Runs that start from Hugging Face folders, on two ranks in one launch: they learn, resume and save such folders."""
 
 import json
+import math
 import shutil
 
 import numpy as np
 import pytest
 import torch
 from helpers.launching import forked, launch
-from helpers.models import make_models
+from helpers.models import SHAPES, make_models
 from helpers.runs import Runs
 from helpers.runs import run as run_of
 from transformers import AutoTokenizer
@@ -31,6 +32,8 @@ RUNS = {  # name: (model, more settings, checkpoint to resume from)
     "gpt2-tensor": ("gpt2", ["tensor_parallel.autotp_size=2", "zero_optimization.stage=1"], None),
     "gpt2-pipeline": ("gpt2", ["pipeline.stages=2", "zero_optimization.stage=1"], None),
 }
+FRESH = ("llama-1b", "qwen3-0.6b", "olmo2-1b", "neox-160m", "mistral-7b")
+"""Shapes that are trained from their configuration alone, one of each architecture."""
 # A run that began from another folder is named its own checkpoint.
 REFUSED = ("llama-zero3/global_step18", ["zero_optimization.stage=3"], "llama-zero3/global_step9")
 
@@ -72,8 +75,40 @@ def trained(run_file, folders):
 
     runs = Runs(root)
     refused = run("refused", *REFUSED, fails=True)
-    runs.launch("all", [*(run(name, *how) for name, how in RUNS.items()), refused], ranks=2)
+    fresh = [run_of(run_file, root / name, fresh_model(name)) for name in FRESH]
+    runs.launch("all", [*(run(name, *how) for name, how in RUNS.items()), refused, *fresh], ranks=2)
     return runs
+
+
+def fresh_model(name):
+    return [f"model.hf_config={json.dumps(SHAPES[name])}"]
+
+
+@pytest.fixture(scope="module")
+def alone(run_file, tmp_path_factory):
+    """Each of ``FRESH`` on one rank: whole, and from its checkpoint amid the warmup."""
+    runs = Runs(tmp_path_factory.mktemp("alone"))
+    todo = []
+    for name in FRESH:
+        todo.append(run_of(run_file, runs.folder / name, fresh_model(name)))
+        checkpoint = runs.folder / name / "global_step9"
+        todo.append(run_of(run_file, runs.folder / f"{name}-resumed", fresh_model(name), checkpoint, after=name))
+    runs.launch("one", todo, ranks=1)
+    return runs
+
+
+@pytest.mark.parametrize("name", FRESH)
+def test_a_new_model_of_any_architecture_learns_and_resumes(trained, alone, run_file, name):
+    found = losses(trained[name])
+    assert found[0] == pytest.approx(math.log(384), abs=0.3)  # 257 words padded to 384
+    assert found[-1] < found[0] - 0.5
+    assert losses(alone[name]) == pytest.approx(found, rel=1e-4)
+    lengths = [record["seqlen"] for record in read_run_log(alone[name] / "runlog.jsonl") if "loss" in record]
+    assert lengths[9] < lengths[-1]  # amid the warmup
+    assert losses(alone[f"{name}-resumed"]) == losses(alone[name])[9:]
+    assert losses(alone[f"{name}-resumed"], "valid_loss") == losses(alone[name], "valid_loss")[1:]
+    recorded = json.loads((alone[name] / "run.json").read_text())["config"]["model"]
+    assert recorded["hf_config"] == SHAPES[name]
 
 
 def test_transformers_prints_nothing(trained):

@@ -2,11 +2,12 @@
 
 import copy
 import json
+import math
 import shutil
 
 import pytest
 import torch
-from helpers.models import complete, make_models
+from helpers.models import SHAPES, SMALL, complete, make_models
 from pydantic import ValidationError
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -21,17 +22,10 @@ from seqlen_curriculum.models.causal_lm import AnyCausalLM, build_model, save_mo
 from seqlen_curriculum.models.gpt2 import CausalLM
 from seqlen_curriculum.models.pretrained import add_older_names, load_model, quiet
 from seqlen_curriculum.planning import ranks, summary
+from seqlen_curriculum.tuning.cost import cost_of
 
-SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-SMALL |= {"max_position_embeddings": 64, "vocab_size": 257}
+GPT2 = {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 32, "vocab_size": 257}
 LLAMA = {"model_type": "llama", **SMALL, "num_key_value_heads": 2, "pad_token_id": 3}
-SHAPES = {
-    name: {key: value for key, value in {**config, **SMALL}.items() if not key.endswith("_token_id")}
-    | ({"num_key_value_heads": 2} if "num_key_value_heads" in config else {})
-    | ({"head_dim": 16} if "head_dim" in config else {})
-    for name, config in ARCHITECTURE_PRESETS.items()
-}
-"""Each preset's shape, with fewer and smaller blocks."""
 
 
 def changed(base=LLAMA, **changes):
@@ -85,8 +79,7 @@ def test_weights_are_drawn_in_fp32_and_every_token_is_trained():
 
 
 def test_a_gpt2_is_ours():
-    given = {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 32, "vocab_size": 257}
-    given |= {"n_inner": 48, "activation_function": "relu"}
+    given = {**GPT2, "n_inner": 48, "activation_function": "relu"}
     config = ModelConfig(hf_config=given, dropout=0.1)
     model = build_model(config)
     assert isinstance(model, CausalLM)
@@ -182,6 +175,7 @@ def test_sizes_override_a_preset():
         ),
         (changed(n_embd=32), "n_embd: unknown key of llama; did you mean 'hidden_size'?"),
         (changed(rotary_pct=0.25), "rotary_pct: 0.25 is a key of gpt_neox, not of llama; remove it"),
+        ({**GPT2, "rope_theta": 5e5}, "rope_theta: 500000.0 is a key of llama, not of gpt2; remove it"),
         (changed(hidden_size=33), "hidden_size: 33 is not a multiple of num_attention_heads 4; change one of them"),
         (changed(num_key_value_heads=3), "num_key_value_heads: 3 doesn't divide num_attention_heads 4"),
         (changed(model_type="mistral", num_key_value_heads=...), "num_key_value_heads: 8 (the default) doesn't divide"),
@@ -292,6 +286,8 @@ def test_the_plan_of_an_architecture_that_is_not_counted(tiny_run):
     on_ranks = ranks.on_ranks(config.for_ranks(2), ranks.RankFlags(ranks=2))
     assert on_ranks["hours"] is None
     ranks.describe_ranks(on_ranks)
+    cost = cost_of(config, 1, 3)
+    assert (cost.tokens, math.isnan(cost.flops)) == (3 * 8 * 8, True)
     assert ranks.rank_warnings(config, on_ranks) == []
     assert isinstance(build_model(config.model), AnyCausalLM)
     llama = RunConfig.from_dict({**tiny_run, "model": {"hf_config": LLAMA}})

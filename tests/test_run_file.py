@@ -426,6 +426,10 @@ class TestNamesInMessages:
             with pytest.raises(ConfigError, match="unknown key") as found:
                 RunConfig.load(tmp_path / "run.json")
             assert str(found.value).isprintable()
+        (tmp_path / "run.json").write_text(json.dumps({**GOOD, key: 1}))
+        (warning, *_) = RunConfig.load(tmp_path / "run.json").warnings()
+        assert "no effect on this run: a" in warning
+        assert warning.isprintable()
         (tmp_path / "run.json").write_text(json.dumps({"b": {key: float("nan")}}))
         with pytest.raises(ConfigError, match="NaN is not a JSON number") as found:
             RunConfig.load(tmp_path / "run.json")

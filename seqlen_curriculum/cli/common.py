@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from seqlen_curriculum.errors import DIVERGED, ConfigError, DivergenceError, SeqlenCurriculumError
+from seqlen_curriculum.errors import DIVERGED, ConfigError, DivergenceError, SeqlenCurriculumError, printable
 from seqlen_curriculum.launchers import global_rank, launch
 
 __all__ = ["grow_memory_segments", "run", "see", "short_names", "usage_error", "warn"]
@@ -196,7 +196,7 @@ def warn(messages: Iterable[str]) -> None:
     """Print each message as ``warning: ...`` on stderr, on rank 0 only."""
     if global_rank() == 0:
         for message in messages:
-            print(f"warning: {message}", file=sys.stderr)
+            print(f"warning: {printable(message)}", file=sys.stderr)
 
 
 def short_names(flag: str, paths: Sequence[str]) -> dict[str, str]:

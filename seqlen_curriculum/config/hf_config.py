@@ -39,6 +39,7 @@ _GPT2_KEYS = keys(
     summary_type summary_use_proj summary_activation summary_proj_to_labels summary_first_dropout
     """
 )
+_NOT_GPT2S = keys("intermediate_size hidden_act attention_dropout rope_parameters rope_theta rope_scaling")
 TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id")
 """Keys with the ids of tokens, which depend on the tokenizer."""
 
@@ -76,7 +77,7 @@ def split_keys(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
 def known_keys(model_type: object) -> frozenset[str]:
     """Return the keys of an architecture, none if it isn't known."""
     if model_type == "gpt2":
-        return _GPT2_KEYS | COMMON_KEYS
+        return _GPT2_KEYS | (COMMON_KEYS - _NOT_GPT2S)
     family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
     return family.keys | COMMON_KEYS if family else frozenset()
 
@@ -136,7 +137,7 @@ def _key_problems(model_type: str, config: Mapping[str, Any]) -> Iterator[str]:
     known = known_keys(model_type)
     if not known:
         return
-    elsewhere = dict.fromkeys(_GPT2_KEYS, "gpt2")
+    elsewhere = dict.fromkeys(COMMON_KEYS, "llama") | dict.fromkeys(_GPT2_KEYS, "gpt2")
     elsewhere |= {key: name for name, family in FAMILIES.items() for key in family.keys}
     for key in split_keys(config)[1]:
         meant = _same_size(key, known) or suggest(key, known, cutoff=0.8)

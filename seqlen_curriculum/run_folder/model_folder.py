@@ -20,6 +20,7 @@ from seqlen_curriculum.run_folder.checkpoint_manifest import checkpoint_folders,
 from seqlen_curriculum.run_folder.hub import hub_folder, is_hub_name
 from seqlen_curriculum.run_folder.model_files import check_files, weight_files, weight_shapes
 from seqlen_curriculum.run_folder.rollbacks import read_rollbacks
+from seqlen_curriculum.strict_json import shown
 
 __all__ = [
     "CAUSAL",
@@ -34,6 +35,7 @@ __all__ = [
     "no_size",
     "read_pretrained",
     "refuse_encoder",
+    "shapes_in",
     "sizes_in",
     "vocabulary",
 ]
@@ -93,6 +95,14 @@ class PretrainedModel:
             if not name.endswith(_BUFFERS) and not any(part in name for part in unused)
         }
 
+    def check_inner_size(self) -> None:
+        """Raise ConfigError if ``n_inner``, the width of a GPT-2's MLP, is no width."""
+        inner = self.config.get("n_inner")
+        if inner is not None and (type(inner) is not int or inner < 1):
+            raise ConfigError(
+                f"{self.folder}: n_inner in its config.json: {shown(inner)} is not a width; give 1 or more"
+            )
+
     def parameter_count(self) -> int:
         """Return the number of trained parameters, a tied head counted once."""
         return sum(math.prod(shape) for shape in self.weights.values())
@@ -144,8 +154,20 @@ def read_pretrained(folder: Path) -> PretrainedModel:
         )
     config = read_json(folder / "config.json")
     _check_kind(folder, config)
-    files = weight_files(folder)
-    return PretrainedModel(folder, config, dict(shape for path in files for shape in weight_shapes(path)), files)
+    model = PretrainedModel(folder, config, shapes_in(folder, config), weight_files(folder))
+    model.check_inner_size()
+    return model
+
+
+def shapes_in(folder: Path, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the weights in ``folder`` by name. Raises CheckpointError for fewer weights than layers."""
+    shapes = dict(shape for path in weight_files(folder) for shape in weight_shapes(path))
+    layers = sizes_in(config).get("num_layers", 0)
+    if layers > len(shapes):
+        raise CheckpointError(
+            f"{folder}: its config.json has {layers:,} layers, and its files only {len(shapes):,} weights; copy it again"
+        )
+    return shapes
 
 
 def lasting_keys(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
+from functools import cached_property
 from typing import Any, Literal, TypeAlias
 
 from pydantic import TypeAdapter, ValidationError, model_validator
@@ -11,8 +12,9 @@ from pydantic import TypeAdapter, ValidationError, model_validator
 from seqlen_curriculum.errors import ConfigError
 from seqlen_curriculum.fields import Seqlen, describe_errors, load_function, nearest
 from seqlen_curriculum.schedule.adjusted_pacing import bucketed
+from seqlen_curriculum.schedule.custom_pacing import Custom, shared
 from seqlen_curriculum.schedule.global_batch import BatchGrowthKeys, GlobalBatch
-from seqlen_curriculum.schedule.pacing import Custom, Discrete, Mixed, Pacing
+from seqlen_curriculum.schedule.pacing import Discrete, Mixed, Pacing
 from seqlen_curriculum.schedule.piecewise import ceil_div
 from seqlen_curriculum.schedule.ramp_duration import Ramp, ramp_steps
 from seqlen_curriculum.schedule.schedule_config import (
@@ -238,7 +240,12 @@ class CustomCurriculum(_PlainCurriculum):
                 f"{BLOCK}.schedule_config.function: required, but not given; write 'package.module:function', or call "
                 "set_custom_get_difficulty before the first step"
             )
-        return self.with_function(load_function(self.schedule_config.function))
+        return self._loaded
+
+    @cached_property
+    def _loaded(self) -> Custom:
+        assert self.schedule_config.function is not None
+        return shared(self.with_function(load_function(self.schedule_config.function)))
 
     def with_function(self, function: Callable[[int], float]) -> Custom:
         """Return the pacing of ``function(step)``."""

@@ -10,6 +10,7 @@ import numpy as np
 
 from seqlen_curriculum.errors import ConfigError
 from seqlen_curriculum.schedule.batch_size_warmup import BatchSizeRamp
+from seqlen_curriculum.schedule.custom_pacing import MOST_ASKED
 from seqlen_curriculum.schedule.global_batch import (
     BatchGrowth,
     GlobalBatch,
@@ -23,8 +24,6 @@ from seqlen_curriculum.schedule.shortening import TRUNCATE, Shortening
 
 __all__ = ["Timeline"]
 
-_MOST_ASKED = 2**19
-"""Steps for which the function of a custom schedule is called, which takes a second."""
 _MOST_KINDS = 2**20
 _MOST_LISTED = 2**22
 
@@ -81,7 +80,7 @@ class Timeline:
     def _ask(self, rows: GlobalBatch) -> tuple[IntArray, IntArray]:
         """Return the changes of a pacing without a formula, which is asked for the steps of the run only."""
         longest = most_tokens(rows, self.shortening.most_used_tokens(self.pacing.highest))
-        most_steps = _MOST_ASKED if ceil_div(self.train_tokens, longest) <= _MOST_ASKED else 0
+        most_steps = MOST_ASKED if ceil_div(self.train_tokens, longest) <= MOST_ASKED else 0
         consumed, lengths, least_used, most_used = 0, list[int](), 2**24, 1
         tokens = dict[int, int]()  # by length: of one sample in a batch size warmup, else of a step
         for step in range(1, most_steps + 1):
@@ -99,7 +98,7 @@ class Timeline:
             if consumed >= self.train_tokens:
                 return lengths_by_run(np.arange(1, step + 1), np.asarray(lengths, np.int64))
         raise ConfigError(
-            f"training.train_tokens: {self.train_tokens} take more than {_MOST_ASKED:,} steps, and the function of a custom "
+            f"training.train_tokens: {self.train_tokens} take more than {MOST_ASKED:,} steps, and the function of a custom "
             "schedule is called for each of them; raise train_batch_size, or use another schedule_type"
         )
 
