@@ -26,6 +26,7 @@ from seqlen_curriculum.run_folder.model_files import TOKENIZER_FILES, ordinary_f
 from seqlen_curriculum.run_folder.model_folder import model_folder, sizes_in, vocabulary
 
 __all__ = [
+    "add_older_rope_keys",
     "copy_tokenizer",
     "drop_code",
     "load_model",
@@ -115,11 +116,17 @@ def save_pretrained(model: Any, folder: Path, weights: Mapping[str, torch.Tensor
     """Write transformers' ``model``, or ``weights`` instead of its own, to ``folder``, with modes that follow the umask."""
     with quiet():
         model.save_pretrained(folder, state_dict=weights)
-    config = read_json(folder / "config.json")
-    if older := older_rope_keys(config):
-        (folder / "config.json").write_text(json.dumps({**config, **older}, indent=2, sort_keys=True) + "\n", "utf-8")
+    add_older_rope_keys(folder)
     for path in folder.glob("*.safetensors"):
         follow_umask(path)
+
+
+def add_older_rope_keys(folder: Path) -> None:
+    """Add the keys by which transformers 4 reads RoPE to a ``config.json`` that transformers 5 has written."""
+    path = folder / "config.json"
+    config = read_json(path)
+    if older := older_rope_keys(config):
+        path.write_text(json.dumps({**config, **older}, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def replace_invalid_generation_config(model: Any) -> None:
