@@ -28,6 +28,7 @@ RUNS = {  # name: (model, more settings, checkpoint to resume from)
     "llama-zero3": ("llama", ["zero_optimization.stage=3"], None),
     "llama-zero3-resumed": ("llama", ["zero_optimization.stage=3"], "llama-zero3/global_step9"),
     "llama-bf16": ("llama", ["zero_optimization.stage=2", "bf16.enabled=true"], None),
+    "llama-rope": ("llama", ["zero_optimization.stage=1", "model.rope.theta=500"], None),
     "bloom-zero3": ("bloom", ["zero_optimization.stage=3", "model.max_position_embeddings=32"], None),
     "gpt2-tensor": ("gpt2", ["tensor_parallel.autotp_size=2", "zero_optimization.stage=1"], None),
     "gpt2-pipeline": ("gpt2", ["pipeline.stages=2", "zero_optimization.stage=1"], None),
@@ -184,11 +185,19 @@ def saved_loss(folder, config):
 
 
 # In bf16 too, where rotary positions would be others if the engine rounded their frequencies.
-@pytest.mark.parametrize(("name", "rounding"), [("llama-zero3", 1e-5), ("bloom-zero3", 1e-5), ("llama-bf16", 3e-4)])
+@pytest.mark.parametrize(
+    ("name", "rounding"), [("llama-zero3", 1e-5), ("bloom-zero3", 1e-5), ("llama-bf16", 3e-4), ("llama-rope", 1e-5)]
+)
 def test_the_saved_weights_have_the_evaluated_loss(trained, run_file, folders, name, rounding):
     sets = [f"model.hf_checkpoint={folders / name.split('-')[0]}", "model.max_position_embeddings=32"]
     loss = saved_loss(trained[name] / "global_step18", RunConfig.load(run_file, sets))
     assert loss == pytest.approx(losses(trained[name], "valid_loss")[1], rel=rounding)
+
+
+def test_a_changed_base_of_rope_is_trained_and_saved(trained):
+    config = json.loads((trained["llama-rope"] / "global_step18" / "config.json").read_text())
+    assert config["rope_parameters"]["rope_theta"] == config["rope_theta"] == 500
+    assert 0 < abs(losses(trained["llama-rope"])[-1] - losses(trained["llama"])[-1]) < 0.5
 
 
 def test_the_flag_continues_on_one_rank(trained, run_file, folders, tmp_path):

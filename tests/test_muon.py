@@ -18,7 +18,7 @@ from seqlen_curriculum.config.muon import planned_groups
 from seqlen_curriculum.models.causal_lm import build_model
 from seqlen_curriculum.models.gpt2 import build_gpt2
 from seqlen_curriculum.planning.summary import describe, plan
-from seqlen_curriculum.training import adam_moments
+from seqlen_curriculum.training import adam_moments, refusals
 from seqlen_curriculum.training.muon import embeddings_by_adam
 
 MUON = {"train_batch_size": 1, "optimizer": {"type": "Muon", "params": {"lr": 1e-3}}}
@@ -119,6 +119,21 @@ def test_no_groups_are_reported_for_other_optimizers():
     with embeddings_by_adam() as groups:
         deepspeed.set_optimizer_flags(DeepSpeedConfig({**MUON, "optimizer": {"type": "Adam", "params": {}}}), gpt2())
     assert groups == []
+
+
+def test_the_start_of_a_run_logs_the_groups_once(monkeypatch):
+    lines, model = [], gpt2()
+
+    def initialize(config, model):
+        deepspeed.set_optimizer_flags(DeepSpeedConfig(config), model)
+        return (model,)
+
+    monkeypatch.setattr(deepspeed, "initialize", initialize)
+    monkeypatch.setattr(refusals, "log_rank0", lines.append)
+    refusals.initialize_deepspeed(config=MUON, model=model)
+    assert lines == [
+        "optimizer: 98,304 parameters by Muon, 100,096 by Adam (transformer.wte.weight, transformer.wpe.weight; vectors)"
+    ]
 
 
 @pytest.fixture

@@ -32,7 +32,7 @@ from seqlen_curriculum.data.tokenizer import END_OF_TEXT, read_tokenizer, tokeni
 from seqlen_curriculum.errors import CheckpointError, ConfigError, SeqlenCurriculumError
 from seqlen_curriculum.files import follow_umask, read_json
 from seqlen_curriculum.run_folder.model_files import TOKENIZER_FILES, ordinary_file
-from seqlen_curriculum.run_folder.model_folder import is_encoder, model_folder, shapes_in, vocabulary
+from seqlen_curriculum.run_folder.model_folder import is_encoder, model_folder, shapes_in, sizes_in, vocabulary
 from seqlen_curriculum.strict_json import shown
 
 __all__ = [
@@ -255,11 +255,16 @@ def copy_tokenizer(source: Path, folder: Path, end: str | None = None, positions
     for name in TOKENIZER_FILES:
         if (source / name).exists():
             shutil.copyfile(ordinary_file(source, name), folder / name)
-    _complete_config(folder, end, positions)
+    # A limit that is the number of positions of the source's model grows with them.
+    outgrown = sizes_in(read_json(source / "config.json")) if (source / "config.json").exists() else {}
+    _complete_config(folder, end, positions, outgrown.get("max_position_embeddings"))
 
 
-def _complete_config(folder: Path, end: str | None, positions: int | None) -> None:
-    """Set end and longest input in ``tokenizer_config.json``, and write it so that transformers 4 loads it without code."""
+def _complete_config(folder: Path, end: str | None, positions: int | None, outgrown: int | None = None) -> None:
+    """Set end and longest input in ``tokenizer_config.json``, and write it so that transformers 4 loads it without code.
+
+    A limit above ``positions``, or equal to ``outgrown``, becomes ``positions``.
+    """
     path = folder / "tokenizer_config.json"
     config = read_json(path)
     # transformers 5 writes a class and a list that transformers 4 doesn't know. It reads the older forms of both.
@@ -271,7 +276,10 @@ def _complete_config(folder: Path, end: str | None, positions: int | None) -> No
         config["additional_special_tokens"] = config.pop("extra_special_tokens")
     # transformers writes 1e30 for an unknown limit, with which truncation=True truncates nothing.
     limit = config.get("model_max_length")
-    if positions is not None and not (isinstance(limit, (int, float)) and limit <= positions):
+    is_own_limit = (
+        isinstance(limit, (int, float)) and positions is not None and limit <= positions and limit != outgrown
+    )
+    if positions is not None and not is_own_limit:
         config["model_max_length"] = positions
     _write_end(path, config, end)
     tokens = folder / "special_tokens_map.json"

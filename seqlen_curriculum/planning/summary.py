@@ -94,7 +94,9 @@ def milestones(timeline: Timeline, rate: TokenRate | None, at: Iterable[int] = (
         raise ConfigError(f"--at: {outside[0]} is not a step of this run; give steps from 1 to {timeline.steps}")
     # Without 0 and steps after the run: 10 % of a small budget may be 0 tokens, and a long warmup ends after the run.
     tenths = {timeline.steps_to(timeline.train_tokens * tenth // 10) for tenth in range(1, 10)}
-    phases = {timeline.steps_to(end) for end in (rate.warmup_tokens, rate.decay.start)} if rate else set()
+    phases = {timeline.steps_to(rate.warmup_tokens)} if rate else set()
+    if rate and rate.decay.start > rate.warmup_tokens:
+        phases.add(timeline.steps_to(rate.decay.start + 1) - 1)  # the last step at the constant rate
     steps = {step for step in {1, timeline.steps} | tenths | phases if 1 <= step <= timeline.steps} | asked
     return [_milestone(timeline, rate, step) for step in sorted(steps)]
 
