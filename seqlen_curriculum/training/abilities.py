@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from seqlen_curriculum.errors import ConfigError
 from seqlen_curriculum.models.causal_lm import AnyCausalLM
 from seqlen_curriculum.models.gpt2 import CausalLM
 from seqlen_curriculum.models.probe import Ability
@@ -28,3 +29,9 @@ def check_abilities(model: CausalLM | AnyCausalLM, method: Method, compiled: boo
         model.require("windows", 'curriculum_learning.method: "window"')
     if compiled:
         model.require("attention", "training.compile: true")
+        if model.abilities.routes:
+            raise ConfigError(
+                f"training.compile: true doesn't work with a {model.lm.config.model_type} whose config.json has "
+                "output_router_logits: the routers' outputs are recorded inside each block, which breaks it into several "
+                "graphs; set compile to false"
+            )
