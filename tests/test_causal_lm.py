@@ -117,6 +117,15 @@ def test_activation_checkpointing_gives_the_same_gradients(name: str) -> None:
         assert all(torch.equal(grad, expected[key]) for key, grad in gradients(model).items())
 
 
+def test_an_architecture_without_activation_checkpointing_is_refused() -> None:
+    lm = transformers_model("llama")
+    lm.supports_gradient_checkpointing = False
+    with pytest.raises(
+        ConfigError, match=r"model\.activation_checkpointing: true, but LlamaForCausalLM does not support"
+    ):
+        checkpoint_activations(lm)
+
+
 class SquaredHead(nn.Linear):
     """A head that isn't linear."""
 

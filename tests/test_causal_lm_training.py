@@ -184,9 +184,10 @@ def saved_loss(folder, config):
     return float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()))
 
 
-# In bf16 too, where rotary positions would be others if the engine rounded their frequencies.
+# In bf16 too, where rotary positions would be others if the engine rounded their frequencies. There a CPU rounds the loss of
+# each token: losses near 4 are multiples of 2^-6, and the mean of 160 of them is off by up to about 1e-3.
 @pytest.mark.parametrize(
-    ("name", "rounding"), [("llama-zero3", 1e-5), ("bloom-zero3", 1e-5), ("llama-bf16", 3e-4), ("llama-rope", 1e-5)]
+    ("name", "rounding"), [("llama-zero3", 1e-5), ("bloom-zero3", 1e-5), ("llama-bf16", 5e-4), ("llama-rope", 1e-5)]
 )
 def test_the_saved_weights_have_the_evaluated_loss(trained, run_file, folders, name, rounding):
     sets = [f"model.hf_checkpoint={folders / name.split('-')[0]}", "model.max_position_embeddings=32"]

@@ -17,6 +17,7 @@ from transformers import GenerationConfig, GPT2LMHeadModel
 from seqlen_curriculum.config.model import ModelConfig
 from seqlen_curriculum.errors import CheckpointError, ConfigError, SeqlenCurriculumError
 from seqlen_curriculum.models.architecture import architecture_config, new_model, source_of
+from seqlen_curriculum.models.attention import SDPA_CAUSAL
 from seqlen_curriculum.models.gpt2 import CausalLM, build_gpt2, checkpoint_activations, save_hf
 from seqlen_curriculum.models.loss_head import LossHead
 from seqlen_curriculum.models.masked_lm import MaskedLM, build_masked_lm
@@ -145,7 +146,7 @@ def _pretrained_gpt2(config: ModelConfig, lm_config: Any, folder: Path | None) -
     """Return a GPT-2 with the vocabulary padded to ``padded_vocab_size`` rows."""
     lm_config.update({"vocab_size": config.padded_vocab_size, "use_cache": False})
     lm_config.update(dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), config.dropout))
-    lm_config._attn_implementation = "sdpa_causal"
+    lm_config._attn_implementation = SDPA_CAUSAL
     lm = GPT2LMHeadModel(lm_config).float()
     if folder is None:
         return lm

@@ -60,10 +60,16 @@ def build_gpt2(config: ModelConfig, bos_token_id: int | None = None, eos_token_i
 
 
 def checkpoint_activations(lm: Any) -> None:
-    """Enable activation checkpointing: store only each block's input and recompute the rest in the backward pass."""
+    """Enable activation checkpointing: store only each block's input and recompute the rest in the backward pass.
+
+    Raises ConfigError if the architecture has none.
+    """
     # transformers 5.23 renamed the method. The old name still works there, but prints a warning.
     enable = getattr(lm, "activation_checkpointing_enable", None) or lm.gradient_checkpointing_enable
-    enable({"use_reentrant": False})
+    try:
+        enable({"use_reentrant": False})
+    except ValueError as error:
+        raise ConfigError(f"model.activation_checkpointing: true, but {error} Set it to false") from error
 
 
 class CausalLM(nn.Module):

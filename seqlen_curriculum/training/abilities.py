@@ -33,6 +33,12 @@ def check_abilities(model: CausalLM | AnyCausalLM | MaskedLM, method: Method, co
         model.require("windows", 'curriculum_learning.method: "window"')
     if compiled:
         model.require("attention", "training.compile: true")
+        if model.abilities.routes:
+            raise ConfigError(
+                f"training.compile: true doesn't work with a {model.lm.config.model_type} whose config.json has "
+                "output_router_logits: the routers' outputs are recorded inside each block, which breaks it into several "
+                "graphs; set compile to false"
+            )
 
 
 def _check_encoder(model: MaskedLM, method: Method) -> None:

@@ -25,7 +25,8 @@ def compile_model(config: RunConfig, model: CausalLM | AnyCausalLM | MaskedLM, d
     """Compile the ``compiled_parts`` of a causal model; return whether anything is compiled. Call it on all ranks.
 
     All lengths share their graphs, and so do all blocks: one for training, one for evaluation, and one for micro-batches of
-    a single row, because torch always specializes size 1. Without a working compiler, log a message and don't compile.
+    a single row, because torch always specializes size 1. Layers with a sliding window have a few more. Without a working
+    compiler, log a message and don't compile.
 
     Compiled blocks need more host time (an H200's host, GPT-2 117M, a micro-batch of up to 8192 tokens: 37 ms, uncompiled
     26), and took as long as uncompiled ones at 16,384 tokens.
@@ -49,6 +50,9 @@ def compile_model(config: RunConfig, model: CausalLM | AnyCausalLM | MaskedLM, d
     # Otherwise torch treats equal sizes as one size: a step of length 64 in a model of hidden size 64 would get its own
     # graph.
     torch.fx.experimental._config.use_duck_shape = False
+    # Layers with a sliding window have graphs of their own, and up to three times as many: rows within the window, multiples
+    # of it, others. torch's limit of 8 graphs would leave the rest uncompiled.
+    torch._dynamo.config.recompile_limit = max(16, torch._dynamo.config.recompile_limit)
     if model.head is not None:
         model.head.compiled = "loss" in parts
     for block in model.blocks if "blocks" in parts else ():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
@@ -68,11 +67,11 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
 """Name: (model type, keys)."""
 
 
-def transformers_model(name: str, seed: int = 0, **keys: Any) -> Any:
+def transformers_model(name: str, **keys: Any) -> Any:
     """Build transformers' own model, with its eager attention and larger weights than it starts from."""
     kind, given = CONFIGS[name]
     config = AutoConfig.for_model(kind, **(given | keys))
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     lm = AutoModelForCausalLM.from_config(config, attn_implementation="eager").float()
     with torch.no_grad():  # fresh weights give logits so small that a soft cap changes nothing
         for name_of, weight in lm.named_parameters():
@@ -80,9 +79,9 @@ def transformers_model(name: str, seed: int = 0, **keys: Any) -> Any:
     return lm
 
 
-def ours(name: str, seed: int = 0, **keys: Any) -> AnyCausalLM:
+def ours(name: str, **keys: Any) -> AnyCausalLM:
     """Return our model with the weights of ``transformers_model``."""
-    return AnyCausalLM(copy.deepcopy(transformers_model(name, seed, **keys)))
+    return AnyCausalLM(transformers_model(name, **keys))
 
 
 def tokens(rows: int = 2, seqlen: int = 33) -> tuple[Tensor, Tensor]:
