@@ -2,14 +2,16 @@
 
 import deepspeed
 import pytest
+import torch
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.zero.muon import muon_optimizer, original_muon
 from torch import nn
 
 from seqlen_curriculum import ConfigError
 from seqlen_curriculum.config.model import ModelConfig
 from seqlen_curriculum.models.gpt2 import build_gpt2
-from seqlen_curriculum.training.muon import embeddings_by_adam
+from seqlen_curriculum.training.muon import embeddings_by_adam, run_uncompiled
 from seqlen_curriculum.training.refusals import initialize_deepspeed
 
 
@@ -95,3 +97,16 @@ def test_muon_trains_no_embedding_and_no_head(build, left_out):
     by_adam = {name.removesuffix(".weight") for name, weight in matrices.items() if id(weight) not in of_muon}
     assert by_adam == left_out
     assert of_muon
+
+
+def test_muon_runs_uncompiled():
+    run_uncompiled()
+    momentum, gradient = torch.zeros(6, 4), torch.arange(24.0).reshape(6, 4).cos()
+    for module in (original_muon, muon_optimizer):
+        assert not any(hasattr(function, "_torchdynamo_orig_callable") for function in vars(module).values())
+    update = muon_optimizer.muon_update(gradient.clone(), momentum, ns_method="standard")
+    torch.testing.assert_close(momentum, 0.05 * gradient)
+    # An orthogonal matrix times sqrt(6 / 4); Newton-Schulz leaves its singular values between 0.6 and 1.3.
+    values = torch.linalg.svdvals(update) / (6 / 4) ** 0.5
+    assert values.min() > 0.6
+    assert values.max() < 1.3

@@ -16,7 +16,8 @@ from pydantic import ValidationError
 from seqlen_curriculum.config.deepspeed_rules import MONITORS
 from seqlen_curriculum.errors import ConfigError, SeqlenCurriculumError
 from seqlen_curriculum.strict_json import shown
-from seqlen_curriculum.training.muon import embeddings_by_adam
+from seqlen_curriculum.training.machine import on_cpu
+from seqlen_curriculum.training.muon import embeddings_by_adam, run_uncompiled
 
 __all__ = ["initialize_deepspeed"]
 
@@ -43,6 +44,9 @@ def initialize_deepspeed(**arguments: Any) -> tuple[Any, ...]:
     The same exceptions raised in callbacks, by code of this package or the user's, are not about the configuration and pass
     unchanged.
     """
+    optimizer = (arguments.get("config") or {}).get("optimizer") or {}
+    if on_cpu() and str(optimizer.get("type")).lower() == "muon":
+        run_uncompiled()
     try:
         with embeddings_by_adam():
             return tuple(deepspeed.initialize(**arguments))
