@@ -134,7 +134,7 @@ def test_an_override_may_not_give_a_key_twice(tmp_path):
 
 def test_a_file_that_is_no_text(tmp_path):
     (tmp_path / "run.json").write_bytes(b"\xff\xfe{}")
-    with pytest.raises(ConfigError, match=r"run\.json: can't be read"):
+    with pytest.raises(ConfigError, match=r"run\.json: is not UTF-8 at byte 1; save it as UTF-8"):
         RunConfig.load(tmp_path / "run.json")
 
 

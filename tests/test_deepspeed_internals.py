@@ -34,6 +34,7 @@ from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.runtime.pipe.schedule import BackwardPass, ForwardPass, OptimizerStep, ReduceGrads, ReduceTiedGrads
 from deepspeed.runtime.pipe.topology import PipelineParallelGrid
 from deepspeed.runtime.zero import partition_parameters
+from deepspeed.runtime.zero.muon import original_muon
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.sequence.layer import DistributedAttention
@@ -163,6 +164,7 @@ SOURCES = [  # (owner, what must occur in its source), and who relies on it
     (PipelineEngine, "self.optimizer.update_hp_grads(clear_lp_grads=False)", "the same: in bf16 they count twice"),
     (deepspeed, "\n        set_optimizer_flags(config_class, model)", "muon.py replaces it"),
     (DeepSpeedEngine, "bool(p.use_muon) is use_muon", "muon.py sets it"),
+    (original_muon, "@compiler.compile()\ndef muon_update(", "muon.py: _torchdynamo_orig_callable, on a CPU"),
     (MonitorMaster, "self.enabled = ", "telemetry.py"),
     (MonitorMaster, "self.tb_monitor = ", "monitors.py"),
     (MonitorMaster, "self.wandb_monitor = ", "monitors.py"),

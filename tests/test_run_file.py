@@ -106,7 +106,6 @@ def test_a_file_with_comments_is_read(tmp_path):
         ('{"a": 1 /*/}', "line 1, column 9"),
         ('{"a": "b}\n', "line 1, column "),
         ("// c", "line 1, column "),
-        ("", "line 1, column 1"),
     ],
 )
 def test_nothing_but_comments_and_commas_is_added_to_json(tmp_path, text, place):

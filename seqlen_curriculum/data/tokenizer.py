@@ -92,10 +92,15 @@ def build_tokenizer(choice: TokenizerChoice, texts: Iterable[str], end: str = EN
     if choice.train_vocab is not None:
         return train_tokenizer(choice.train_vocab, texts, end)
     if choice.tokenizer_file is not None:
-        return read_tokenizer(choice.tokenizer_file)
+        return _copied(read_tokenizer(choice.tokenizer_file), choice.tokenizer_file)
     assert choice.vocab_file is not None
     assert choice.merge_file is not None
-    return _read_gpt2(choice.vocab_file, choice.merge_file)
+    return _copied(_read_gpt2(choice.vocab_file, choice.merge_file), choice.vocab_file)
+
+
+def _copied(tokenizer: Tokenizer, path: Path) -> Tokenizer:
+    """Return ``tokenizer`` after a copy by its JSON, as processes and corpora get it. Raises ConfigError."""
+    return _parsed(tokenizer.to_str(), path)
 
 
 def train_tokenizer(vocab_size: int, texts: Iterable[str], end: str = END_OF_TEXT) -> Tokenizer:
@@ -160,21 +165,22 @@ def splits_at_spaces(tokenizer: Tokenizer) -> bool:
 
 
 def _read_saved(path: Path) -> Tokenizer:
+    tokenizer = _parsed(_read_text(path), path)
+    # A saved tokenizer may truncate or pad. A corpus needs every token and no padding.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return _checked(tokenizer, str(path))
+
+
+def _parsed(content: str, path: Path) -> Tokenizer:
     try:
-        content = _read_text(path)
         with _panics_silently():
-            tokenizer = Tokenizer.from_str(content)
-    except (ConfigError, KeyboardInterrupt, SystemExit):
-        raise
+            return Tokenizer.from_str(content)
     except BaseException as error:  # the library raises nothing narrower; its PanicException is not an Exception
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         reason = " ".join(str(error).split())[:200]
         raise ConfigError(f"{path}: not a tokenizer.json ({reason}); save it again with tokenizers") from None
-    # A saved tokenizer may truncate or pad. A corpus needs every token and no padding.
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return _checked(tokenizer, str(path))
 
 
 @contextmanager

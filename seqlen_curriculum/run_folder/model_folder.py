@@ -160,9 +160,13 @@ def read_pretrained(folder: Path) -> PretrainedModel:
 
 
 def shapes_in(folder: Path, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of the weights in ``folder`` by name. Raises CheckpointError for fewer weights than layers."""
+    """Return the shapes of the weights in ``folder`` by name. Raises CheckpointError for sizes that don't fit them."""
     shapes = dict(shape for path in weight_files(folder) for shape in weight_shapes(path))
-    layers = sizes_in(config).get("num_layers", 0)
+    sizes = sizes_in(config)
+    for name, value in sizes.items():
+        if value < 1:
+            raise CheckpointError(f"{folder}: {name} in its config.json: {value} is not a size; copy it again")
+    layers = sizes.get("num_layers", 0)
     if layers > len(shapes):
         raise CheckpointError(
             f"{folder}: its config.json has {layers:,} layers, and its files only {len(shapes):,} weights; copy it again"
