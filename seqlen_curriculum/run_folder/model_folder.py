@@ -96,7 +96,7 @@ class PretrainedModel:
         }
 
     def check_inner_size(self) -> None:
-        """Raise ConfigError if ``n_inner``, the width of a GPT-2's MLP, is no width."""
+        """Raise ConfigError if ``n_inner``, the width of a GPT-2's MLP, isn't 1 or more."""
         inner = self.config.get("n_inner")
         if inner is not None and (type(inner) is not int or inner < 1):
             raise ConfigError(
