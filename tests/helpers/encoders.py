@@ -14,11 +14,12 @@ END, MASK = 256, 511
 
 
 def write_description(folder, architecture="BertForMaskedLM", model_type="bert", **more):
-    """Write what planning reads: a ``config.json``, and weights of one number."""
+    """Write what planning reads: a ``config.json``, and a weight of one number for each layer."""
     folder.mkdir(parents=True, exist_ok=True)
     config = {"architectures": [architecture], "model_type": model_type, "eos_token_id": END, **SIZES, **more}
     (folder / "config.json").write_text(json.dumps(config))
-    save_file({"weight": np.zeros(1, np.float32)}, folder / "model.safetensors")
+    weights = {f"layer.{layer}": np.zeros(1, np.float32) for layer in range(SIZES["num_hidden_layers"])}
+    save_file(weights, folder / "model.safetensors")
     return folder
 
 
