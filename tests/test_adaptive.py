@@ -170,6 +170,13 @@ def test_without_evaluations_or_in_another_loop_it_is_refused(adaptive_run):
         seqlen_curriculum.initialize(config=adaptive_run)
     with pytest.raises(ConfigError, match="adaptive"):
         seqlen_curriculum.initialize(config=RunConfig.from_dict(adaptive_run))
+    pieces = {
+        **adaptive_run,
+        "curriculum_learning": None,
+        "data": {"train": ["c"], "seq_length": 32, "order": "decomposed"},
+    }
+    with pytest.raises(ConfigError, match=r"data\.order: \"decomposed\" sets the rows of each step"):
+        seqlen_curriculum.initialize(config=pieces)
 
 
 def test_a_plan_says_what_it_is_of(adaptive_run):

@@ -28,8 +28,9 @@ def measure_pieces(config: RunConfig, folder: Path, documents: int, count: int) 
 
     The corpus is written to ``folder``: its .bin is sparse, its .idx takes 20 bytes per document. Returns ``index_seconds``
     (making the index), ``open_seconds`` (opening the corpus and its index again), ``milliseconds`` to locate the pieces of a
-    step (median), ``most_milliseconds``, ``index_bytes``, ``memory_bytes`` (the peak of this process, mapped files
-    included), ``documents, tokens, pieces, steps, batch``.
+    step (median), ``most_milliseconds``, ``index_bytes``, ``index_memory_bytes`` (the peak of this process when the index is
+    made), ``memory_bytes`` (at the end, with all pages of both files that were mapped), and ``documents, tokens, pieces,
+    steps, batch``.
     """
     assert config.data is not None
     _write(folder / "sparse", documents)
@@ -41,6 +42,7 @@ def measure_pieces(config: RunConfig, folder: Path, documents: int, count: int) 
         opened = time.perf_counter()
         pieces = Pieces([(corpus, 0, documents)], lengths, seed)
         seconds += [opened - started, time.perf_counter() - opened]
+    index_memory = _peak_memory()
     buckets = buckets_of([pieces], None)
     data = DecomposedData([pieces], config.with_buckets(buckets).timeline(), buckets)
     steps = np.random.default_rng(0).integers(1, data.timeline.steps + 1, count).tolist()
@@ -58,10 +60,15 @@ def measure_pieces(config: RunConfig, folder: Path, documents: int, count: int) 
         "milliseconds": statistics.median(milliseconds),
         "most_milliseconds": max(milliseconds),
         "index_bytes": sum(path.stat().st_size for path in folder.glob("sparse.pieces*.npy")),
-        "memory_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,  # KiB on Linux
+        "index_memory_bytes": index_memory,
+        "memory_bytes": _peak_memory(),
         "steps": data.timeline.steps,
         "batch": config.global_batch,
     }
+
+
+def _peak_memory() -> int:
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB on Linux
 
 
 def _write(prefix: Path, documents: int) -> None:
@@ -89,8 +96,9 @@ def describe_pieces(record: dict[str, Any]) -> str:
     """Format the record of ``measure_pieces`` for a terminal."""
     return (
         f"{record['documents']:,} documents, {record['tokens']:,} tokens, {record['pieces']:,} pieces: index made in "
-        f"{record['index_seconds']:.1f} s ({record['index_bytes'] / 1e6:.0f} MB)\n"
+        f"{record['index_seconds']:.1f} s with {record['index_memory_bytes'] / 1e6:.0f} MB of memory "
+        f"({record['index_bytes'] / 1e6:.0f} MB on disk)\n"
         f"opened again with its corpus in {record['open_seconds']:.2f} s; finds a step's pieces in "
-        f"{record['milliseconds']:.2f} ms (at most {record['most_milliseconds']:.2f}), peak memory "
-        f"{record['memory_bytes'] / 1e6:.0f} MB"
+        f"{record['milliseconds']:.2f} ms (at most {record['most_milliseconds']:.2f}), with the mapped "
+        f"pages of both files {record['memory_bytes'] / 1e6:.0f} MB"
     )

@@ -106,10 +106,12 @@ def _open(corpus: IndexedCorpus, longest: int) -> IntArray:
         if stored is not None and is_index and np.array_equal(stored[:_HEADER], fingerprint):
             return np.asarray(stored[_HEADER:].reshape(powers, -1))
         if os.path.lexists(path):
-            _say(f"{path}: is not the index of this corpus; it is made again")
-    counts = _count(corpus, longest)
+            _say(f"{path}: is damaged, or the index of another corpus or version; it is made again")
+    content = np.zeros(size, np.int64)
+    content[:_HEADER], counts = fingerprint, content[_HEADER:].reshape(powers, -1)
+    _count(corpus, longest, counts)
     for path in _paths(corpus, longest):
-        if _write(path, np.concatenate([fingerprint, counts.ravel()])):
+        if _write(path, content):
             mapped = np.load(path, mmap_mode="r", allow_pickle=False)
             return np.asarray(mapped[_HEADER:].reshape(powers, -1))
     return counts
@@ -138,10 +140,9 @@ def _write(path: Path, content: IntArray) -> bool:
     return True
 
 
-def _count(corpus: IndexedCorpus, longest: int) -> IntArray:
-    """Return the pieces of each length before each block of documents, (P, B + 1)."""
-    powers, blocks = longest.bit_length(), ceil_div(corpus.num_documents, _BLOCK)
-    before = np.zeros((powers, blocks + 1), np.int64)
+def _count(corpus: IndexedCorpus, longest: int, before: IntArray) -> None:
+    """Fill ``before`` (P, B + 1), which is 0, with the pieces of each length before each block of documents."""
+    powers, blocks = before.shape[0], before.shape[1] - 1
     for first in range(0, blocks, _CHUNK):
         last = min(first + _CHUNK, blocks)
         starts = corpus.index.read_document_starts(first * _BLOCK, min(last * _BLOCK, corpus.num_documents))
@@ -150,15 +151,14 @@ def _count(corpus: IndexedCorpus, longest: int) -> IntArray:
         for power in range(powers):
             of_blocks = _pieces(lengths, power, longest).reshape(-1, _BLOCK).sum(axis=1)
             before[power, first + 1 : last + 1] = before[power, first] + np.cumsum(of_blocks)
-    return before
 
 
 def _fingerprint(corpus: IndexedCorpus, longest: int) -> IntArray:
     """Return 16 bytes that identify the corpus, the longest piece and the format, as two integers, in constant time."""
     digest = hashlib.blake2b(f"{_VERSION} {_BLOCK} {longest} {corpus.fingerprint()}".encode(), digest_size=16)
-    first = np.linspace(0, corpus.num_documents, _SAMPLED, dtype=np.int64)
-    documents = np.minimum(first[:, None] + np.arange(_SAMPLE), corpus.num_documents)
-    digest.update(corpus.starts_of(documents).tobytes())
+    for first in np.linspace(0, corpus.num_documents, _SAMPLED, dtype=np.int64).tolist():
+        starts = corpus.index.read_document_starts(first, min(first + _SAMPLE, corpus.num_documents))
+        digest.update(starts.tobytes())
     return np.frombuffer(digest.digest(), np.int64)
 
 
