@@ -156,9 +156,12 @@ def draw_learning_rate() -> Figure:
         params = {"warmup_steps": 20, "min_lr": 1e-4, **more}
         rates = _rates(run_file() | {"scheduler": {"type": kind, "params": params}}, steps)
         against_tokens.plot(tokens, rates, color=colour, label=kind)
-    for axis, label in ((against_steps, "step"), (against_tokens, "consumed tokens (thousands)")):
+    for axis, label, place in (
+        (against_steps, "step", "lower center"),
+        (against_tokens, "consumed tokens (thousands)", "lower left"),
+    ):
         axis.set(xlabel=label, xlim=(0, None), ylim=(0, None))
-        axis.legend(frameon=False, fontsize=8, loc="lower center")
+        axis.legend(frameon=False, fontsize=8, loc=place)
     against_steps.set_ylabel("learning rate")
     return figure
 

@@ -25,6 +25,7 @@ __all__ = [
     "DataError",
     "DivergenceError",
     "SeqlenCurriculumError",
+    "printable",
 ]
 
 DIVERGED = 3
@@ -40,7 +41,8 @@ _UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u20
 """Characters that a terminal obeys, can't print or reorders. Names in files may have them."""
 
 
-def _printable(message: str) -> str:
+def printable(message: str) -> str:
+    """Return ``message`` with the characters escaped that a terminal obeys, can't print or reorders."""
     return _UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), message)
 
 
@@ -48,14 +50,14 @@ class SeqlenCurriculumError(Exception):
     """Base class of all user-facing errors. Control characters in a message are escaped."""
 
     def __init__(self, message: object = "") -> None:
-        super().__init__(_printable(str(message)))
+        super().__init__(printable(str(message)))
 
 
 class ConfigError(SeqlenCurriculumError, ValueError):
     """One or more problems in a configuration, listed in ``problems``."""
 
     def __init__(self, problems: str | Sequence[str], where: str = "") -> None:
-        self.problems = [_printable(problem) for problem in ([problems] if isinstance(problems, str) else problems)]
+        self.problems = [printable(problem) for problem in ([problems] if isinstance(problems, str) else problems)]
         self.where = where
         head = f"{where}: " if where else ""
         if len(self.problems) == 1:

@@ -62,6 +62,10 @@ def read_json(path: Path, comments: bool = False) -> dict[str, Any]:
         # "utf-8-sig" skips the byte order mark that some editors on Windows write.
         with path.open(encoding="utf-8-sig" if comments else "utf-8") as file:
             text = file.read(_MOST_CHARACTERS + 1 if comments else -1)
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"is not UTF-8 at byte {error.start + 1}; save it as UTF-8 (in PowerShell, > writes UTF-16)", str(path)
+        ) from error
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise ConfigError(f"can't be read ({reason}); give the path of a run's JSON file", str(path)) from error
@@ -69,6 +73,8 @@ def read_json(path: Path, comments: bool = False) -> dict[str, Any]:
         raise ConfigError(
             f"has more than {_MOST_CHARACTERS:,} characters; give the path of a run's JSON file", str(path)
         )
+    if not text.strip():
+        raise ConfigError("is empty; write {...}", str(path))
     try:
         value = loads(without_comments(text) if comments else text)
     except json.JSONDecodeError as error:

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from seqlen_curriculum import ConfigError, CurriculumScheduler
 from seqlen_curriculum.schedule.adjusted_pacing import Paused, bucketed
-from seqlen_curriculum.schedule.pacing import Custom, Discrete, Mixed, Root
+from seqlen_curriculum.schedule.custom_pacing import Custom
+from seqlen_curriculum.schedule.pacing import Discrete, Mixed, Root
 
 
 def test_a_held_ramp_by_hand():

@@ -68,13 +68,13 @@ def configs(draw, name):
     config |= {key: draw(st.integers(2, 5)) for key in ("num_experts", "num_local_experts") if key in keys}
     if "num_experts" in config and "num_local_experts" in config:
         config["num_experts"] = config["num_local_experts"]  # two names of one number
-    if name in ("gemma", "qwen2_moe", "qwen3_moe") and config["num_key_value_heads"] is None:
-        config["num_key_value_heads"] = heads  # transformers has no other default for them
+    if name in ("gemma", "mistral", "mixtral", "qwen2_moe", "qwen3_moe") and config["num_key_value_heads"] is None:
+        config["num_key_value_heads"] = heads  # transformers reads no null of theirs
     return {key: value for key, value in config.items() if key in keys}
 
 
 @pytest.mark.parametrize("name", sorted(FAMILIES))
-@settings(max_examples=8)
+@settings(max_examples=20)
 @given(data=st.data())
 def test_random_configurations_have_the_parameters_of_the_model(name, data):
     config = data.draw(configs(name))

@@ -1,13 +1,14 @@
 """Runs that start from Hugging Face folders, on two ranks in one launch: they learn, resume and save such folders."""
 
 import json
+import math
 import shutil
 
 import numpy as np
 import pytest
 import torch
 from helpers.launching import forked, launch
-from helpers.models import make_models
+from helpers.models import SHAPES, make_models
 from helpers.runs import Runs
 from helpers.runs import run as run_of
 from transformers import AutoTokenizer
@@ -27,10 +28,13 @@ RUNS = {  # name: (model, more settings, checkpoint to resume from)
     "llama-zero3": ("llama", ["zero_optimization.stage=3"], None),
     "llama-zero3-resumed": ("llama", ["zero_optimization.stage=3"], "llama-zero3/global_step9"),
     "llama-bf16": ("llama", ["zero_optimization.stage=2", "bf16.enabled=true"], None),
+    "llama-rope": ("llama", ["zero_optimization.stage=1", "model.rope.theta=500"], None),
     "bloom-zero3": ("bloom", ["zero_optimization.stage=3", "model.max_position_embeddings=32"], None),
     "gpt2-tensor": ("gpt2", ["tensor_parallel.autotp_size=2", "zero_optimization.stage=1"], None),
     "gpt2-pipeline": ("gpt2", ["pipeline.stages=2", "zero_optimization.stage=1"], None),
 }
+FRESH = ("llama-1b", "qwen3-0.6b", "olmo2-1b", "neox-160m", "mistral-7b")
+"""Shapes that are trained from their configuration alone, one of each architecture."""
 # A run that began from another folder is named its own checkpoint.
 REFUSED = ("llama-zero3/global_step18", ["zero_optimization.stage=3"], "llama-zero3/global_step9")
 
@@ -72,8 +76,50 @@ def trained(run_file, folders):
 
     runs = Runs(root)
     refused = run("refused", *REFUSED, fails=True)
-    runs.launch("all", [*(run(name, *how) for name, how in RUNS.items()), refused], ranks=2)
+    fresh = [run_of(run_file, root / name, fresh_model(name)) for name in FRESH]
+    # Last come those of other engines: DeepSpeed keeps their process groups in globals.
+    runs.launch("all", [*fresh, *(run(name, *how) for name, how in RUNS.items()), refused], ranks=2)
     return runs
+
+
+def fresh_model(name):
+    return [f"model.hf_config={json.dumps(SHAPES[name])}"]
+
+
+@pytest.fixture(scope="module")
+def alone(run_file, tmp_path_factory):
+    """Each of ``FRESH`` on one rank: whole, and from its checkpoint amid the warmup."""
+    runs = Runs(tmp_path_factory.mktemp("alone"))
+    todo = []
+    for name in FRESH:
+        todo.append(run_of(run_file, runs.folder / name, fresh_model(name)))
+        checkpoint = runs.folder / name / "global_step9"
+        todo.append(run_of(run_file, runs.folder / f"{name}-resumed", fresh_model(name), checkpoint, after=name))
+    other = [f"model.hf_config={json.dumps({**SHAPES['llama-1b'], 'rms_norm_eps': 0.1})}"]
+    begun = runs.folder / "llama-1b" / "global_step9"
+    todo.append(run_of(run_file, runs.folder / "other", other, begun, after="llama-1b", fails=True))
+    runs.launch("one", todo, ranks=1)
+    return runs
+
+
+def test_another_configuration_is_refused_by_its_key(alone):
+    message = (alone["other"] / "error").read_text()
+    assert "\n  - model.hf_config.rms_norm_eps: 1e-05 in the checkpoint, 0.1 now" in message
+    assert message.count("\n  - ") == 1
+
+
+@pytest.mark.parametrize("name", FRESH)
+def test_a_new_model_of_any_architecture_learns_and_resumes(trained, alone, run_file, name):
+    found = losses(trained[name])
+    assert found[0] == pytest.approx(math.log(384), abs=0.3)  # 257 words padded to 384
+    assert found[-1] < found[0] - 0.5
+    assert losses(alone[name]) == pytest.approx(found, rel=1e-4)
+    lengths = [record["seqlen"] for record in read_run_log(alone[name] / "runlog.jsonl") if "loss" in record]
+    assert lengths[9] < lengths[-1]  # amid the warmup
+    assert losses(alone[f"{name}-resumed"]) == losses(alone[name])[9:]
+    assert losses(alone[f"{name}-resumed"], "valid_loss") == losses(alone[name], "valid_loss")[1:]
+    recorded = json.loads((alone[name] / "run.json").read_text())["config"]["model"]
+    assert recorded["hf_config"] == SHAPES[name]
 
 
 def test_transformers_prints_nothing(trained):
@@ -140,11 +186,19 @@ def saved_loss(folder, config):
 
 # In bf16 too, where rotary positions would be others if the engine rounded their frequencies. There a CPU rounds the loss of
 # each token: losses near 4 are multiples of 2^-6, and the mean of 160 of them is off by up to about 1e-3.
-@pytest.mark.parametrize(("name", "rounding"), [("llama-zero3", 1e-5), ("bloom-zero3", 1e-5), ("llama-bf16", 5e-4)])
+@pytest.mark.parametrize(
+    ("name", "rounding"), [("llama-zero3", 1e-5), ("bloom-zero3", 1e-5), ("llama-bf16", 5e-4), ("llama-rope", 1e-5)]
+)
 def test_the_saved_weights_have_the_evaluated_loss(trained, run_file, folders, name, rounding):
     sets = [f"model.hf_checkpoint={folders / name.split('-')[0]}", "model.max_position_embeddings=32"]
     loss = saved_loss(trained[name] / "global_step18", RunConfig.load(run_file, sets))
     assert loss == pytest.approx(losses(trained[name], "valid_loss")[1], rel=rounding)
+
+
+def test_a_changed_base_of_rope_is_trained_and_saved(trained):
+    config = json.loads((trained["llama-rope"] / "global_step18" / "config.json").read_text())
+    assert config["rope_parameters"]["rope_theta"] == config["rope_theta"] == 500
+    assert 0 < abs(losses(trained["llama-rope"])[-1] - losses(trained["llama"])[-1]) < 0.5
 
 
 def test_the_flag_continues_on_one_rank(trained, run_file, folders, tmp_path):

@@ -34,6 +34,7 @@ from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.runtime.pipe.schedule import BackwardPass, ForwardPass, OptimizerStep, ReduceGrads, ReduceTiedGrads
 from deepspeed.runtime.pipe.topology import PipelineParallelGrid
 from deepspeed.runtime.zero import partition_parameters
+from deepspeed.runtime.zero.muon import original_muon
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.sequence.layer import DistributedAttention
@@ -60,6 +61,7 @@ FUNCTIONS = [  # (owner, name, the parameters that we give), and who relies on i
     (runtime_utils, "clip_grad_norm_", "parameters max_norm mpu", "executor.py"),
     (DeepSpeedEngine, "zero_optimization", "", "executor.py, adam_moments.py"),
     (DeepSpeedEngine, "zero_optimization_stage", "", "checkpoint.py, reshard.py, adam_moments.py"),
+    (DeepSpeedEngine, "optimizer_name", "", "adam_moments.py"),
     (DeepSpeedEngine, "fp16_enabled", "", "executor.py, trainer.py, reshard.py, utilization.py"),
     (DeepSpeedEngine, "bfloat16_enabled", "", "executor.py, reshard.py, utilization.py"),
     (DeepSpeedEngine, "torch_autocast_enabled", "", "utilization.py"),
@@ -113,6 +115,8 @@ FUNCTIONS = [  # (owner, name, the parameters that we give), and who relies on i
     (torch.cuda, "is_bf16_supported", "including_emulation", "machine.py"),
     (torch.nn.utils, "get_total_norm", "", "executor.py"),
     (transformers.AttentionInterface, "register", "", "sequence_parallel.py, models"),
+    (transformers.PreTrainedConfig, "standardize_rope_params", "", "models/rope.py"),
+    (transformers.PreTrainedConfig, "validate_rope", "", "models/rope.py"),
 ]
 
 SOURCES = [  # (owner, what must occur in its source), and who relies on it
@@ -141,7 +145,7 @@ SOURCES = [  # (owner, what must occur in its source), and who relies on it
     (TorchCheckpointEngine, "self.zipfile_serialization = ", "checkpoint_files.py"),
     (DeepSpeedEngine, "self.global_steps += 1", "engine.py: skip_step; reshard.py"),
     (DeepSpeedEngine, "self.global_samples += ", "engine.py: skip_step; reshard.py"),
-    (DeepSpeedEngine, "self.skipped_steps += ", "reshard.py"),
+    (DeepSpeedEngine, "self.skipped_steps += ", "reshard.py, adam_moments.py"),
     (DeepSpeedEngine, "self.dp_world_size = ", "accumulate.py, executor.py, checkpoint.py, reshard.py"),
     (DeepSpeedEngine, "self.lr_scheduler.step(", "engine.py"),
     (DeepSpeedEngine, "self.mpu = ", "reshard.py"),
@@ -160,6 +164,7 @@ SOURCES = [  # (owner, what must occur in its source), and who relies on it
     (PipelineEngine, "self.optimizer.update_hp_grads(clear_lp_grads=False)", "the same: in bf16 they count twice"),
     (deepspeed, "\n        set_optimizer_flags(config_class, model)", "muon.py replaces it"),
     (DeepSpeedEngine, "bool(p.use_muon) is use_muon", "muon.py sets it"),
+    (original_muon, "@compiler.compile()\ndef muon_update(", "muon.py: _torchdynamo_orig_callable, on a CPU"),
     (MonitorMaster, "self.enabled = ", "telemetry.py"),
     (MonitorMaster, "self.tb_monitor = ", "monitors.py"),
     (MonitorMaster, "self.wandb_monitor = ", "monitors.py"),

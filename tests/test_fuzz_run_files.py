@@ -2,18 +2,15 @@
 
 import json
 import math
-import re
 from collections import Counter
 
 import pytest
-from helpers.bounds import Bounds
+from helpers.bounds import Bounds, check_message
 from helpers.mutated_runs import bases, mutated_run
 
 from seqlen_curriculum import RunConfig
 from seqlen_curriculum.errors import SeqlenCurriculumError
 from seqlen_curriculum.planning import ranks, summary
-
-CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
 
 
 def check_plan(config, plan):
@@ -31,15 +28,6 @@ def check_plan(config, plan):
         assert tokens == timeline.consumed_tokens(step), step
     rates = [milestone["lr"] for milestone in plan["milestones"] if milestone["lr"] is not None]
     assert all(math.isfinite(rate) and rate >= 0 for rate in rates), rates
-
-
-def check_message(message):
-    """Check that a terminal can print an error's message, and that it isn't that of another library."""
-    message.encode()
-    assert message
-    assert len(message) < 40_000
-    assert not CONTROL.search(message), message
-    assert not re.search(r"Traceback|pydantic|^\w+Error\b", message), message
 
 
 def use(file, overrides, world_size):

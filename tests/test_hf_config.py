@@ -2,11 +2,12 @@
 
 import copy
 import json
+import math
 import shutil
 
 import pytest
 import torch
-from helpers.models import complete, make_models
+from helpers.models import SHAPES, SMALL, complete, make_models
 from pydantic import ValidationError
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -21,17 +22,10 @@ from seqlen_curriculum.models.causal_lm import AnyCausalLM, build_model, save_mo
 from seqlen_curriculum.models.gpt2 import CausalLM
 from seqlen_curriculum.models.pretrained import add_older_names, load_model, quiet
 from seqlen_curriculum.planning import ranks, summary
+from seqlen_curriculum.tuning.cost import cost_of
 
-SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-SMALL |= {"max_position_embeddings": 64, "vocab_size": 257}
+GPT2 = {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 32, "vocab_size": 257}
 LLAMA = {"model_type": "llama", **SMALL, "num_key_value_heads": 2, "pad_token_id": 3}
-SHAPES = {
-    name: {key: value for key, value in {**config, **SMALL}.items() if not key.endswith("_token_id")}
-    | ({"num_key_value_heads": 2} if "num_key_value_heads" in config else {})
-    | ({"head_dim": 16} if "head_dim" in config else {})
-    for name, config in ARCHITECTURE_PRESETS.items()
-}
-"""Each preset's shape, with fewer and smaller blocks."""
 
 
 def changed(base=LLAMA, **changes):
@@ -85,8 +79,7 @@ def test_weights_are_drawn_in_fp32_and_every_token_is_trained():
 
 
 def test_a_gpt2_is_ours():
-    given = {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 32, "vocab_size": 257}
-    given |= {"n_inner": 48, "activation_function": "relu"}
+    given = {**GPT2, "n_inner": 48, "activation_function": "relu"}
     config = ModelConfig(hf_config=given, dropout=0.1)
     model = build_model(config)
     assert isinstance(model, CausalLM)
@@ -120,7 +113,7 @@ def test_it_is_read_from_a_file_a_folder_a_checkpoint_and_the_hub(tmp_path, monk
 
 def test_a_relative_path_may_start_at_the_file_and_is_recorded_as_the_object(tiny_run, tmp_path, monkeypatch):
     (tmp_path / "files").mkdir()
-    given = {**LLAMA, "sliding_window": None, "unsloth_version": "2026.1"}
+    given = {**LLAMA, "sliding_window": None, "max_sequence_length": 64}
     (tmp_path / "files" / "config.json").write_text(json.dumps(given))
     run = {**tiny_run, "model": {"hf_config": "config.json"}}
     (tmp_path / "files" / "run.json").write_text(json.dumps(run))
@@ -131,7 +124,7 @@ def test_a_relative_path_may_start_at_the_file_and_is_recorded_as_the_object(tin
     again = RunConfig.from_dict(json.loads(json.dumps(recorded)))
     assert again.settings() == config.settings()
     (warning,) = config.warnings()
-    assert warning == "model.hf_config: unsloth_version: no keys of llama; they are ignored"
+    assert warning == "model.hf_config: max_sequence_length: no keys of llama; they are ignored"
     with pytest.raises(ConfigError, match=r"model\.hf_config: no folder 'other\.json', neither in"):
         RunConfig.load("files/run.json", ["model.hf_config=other.json"])
 
@@ -145,6 +138,11 @@ def test_the_runs_identity_is_in_the_configuration(tiny_run):
     assert settings({"hf_config": {**LLAMA, "transformers_version": "4.57.0", "torch_dtype": "float16"}}) == config
     other = settings({"hf_config": {**LLAMA, "rms_norm_eps": 1e-5}})
     assert [key for key in other if other[key] != config.get(key)] == ["model.hf_config.rms_norm_eps"]
+    mistral = {**LLAMA, "model_type": "mistral"}
+    whole = settings({"hf_config": {**mistral, "sliding_window": None}})
+    assert whole["model.hf_config.sliding_window"] != settings({"hf_config": mistral}).get(
+        "model.hf_config.sliding_window"
+    )
     preset = {"preset": "llama-15m", "vocab_size": 257}
     assert settings(preset) == settings({"hf_config": {**ARCHITECTURE_PRESETS["llama-15m"], "vocab_size": 257}})
     recorded = RunConfig.from_dict({**tiny_run, "model": preset}).as_file()
@@ -177,11 +175,13 @@ def test_sizes_override_a_preset():
         (changed(architectures=["LlamaForSequenceClassification"]), "architectures: 'LlamaForSequenceClassification'"),
         (changed(is_encoder_decoder=True), "is_encoder_decoder: true is not a causal language model"),
         (
-            changed(num_key_value_head=2),
+            changed(num_key_value_heads=..., num_key_value_head=2),
             "num_key_value_head: unknown key of llama; did you mean 'num_key_value_heads'?",
         ),
-        (changed(n_embd=32), "n_embd: unknown key of llama; did you mean 'hidden_size'?"),
+        (changed(n_embd=32, hidden_size=...), "n_embd: unknown key of llama; did you mean 'hidden_size'?"),
+        (changed(n_embd=32), "n_embd: 32 is a key of gpt2, not of llama; remove it"),
         (changed(rotary_pct=0.25), "rotary_pct: 0.25 is a key of gpt_neox, not of llama; remove it"),
+        ({**GPT2, "rope_theta": 5e5}, "rope_theta: 500000.0 is a key of llama, not of gpt2; remove it"),
         (changed(hidden_size=33), "hidden_size: 33 is not a multiple of num_attention_heads 4; change one of them"),
         (changed(num_key_value_heads=3), "num_key_value_heads: 3 doesn't divide num_attention_heads 4"),
         (changed(model_type="mistral", num_key_value_heads=...), "num_key_value_heads: 8 (the default) doesn't divide"),
@@ -292,6 +292,8 @@ def test_the_plan_of_an_architecture_that_is_not_counted(tiny_run):
     on_ranks = ranks.on_ranks(config.for_ranks(2), ranks.RankFlags(ranks=2))
     assert on_ranks["hours"] is None
     ranks.describe_ranks(on_ranks)
+    cost = cost_of(config, 1, 3)
+    assert (cost.tokens, math.isnan(cost.flops)) == (3 * 8 * 8, True)
     assert ranks.rank_warnings(config, on_ranks) == []
     assert isinstance(build_model(config.model), AnyCausalLM)
     llama = RunConfig.from_dict({**tiny_run, "model": {"hf_config": LLAMA}})

@@ -161,13 +161,15 @@ def test_a_checkpoint_of_another_schedule_is_refused(run, tmp_path):
 
 
 def test_a_users_own_rows_are_cut_where_they_are_used(run, tmp_path):
-    run = changed(run, data=None, model=None)
+    wsd = {"type": "TokenWSDLR", "params": {"warmup_steps": 2, "decay_tokens": 1000}}
+    run = changed(run, data=None, model=None, scheduler=wsd)
     # 85 rows are 10 steps and 5 rows, which an epoch leaves out: each step has all of its rows.
     trainer = train(run, tmp_path, dataset=FullRows(85), dataloader_num_workers=2, eval_strategy="no")
     lengths = [input_ids.shape[1] for trains, input_ids in trainer.model.seen for _ in range(len(input_ids)) if trains]
     plan = trainer.plan
     assert lengths == [plan.seqlen(step) for step in range(1, plan.steps + 1) for _ in range(8)]
     assert rates(trainer) == [plan.learning_rate(step) for step in range(1, plan.steps + 1)]
+    assert rates(trainer)[-1] == 0 < rates(trainer)[-2] < rates(trainer)[3] == 5e-3
 
 
 def test_a_users_own_rows_become_segments(run, tmp_path):

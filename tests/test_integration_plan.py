@@ -57,6 +57,7 @@ def test_a_rate_of_the_trainers_own_is_left_alone(tiny_run):
         ({"curriculum_learning__batch_growth": True}, "curriculum_learning.batch_growth"),
         ({"curriculum_learning__schedule_type": "adaptive"}, "curriculum_learning.schedule_type"),
         ({"curriculum_learning__method": "window"}, 'curriculum_learning.method: "window" needs padding-free'),
+        ({"training__objective": "masked"}, "training.objective: not available in another trainer (its batches bring"),
         ({"training": None}, "training: section required"),
     ],
 )
@@ -85,3 +86,22 @@ def test_another_ramp_continues_while_its_steps_are_the_same(tiny_run):
     TrainerPlan.of(other, global_batch=8).check(saved, 3)
     with pytest.raises(CheckpointError):
         TrainerPlan.of(other, global_batch=8).check(saved, 20)
+
+
+def test_a_cool_down_begins_later_from_a_stable_checkpoint_of_a_trainer(tiny_run):
+    def plan(train_tokens, decay_tokens, max_lr=5e-3):
+        params = {"warmup_steps": 5, "decay_tokens": decay_tokens, "min_lr": 1e-4}
+        run = changed(tiny_run, scheduler={"type": "TokenWSDLR", "params": params}, training__train_tokens=train_tokens)
+        return TrainerPlan.of(changed(run, optimizer=None), global_batch=8, max_lr=max_lr)
+
+    planned, longer = plan(9_500, 2_000), plan(30_000, 3_000)
+    last_stable = planned.timeline.steps_to(7_500) - 1
+    assert planned.consumed_tokens(last_stable) < 7_500 < planned.consumed_tokens(last_stable + 1)
+    assert planned.learning_rate(last_stable) == 5e-3 > planned.learning_rate(last_stable + 1)
+    assert planned.learning_rate(planned.steps) == 1e-4
+    saved = json.loads(json.dumps(longer.state()))
+    planned.check(saved, last_stable)
+    with pytest.raises(CheckpointError, match=r"training\.train_tokens"):
+        planned.check(saved, last_stable + 1)
+    with pytest.raises(CheckpointError, match="learning rate"):
+        plan(9_500, 2_000, max_lr=1e-3).check(saved, last_stable)

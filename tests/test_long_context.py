@@ -1,6 +1,7 @@
 """``model.rope``: another base or scaling of rotary positions, in the plan, the built model, the recipe and the export."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,10 @@ from transformers import AutoModelForCausalLM, BloomConfig, Gemma3TextConfig, Ll
 from seqlen_curriculum import ConfigError, RunConfig
 from seqlen_curriculum.cli.configs import shipped_configs, sizes
 from seqlen_curriculum.config.model import ModelConfig
+from seqlen_curriculum.data.tokenizer import TokenizerChoice, build_tokenizer
 from seqlen_curriculum.export.huggingface import export
 from seqlen_curriculum.models.causal_lm import build_model, save_model
-from seqlen_curriculum.models.pretrained import load_model
+from seqlen_curriculum.models.pretrained import copy_tokenizer, load_model, save_tokenizer
 
 RECIPE = Path(__file__).parent.parent / "configs" / "long_context" / "llama3_8b_64k.json"
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 257}
@@ -195,6 +197,17 @@ def test_longrope_has_a_factor_for_each_pair_of_dimensions(llama):
         build_model(model_of(llama, rope, max_position_embeddings=64)).lm.config.rope_parameters["rope_type"]
         == "longrope"
     )
+
+
+@pytest.mark.parametrize(("limit", "written"), [(32, 128), (16, 16), (1e30, 128)])
+def test_the_tokenizers_limit_grows_with_the_positions(llama, tmp_path, limit, written):
+    source = shutil.copytree(llama, tmp_path / "source")
+    save_tokenizer(build_tokenizer(TokenizerChoice(train_vocab=257), []), source)
+    config = json.loads((source / "tokenizer_config.json").read_text())
+    (source / "tokenizer_config.json").write_text(json.dumps({**config, "model_max_length": limit}))
+    (tmp_path / "copy").mkdir()
+    copy_tokenizer(source, tmp_path / "copy", positions=128)
+    assert json.loads((tmp_path / "copy" / "tokenizer_config.json").read_text())["model_max_length"] == written
 
 
 # --- the recipe ---

@@ -38,6 +38,11 @@ SIXTY_FOUR_LENGTHS = [
     "training.eval_interval=20",
     "training.save_interval=0",
 ]
+MUON = [
+    'optimizer={"type": "Muon", "params": {"lr": 5e-3}}',
+    "zero_optimization.stage=1",
+    "training.variance_interval=0",
+]
 
 
 def rounding(engine, precision):
@@ -89,7 +94,11 @@ def matrix(run_file):
     other_keys = [*ENGINES["zero2"], "zero_optimization.reduce_bucket_size=1000", "training.preflight=true"]
     reordered = run(run_file, folder / "reordered", other_keys, saved, after="zero2-fp32")
     at = 1 + max(number for number, part in enumerate(both) if part.name.startswith("zero2-fp32"))
-    runs.launch("two", [plain, compiled, *both[:at], reordered, *both[at:]], ranks=2)
+    muon = run(run_file, folder / "muon", MUON)
+    muon_resumed = run(
+        run_file, folder / "muon-resumed", MUON, folder / "muon" / f"global_step{MID_WARMUP}", after="muon"
+    )
+    runs.launch("two", [plain, compiled, *both[:at], reordered, *both[at:], muon, muon_resumed], ranks=2)
     cut = [cell for cell in CELLS if cell[0].startswith(("pipeline", "tensor"))]  # keep two ranks to a model
     others = [in_cell(*cell, "-ranks", True) for cell in CELLS if cell not in cut]
     for one_rank in others:
@@ -98,7 +107,8 @@ def matrix(run_file):
     resharded = run(run_file, folder / "zero2-to-zero3", ENGINES["zero3"], saved, after="zero2-fp32")
     uncompiled = run(run_file, folder / "uncompiled", ["training.compile=true"], no_compiler=True)
     deterministic = run(run_file, folder / "deterministic", ["training.deterministic=true"])
-    runs.launch("one", [reference, *others, resharded, uncompiled, deterministic], ranks=1)
+    muon_alone = run(run_file, folder / "muon-alone", MUON, no_compiler=True)
+    runs.launch("one", [reference, *others, resharded, uncompiled, deterministic, muon_alone], ranks=1)
     runs.launch("four", [in_cell(*cell, "-ranks", True) for cell in cut], ranks=4)
     return runs
 
@@ -212,3 +222,11 @@ def test_without_a_compiler_it_trains_uncompiled_and_says_so(matrix):
     log = matrix.outputs["one"]
     assert re.search("training.compile: .*; training without compilation", log)
     assert json.loads((matrix["uncompiled"] / "graphs.json").read_text()) <= 0
+
+
+def test_muon_trains_uncompiled_on_a_cpu(matrix):
+    steps, evaluations = records(matrix["muon"])
+    assert evaluations[-1]["valid_loss"] < steps[0]["loss"] - 0.2
+    assert_same_losses(steps, records(matrix["muon-alone"])[0], 1e-4)
+    assert json.loads((matrix["muon"] / "graphs.json").read_text()) <= 0
+    assert_continues(matrix["muon-resumed"], matrix["muon"], 1e-6)

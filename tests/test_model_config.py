@@ -131,5 +131,9 @@ def test_flops_take_an_array_elementwise(seqlens: list[int]) -> None:
 
 
 def test_architecture_needs_no_torch() -> None:
-    script = "import sys, seqlen_curriculum.config.model; sys.exit('torch' in sys.modules)"
+    script = (
+        "import sys; from seqlen_curriculum.config.model import ModelConfig as M; M(preset='llama-1b').flops_per_token(8);"
+        "M(hf_config={'model_type': 'bloom', 'n_layer': 2, 'n_head': 2, 'hidden_size': 32, 'vocab_size': 257},"
+        "max_position_embeddings=32); sys.exit('torch' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from transformers import (
     BertConfig,
-    BertForMaskedLM,
+    BertForSequenceClassification,
     BertLMHeadModel,
     T5Config,
     T5ForConditionalGeneration,
@@ -89,8 +89,10 @@ def test_sizes_that_contradict_name_both(folders):
 
 def test_what_is_no_causal_language_model_is_refused(folders, tmp_path):
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
-    masked = save(BertForMaskedLM(BertConfig(vocab_size=257, **sizes)), tmp_path / "masked")
-    assert "has the architecture BertForMaskedLM; give a causal" in refusal({"hf_checkpoint": str(masked)})
+    classes = save(BertForSequenceClassification(BertConfig(vocab_size=257, **sizes)), tmp_path / "classes")
+    assert "has the architecture BertForSequenceClassification; give a causal" in refusal(
+        {"hf_checkpoint": str(classes)}
+    )
     t5 = T5ForConditionalGeneration(T5Config(vocab_size=257, d_model=32, d_ff=32, num_layers=1, num_heads=2, d_kv=16))
     message = refusal({"hf_checkpoint": str(save(t5, tmp_path / "t5"))})
     assert "T5ForConditionalGeneration is an encoder-decoder model" in message
@@ -136,7 +138,9 @@ def test_other_architectures_train_data_parallel_alone(folders, tiny_run):
     (dropout,) = found(model=section(folders / "llama", dropout=0.1))
     assert "dropout 0.1 is not used by a llama" in dropout
     (longer,) = found(data={**tiny_run["data"], "seq_length": 64})
-    assert longer.endswith("is above the model's 32 positions; lower it or take another model.hf_checkpoint")
+    assert longer.endswith(
+        "is above the model's 32 positions; lower it or set model.rope to continue it at longer sequences"
+    )
 
 
 def test_the_runs_identity_is_in_the_weights_not_in_the_path(folders, tiny_run, tmp_path):

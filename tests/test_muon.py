@@ -7,6 +7,7 @@ import pytest
 import torch
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.zero.muon import muon_optimizer, original_muon
 from helpers.models import ALIKE, CONFIGS, save
 from helpers.wrong_files import changed
 from torch import nn
@@ -18,8 +19,8 @@ from seqlen_curriculum.config.muon import planned_groups
 from seqlen_curriculum.models.causal_lm import build_model
 from seqlen_curriculum.models.gpt2 import build_gpt2
 from seqlen_curriculum.planning.summary import describe, plan
-from seqlen_curriculum.training import adam_moments
-from seqlen_curriculum.training.muon import embeddings_by_adam
+from seqlen_curriculum.training import adam_moments, refusals
+from seqlen_curriculum.training.muon import embeddings_by_adam, run_uncompiled
 
 MUON = {"train_batch_size": 1, "optimizer": {"type": "Muon", "params": {"lr": 1e-3}}}
 
@@ -121,6 +122,21 @@ def test_no_groups_are_reported_for_other_optimizers():
     assert groups == []
 
 
+def test_the_start_of_a_run_logs_the_groups_once(monkeypatch):
+    lines, model = [], gpt2()
+
+    def initialize(config, model):
+        deepspeed.set_optimizer_flags(DeepSpeedConfig(config), model)
+        return (model,)
+
+    monkeypatch.setattr(deepspeed, "initialize", initialize)
+    monkeypatch.setattr(refusals, "log_rank0", lines.append)
+    refusals.initialize_deepspeed(config=MUON, model=model)
+    assert lines == [
+        "optimizer: 98,304 parameters by Muon, 100,096 by Adam (transformer.wte.weight, transformer.wpe.weight; vectors)"
+    ]
+
+
 @pytest.fixture
 def logged(monkeypatch):
     """The lines of the log; one process is all ranks."""
@@ -197,3 +213,16 @@ def test_under_muon_the_moments_of_its_adam_group_are_measured(logged):
         if weight.use_muon:
             alone.state[weight] = {"momentum_buffer": torch.ones_like(weight)}
     assert measured.measure() == expected
+
+
+def test_muon_runs_uncompiled():
+    run_uncompiled()
+    momentum, gradient = torch.zeros(6, 4), torch.arange(24.0).reshape(6, 4).cos()
+    for module in (original_muon, muon_optimizer):
+        assert not any(hasattr(function, "_torchdynamo_orig_callable") for function in vars(module).values())
+    update = muon_optimizer.muon_update(gradient.clone(), momentum, ns_method="standard")
+    torch.testing.assert_close(momentum, 0.05 * gradient)
+    # An orthogonal matrix times sqrt(6 / 4); Newton-Schulz leaves its singular values between 0.6 and 1.3.
+    values = torch.linalg.svdvals(update) / (6 / 4) ** 0.5
+    assert values.min() > 0.6
+    assert values.max() < 1.3

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from seqlen_curriculum.errors import ConfigError
-from seqlen_curriculum.schedule.pacing import Custom, Discrete, Mixed, Root
+from seqlen_curriculum.schedule.custom_pacing import Custom
+from seqlen_curriculum.schedule.pacing import Discrete, Mixed, Root
 
 
 def deepspeed_formula(step, minimum, maximum, total, rung, degree):

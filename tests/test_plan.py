@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from helpers.command import slw
 from helpers.launching import limit
+from helpers.wrong_files import changed
 
 from seqlen_curriculum import ConfigError, RunConfig
 from seqlen_curriculum.planning.summary import describe, plan
@@ -46,6 +47,16 @@ def test_table_2_from_the_shipped_files(name, steps, at, tokens, full):
     assert round(milestone["consumed_tokens"], -9) == tokens
     assert summary["milestones"][-1]["lr"] == 1e-5
     assert summary["sample_tokens"] == summary["consumed_tokens"] + summary["dropped_tokens"]
+
+
+def test_the_plan_lists_the_last_stable_step():
+    wsd = {"type": "TokenWSDLR", "params": {"warmup_steps": 3, "decay_tokens": 40_000}}
+    config = RunConfig.from_dict(changed(scheduler=wsd))
+    lr = {milestone["step"]: milestone["lr"] for milestone in plan(config)["milestones"]}
+    rate, tokens = config.plan.learning_rate(), config.timeline().consumed_tokens
+    (last,) = (step for step in lr if tokens(step) <= 60_000 < tokens(step + 1))
+    assert lr[last] == 1e-3 > rate(last + 1)
+    assert list(lr.values())[-1] == 0
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from helpers.runs import TRAIN, Runs, planned_samples, records, samples_by_step
 from helpers.runs import run as run_of
 
 from seqlen_curriculum import RunConfig
-from seqlen_curriculum.data.from_config import open_run_data
+from seqlen_curriculum.data.from_config import open_run_data, with_buckets
 from seqlen_curriculum.data.writer import CorpusWriter
 
 SMALL = ["training.train_tokens=1400", "training.eval_interval=9", "model.dropout=0.0", "training.save_interval=6"]
@@ -26,6 +26,19 @@ SMALL_RUNS = {
     ],
     "window-pipeline": ['curriculum_learning.method="window"', "pipeline.stages=2", "zero_optimization.stage=1"],
 }
+PIECES = [
+    "batch_size_warmup=null",
+    "curriculum_learning=null",
+    "data.leftovers=drop",
+    "data.order=decomposed",
+    "data.min_piece_tokens=8",
+    "data.bucket_curriculum=grow",
+    "data.bucket_cycles=2",
+    "training.train_tokens=4000",
+    "training.eval_interval=9",
+    "training.save_interval=6",
+]
+"""A run on pieces of documents of both corpora: 16 steps of 256 tokens."""
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +129,11 @@ def continued(trained):
         "window-resumed", [*SMALL, *SMALL_RUNS["window"]], folder / "window" / f"global_step{RECYCLED}", "window"
     )
     runs = Runs(folder)
-    runs.launch("two", [run("resumed", (), resume), small[0], small[1], again, *small[2:]], ranks=2)
+    pieces = run("pieces", PIECES)
+    pieces_again = run("pieces-resumed", PIECES, folder / "pieces" / "global_step6", "pieces")
+    runs.launch(
+        "two", [run("resumed", (), resume), pieces, pieces_again, small[0], small[1], again, *small[2:]], ranks=2
+    )
     one = {"segment": SMALL_RUNS["segment"][:1], "window": SMALL_RUNS["window"][:1]}
     references = [run(f"{name}-one", [*SMALL, *sets]) for name, sets in one.items()]
     restarted = run("restarted", [*SMALL, *one["window"], "curriculum_learning.restart_positions=true"])
@@ -125,7 +142,8 @@ def continued(trained):
         run("wsd-long", [*SMALL, WSD, "training.train_tokens=4000"], until_step=STABLE),
         run("wsd-cooled", [*SMALL, WSD], folder / "wsd-long" / f"global_step{STABLE}", "wsd-long"),
     ]
-    runs.launch("one", [run("one-rank", (), resume), *references, restarted, *cooled], ranks=1)
+    pieces_on_one = run("pieces-one", PIECES, folder / "pieces" / "global_step6")
+    runs.launch("one", [run("one-rank", (), resume), pieces_on_one, *references, restarted, *cooled], ranks=1)
     return runs
 
 
@@ -146,6 +164,26 @@ def test_a_resume_during_the_warmup_equals_the_uninterrupted_run(trained, contin
         assert ours == [record for record in theirs if record["step"] > 30]
     samples = {step: read for step, read in samples_by_step(save).items() if step > 30}
     assert samples_by_step(continued["resumed"]) == samples
+
+
+def test_pieces_of_documents_are_trained_on_as_planned_and_resumed_exactly(trained, continued):
+    _, _, run_file = trained
+    config = with_buckets(RunConfig.load(run_file, PIECES))
+    (train, _), timeline, rate = open_run_data(config), config.timeline(), config.plan.learning_rate()
+    steps, evaluations = records(continued["pieces"])
+    planned = [
+        (step, timeline.seqlen(step), timeline.rows(step), 256 * step, rate(step))
+        for step in range(1, timeline.steps + 1)
+    ]
+    assert [tuple(r[name] for name in ("step", "seqlen", "rows", "consumed_tokens", "lr")) for r in steps] == planned
+    assert {(record["seqlen"], record["rows"]) for record in steps} == {(8, 32), (16, 16), (32, 8)}
+    samples = samples_by_step(continued["pieces"])
+    assert samples == planned_samples(train)
+    assert {source for read in samples.values() for source, _, _ in read} == {0, 1}
+    for name, tolerance in (("pieces-resumed", 0.0), ("pieces-one", 2e-5)):
+        later = [record for record in steps if record["step"] > 6], evaluations
+        assert_same(records(continued[name]), later, tolerance)
+        assert samples_by_step(continued[name]) == {step: read for step, read in samples.items() if step > 6}
 
 
 @pytest.mark.parametrize("name", SMALL_RUNS)

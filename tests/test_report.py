@@ -76,6 +76,26 @@ def test_the_comparison_for_a_terminal():
     assert others == [["fast", "2 (2.0x)", "100 (4.0x)", "27.0 s (6.0x)"], ["slow", "never", "never", "never"]]
 
 
+def test_pieces_read_by_length():
+    config = {"data": {"order": "decomposed"}, "training": {"train_tokens": 80}}
+    run = synthetic("pieces", [4.0, 3.0, 2.0, 1.0], {4: 2.0}, info={"config": config})
+    for record, seqlen in zip(run.records[:4], [8, 4, 8, 8], strict=True):
+        record |= {"seqlen": seqlen, "rows": 32 // seqlen}
+    run.records[2]["skipped"] = run.records[2].pop("loss") > 0  # a skipped step has read its pieces
+    numbers = report([BASE, run])
+    assert [one["pieces"] for one in numbers["runs"]] == [
+        None,
+        [
+            {"length": 4, "steps": 1, "rows": 8, "tokens": 32, "share": 0.25},
+            {"length": 8, "steps": 3, "rows": 12, "tokens": 96, "share": 0.75},
+        ],
+    ]
+    _, head, *rows = columns(ReportTables(numbers).pieces())
+    assert head == ["Run", "Length", "Steps", "Pieces", "Tokens", "Share of tokens"]
+    assert rows == [["pieces", "4", "1", "8", "32", "25.00%"], ["pieces", "8", "3", "12", "96", "75.00%"]]
+    assert not ReportTables(report([BASE])).pieces().rows
+
+
 def test_what_cannot_be_compared():
     without = synthetic("without", [4.0, 3.0], {})
     assert report([without, BASE])["outcome"][0].startswith("without has no evaluation")

@@ -261,6 +261,12 @@ def resume(save):
     return ""
 
 
+def lambada(folder):
+    """Return a task of one item for evaluate."""
+    (folder / "lambada.jsonl").write_text('{"text": "a b"}\n')
+    return f"lambada={folder / 'lambada.jsonl'}"
+
+
 def contents(folder):
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
@@ -306,13 +312,14 @@ def test_a_strangers_folder_runs_nothing_and_takes_nothing(innocent, tmp_path, m
     attack(save, outside)
     monkeypatch.delitem(__import__("sys").modules, "evil", raising=False)
     canary.unlink(missing_ok=True)
-    before = contents(outside)
+    before, task = contents(outside), lambada(tmp_path)
     with time_limit():
         results = [
             slw("report", save, *(["--out", tmp_path / "report"] if attack is markup else ["--json"])),
             slw("inspect", save),
             slw("export", save, "--out", tmp_path / "exported"),
             slw("generate", save, "--prompt", "a", "--max-new-tokens", 2),
+            slw("evaluate", save, "--task", task),
         ]
         problem = resume(save)
     assert not canary.exists()
@@ -342,6 +349,7 @@ def test_the_folder_without_an_attack_works_in_every_command(innocent, tmp_path)
     assert slw("report", save, "--out", tmp_path / "report").returncode == 0
     assert slw("export", save, "--out", tmp_path / "exported").returncode == 0
     assert slw("generate", save, "--prompt", "a", "--max-new-tokens", 2).returncode == 0
+    assert slw("evaluate", save, "--task", lambada(tmp_path)).returncode == 0
     assert resume(save) == ""
 
 

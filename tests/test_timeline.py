@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from seqlen_curriculum.errors import ConfigError
 from seqlen_curriculum.schedule.adjusted_pacing import bucketed
 from seqlen_curriculum.schedule.batch_size_warmup import BatchSizeRamp
+from seqlen_curriculum.schedule.custom_pacing import Custom
 from seqlen_curriculum.schedule.global_batch import BatchGrowth
-from seqlen_curriculum.schedule.pacing import Custom, Discrete, Mixed, Root
+from seqlen_curriculum.schedule.pacing import Discrete, Mixed, Root
 from seqlen_curriculum.schedule.ramp_duration import ramp_steps_for_fraction, ramp_steps_for_tokens
 from seqlen_curriculum.schedule.timeline import Timeline
 

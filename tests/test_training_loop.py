@@ -13,7 +13,7 @@ from seqlen_curriculum.data.from_config import open_run_data
 from seqlen_curriculum.run_folder.evaluations import Evaluations
 from seqlen_curriculum.run_folder.rollbacks import Rollback
 from seqlen_curriculum.run_folder.run_log import read_run_log
-from seqlen_curriculum.training import outcome, preflight
+from seqlen_curriculum.training import benchmark, outcome, preflight
 from seqlen_curriculum.training.executor import DataParallel, Pipeline, StepResult
 from seqlen_curriculum.training.outcome import share_outcome
 from seqlen_curriculum.training.seeding import row_seed, seed_generators
@@ -322,3 +322,18 @@ def test_a_pipeline_evaluates_the_rows_of_its_own_copy_alone():
     assert pipeline.evaluate(("inputs", "targets")).shape == ()
     assert seen == [([("inputs", "targets")], 1, False)]
     assert pipeline.engine.is_data_parallel  # training averages over all copies
+
+
+@pytest.mark.parametrize(("is_encoder", "targets"), [(True, (2, 2, 3)), (False, (2, 20))])
+def test_the_benchmark_gives_a_model_the_targets_of_its_objective(monkeypatch, is_encoder, targets):
+    seen, tokens = [], torch.arange(6 * 21).reshape(6, 21)
+    engine = SimpleNamespace(device=CPU)
+    executor = SimpleNamespace(engine=engine, data_ranks=1, train=lambda parts, _: seen.extend(parts))
+    monkeypatch.setattr(benchmark.dist, "barrier", lambda: None)
+    config = SimpleNamespace(model=SimpleNamespace(is_encoder=is_encoder, vocab_size=512), training=None)
+    speed, peak = benchmark._one_step(executor, benchmark._objective(config), tokens, 2)
+    assert [(tuple(inputs.shape), tuple(wanted.shape)) for inputs, wanted in seen] == [((2, 20), targets)] * 3
+    assert speed > 0
+    assert peak is None
+    if not is_encoder:
+        assert torch.equal(torch.cat([wanted for _, wanted in seen]), tokens[:, 1:])

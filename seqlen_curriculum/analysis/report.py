@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from seqlen_curriculum.analysis.bucket_use import pieces_read
 from seqlen_curriculum.analysis.machine import machine_use
 from seqlen_curriculum.analysis.run import Run
 from seqlen_curriculum.analysis.seed_groups import over_seeds
@@ -61,6 +62,7 @@ def summary_of(run: Run) -> dict[str, Any]:
         "training_hours": sum(record["seconds"] for record in run.steps) / 3600,
         "tokens_per_second": run.tokens_per_second,
         "machine": machine_use(run.records),
+        "pieces": pieces_read(run),
         "seqlen": [first["seqlen"], last["seqlen"]],
         "loss": last["loss"],
         "final": points[-1] if points else None,

@@ -156,6 +156,18 @@ class ReportTables:
         caption = "Machine use: mean MFU, peak memory of rank 0, and shares of the time"
         return Table(caption, ["Run", *(title for title, _ in MACHINE.values())], rows)
 
+    def pieces(self) -> Table:
+        """Return the pieces of documents that each run has read, one row per run and length."""
+        columns: dict[str, Format] = {"steps": formats.count, "rows": formats.count, "tokens": formats.compact}
+        columns |= {"share": formats.share}
+        rows: list[Row] = []
+        for n, run in enumerate(self.runs):
+            for k, bucket in enumerate(run["pieces"] or ()):
+                title, *cells = self.row(run["name"], f"runs/{n}/pieces/{k}", columns)
+                rows.append([title, f"{bucket['length']:,}", *cells])
+        head = ["Run", "Length", "Steps", "Pieces", "Tokens", "Share of tokens"]
+        return Table("Pieces of documents read, by length", head, rows)
+
     def spike_count(self) -> str:
         """Return the number of spikes of all runs together."""
         return formats.count(sum(run["stability"]["spikes"] for run in self.runs))

@@ -1,10 +1,11 @@
-"""Measure this machine: throughput at every sequence length, here or in Hugging Face's Trainer, data loading, or the
-overhead of the training loop.
+"""Measure this machine: throughput at every sequence length, here or in Hugging Face's Trainer, data loading, the index of
+document pieces, or the overhead of the training loop.
 
 Example:
   slw benchmark throughput run.json --rounds 5 --png throughput.png
   slw benchmark trainer run.json --lengths 8 16 32 64
   slw benchmark data run.json --set data.leftovers=recycle
+  slw benchmark pieces run.json --set data.order=decomposed --documents 1e8
   slw benchmark loop run.json --set model.num_layers=4
 """
 
@@ -30,7 +31,7 @@ from seqlen_curriculum.launchers import global_rank, launch
 def parser() -> Parser:
     flags = Parser(prog="slw benchmark", description=__doc__)
     add_launcher_flags(flags)
-    kinds = flags.add_subparsers(title="measurements", required=True, metavar="throughput|trainer|data|loop")
+    kinds = flags.add_subparsers(title="measurements", required=True, metavar="throughput|trainer|data|pieces|loop")
     throughput = kinds.add_parser("throughput", help="measure tokens/s at every sequence length")
     throughput.set_defaults(measure=measure_throughput)
     trainer = kinds.add_parser(
@@ -88,18 +89,24 @@ def parser() -> Parser:
         metavar="N",
         help="size of the file that is read, in tokens (default: 500e6, which is 1 GB)",
     )
-    data.add_argument(
-        "--folder",
-        type=Path,
-        metavar="PATH",
-        help="folder for both files, which are removed at the end (default: the system's temporary folder)",
+    pieces = kinds.add_parser("pieces", help="measure the index of document pieces that a decomposed run reads")
+    pieces.set_defaults(measure=measure_pieces)
+    pieces.add_argument(
+        "--documents", type=float, default=1e6, metavar="N", help="documents of the sparse corpus (default: 1e6)"
     )
+    for kind in (data, pieces):
+        kind.add_argument(
+            "--folder",
+            type=Path,
+            metavar="PATH",
+            help="folder for the files, which are removed at the end (default: the system's temporary folder)",
+        )
     loop = kinds.add_parser(
         "loop", help="compare the CPU time of the training loop with a bare DeepSpeed loop, on one rank"
     )
     loop.set_defaults(measure=measure_loop)
     loop.add_argument("--steps", type=int, default=1, metavar="N", help="steps of each loop in a round (default: 1)")
-    for kind, rounds in ((throughput, 5), (trainer, 5), (data, 20), (loop, 300)):
+    for kind, rounds in ((throughput, 5), (trainer, 5), (data, 20), (pieces, 20), (loop, 300)):
         add_run_file(kind)
         kind.add_argument(
             "--rounds", type=int, default=rounds, help=f"number of rounds; the median is reported (default: {rounds})"
@@ -206,6 +213,24 @@ def measure_data(args: argparse.Namespace, words: Sequence[str]) -> None:  # noq
         reading = benchmark.measure_reading(Path(folder), int(args.read_tokens), rows, seq_length, args.rounds)
     text = f"{benchmark.describe_finding(finding)}\n{benchmark.reading_table(reading)}"
     show(args, {"finding": finding, "reading": reading}, text)
+
+
+def measure_pieces(args: argparse.Namespace, words: Sequence[str]) -> None:  # noqa: ARG001 - as the others
+    from seqlen_curriculum.config.run import RunConfig
+
+    config = RunConfig.load(args.config, args.set, require=("data", "training"))
+    if config.decomposed is None:
+        raise ConfigError('data.order: "packed" has no pieces of documents; give --set data.order=decomposed')
+    if not 2 <= args.documents < 2**31:
+        raise ConfigError(f"--documents {args.documents:g}: is not valid; give 2 to 2e9")
+    if args.folder:
+        writable_folder("--folder", args.folder)
+
+    from seqlen_curriculum.data import piece_benchmark
+
+    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+        record = piece_benchmark.measure_pieces(config, Path(folder), int(args.documents), 50 * args.rounds)
+    show(args, {"pieces": record}, piece_benchmark.describe_pieces(record))
 
 
 def measure_loop(args: argparse.Namespace, words: Sequence[str]) -> None:  # noqa: ARG001 - as the other two

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from seqlen_curriculum.errors import DIVERGED, ConfigError, DivergenceError, SeqlenCurriculumError
+from seqlen_curriculum.errors import DIVERGED, ConfigError, DivergenceError, SeqlenCurriculumError, printable
 from seqlen_curriculum.launchers import global_rank, launch
 
 __all__ = ["grow_memory_segments", "run", "see", "short_names", "usage_error", "warn"]
@@ -26,6 +26,18 @@ _PATIENCE = 10.0
 """Seconds that other ranks wait for rank 0 to print the same error."""
 _PRINTED = "seqlen_curriculum/error_printed"
 _MARKER = "seqlen-curriculum-error"
+_PATH_ERRNOS = {
+    errno.EACCES,
+    errno.EIO,
+    errno.EISDIR,
+    errno.ELOOP,
+    errno.ENAMETOOLONG,
+    errno.ENOTDIR,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ESTALE,
+}
+"""Reasons of the system that a path can't be used."""
 _MARKER_SECONDS = 60
 """The age in seconds at which all ranks of a launch have checked its marker."""
 
@@ -71,7 +83,10 @@ def _call(main: Callable[[], int | None], ranked: bool) -> int:
         if distributed is not None and distributed.is_initialized():
             distributed.destroy_process_group()  # otherwise its threads may abort the process at exit
         return status
-    except SeqlenCurriculumError as error:
+    except (OSError, RuntimeError, SeqlenCurriculumError) as caught:
+        error = caught if isinstance(caught, SeqlenCurriculumError) else _of_a_path(caught)
+        if error is None:
+            raise
         if isinstance(error, DivergenceError):
             _keep_status()
         if ranked:
@@ -83,6 +98,14 @@ def _call(main: Callable[[], int | None], ranked: bool) -> int:
         if not ranked or global_rank() == 0:
             print("interrupted", file=sys.stderr)
         return 130
+
+
+def _of_a_path(error: OSError | RuntimeError) -> SeqlenCurriculumError | None:
+    """Return the user-facing error for a path that the system refuses, None for any other error."""
+    if isinstance(error, OSError) and error.errno in _PATH_ERRNOS and error.filename is not None:
+        return ConfigError(f"{os.fsdecode(error.filename)[:300]}: {error.strerror}; check the path and its permissions")
+    loop = "Symlink loop from "  # pathlib's, for which Python 3.13 raises OSError
+    return ConfigError(f"{error}; give another path") if str(error).startswith(loop) else None
 
 
 def _discard_output() -> bool:
@@ -196,7 +219,7 @@ def warn(messages: Iterable[str]) -> None:
     """Print each message as ``warning: ...`` on stderr, on rank 0 only."""
     if global_rank() == 0:
         for message in messages:
-            print(f"warning: {message}", file=sys.stderr)
+            print(f"warning: {printable(message)}", file=sys.stderr)
 
 
 def short_names(flag: str, paths: Sequence[str]) -> dict[str, str]:

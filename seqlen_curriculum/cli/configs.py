@@ -78,7 +78,7 @@ def list_configs(args: argparse.Namespace) -> None:
     width = max(len(row["name"]) for row in rows)
     print(f"{'name':<{width}} {'parameters':>10} {'tokens':>7}  {'batch size':<12} sequence length")
     for row in rows:
-        steps = f", full from step {row['full_length_step']:,}" if row["full_length_step"] > 1 else ""
+        steps = f", full from step {row['full_length_step']:,}" if (row["full_length_step"] or 1) > 1 else ""
         print(
             f"{row['name']:<{width}} {_short(row['parameters']):>10} {_short(row['train_tokens']):>7}  "
             f"{_from_to(row['first_batch_size'], row['batch_size']):<12} "
@@ -95,21 +95,29 @@ def continues_a_model(path: Path) -> bool:
 def sizes(path: Path) -> dict[str, Any]:
     """Return the parameters of the model, the token budget, and the first and the full batch size and sequence length.
 
-    The parameters are None for a configuration that continues the user's model.
+    The parameters are None for a configuration that continues the user's model. If the lengths depend on the corpus, the
+    first length is the shortest one, and ``full_length_step`` is None.
     """
     from seqlen_curriculum.config.run import RunConfig  # after --help: numpy and pydantic take a moment
 
     overrides = ["model=null"] if continues_a_model(path) else []
     config = RunConfig.load(path, overrides, require=("data", "training"))
     assert config.data is not None
-    timeline = config.timeline()
-    return {
+    known = {
         "parameters": config.model.parameter_count() if config.model else None,
         "train_tokens": config.train_tokens,
-        "first_batch_size": timeline.samples(1),
         "batch_size": config.global_batch,
-        "first_seqlen": timeline.seqlen(1),
         "seq_length": config.data.seq_length,
+    }
+    if config.needs_buckets:
+        shortest = config.data.shortest_piece
+        rows = config.global_batch * config.data.seq_length // shortest
+        return {**known, "first_batch_size": rows, "first_seqlen": shortest, "full_length_step": None}
+    timeline = config.timeline()
+    return {
+        **known,
+        "first_batch_size": timeline.samples(1),
+        "first_seqlen": timeline.seqlen(1),
         "full_length_step": timeline.first_step_at(config.data.seq_length),
     }
 

@@ -142,9 +142,13 @@ def measure(args: argparse.Namespace, show: Callable[..., None]) -> dict[str, An
     from seqlen_curriculum.evaluation.task import Limits
     from seqlen_curriculum.files import read_json
     from seqlen_curriculum.models.pretrained import load_model, load_tokenizer, model_folder
+    from seqlen_curriculum.run_folder.model_folder import refuse_encoder
 
     tasks = evaluate.read_tasks(args.task)
     folder = model_folder(args.checkpoint)
+    refuse_encoder(
+        folder, "these tasks score next tokens; see valid_loss in its run log, or give a causal language model"
+    )
     seqlen = evaluate.evaluation_seqlen(read_json(folder / "config.json"), args.seq_length)
     limits = Limits(seqlen=seqlen, overlap=args.overlap, limit=args.limit)
     tokenizer = load_tokenizer(folder, args.tokenizer)

@@ -2,6 +2,7 @@
 
 Example:
   slw inspect corpus/texts --seq-length 256
+  slw inspect corpus/texts --seq-length 256 --decomposed 8
   slw inspect run.json --set data.leftovers=recycle --png data.png
   slw inspect run.json --step 100 --ranks 2 --rows 1
 
@@ -24,6 +25,7 @@ from seqlen_curriculum.files import picture_path
 
 _ALLOWED_MODES = {  # the modes that accept each flag, by the argument that selects the mode
     "seq_length": ["PREFIX"],
+    "decomposed": ["PREFIX"],
     "set": ["--config", "--step"],
     "step": ["--step"],
     "ranks": ["--step"],
@@ -42,6 +44,12 @@ def parser() -> Parser:
         help="corpora (paths without .bin or .idx), or one run's configuration file",
     )
     flags.add_argument("--seq-length", type=int, metavar="N", help="also count the samples of N tokens")
+    flags.add_argument(
+        "--decomposed",
+        type=int,
+        metavar="MIN",
+        help='also count the pieces of MIN to --seq-length tokens that data.order "decomposed" cuts documents into',
+    )
     flags.add_argument("--config", metavar="FILE", help="the run's configuration file, given as a flag")
     add_set(flags)
     flags.add_argument(
@@ -92,7 +100,7 @@ def corpora(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """Return the contents of the corpora, as numbers and as text."""
     from seqlen_curriculum.data.inspection.corpus import corpus_warnings, describe_corpora, inspect_corpora
 
-    facts = inspect_corpora(args.prefix, args.seq_length)
+    facts = inspect_corpora(args.prefix, args.seq_length, args.decomposed)
     warn(corpus_warnings(facts))
     return {"corpora": facts}, describe_corpora(facts)
 
@@ -106,6 +114,8 @@ def whole_run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     png = picture_path("--png", args.png, args.overwrite) if args.png else None
     config = RunConfig.load(args.config, args.set, require=("data",))
     summary = account(config)
+    if png and "pieces" in summary:
+        raise ConfigError(f'--png {png}: not available with data.order "decomposed", which has one way to use a corpus')
     if png and "ways" not in summary:
         raise ConfigError(f"--png {png}: there are no steps to plot; add training and train_batch_size to the file")
     if png:

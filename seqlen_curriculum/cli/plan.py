@@ -5,7 +5,7 @@ Example:
   slw plan --compare baseline.json run.json --png plans.png
   slw plan run.json --ranks 128
 
-It needs no torch, no GPU and no corpus.
+It needs no torch and no GPU, and a corpus only if data.order is "decomposed".
 """
 
 from __future__ import annotations
@@ -62,13 +62,15 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # After --help: numpy and pydantic take a moment.
     from seqlen_curriculum.config.run import RunConfig
+    from seqlen_curriculum.data.from_config import with_buckets
     from seqlen_curriculum.planning import ranks, summary
 
     given = {"ranks": args.ranks, "gpus_per_node": args.gpus_per_node, "tflops": args.tflops}
     given = {name: value for name, value in given.items() if value is not None}
     rank_flags = ranks.RankFlags(**given) if given else None
     plans: dict[str, dict[str, Any]] = {}
-    configs = {name: RunConfig.load(path, args.set, require=("training",)) for name, path in names.items()}
+    loaded = {name: RunConfig.load(path, args.set, require=("training",)) for name, path in names.items()}
+    configs = {name: with_buckets(config) for name, config in loaded.items()}
     for name, config in configs.items():
         warn(config.warnings())
         plans[name] = summary.plan(config, args.at)

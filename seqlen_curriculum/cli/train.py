@@ -1,4 +1,4 @@
-"""Train GPT-2, or any causal language model of Hugging Face, from one configuration file.
+"""Train GPT-2, or any causal language model or encoder of Hugging Face, from one configuration file.
 
 Example:
   slw train run.json --save runs/a

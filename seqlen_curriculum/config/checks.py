@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from seqlen_curriculum.config.compatibility import engine_problems, length_problems
+from seqlen_curriculum.config.decomposition import decomposition_problems
+from seqlen_curriculum.config.objective import objective_problems
 from seqlen_curriculum.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -20,12 +22,16 @@ _JUMPING = ("fixed_discrete", "fixed_mixed", "custom")
 def conflicts(config: RunConfig, complete: bool) -> list[str]:
     """Return one line per conflict between sections; build the schedule if ``complete`` (every section is valid)."""
     problems = [*_length_problems(config), *_budget_problems(config), *_evaluation_problems(config)]
+    problems += decomposition_problems(config)
     problems += growth_problems(config)
     compiled = bool(config.training and config.training.compile)
     problems += engine_problems(config.keys, config.model, compiled, config.shortening.method)
+    problems += objective_problems(config)
     can_plan = complete and config.training and config.keys.train_batch_size and (config.data or config.curriculum)
     if problems or not can_plan:
         return problems
+    if config.needs_buckets and config.decomposed:
+        return length_problems(config.keys, config.decomposed.piece_lengths)
     try:
         if config.keys.optimizer:
             config.plan.learning_rate()

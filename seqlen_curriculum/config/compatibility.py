@@ -141,7 +141,7 @@ class EngineChecks:
             )
 
     def architecture(self) -> Iterator[str]:
-        if self.model is None or self.model.is_gpt2:
+        if self.model is None or self.model.is_gpt2 or self.model.is_encoder:  # for an encoder see objective.py
             return
         model = self._other_model
         for name, degree in self.keys.degrees.items():

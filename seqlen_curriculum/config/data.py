@@ -8,10 +8,13 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from seqlen_curriculum.fields import Section, Seqlen
+from seqlen_curriculum.fields import Count, Section, Seqlen
 from seqlen_curriculum.strict_json import not_text, shown
 
-__all__ = ["DataConfig", "corpus_prefix"]
+__all__ = ["DECOMPOSED_KEYS", "DataConfig", "corpus_prefix"]
+
+DECOMPOSED_KEYS = ("order", "min_piece_tokens", "bucket_curriculum", "bucket_cycles", "bucket_odds")
+"""Keys that a packed run leaves out of its settings, as older checkpoints do."""
 
 
 def corpus_prefix(path: str | os.PathLike[str]) -> str:
@@ -74,6 +77,62 @@ class DataConfig(Section):
     leftovers: Literal["drop", "recycle"] = "drop"
     """Use of the tokens that shortening leaves over. ``drop`` skips them, as in the paper. ``recycle`` reads them as
     further samples before the next epoch starts, so that fewer than ``seq_length`` tokens per epoch are lost."""
+    order: Literal["packed", "decomposed"] = "packed"
+    """How documents become rows. ``packed`` concatenates them and cuts samples of ``seq_length`` tokens. ``decomposed`` cuts
+    each document into pieces whose lengths are powers of two, up to ``seq_length``. A row is one piece, all rows of a step
+    have the same length, and all steps have the same number of tokens (Dataset Decomposition, arXiv 2405.13226)."""
+    min_piece_tokens: Seqlen | None = None
+    """Only with ``decomposed``: the shortest piece, a power of two. Shorter ones are dropped. Default: ``seq_length // 32``,
+    at least 1 (the paper has 256 to 8192)."""
+    bucket_curriculum: Literal["uniform", "grow"] | None = None
+    """Only with ``decomposed`` and without ``curriculum_learning``, whose schedule otherwise sets the length of each step.
+    ``uniform`` (the default) draws lengths in proportion to their tokens. ``grow`` draws short lengths first in each of
+    ``bucket_cycles`` parts of the run, which have the same steps as those of ``uniform``."""
+    bucket_cycles: Annotated[Count, Field(le=2**16)] | None = None
+    """Only with ``grow``: the cycles of the run, each of which starts with short lengths again. Default: 8, as in the
+    paper."""
+    bucket_odds: Annotated[list[Annotated[float, Field(gt=0, lt=1e15)]], Field(min_length=1)] | None = None
+    """Only with ``grow``: the odds of drawing each length that is not used up in the cycle, shortest length first. Default:
+    powers of two down to 1 for the longest, as the paper's Grow-P2."""
+
+    @model_validator(mode="after")
+    def _decomposed_keys(self) -> DataConfig:
+        if self.order == "packed":
+            given = [name for name in DECOMPOSED_KEYS if name != "order" and getattr(self, name) is not None]
+            if given:
+                raise ValueError(
+                    f'{given[0]}: {getattr(self, given[0])!r} needs order "decomposed"; set it, or remove {given[0]}'
+                )
+            return self
+        for name, length in (("seq_length", self.seq_length), ("min_piece_tokens", self.shortest_piece)):
+            if length & (length - 1):
+                raise ValueError(
+                    f'{name}: {length} is not a power of two, and order "decomposed" cuts pieces of 1, 2, 4, 8, ... tokens; '
+                    f"set it to {1 << (length.bit_length() - 1)} or {1 << length.bit_length()}"
+                )
+        if self.shortest_piece > self.seq_length:
+            raise ValueError(
+                f"min_piece_tokens: {self.shortest_piece} is above seq_length {self.seq_length}, the longest piece; lower it"
+            )
+        if self.leftovers == "recycle":
+            raise ValueError(
+                'leftovers: "recycle" has no effect with order "decomposed", whose pieces are read whole; drop it'
+            )
+        return self._checked_grow()
+
+    def _checked_grow(self) -> DataConfig:
+        for name in ("bucket_cycles", "bucket_odds"):
+            if getattr(self, name) is not None and self.bucket_curriculum != "grow":
+                raise ValueError(
+                    f'{name}: {getattr(self, name)!r} needs bucket_curriculum "grow"; set it, or remove {name}'
+                )
+        lengths = len(self.piece_lengths)
+        if self.bucket_odds is not None and len(self.bucket_odds) != lengths:
+            raise ValueError(
+                f"bucket_odds: has {len(self.bucket_odds)} entries for the {lengths} lengths from min_piece_tokens "
+                f"{self.shortest_piece} to seq_length {self.seq_length}; give one for each, shortest first"
+            )
+        return self
 
     @model_validator(mode="after")
     def _each_corpus_once(self) -> DataConfig:
@@ -91,6 +150,18 @@ class DataConfig(Section):
         if self.valid is not None and "split" in self.model_fields_set:
             raise ValueError(f'split: "{self.split}" isn\'t used if valid is given; remove one of them')
         return self
+
+    @property
+    def shortest_piece(self) -> int:
+        """The tokens of the shortest piece under ``decomposed``."""
+        return self.min_piece_tokens or max(self.seq_length // 32, 1)
+
+    @property
+    def piece_lengths(self) -> tuple[int, ...]:
+        """The lengths of the pieces under ``decomposed``, shortest first; none otherwise."""
+        if self.order == "packed":
+            return ()
+        return tuple(1 << power for power in range(self.shortest_piece.bit_length() - 1, self.seq_length.bit_length()))
 
     @property
     def prefixes(self) -> list[str]:

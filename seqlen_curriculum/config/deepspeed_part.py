@@ -105,7 +105,7 @@ def _check_name(prefix: str, name: str, has_model: bool, problems: list[str], ig
         fix = f"; did you mean '{meant}'?" if meant else f"; valid names: {', '.join(sorted(known))}"
         problems.append(f"{path}: unknown key of DeepSpeed {LISTED}{fix}")
     elif has_model:
-        ignored.append(f"{path} (DeepSpeed {LISTED} does not know it)")
+        ignored.append(f"{shown(path)[1:-1]} (DeepSpeed {LISTED} does not know it)")
 
 
 def _wrong_value(path: str, value: object) -> Iterator[str]:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from seqlen_curriculum.config.data import DECOMPOSED_KEYS
 from seqlen_curriculum.config.run import RunConfig
 from seqlen_curriculum.errors import ConfigError
 from seqlen_curriculum.fields import flat
@@ -95,5 +96,7 @@ def _from_settings(settings: Mapping[str, Any]) -> RunConfig:
                 raise ConfigError(f"{name}: {parent} has a value, so it can't have keys")
         section[key] = value
     kept = {name: tree[name] for name in ("train_batch_size", "optimizer", *_SCHEDULES) if name in tree}
-    data = {"train": ["-"], "seq_length": settings.get("data.seq_length")}
+    # Lengths that depend on the pieces of a corpus can't be planned from settings: ``plan`` raises ConfigError for them.
+    pieces = {key: settings.get(f"data.{key}") for key in DECOMPOSED_KEYS if settings.get(f"data.{key}") is not None}
+    data = {"train": ["-"], "seq_length": settings.get("data.seq_length"), **pieces}
     return RunConfig.from_dict({**kept, "data": data, "training": tree.get("training")})

@@ -16,10 +16,19 @@ from seqlen_curriculum.files import read_json
 from seqlen_curriculum.run_folder import MANIFEST
 from seqlen_curriculum.run_folder.hub import hub_folder, is_hub_name
 from seqlen_curriculum.run_folder.model_files import code_in
-from seqlen_curriculum.run_folder.model_folder import CAUSAL, SIZES, vocabulary
+from seqlen_curriculum.run_folder.model_folder import CAUSAL, MASKED, SIZES, is_encoder, vocabulary
 from seqlen_curriculum.strict_json import shown
 
-__all__ = ["TOKENS", "causal_types", "config_problems", "read_hf_config", "size_problems", "split_keys", "with_sizes"]
+__all__ = [
+    "TOKENS",
+    "causal_types",
+    "classes",
+    "config_problems",
+    "read_hf_config",
+    "size_problems",
+    "split_keys",
+    "with_sizes",
+]
 
 _MOST_LAYERS = 10_000
 _GPT2_KEYS = keys(
@@ -30,6 +39,7 @@ _GPT2_KEYS = keys(
     summary_type summary_use_proj summary_activation summary_proj_to_labels summary_first_dropout
     """
 )
+_NOT_GPT2S = keys("intermediate_size hidden_act attention_dropout rope_parameters rope_theta rope_scaling")
 TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id")
 """Keys with the ids of tokens, which depend on the tokenizer."""
 
@@ -67,13 +77,13 @@ def split_keys(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
 def known_keys(model_type: object) -> frozenset[str]:
     """Return the keys of an architecture, none if it isn't known."""
     if model_type == "gpt2":
-        return _GPT2_KEYS | COMMON_KEYS
+        return _GPT2_KEYS | (COMMON_KEYS - _NOT_GPT2S)
     family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
     return family.keys | COMMON_KEYS if family else frozenset()
 
 
 def config_problems(config: Mapping[str, Any]) -> Iterator[str]:
-    """Yield one line per reason why no causal language model can be built from ``config``."""
+    """Yield one line per reason why no causal language model or encoder can be built from ``config``."""
     model_type = config.get("model_type")
     if not isinstance(model_type, str):
         yield f'model_type: {shown(model_type)} is not the name of an architecture; write, for example, "llama"'
@@ -89,17 +99,24 @@ def config_problems(config: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _type_problem(model_type: str, config: Mapping[str, Any]) -> str:
-    known = {*FAMILIES, "gpt2", *causal_types()}
+    masked = classes("MASKED_LM")
+    known = set(masked) if is_encoder(config) else {*FAMILIES, "gpt2", *causal_types()}
+    kind = "encoder for masked tokens" if is_encoder(config) else "causal language model"
     if model_type in known or not causal_types():  # without transformers other types are checked by the training
         return ""
+    if model_type in masked and not config.get("architectures"):
+        return (
+            f"architectures: not given, and {shown(model_type)} has no causal language model; for training.objective "
+            f'"masked" add "architectures": ["{masked[model_type]}"]'
+        )
     if config.get("auto_map"):
         return (
             f"auto_map: {shown(config['auto_map'])} is Python code of the model, which is never run, and transformers "
-            f"has no causal language model of model_type {shown(model_type)}; give an architecture of transformers"
+            f"has no {kind} of model_type {shown(model_type)}; give an architecture of transformers"
         )
     meant = suggest(model_type, known)
     hint = f"; did you mean '{meant}'?" if meant else "; give the model_type of one, such as llama"
-    return f"model_type: {shown(model_type)} has no causal language model in the installed transformers{hint}"
+    return f"model_type: {shown(model_type)} has no {kind} in the installed transformers{hint}"
 
 
 def _causal_problems(config: Mapping[str, Any]) -> Iterator[str]:
@@ -107,9 +124,12 @@ def _causal_problems(config: Mapping[str, Any]) -> Iterator[str]:
         yield "is_encoder_decoder: true is not a causal language model; give a decoder, such as llama"
     named = config.get("architectures")
     names = named if isinstance(named, list) else []
-    other = [name for name in names if not str(name).endswith(CAUSAL)]
+    other = [name for name in names if not str(name).endswith((*CAUSAL, MASKED))]
     if other:
-        yield f"architectures: {shown(other[0])} is not a causal language model; remove the key, or name a ...ForCausalLM"
+        yield (
+            f"architectures: {shown(other[0])} is not a causal language model; remove the key, or name a ...ForCausalLM, or "
+            f"a ...{MASKED}"
+        )
 
 
 def _key_problems(model_type: str, config: Mapping[str, Any]) -> Iterator[str]:
@@ -117,11 +137,11 @@ def _key_problems(model_type: str, config: Mapping[str, Any]) -> Iterator[str]:
     known = known_keys(model_type)
     if not known:
         return
-    elsewhere = dict.fromkeys(_GPT2_KEYS, "gpt2")
+    elsewhere = dict.fromkeys(COMMON_KEYS, "llama") | dict.fromkeys(_GPT2_KEYS, "gpt2")
     elsewhere |= {key: name for name, family in FAMILIES.items() for key in family.keys}
     for key in split_keys(config)[1]:
         meant = _same_size(key, known) or suggest(key, known, cutoff=0.8)
-        if meant:
+        if meant and meant not in config:  # the first Llama has max_sequence_length beside max_position_embeddings
             yield f"{shown(key)[1:-1]}: unknown key of {model_type}; did you mean '{meant}'?"
         elif key in elsewhere and config[key]:
             yield f"{key}: {shown(config[key])} is a key of {elsewhere[key]}, not of {model_type}; remove it"
@@ -196,22 +216,27 @@ def _list_problems(config: Mapping[str, Any]) -> Iterator[str]:
         yield f"layer_types: has {len(kinds)} entries for num_hidden_layers {layers}; give one for each layer"
 
 
-@lru_cache(maxsize=1)
 def causal_types() -> frozenset[str]:
-    """Return every ``model_type`` with a causal language model in the installed transformers, none without transformers.
+    """Return every ``model_type`` with a causal language model in the installed transformers, none without transformers."""
+    return frozenset(classes("CAUSAL_LM"))
 
-    The list is read as text, because importing transformers imports torch and takes seconds.
+
+@lru_cache(maxsize=2)
+def classes(task: str) -> dict[str, str]:
+    """Return the class for ``task``, "CAUSAL_LM" or "MASKED_LM", of every ``model_type`` in the installed transformers.
+
+    Empty without transformers. The list is read as text, because importing transformers imports torch and takes seconds.
     """
     package = find_spec("transformers")
     folders = package.submodule_search_locations if package else None
     if not folders:
-        return frozenset()
+        return {}
     try:
         text = (Path(folders[0]) / "models" / "auto" / "modeling_auto.py").read_text(encoding="utf-8")
     except (OSError, ValueError):
-        return frozenset()
-    block = re.search(r"^MODEL_FOR_CAUSAL_LM_MAPPING_NAMES = .*?^\)", text, re.DOTALL | re.MULTILINE)
-    return frozenset(re.findall(r'\("([^"]+)", ', block[0])) if block else frozenset()
+        return {}
+    block = re.search(rf"^MODEL_FOR_{task}_MAPPING_NAMES = .*?^\)", text, re.DOTALL | re.MULTILINE)
+    return dict(re.findall(r'\("([^"]+)", "(\w+)"\)', block[0])) if block else {}
 
 
 def with_sizes(config: Mapping[str, Any], sizes: Mapping[str, int]) -> dict[str, Any]:

@@ -5,7 +5,6 @@ Needs no torch, so that a run can be planned on a machine that can't build the m
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, overload
@@ -13,21 +12,20 @@ from typing import TYPE_CHECKING, Annotated, Any, overload
 from pydantic import Field, model_validator
 
 from seqlen_curriculum.config.architectures import Counts, count
-from seqlen_curriculum.config.hf_config import config_problems, read_hf_config, size_problems, split_keys, with_sizes
+from seqlen_curriculum.config.encoder_counts import count_encoder
+from seqlen_curriculum.config.hf_config import size_problems, split_keys, with_sizes
+from seqlen_curriculum.config.initial_sizes import raise_first, sizes_of_config, sizes_of_folder
 from seqlen_curriculum.config.presets import ARCHITECTURE_PRESETS, PRESETS
-from seqlen_curriculum.config.rope import RopeConfig, with_more_positions
-from seqlen_curriculum.errors import CheckpointError, SeqlenCurriculumError
+from seqlen_curriculum.config.rope import RopeConfig
 from seqlen_curriculum.fields import Count, Section, Seqlen, nearest
 from seqlen_curriculum.run_folder.model_folder import (
     SIZES,
     PretrainedModel,
+    is_encoder,
     is_plain_gpt2,
-    no_size,
     read_pretrained,
-    sizes_in,
 )
 from seqlen_curriculum.schedule.piecewise import ceil_div
-from seqlen_curriculum.strict_json import shown
 
 if TYPE_CHECKING:
     import numpy as np
@@ -46,9 +44,9 @@ class ModelConfig(Section):
     """Name of a preset. It sets every size below that isn't given."""
 
     hf_checkpoint: str | None = None
-    """Folder of a Hugging Face causal language model, or its name on the Hub, such as ``gpt2``. Training starts from its
-    architecture and weights. It sets the five sizes; a size that is given too must be the same. A relative path is looked
-    up in the current folder first, then in the folder of this file."""
+    """Folder of a Hugging Face causal language model or encoder, or its name on the Hub, such as ``gpt2``. Training starts
+    from its architecture and weights. It sets the five sizes; a size that is given too must be the same. A relative path is
+    looked up in the current folder first, then in the folder of this file."""
 
     hf_config: str | dict[str, Any] | None = None
     """A new model of any architecture of transformers: the path of a ``config.json``, a folder with one, a name on the Hub,
@@ -97,8 +95,8 @@ class ModelConfig(Section):
                 "(slw train --hf-checkpoint FOLDER), or remove rope"
             )
         if data.get("hf_config") is not None:
-            return _with_sizes_of_config(data)
-        return _with_sizes_of_folder(data)
+            return sizes_of_config(data)
+        return sizes_of_folder(data)
 
     @model_validator(mode="after")
     def _rope_is_possible(self) -> ModelConfig:
@@ -113,7 +111,7 @@ class ModelConfig(Section):
     def _preset_is_consistent(self) -> ModelConfig:
         if self.preset in ARCHITECTURE_PRESETS and self.hf_checkpoint is None:
             assert self.architecture is not None
-            _raise_first(f"preset {self.preset} with the sizes given", size_problems(self.architecture))
+            raise_first(f"preset {self.preset} with the sizes given", size_problems(self.architecture))
         return self
 
     @model_validator(mode="after")
@@ -173,6 +171,11 @@ class ModelConfig(Section):
         return self.architecture is None or is_plain_gpt2(self.architecture)
 
     @property
+    def is_encoder(self) -> bool:
+        """True for an encoder, which ``training.objective: "masked"`` trains; False for a causal language model."""
+        return self.architecture is not None and is_encoder(self.architecture)
+
+    @property
     def padded_vocab_size(self) -> int:
         """Rows of the word embedding and of the head.
 
@@ -187,7 +190,7 @@ class ModelConfig(Section):
         """The counts of a known architecture that isn't a GPT-2."""
         if self.architecture is None or self.is_gpt2 or any(size_problems(self.architecture)):
             return None
-        return count(self.architecture, self.padded_vocab_size)
+        return (count_encoder if self.is_encoder else count)(self.architecture, self.padded_vocab_size)
 
     @property
     def uncounted(self) -> str:
@@ -247,62 +250,3 @@ class ModelConfig(Section):
             looked_up = self.initial.looked_up_count()
         multiplied = self.parameter_count() - looked_up
         return 6.0 * multiplied + 12.0 * self.num_layers * self.hidden_size * seqlen
-
-
-def _with_sizes_of_folder(data: dict[str, Any]) -> dict[str, Any]:
-    """Return the section with the sizes of ``hf_checkpoint``. Raises ValueError for a size that differs or is missing."""
-    path = data.get("hf_checkpoint")
-    if not isinstance(path, str):
-        return data
-    if not path:
-        raise ValueError("hf_checkpoint: '' is not a folder; give one, or remove the key to start a new model")
-    try:
-        pretrained = read_pretrained(Path(path))
-        sizes = pretrained.sizes()
-    except CheckpointError as error:
-        reason = "a run that started from a folder needs its files each time it is resumed"
-        raise ValueError(f"hf_checkpoint: {error}; {reason}") from error
-    except SeqlenCurriculumError as error:
-        raise ValueError(f"hf_checkpoint: {error}") from error
-    sizes = with_more_positions(data, sizes)
-    return _with_sizes(data, "hf_checkpoint", path, pretrained.config, sizes)
-
-
-def _with_sizes_of_config(data: dict[str, Any]) -> dict[str, Any]:
-    """Return the section with the object of ``hf_config`` and its sizes. Raises ValueError if it makes no model."""
-    value = data["hf_config"]
-    others = [key for key in ("preset", "hf_checkpoint") if data.get(key) is not None]
-    if others:
-        raise ValueError(f"hf_config and {others[0]} each give an architecture; remove one of them")
-    if not isinstance(value, (str, dict)):
-        raise ValueError(f"hf_config: {shown(value)} is neither a path nor an object; write the path of a config.json")
-    where = value if isinstance(value, str) else ""
-    try:
-        config = read_hf_config(value) if isinstance(value, str) else value
-    except SeqlenCurriculumError as error:
-        raise ValueError(f"hf_config: {error}") from error
-    _raise_first(f"hf_config {where}".rstrip(), config_problems(config))
-    return {**_with_sizes(data, "hf_config", where, config, sizes_in(config)), "hf_config": config}
-
-
-def _raise_first(where: str, problems: Iterator[str]) -> None:
-    for problem in problems:
-        raise ValueError(f"{where}: {problem}")
-
-
-def _with_sizes(
-    data: dict[str, Any], key: str, path: str, config: Mapping[str, Any], sizes: Mapping[str, int]
-) -> dict[str, Any]:
-    """Return the section with ``sizes`` of ``config``, which is in ``path``, or in the section itself."""
-    where = f"{key} {path}".rstrip()
-    # A size that config.json lacks may be given in the section. A size that both have must be equal.
-    missing = [size for size in SIZES if size not in sizes and size not in data]
-    if missing:
-        raise ValueError(f"{key}: {f'{path}: ' if path else ''}{no_size(missing[0], config)}")
-    for size, value in sizes.items():
-        if data.get(size, value) != value:
-            raise ValueError(
-                f"{size}: {data[size]} differs from {value} in {where}; remove the size (or the preset that sets it), or "
-                f"change {key}"
-            )
-    return {**data, **sizes}

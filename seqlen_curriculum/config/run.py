@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from seqlen_curriculum.config import checks
-from seqlen_curriculum.config.data import DataConfig
+from seqlen_curriculum.config.data import DECOMPOSED_KEYS, DataConfig
 from seqlen_curriculum.config.data_efficiency import with_one_curriculum
 from seqlen_curriculum.config.deepspeed import DeepSpeedKeys, batch_shape
 from seqlen_curriculum.config.deepspeed_part import read_by_deepspeed
@@ -25,7 +25,9 @@ from seqlen_curriculum.config.training import TrainingConfig
 from seqlen_curriculum.errors import ConfigError
 from seqlen_curriculum.fields import Section, flat, misspelt_sections, parse_section
 from seqlen_curriculum.run_folder.model_folder import lasting_keys
+from seqlen_curriculum.schedule.adjusted_pacing import Rounding
 from seqlen_curriculum.schedule.batch_size_warmup import BatchSizeWarmup
+from seqlen_curriculum.schedule.buckets import Buckets, Listed, draw_lengths
 from seqlen_curriculum.schedule.curriculum_config import (
     BLOCK,
     AdaptiveCurriculum,
@@ -33,7 +35,8 @@ from seqlen_curriculum.schedule.curriculum_config import (
     constant_curriculum,
     curriculum_problems,
 )
-from seqlen_curriculum.schedule.global_batch import BatchGrowthKeys, GlobalBatch
+from seqlen_curriculum.schedule.global_batch import BatchGrowth, BatchGrowthKeys, GlobalBatch
+from seqlen_curriculum.schedule.piecewise import ceil_div
 from seqlen_curriculum.schedule.scheduler import CurriculumScheduler
 from seqlen_curriculum.schedule.shortening import Shortening
 from seqlen_curriculum.schedule.timeline import Timeline
@@ -65,6 +68,8 @@ class RunConfig:
     batch_size_warmup: BatchSizeWarmup | None = None
     data_ranks: int = 1
     """Number of data-parallel ranks, set by ``for_ranks``; not a key of the file."""
+    buckets: Buckets | None = None
+    """The pieces of decomposed training data, set by ``with_buckets``; not a key of the file."""
     ignored: tuple[str, ...] = field(default=(), compare=False)
     """DeepSpeed's keys in the file that have no effect on the run, each with the reason."""
     folder: Path | None = field(default=None, compare=False)
@@ -129,6 +134,10 @@ class RunConfig:
             raise ConfigError(problems)
         return config
 
+    def with_buckets(self, buckets: Buckets | None) -> RunConfig:
+        """Return the same run with the pieces of its training data; None changes nothing."""
+        return self if buckets is None else replace(self, buckets=buckets)
+
     @property
     def global_batch(self) -> int:
         """Return the rows per optimizer step over all ranks. Raises ConfigError without ``train_batch_size``."""
@@ -142,6 +151,9 @@ class RunConfig:
     @property
     def rows(self) -> GlobalBatch:
         """Return the rows per step: a constant, a warmup or a growth. Raises ConfigError without ``train_batch_size``."""
+        if self.decomposed:
+            # Lengths are powers of two, so a step has exactly this many tokens at every length.
+            return BatchGrowth(self.global_batch, self.global_batch * self.decomposed.seq_length)
         if self.batch_size_warmup:
             return self.batch_size_warmup.rows(self.global_batch)
         return self.curriculum.global_batch(self.global_batch) if self.curriculum else self.global_batch
@@ -150,6 +162,16 @@ class RunConfig:
     def adapts(self) -> bool:
         """Return whether later lengths depend on evaluations."""
         return isinstance(self.curriculum, AdaptiveCurriculum)
+
+    @property
+    def decomposed(self) -> DataConfig | None:
+        """Return the data section if its rows are pieces of documents, else None."""
+        return self.data if self.data and self.data.order == "decomposed" else None
+
+    @property
+    def needs_buckets(self) -> bool:
+        """Return whether the lengths depend on the pieces of the corpora, which ``with_buckets`` has not set yet."""
+        return self.decomposed is not None and self.curriculum is None and self.buckets is None
 
     @property
     def train_tokens(self) -> int | None:
@@ -161,9 +183,26 @@ class RunConfig:
         if self.curriculum is None and self.data is None:
             raise ConfigError("data: section required, but not given")
         curriculum = self.curriculum or constant_curriculum(self.shortening.seq_length)
-        bucket = self.training.seqlen_bucket if self.training else None
+        bucket: Rounding = self.training.seqlen_bucket if self.training else None
+        if self.decomposed:
+            bucket = self.decomposed.piece_lengths
         rows = self.rows if self.keys.train_batch_size else None
-        return CurriculumScheduler(curriculum, rows, self.train_tokens, bucket, self.shortening.seq_length)
+        drawn = self._drawn_lengths(self.decomposed) if self.decomposed and self.curriculum is None else None
+        return CurriculumScheduler(curriculum, rows, self.train_tokens, bucket, self.shortening.seq_length, drawn)
+
+    def _drawn_lengths(self, data: DataConfig) -> Listed:
+        """Return the lengths of a decomposed run without a schedule of its own. Raises ConfigError without its pieces."""
+        if self.buckets is None or self.train_tokens is None:
+            raise ConfigError(
+                f'data.bucket_curriculum: "{data.bucket_curriculum or "uniform"}" depends on the documents of the corpora '
+                "and on training.train_tokens, and they are not known here; use slw plan, inspect or train, or give "
+                "curriculum_learning a schedule"
+            )
+        steps = ceil_div(self.train_tokens, self.global_batch * data.seq_length)
+        if data.bucket_curriculum != "grow":
+            return draw_lengths(self.buckets, steps)
+        odds = data.bucket_odds or [2.0**power for power in reversed(range(len(data.piece_lengths)))]
+        return draw_lengths(self.buckets, steps, data.bucket_cycles or 8, odds)
 
     @property
     def shortening(self) -> Shortening:
@@ -189,15 +228,20 @@ class RunConfig:
             if self.model.initial:
                 chosen["model"]["initial_weights"] = self.model.initial.fingerprint
             elif self.model.architecture is not None:
-                chosen["model"]["hf_config"] = lasting_keys(self.model.architecture)
+                keys = lasting_keys(self.model.architecture)
+                # A null is a value: Mistral's sliding_window is 4096 if it is missing. A missing setting equals None.
+                chosen["model"]["hf_config"] = {key: "null" if keys[key] is None else keys[key] for key in keys}
         if self.curriculum:
             # Omitted if it is off: checkpoints of versions without batch growth belong to the same run.
             off = set() if self.curriculum.batch_growth else set(BatchGrowthKeys.model_fields)
             chosen["curriculum_learning"] = self.curriculum.model_dump(exclude=off)
         if self.data and self.training:
-            chosen["data"] = self.data.model_dump(exclude={"train", "valid", "test"}) | {"weights": self.data.weights}
+            unused = set() if self.decomposed else set(DECOMPOSED_KEYS)  # checkpoints of older versions lack these keys
+            dumped = self.data.model_dump(exclude={"train", "valid", "test", *unused})
+            chosen["data"] = dumped | {"weights": self.data.weights}
             decides = {"eval_interval", "eval_rows"} if self.adapts else set()
             chosen["training"] = self.training.model_dump(include={"train_tokens", "seed", "seqlen_bucket", *decides})
+            chosen["training"] |= self.training.identity()
         if self.batch_size_warmup:
             chosen["batch_size_warmup"] = self.batch_size_warmup.model_dump()
         shared = ("train_batch_size", "optimizer", "scheduler", "gradient_clipping", *_PRECISION)

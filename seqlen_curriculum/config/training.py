@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from seqlen_curriculum.fields import Count, CountOrZero, Section, Seqlen
 
-__all__ = ["TrainingConfig"]
+__all__ = ["MLM_PROBABILITY", "TrainingConfig"]
+
+MLM_PROBABILITY = 0.15
+"""BERT's share of predicted tokens (Devlin et al. 2019, section 3.1)."""
 
 
 class TrainingConfig(Section):
     """The ``training`` section: token budget, evaluation, checkpoints and measurements."""
 
     train_tokens: Count
-    """Token budget: stop after the step that reaches this many target tokens (Megatron-DeepSpeed's ``--train-tokens``)."""
+    """Token budget: stop after the step that reaches this many target tokens (Megatron-DeepSpeed's ``--train-tokens``). With
+    ``objective: "masked"`` all tokens of a row count, not only the masked ones."""
+    objective: Literal["causal", "masked"] = "causal"
+    """``causal``: predict the next token. ``masked``: predict masked tokens from both sides (BERT), with an encoder in
+    ``model``."""
+    mlm_probability: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Share of the tokens of a row that are predicted with ``objective: "masked"``: ``round(share * seqlen)`` of them, at
+    least 1. None: 0.15, as in BERT. ModernBERT uses 0.3."""
+    mask_token_id: CountOrZero | None = None
+    """Id of the mask token with ``objective: "masked"``. None: that of the tokenizer."""
     seed: CountOrZero = 1234
     """Seed of the initial weights, the order of samples and dropout."""
     eval_interval: CountOrZero = 100
@@ -67,3 +79,24 @@ class TrainingConfig(Section):
     """Steps between measurements of Adam's variance and momentum (l1 norm and largest element). 0: never."""
     log_sample_ids: bool = False
     """Write the ids of the samples that each rank reads to ``SAVE/samples.rank*.jsonl``."""
+
+    @model_validator(mode="after")
+    def _masks_are_used(self) -> TrainingConfig:
+        for name in ("mlm_probability", "mask_token_id"):
+            value = getattr(self, name)
+            if value is not None and self.objective == "causal":
+                raise ValueError(
+                    f'{name} {value} is not used with objective "causal"; remove it, or set objective to "masked"'
+                )
+        return self
+
+    @property
+    def predicted_share(self) -> float:
+        """The share of tokens with ``objective: "masked"`` that are predicted."""
+        return MLM_PROBABILITY if self.mlm_probability is None else self.mlm_probability
+
+    def identity(self) -> dict[str, Any]:
+        """Return the settings that identify the objective; empty for ``causal``, as in checkpoints of earlier versions."""
+        if self.objective == "causal":
+            return {}
+        return {"objective": self.objective, "mlm_probability": self.predicted_share}

@@ -119,6 +119,17 @@ class CorpusIndex:
         if size == 0:
             raise DataError(f"{bin_path}: the corpus is empty (0 tokens); prepare it from text with content")
 
+    def read_document_starts(self, first: int, last: int) -> IntArray:
+        """Return the token positions where documents ``first`` to ``last`` start, and the last one's end: read as a file."""
+        with open(self.path, "rb") as stream:
+            documents = self._entries(stream, self.documents, first, last - first + 1)
+            first_sequence, count = int(documents[0]), int(documents[-1] - documents[0])
+            offsets = self._entries(stream, self.offsets, first_sequence, count + 1)
+        if len(offsets) == count:  # the end of the last sequence isn't stored
+            end = int(self.offsets[-1]) + int(self.lengths[-1]) * self.dtype.itemsize
+            offsets = np.append(offsets, end)
+        return offsets[documents - first_sequence] // self.dtype.itemsize
+
     def _entries(self, stream: BinaryIO, block: NDArray[Any], first: int, count: int) -> IntArray:
         """Return up to ``count`` entries of a block, read as a file: mapped pages would count as memory of this process."""
         place = HEADER.size + 12 * len(self.lengths)  # of the document indices

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from seqlen_curriculum.data.tokenizer import END_OF_TEXT, located
 from seqlen_curriculum.errors import ConfigError
 
-__all__ = ["choose_end", "own_end"]
+__all__ = ["choose_end", "named_tokens", "own_end"]
 
 _RECORD_SUFFIX = ".tokenizer.json"
 PUBLISHED_ENDS = (END_OF_TEXT, "<|end_of_text|>", "<｜end▁of▁sentence｜>", "</s>", "<eos>")
@@ -60,12 +60,17 @@ def _of_corpus(path: Path, tokenizer: Tokenizer) -> Iterator[Any]:
 
 
 def _of_folder(folder: Path, tokenizer: Tokenizer) -> Iterator[Any]:
-    for name in ("tokenizer_config.json", "special_tokens_map.json"):
-        end = _object(folder / name).get("eos_token")  # a string, or an object with the properties of the token
-        yield end.get("content") if isinstance(end, dict) else end
+    yield from named_tokens(folder, "eos_token")
     for name in ("generation_config.json", "config.json"):
         end = _object(folder / name).get("eos_token_id")  # a number, or a list: Llama 3 Instruct has three
         yield _token(end[0] if isinstance(end, list) and end else end, tokenizer)
+
+
+def named_tokens(folder: Path, role: str) -> Iterator[Any]:
+    """Yield the token that each file of the tokenizer in ``folder`` names for ``role``, such as ``mask_token``."""
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        token = _object(folder / name).get(role)  # a string, or an object with the properties of the token
+        yield token.get("content") if isinstance(token, dict) else token
 
 
 def _token(number: object, tokenizer: Tokenizer) -> str | None:

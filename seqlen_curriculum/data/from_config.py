@@ -9,15 +9,18 @@ from pathlib import Path
 from seqlen_curriculum.config.model import ModelConfig
 from seqlen_curriculum.config.run import RunConfig
 from seqlen_curriculum.config.run_file import is_corpus, places
+from seqlen_curriculum.data.decomposed_data import DecomposedData, buckets_of
 from seqlen_curriculum.data.indexed import IndexedCorpus
-from seqlen_curriculum.data.samples import SPLITS, Samples, check_token_ids, open_split
-from seqlen_curriculum.data.training_data import TrainingData
+from seqlen_curriculum.data.mask_tokens import open_objective
+from seqlen_curriculum.data.pieces import Pieces
+from seqlen_curriculum.data.samples import SPLITS, Samples, check_token_ids, open_split, split_documents
+from seqlen_curriculum.data.training_data import RunData, TrainingData
 from seqlen_curriculum.errors import ConfigError, DataError
 
-__all__ = ["corpora_of", "open_run_data", "open_samples", "open_training_data"]
+__all__ = ["corpora_of", "open_run_data", "open_samples", "open_training_data", "with_buckets"]
 
 
-def open_run_data(config: RunConfig) -> tuple[TrainingData, Samples | None]:
+def open_run_data(config: RunConfig) -> tuple[RunData, Samples | None]:
     """Open (training data, validation samples) of a file with model, data and training sections.
 
     The validation samples are None if the run never evaluates. Raises ConfigError, DataError.
@@ -32,16 +35,57 @@ def open_run_data(config: RunConfig) -> tuple[TrainingData, Samples | None]:
     for corpus in corpora:
         _check_vocabulary(corpus, config.model)
     _check_tokenizers(corpora, config.model)
+    open_objective(config)
     return open_training_data(config), open_samples(config, "valid") if config.training.eval_interval else None
 
 
-def open_training_data(config: RunConfig) -> TrainingData:
+def open_training_data(config: RunConfig) -> RunData:
     """Open the training data of a file with data and training sections, without reading tokens."""
+    return open_decomposed_data(config) if config.decomposed else open_packed_data(config)
+
+
+def open_decomposed_data(config: RunConfig) -> DecomposedData:
+    """Open the training data of a file whose ``data.order`` is ``decomposed``."""
+    assert config.data is not None
+    pieces = open_pieces(config)
+    buckets = buckets_of(pieces, config.data.weights)
+    return DecomposedData(pieces, config.with_buckets(buckets).timeline(), buckets)
+
+
+def open_packed_data(config: RunConfig) -> TrainingData:
+    """Open the training data of a file whose ``data.order`` is ``packed``."""
     assert config.data is not None
     data, timeline = config.data, config.plan.timeline
-    sources = [data.prefixes] if data.weights is None else [[prefix] for prefix in data.prefixes]
-    samples = [open_samples(config, "train", source) for source in sources]
+    samples = [open_samples(config, "train", source) for source in _sources(config)]
     return TrainingData(samples, timeline, data.leftovers == "recycle", data.weights)
+
+
+def _sources(config: RunConfig) -> list[list[str]]:
+    """Return the training corpora of each source: all of one without weights, else one each."""
+    assert config.data is not None
+    return [config.data.prefixes] if config.data.weights is None else [[prefix] for prefix in config.data.prefixes]
+
+
+def open_pieces(config: RunConfig) -> list[Pieces]:
+    """Open the pieces of each source of a decomposed run. Raises ConfigError, DataError."""
+    assert config.data is not None
+    _, split = corpora_of(config, "train")
+    seed = config.training.seed if config.training else 0
+    vocab_size = config.model.vocab_size if config.model else None
+    return [
+        Pieces(split_documents(prefixes, split, "train"), config.data.piece_lengths, seed, vocab_size)
+        for prefixes in _sources(config)
+    ]
+
+
+def with_buckets(config: RunConfig) -> RunConfig:
+    """Return ``config`` with the pieces of its corpora, on which the plan of a decomposed run depends; others unchanged.
+
+    Raises ConfigError, DataError.
+    """
+    if config.decomposed is None or config.buckets is not None:
+        return config
+    return config.with_buckets(buckets_of(open_pieces(config), config.decomposed.weights))
 
 
 def open_samples(config: RunConfig, which: str, prefixes: Sequence[str] | None = None) -> Samples:

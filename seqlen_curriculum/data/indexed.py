@@ -84,9 +84,17 @@ class IndexedCorpus:
         for document in (first, last):
             if not 0 <= document <= self.num_documents:
                 raise IndexError(f"{self.prefix}: no document {document}, it has {self.num_documents}")
+        return self._starts(np.asarray(self.index.documents[first : last + 1]))
+
+    def starts_of(self, documents: IntArray) -> IntArray:
+        """Return ``document_start`` of each of ``documents``, in their shape."""
+        return self._starts(np.asarray(self.index.documents[documents]))
+
+    def _starts(self, sequences: IntArray) -> IntArray:
+        """Return the token positions where ``sequences`` start; ``num_tokens`` for the one after the last."""
         # Document -> its first sequence -> byte offset -> token. With offsets 0, 4, 6, 12 and uint16 tokens, document
         # indices 0, 2, 4 give tokens 0, 3 and num_tokens: index 4 is one past the last sequence.
-        sequences, offsets = np.asarray(self.index.documents[first : last + 1]), self.index.offsets
+        offsets = self.index.offsets
         starts = np.full_like(sequences, self.num_tokens)
         inside = sequences < len(offsets)
         starts[inside] = offsets[sequences[inside]] // self.dtype.itemsize

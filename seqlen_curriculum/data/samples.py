@@ -20,20 +20,32 @@ from seqlen_curriculum.data.indexed import IndexedCorpus
 from seqlen_curriculum.errors import ConfigError, DataError
 from seqlen_curriculum.schedule.piecewise import IntArray
 
-__all__ = ["SPLITS", "Samples", "check_token_ids", "open_split", "split_bounds", "split_ranges"]
+__all__ = [
+    "SPLITS",
+    "Samples",
+    "TokenRanges",
+    "check_token_ids",
+    "open_split",
+    "split_bounds",
+    "split_documents",
+    "split_ranges",
+]
 
 SPLITS = ("train", "valid", "test")
 _CHECK_TOKENS = 2**24  # at most this many are checked before a run: 32 MiB of uint16, under a second
 _CHECK_BLOCK = 2**16
 
 
-class Samples:
-    """Samples of ``seq_length`` tokens from ranges ``(corpus, first_token, end_token)``, concatenated.
+class TokenRanges:
+    """Token ranges ``(corpus, first_token, end_token)``, read by position.
 
-    ``num_tokens`` tokens are targets: all except the first token of each range. A range too short for a sample gives none.
     With ``vocab_size``, reading a token id outside the vocabulary raises ``DataError``. ``seed`` keys the order in which a
-    run reads the samples. Raises ``DataError`` if no range gives a sample.
+    run reads them, in rows of up to ``seq_length`` tokens. ``num_samples`` are the rows that they give, ``num_tokens`` the
+    targets.
     """
+
+    num_samples: int
+    num_tokens: int
 
     def __init__(
         self,
@@ -47,22 +59,7 @@ class Samples:
         self.seed = seed
         self.vocab_size = vocab_size
         self._check_ranges()
-        # With L = 4, ranges of 5, 1, 3 and 6 tokens have 4, 0, 2 and 5 targets, so 1, 0, 0 and 1 samples. The rests have
-        # 0, 0, 2 and 1 targets: bounds 0 1 1 1 2, rest bounds 0 0 0 2 3.
-        tokens = np.array([max(end - first - 1, 0) for _, first, end in self.ranges], dtype=np.int64)
-        self._bounds = np.cumsum([0, *(tokens // seq_length)], dtype=np.int64)  # (ranges + 1,) sample ids
-        self._rest_bounds = np.cumsum(
-            [0, *(tokens % seq_length)], dtype=np.int64
-        )  # (ranges + 1,) positions in the rest
-        self._firsts = np.array([first for _, first, _ in self.ranges], dtype=np.int64)
-        self.num_samples, self.num_tokens = int(self._bounds[-1]), int(tokens.sum())
         self.dtype = np.result_type(*(corpus.dtype for corpus, _, _ in self.ranges))
-        if not self.num_samples:
-            sizes = ", ".join(f"{corpus.prefix} has {end - first} tokens" for corpus, first, end in self.ranges)
-            raise DataError(
-                f"no sample in this split: {sizes}, and a sample needs seq_length + 1 = {seq_length + 1}; "
-                "prepare more text, set a smaller seq_length, or give this split a larger share"
-            )
 
     def _check_ranges(self) -> None:
         if self.seq_length < 1:
@@ -72,6 +69,65 @@ class Samples:
         for corpus, first, end in self.ranges:
             if not 0 <= first <= end <= corpus.num_tokens:
                 raise IndexError(f"{corpus.prefix}: tokens {first}..{end} are outside its {corpus.num_tokens}")
+
+    def gather(self, range_index: IntArray, starts: IntArray, length: int) -> NDArray[Any]:
+        """Return ``length`` tokens from each of ``starts`` (B,), positions in the corpora of ``range_index`` (B,).
+
+        The result is (B, length), in the narrowest dtype that holds the tokens of all corpora. Raises ``DataError`` for an
+        id outside the vocabulary.
+        """
+        if len(self.ranges) == 1:
+            tokens = self.ranges[0][0].gather(starts, length)
+        else:
+            tokens = np.empty((len(starts), length), dtype=self.dtype)
+            for index in np.unique(range_index).tolist():
+                rows = np.flatnonzero(range_index == index)
+                tokens[rows] = self.ranges[index][0].gather(starts[rows], length)
+        for row, column in self.find_invalid_ids(tokens)[:1]:
+            prefix = self.ranges[int(range_index[row])][0].prefix
+            assert self.vocab_size is not None
+            raise _invalid_id(prefix, int(starts[row] + column), int(tokens[row, column]), self.vocab_size)
+        return tokens
+
+    def find_invalid_ids(self, tokens: NDArray[Any]) -> IntArray:
+        """Return the indices (count, axes) of the ids in ``tokens`` that are outside the vocabulary."""
+        # As unsigned numbers negative ids are large (int32 -1 is 4,294,967,295), so one maximum finds both kinds of bad id.
+        unsigned = tokens.view(f"u{tokens.itemsize}")
+        if self.vocab_size is None or not tokens.size or int(unsigned.max()) < self.vocab_size:
+            return np.empty((0, tokens.ndim), dtype=np.int64)
+        return np.argwhere(unsigned >= self.vocab_size)
+
+
+class Samples(TokenRanges):
+    """Samples of ``seq_length`` tokens from the ranges ``corpora``, concatenated.
+
+    ``num_tokens`` tokens are targets: all except the first token of each range. A range too short for a sample gives none.
+    Raises ``DataError`` if no range gives a sample.
+    """
+
+    def __init__(
+        self,
+        corpora: Sequence[tuple[IndexedCorpus, int, int]],
+        seq_length: int,
+        seed: int,
+        vocab_size: int | None = None,
+    ) -> None:
+        super().__init__(corpora, seq_length, seed, vocab_size)
+        # With L = 4, ranges of 5, 1, 3 and 6 tokens have 4, 0, 2 and 5 targets, so 1, 0, 0 and 1 samples. The rests have
+        # 0, 0, 2 and 1 targets: bounds 0 1 1 1 2, rest bounds 0 0 0 2 3.
+        tokens = np.array([max(end - first - 1, 0) for _, first, end in self.ranges], dtype=np.int64)
+        self._bounds = np.cumsum([0, *(tokens // seq_length)], dtype=np.int64)  # (ranges + 1,) sample ids
+        self._rest_bounds = np.cumsum(
+            [0, *(tokens % seq_length)], dtype=np.int64
+        )  # (ranges + 1,) positions in the rest
+        self._firsts = np.array([first for _, first, _ in self.ranges], dtype=np.int64)
+        self.num_samples, self.num_tokens = int(self._bounds[-1]), int(tokens.sum())
+        if not self.num_samples:
+            sizes = ", ".join(f"{corpus.prefix} has {end - first} tokens" for corpus, first, end in self.ranges)
+            raise DataError(
+                f"no sample in this split: {sizes}, and a sample needs seq_length + 1 = {seq_length + 1}; "
+                "prepare more text, set a smaller seq_length, or give this split a larger share"
+            )
 
     def locate(self, ids: ArrayLike) -> tuple[IntArray, IntArray]:
         """Return the range index and the token position in its corpus of each sample, (B,) both.
@@ -103,33 +159,6 @@ class Samples:
             raise ConfigError(f"seqlen: {seqlen} is outside 1..{self.seq_length}, the seq_length of the data")
         return self.gather(*self.locate(ids), seqlen + 1)
 
-    def gather(self, range_index: IntArray, starts: IntArray, length: int) -> NDArray[Any]:
-        """Return ``length`` tokens from each of ``starts`` (B,), positions in the corpora of ``range_index`` (B,).
-
-        The result is (B, length), in the narrowest dtype that holds the tokens of all corpora. Raises ``DataError`` for an
-        id outside the vocabulary.
-        """
-        if len(self.ranges) == 1:
-            tokens = self.ranges[0][0].gather(starts, length)
-        else:
-            tokens = np.empty((len(starts), length), dtype=self.dtype)
-            for index in np.unique(range_index).tolist():
-                rows = np.flatnonzero(range_index == index)
-                tokens[rows] = self.ranges[index][0].gather(starts[rows], length)
-        for row, column in self.find_invalid_ids(tokens)[:1]:
-            prefix = self.ranges[int(range_index[row])][0].prefix
-            assert self.vocab_size is not None
-            raise _invalid_id(prefix, int(starts[row] + column), int(tokens[row, column]), self.vocab_size)
-        return tokens
-
-    def find_invalid_ids(self, tokens: NDArray[Any]) -> IntArray:
-        """Return the indices (count, axes) of the ids in ``tokens`` that are outside the vocabulary."""
-        # As unsigned numbers negative ids are large (int32 -1 is 4,294,967,295), so one maximum finds both kinds of bad id.
-        unsigned = tokens.view(f"u{tokens.itemsize}")
-        if self.vocab_size is None or not tokens.size or int(unsigned.max()) < self.vocab_size:
-            return np.empty((0, tokens.ndim), dtype=np.int64)
-        return np.argwhere(unsigned >= self.vocab_size)
-
 
 def split_bounds(num_documents: int, split: str) -> list[int]:
     """Return the document bounds ``[0, a, b, num_documents]`` of train, valid and test for weights such as ``"949,50,1"``.
@@ -155,19 +184,26 @@ def split_bounds(num_documents: int, split: str) -> list[int]:
     return [0, *(max(bound - shift, 0) for bound in bounds[1:])]
 
 
+def split_documents(
+    prefixes: Sequence[str | os.PathLike[str]], split: str, which: str
+) -> list[tuple[IndexedCorpus, int, int]]:
+    """Return (corpus, first document, end document) of split ``which`` (train, valid or test) of each corpus."""
+    if which not in SPLITS:
+        raise ConfigError(f"split: there is no {which!r}; valid names: {', '.join(SPLITS)}")
+    number, ranges = SPLITS.index(which), []
+    for prefix in prefixes:
+        corpus = IndexedCorpus(prefix)
+        first, end = split_bounds(corpus.num_documents, split)[number : number + 2]
+        ranges.append((corpus, first, end))
+    return ranges
+
+
 def split_ranges(
     prefixes: Sequence[str | os.PathLike[str]], split: str, which: str
 ) -> list[tuple[IndexedCorpus, int, int]]:
     """Return (corpus, first token, end token) of split ``which`` (train, valid or test) of each corpus."""
-    if which not in SPLITS:
-        raise ConfigError(f"split: there is no {which!r}; valid names: {', '.join(SPLITS)}")
-    number = SPLITS.index(which)
-    ranges = []
-    for prefix in prefixes:
-        corpus = IndexedCorpus(prefix)
-        first, end = split_bounds(corpus.num_documents, split)[number : number + 2]
-        ranges.append((corpus, corpus.document_start(first), corpus.document_start(end)))
-    return ranges
+    documents = split_documents(prefixes, split, which)
+    return [(corpus, corpus.document_start(first), corpus.document_start(end)) for corpus, first, end in documents]
 
 
 def open_split(

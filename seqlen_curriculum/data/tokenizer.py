@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from seqlen_curriculum.errors import ConfigError
 from seqlen_curriculum.run_folder.hub import hub_folder, is_hub_name
 from seqlen_curriculum.run_folder.model_files import check_files
+from seqlen_curriculum.strict_json import shown
 
 __all__ = [
     "END_OF_TEXT",
@@ -90,10 +92,15 @@ def build_tokenizer(choice: TokenizerChoice, texts: Iterable[str], end: str = EN
     if choice.train_vocab is not None:
         return train_tokenizer(choice.train_vocab, texts, end)
     if choice.tokenizer_file is not None:
-        return read_tokenizer(choice.tokenizer_file)
+        return _copied(read_tokenizer(choice.tokenizer_file), choice.tokenizer_file)
     assert choice.vocab_file is not None
     assert choice.merge_file is not None
-    return _read_gpt2(choice.vocab_file, choice.merge_file)
+    return _copied(_read_gpt2(choice.vocab_file, choice.merge_file), choice.vocab_file)
+
+
+def _copied(tokenizer: Tokenizer, path: Path) -> Tokenizer:
+    """Return ``tokenizer`` after a copy by its JSON, as processes and corpora get it. Raises ConfigError."""
+    return _parsed(tokenizer.to_str(), path)
 
 
 def train_tokenizer(vocab_size: int, texts: Iterable[str], end: str = END_OF_TEXT) -> Tokenizer:
@@ -158,18 +165,51 @@ def splits_at_spaces(tokenizer: Tokenizer) -> bool:
 
 
 def _read_saved(path: Path) -> Tokenizer:
+    tokenizer = _parsed(_read_text(path), path)
+    # A saved tokenizer may truncate or pad. A corpus needs every token and no padding.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return _checked(tokenizer, str(path))
+
+
+def _parsed(content: str, path: Path) -> Tokenizer:
     try:
-        tokenizer = Tokenizer.from_str(_read_text(path))
-    except (ConfigError, KeyboardInterrupt, SystemExit):
-        raise
+        with _panics_silently():
+            return Tokenizer.from_str(content)
     except BaseException as error:  # the library raises nothing narrower; its PanicException is not an Exception
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         reason = " ".join(str(error).split())[:200]
         raise ConfigError(f"{path}: not a tokenizer.json ({reason}); save it again with tokenizers") from None
-    # A saved tokenizer may truncate or pad. A corpus needs every token and no padding.
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
+
+
+@contextmanager
+def _panics_silently() -> Iterator[None]:
+    """Discard what is written to stderr: a library in Rust prints several lines before it raises its PanicException."""
+    try:
+        stderr = os.dup(2)
+    except OSError:  # it is closed
+        yield
+        return
+    with open(os.devnull, "w") as nothing:
+        os.dup2(nothing.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
+
+
+def _checked(tokenizer: Tokenizer, where: str) -> Tokenizer:
+    """Return ``tokenizer``. Raises ConfigError for one without tokens, and for an id that is too large."""
+    # The library allocates memory for every id up to the largest, 16 GB for a single one of 2**32.
+    token, number = max(tokenizer.get_vocab().items(), key=lambda item: item[1], default=("", -1))
+    if number < 0:
+        raise ConfigError(f"{where}: has no tokens; save it again with tokenizers")
+    if number >= _LARGEST_VOCAB:
+        raise ConfigError(
+            f"{where}: {shown(token)} has the id {number:,}, above {_LARGEST_VOCAB - 1:,}; give it a smaller one"
+        )
     return tokenizer
 
 
@@ -184,7 +224,7 @@ def _read_gpt2(vocab_file: Path, merge_file: Path) -> Tokenizer:
     # OPT has the special tokens of RoBERTa. GPT-2's files without any get the end-of-text token as a further one.
     special = [token for token in (END_OF_TEXT, *_ROBERTA_TOKENS) if token in vocab]
     tokenizer.add_special_tokens(special or [END_OF_TEXT])
-    return tokenizer
+    return _checked(tokenizer, str(vocab_file))
 
 
 def _byte_level(model: models.BPE) -> Tokenizer:
@@ -215,6 +255,12 @@ def read_vocab(path: Path) -> dict[str, int]:
         ) from None
     if not isinstance(vocab, dict) or not all(type(number) is int and number >= 0 for number in vocab.values()):
         raise ConfigError(f"{path}: not an object of token to id; give GPT-2's encoder.json")
+    token_of = {number: token for token, number in vocab.items()}
+    if len(token_of) < len(vocab):
+        token, number = next(item for item in vocab.items() if token_of[item[1]] != item[0])
+        raise ConfigError(
+            f"{path}: {shown(token)} and {shown(token_of[number])} have the id {number}; download the file again"
+        )
     return vocab
 
 

@@ -27,7 +27,7 @@ from seqlen_curriculum.models.pretrained import (
 )
 from seqlen_curriculum.run_folder import MANIFEST
 from seqlen_curriculum.run_folder.checkpoint_manifest import Checkpoint, read_checkpoint
-from seqlen_curriculum.run_folder.model_folder import sizes_in
+from seqlen_curriculum.run_folder.model_folder import is_encoder, sizes_in
 from seqlen_curriculum.run_folder.own_files import check_own
 
 __all__ = ["DTYPES", "export", "prepare_to_generate", "read_run_up_to"]
@@ -108,7 +108,8 @@ def read_run_up_to(checkpoint: Checkpoint) -> Run | None:
 def prepare_to_generate(model: Any, end_of_text: int | None) -> None:
     """Enable the key-value cache, and set the token that ends a text, see ``set_end_of_text``."""
     set_end_of_text(model, end_of_text)
-    model.config.use_cache = True
+    if not is_encoder(model.config.to_dict()):
+        model.config.use_cache = True
 
 
 def _write(

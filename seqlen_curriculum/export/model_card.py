@@ -10,6 +10,7 @@ from typing import Any
 
 from seqlen_curriculum.analysis.formats import count, plain, setting, significant
 from seqlen_curriculum.analysis.run import Run
+from seqlen_curriculum.run_folder.model_folder import is_encoder
 
 __all__ = ["ModelCard"]
 
@@ -50,6 +51,11 @@ class ModelCard:
     picture: str | None = None
     """File name of the curves."""
 
+    @property
+    def is_encoder(self) -> bool:
+        """True for an encoder that was trained on masked tokens."""
+        return is_encoder({"architectures": [self.architecture]})
+
     def markdown(self) -> str:
         """Return the card with its YAML front matter, without a licence, which the owner must choose."""
         parts = [self.front_matter(), f"# {_escaped(self.name)}", self.architecture_line()]
@@ -74,7 +80,8 @@ class ModelCard:
         if self.warms_up():
             tags.append("sequence-length-warmup")
         tag_lines = "\n".join(f"- {tag}" for tag in tags)
-        return f"---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags:\n{tag_lines}\n---"
+        task = "fill-mask" if self.is_encoder else "text-generation"
+        return f"---\nlibrary_name: transformers\npipeline_tag: {task}\ntags:\n{tag_lines}\n---"
 
     def architecture_line(self) -> str:
         """Return a sentence with the class, parameters, dtype and sizes."""
@@ -95,7 +102,8 @@ class ModelCard:
         if self.run is not None and self.run.points:
             last = self.run.points[-1]
             loss, perplexity = plain(last["valid_loss"]), significant(last["valid_ppl"])
-            rows.append((f"validation loss at step {count(last['step'])}", f"{loss} (perplexity {perplexity})"))
+            name = "pseudo-perplexity of masked tokens" if self.is_encoder else "perplexity"
+            rows.append((f"validation loss at step {count(last['step'])}", f"{loss} ({name} {perplexity})"))
         table = _table("", rows)
         if not self.warms_up():
             return table
@@ -119,7 +127,8 @@ class ModelCard:
         folder = repr(self.name)  # may contain quotes
         if self.has_tokenizer:
             lines.append(f"tokenizer = transformers.AutoTokenizer.from_pretrained({folder})")
-        lines += [f"model = transformers.AutoModelForCausalLM.from_pretrained({folder})", "```"]
+        auto = "AutoModelForMaskedLM" if self.is_encoder else "AutoModelForCausalLM"
+        lines += [f"model = transformers.{auto}.from_pretrained({folder})", "```"]
         return "\n".join(lines)
 
 

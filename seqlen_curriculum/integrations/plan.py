@@ -92,12 +92,19 @@ class TrainerPlan:
         changed = differences(state["settings"], ours["settings"])
         if state["max_lr"] != ours["max_lr"]:
             changed["learning rate"] = f"{state['max_lr']} in the checkpoint, {ours['max_lr']} now"
-        elif not changed or trains_identically(state["settings"], ours["settings"], step):
+        elif not changed or trains_identically(_with_rate(state), _with_rate(ours), step):
             return
         listed = "".join(f"\n  - {name}: {change}" for name, change in changed.items())
         raise CheckpointError(
             f"the checkpoint of step {step} is of another schedule; restore these settings, or start a new run:{listed}"
         )
+
+
+def _with_rate(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of ``TrainerPlan.state`` with the peak rate of the trainer's optimizer, which the file lacks."""
+    if state["max_lr"] is None:
+        return dict(state["settings"])
+    return {**state["settings"], "optimizer.type": "Adam", "optimizer.params.lr": state["max_lr"]}
 
 
 def _rate_in(raw: Mapping[str, Any]) -> float | None:
@@ -125,7 +132,14 @@ def _refused(raw: Mapping[str, Any]) -> list[str]:
     """Return one line for each feature that needs our own training loop."""
     block = raw.get("curriculum_learning")
     curriculum = block if isinstance(block, Mapping) and block.get("enabled") else {}
+    data, training = raw.get("data"), raw.get("training")
+    objective = training.get("objective") if isinstance(training, Mapping) else None
     refused = {
+        "training.objective": (objective == "masked", "its batches bring their own targets"),
+        "data.order": (
+            isinstance(data, Mapping) and data.get("order") == "decomposed",
+            "a trainer's steps all have the same rows",
+        ),
         "batch_size_warmup": (raw.get("batch_size_warmup") is not None, "a trainer's steps all have the same rows"),
         "curriculum_learning.batch_growth": (
             bool(curriculum.get("batch_growth")),

@@ -7,13 +7,13 @@ import dataclasses
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
 from seqlen_curriculum.config.hf_config import TOKENS
 from seqlen_curriculum.config.model import ModelConfig
-from seqlen_curriculum.errors import ConfigError
+from seqlen_curriculum.errors import ConfigError, SeqlenCurriculumError
 from seqlen_curriculum.fields import suggest
-from seqlen_curriculum.models.pretrained import drop_code, quiet
+from seqlen_curriculum.models.pretrained import drop_code, quiet, read_config
 
 __all__ = ["architecture_config", "new_model", "source_of"]
 
@@ -21,17 +21,17 @@ __all__ = ["architecture_config", "new_model", "source_of"]
 def architecture_config(config: ModelConfig) -> Any:
     """Return the configuration of transformers for ``config.architecture``. Raises ConfigError."""
     try:
+        if config.initial is not None:
+            return read_config(config.initial.folder)
+        assert config.architecture is not None
         with quiet():
-            if config.initial is not None:
-                folder = config.initial.folder
-                lm_config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-            else:
-                assert config.architecture is not None
-                lm_config = _new_config(config.architecture)
+            lm_config = _new_config(config.architecture)
         drop_code(lm_config)
+    except SeqlenCurriculumError:
+        raise
     except Exception as error:  # a wrong value raises one of many classes, also of other libraries
-        reason = " ".join(str(error).split())[:300]
-        raise ConfigError(f"{source_of(config)}: transformers can't read its config.json: {reason}") from error
+        problem = " ".join(str(error).split())[:300]
+        raise ConfigError(f"{source_of(config)}: transformers can't read its config.json: {problem}") from error
     return lm_config
 
 
@@ -54,13 +54,14 @@ def _new_config(given: dict[str, Any]) -> Any:
 
 
 def new_model(config: ModelConfig, lm_config: Any) -> Any:
-    """Return a causal language model with weights by the architecture's own init, in fp32 whatever the saved dtype.
+    """Return a causal language model or an encoder, with weights by the architecture's own init.
 
-    Raises ValueError for an architecture without one.
+    It is in fp32 whatever the saved dtype. Raises ValueError for an architecture without one.
     """
     if config.initial is None:
         lm_config.vocab_size = config.padded_vocab_size
-    lm = AutoModelForCausalLM.from_config(lm_config, dtype=torch.float32, trust_remote_code=False)
+    auto = AutoModelForMaskedLM if config.is_encoder else AutoModelForCausalLM
+    lm = auto.from_config(lm_config, dtype=torch.float32, trust_remote_code=False)
     if config.initial is None:
         # An embedding doesn't train its padding token. Rows are never padded, and in a corpus with another tokenizer that id
         # is an ordinary token.

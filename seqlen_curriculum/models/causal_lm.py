@@ -15,14 +15,16 @@ from torch.nn import functional as F
 from transformers import GenerationConfig, GPT2LMHeadModel
 
 from seqlen_curriculum.config.model import ModelConfig
-from seqlen_curriculum.errors import CheckpointError, ConfigError
+from seqlen_curriculum.errors import CheckpointError, ConfigError, SeqlenCurriculumError
 from seqlen_curriculum.models.architecture import architecture_config, new_model, source_of
 from seqlen_curriculum.models.attention import SDPA_CAUSAL
 from seqlen_curriculum.models.gpt2 import CausalLM, build_gpt2, checkpoint_activations, save_hf
 from seqlen_curriculum.models.loss_head import LossHead
+from seqlen_curriculum.models.masked_lm import MaskedLM, build_masked_lm
 from seqlen_curriculum.models.pretrained import (
     load_model,
     quiet,
+    reason,
     replace_invalid_generation_config,
     save_pretrained,
 )
@@ -110,7 +112,7 @@ class AnyCausalLM(nn.Module):
         self.restarted_window = window
 
 
-def build_model(config: ModelConfig, read_weights: bool = True) -> CausalLM | AnyCausalLM:
+def build_model(config: ModelConfig, read_weights: bool = True) -> CausalLM | AnyCausalLM | MaskedLM:
     """Build the model of the ``model`` section on the CPU in fp32, ready to train.
 
     The weights are those of ``hf_checkpoint``. Without it, or without ``read_weights`` (if a checkpoint of the run is
@@ -119,17 +121,25 @@ def build_model(config: ModelConfig, read_weights: bool = True) -> CausalLM | An
     if config.architecture is None:
         return build_gpt2(config)
     lm_config = architecture_config(config)
-    if config.rope is not None:
-        change_rope(lm_config, config.rope, config.max_position_embeddings)
     weights_folder = config.initial.folder if config.initial is not None and read_weights else None
-    with quiet():
-        if config.is_gpt2:
-            lm = _pretrained_gpt2(config, lm_config, weights_folder)
-        else:
-            lm = _pretrained_lm(config, lm_config, weights_folder)
+    try:
+        if config.rope is not None:
+            change_rope(lm_config, config.rope, config.max_position_embeddings)
+        with quiet():
+            model: CausalLM | AnyCausalLM | MaskedLM
+            if config.is_encoder:
+                model = build_masked_lm(config, lm_config, weights_folder)
+            elif config.is_gpt2:
+                model = CausalLM(_pretrained_gpt2(config, lm_config, weights_folder))
+            else:
+                model = AnyCausalLM(_pretrained_lm(config, lm_config, weights_folder))
+    except SeqlenCurriculumError:
+        raise
+    except Exception as error:  # odd values in config.json make transformers raise almost anything
+        raise ConfigError(f"{source_of(config)}: transformers can't build it ({reason(error)})") from error
     if config.activation_checkpointing:
-        checkpoint_activations(lm)
-    return CausalLM(lm) if config.is_gpt2 else AnyCausalLM(lm)
+        checkpoint_activations(model.lm)
+    return model
 
 
 def _pretrained_gpt2(config: ModelConfig, lm_config: Any, folder: Path | None) -> Any:
@@ -155,13 +165,10 @@ def _pretrained_gpt2(config: ModelConfig, lm_config: Any, folder: Path | None) -
 
 def _pretrained_lm(config: ModelConfig, lm_config: Any, folder: Path | None) -> Any:
     """Return any other causal language model, built by transformers."""
-    try:
-        if folder is not None:
-            lm = load_model(folder, padding=True, config=lm_config if config.rope else None)
-        else:
-            lm = new_model(config, lm_config)
-    except ValueError as error:
-        raise ConfigError(f"{source_of(config)}: no causal language model of transformers ({error})") from error
+    if folder is not None:
+        lm = load_model(folder, padding=True, config=lm_config if config.rope else None)
+    else:
+        lm = new_model(config, lm_config)
     if folder is None and config.initial is not None and (config.initial.folder / "generation_config.json").exists():
         lm.generation_config = GenerationConfig.from_pretrained(config.initial.folder)
         replace_invalid_generation_config(lm)
@@ -183,8 +190,8 @@ def _check_causal(lm: Any, config: ModelConfig) -> None:
         raise ConfigError(f"{source_of(config)}: its logits change with later tokens; give a causal language model")
 
 
-def save_model(model: CausalLM | AnyCausalLM, folder: Path, weights: Mapping[str, Tensor]) -> None:
-    """Write ``weights``, under the names of ``model``'s parameters, for ``AutoModelForCausalLM.from_pretrained(folder)``.
+def save_model(model: CausalLM | AnyCausalLM | MaskedLM, folder: Path, weights: Mapping[str, Tensor]) -> None:
+    """Write ``weights``, under the names of ``model``'s parameters, for ``from_pretrained(folder)`` of its ``AutoModel``.
 
     Raises CheckpointError.
     """

@@ -16,7 +16,7 @@ from seqlen_curriculum.data.document_end import own_end
 from seqlen_curriculum.errors import ConfigError
 from seqlen_curriculum.fields import Flags
 from seqlen_curriculum.models.pretrained import load_model, load_tokenizer, quiet
-from seqlen_curriculum.run_folder.model_folder import model_folder, sizes_in
+from seqlen_curriculum.run_folder.model_folder import model_folder, refuse_encoder, sizes_in
 
 __all__ = ["Sample", "Sampling", "generate"]
 
@@ -73,6 +73,7 @@ def generate(
     for prompt in prompts:
         _check_utf8(prompt)
     folder = model_folder(path)
+    refuse_encoder(folder, "it can't continue a text; give a causal language model")
     loaded_tokenizer, model = load_tokenizer(folder, tokenizer), load_model(folder)
     end = own_end(tokenizer or folder, loaded_tokenizer)
     positions = sizes_in(model.config.to_dict()).get("max_position_embeddings")

@@ -5,7 +5,9 @@ Nothing of a folder is run: ``trust_remote_code`` is False, so transformers neve
 
 from __future__ import annotations
 
+import copy
 import json
+import math
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -15,15 +17,23 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    GenerationConfig,
+    PreTrainedTokenizerFast,
+)
 from transformers.utils import logging
 
 from seqlen_curriculum.config.rope import older_rope_keys
+from seqlen_curriculum.data.mask_tokens import MASK_TOKENS
 from seqlen_curriculum.data.tokenizer import END_OF_TEXT, read_tokenizer, tokenizer_files, vocab_size
-from seqlen_curriculum.errors import CheckpointError, ConfigError
+from seqlen_curriculum.errors import CheckpointError, ConfigError, SeqlenCurriculumError
 from seqlen_curriculum.files import follow_umask, read_json
-from seqlen_curriculum.run_folder.model_files import TOKENIZER_FILES, ordinary_file, weight_files
-from seqlen_curriculum.run_folder.model_folder import model_folder, vocabulary
+from seqlen_curriculum.run_folder.model_files import TOKENIZER_FILES, ordinary_file
+from seqlen_curriculum.run_folder.model_folder import is_encoder, model_folder, shapes_in, sizes_in, vocabulary
+from seqlen_curriculum.strict_json import shown
 
 __all__ = [
     "add_older_names",
@@ -33,6 +43,8 @@ __all__ = [
     "load_tokenizer",
     "model_folder",
     "quiet",
+    "read_config",
+    "reason",
     "replace_invalid_generation_config",
     "save_pretrained",
     "save_tokenizer",
@@ -42,30 +54,31 @@ __all__ = [
 
 
 def load_model(path: Path, dtype: torch.dtype | None = torch.float32, padding: bool = False, config: Any = None) -> Any:
-    """Load the ``AutoModelForCausalLM`` of ``model_folder(path)`` on the CPU, in eval mode.
+    """Load the ``AutoModelForCausalLM``, or ``AutoModelForMaskedLM``, of ``model_folder(path)`` on the CPU, in eval mode.
 
     Padding rows of the vocabulary are removed unless ``padding``. The default ``dtype`` is float32 for any saved dtype: it
     represents every saved value exactly, and sums of logits need its precision. None keeps the saved one. ``config``
     replaces transformers' configuration in the folder. Raises CheckpointError.
     """
     folder = model_folder(path)
-    weight_files(folder)
+    encoder = is_encoder(read_json(folder / "config.json"))
     try:
+        config = config or read_config(folder)
         with quiet():
-            model, loading = AutoModelForCausalLM.from_pretrained(
+            model, loading = (AutoModelForMaskedLM if encoder else AutoModelForCausalLM).from_pretrained(
                 folder,
+                config=config,
                 dtype=dtype or "auto",
                 local_files_only=True,
                 trust_remote_code=False,
                 weights_only=True,
                 output_loading_info=True,
-                **({} if config is None else {"config": config}),
             )
+    except SeqlenCurriculumError:
+        raise
     except Exception as error:  # damaged files make the libraries raise almost anything
-        message = (str(error).strip().splitlines() or [""])[0]
-        raise CheckpointError(
-            f"{folder}: can't be loaded as a causal language model ({type(error).__name__}: {message})"
-        ) from error
+        kind = "an encoder" if encoder else "a causal language model"
+        raise CheckpointError(f"{folder}: can't be loaded as {kind} ({reason(error)})") from error
     # transformers only warns about missing weights and initialises them randomly.
     lost = sorted({*loading["missing_keys"], *(key[0] for key in loading["mismatched_keys"])})
     if lost:
@@ -76,9 +89,47 @@ def load_model(path: Path, dtype: torch.dtype | None = torch.float32, padding: b
     if not padding and size is not None and size < model.get_input_embeddings().num_embeddings:
         with quiet():
             model.resize_token_embeddings(size)
-    replace_invalid_generation_config(model)
+    if not encoder:
+        _check_token_ids(folder, model.generation_config)
+        replace_invalid_generation_config(model)
     drop_code(model.config)
     return model.eval()
+
+
+def _check_token_ids(folder: Path, generation_config: Any) -> None:
+    """Raise CheckpointError for a token in ``generation_config.json`` that is not an id, nor a list of ids."""
+    for name, value in generation_config.to_dict().items():
+        ids = value if isinstance(value, list) else [value]
+        if name.endswith("_token_id") and value is not None and not all(type(number) is int for number in ids):
+            raise CheckpointError(
+                f"{folder}: {name} in its generation_config.json: {shown(value)} is not the id of a token"
+            )
+
+
+def reason(error: Exception) -> str:
+    """Return the type and the first line of an error of another library."""
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"[:300]
+
+
+def read_config(folder: Path) -> Any:
+    """Return transformers' configuration of the model in ``folder``, without references to code.
+
+    Raises CheckpointError if it describes far more parameters than the weights have, before memory is allocated for them.
+    """
+    with quiet():
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    drop_code(config)
+    shapes = shapes_in(folder, config.to_dict())
+    with torch.device("meta"), quiet():
+        kind = AutoModelForMaskedLM if is_encoder(config.to_dict()) else AutoModelForCausalLM
+        model = kind.from_config(copy.deepcopy(config), dtype=torch.float32, trust_remote_code=False)
+    described, stored = model.num_parameters(), sum(map(math.prod, shapes.values()))
+    # A few missing weights are reported by name, after loading. Quantized weights are packed, up to 16 in one element.
+    if described > stored * (16 if hasattr(config, "quantization_config") else 2):
+        raise CheckpointError(
+            f"{folder}: its config.json describes {described:,} parameters, and its files have {stored:,}; copy it again"
+        )
+    return config
 
 
 def drop_code(config: Any) -> None:
@@ -185,6 +236,8 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path, end: str | None = None, p
     if end is None and tokenizer.token_to_id(END_OF_TEXT) is not None:
         end = END_OF_TEXT
     special_tokens = {"eos_token": end, "bos_token": end} if end is not None else {}
+    masks = [mask for mask in MASK_TOKENS if tokenizer.token_to_id(mask) is not None]
+    special_tokens |= {"mask_token": masks[0]} if masks else {}
     with quiet():
         PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special_tokens).save_pretrained(folder)
     _complete_config(folder, end, positions)
@@ -202,11 +255,16 @@ def copy_tokenizer(source: Path, folder: Path, end: str | None = None, positions
     for name in TOKENIZER_FILES:
         if (source / name).exists():
             shutil.copyfile(ordinary_file(source, name), folder / name)
-    _complete_config(folder, end, positions)
+    # A limit that is the number of positions of the source's model grows with them.
+    outgrown = sizes_in(read_json(source / "config.json")) if (source / "config.json").exists() else {}
+    _complete_config(folder, end, positions, outgrown.get("max_position_embeddings"))
 
 
-def _complete_config(folder: Path, end: str | None, positions: int | None) -> None:
-    """Set end and longest input in ``tokenizer_config.json``, and write it so that transformers 4 loads it without code."""
+def _complete_config(folder: Path, end: str | None, positions: int | None, outgrown: int | None = None) -> None:
+    """Set end and longest input in ``tokenizer_config.json``, and write it so that transformers 4 loads it without code.
+
+    A limit above ``positions``, or equal to ``outgrown``, becomes ``positions``.
+    """
     path = folder / "tokenizer_config.json"
     config = read_json(path)
     # transformers 5 writes a class and a list that transformers 4 doesn't know. It reads the older forms of both.
@@ -218,7 +276,10 @@ def _complete_config(folder: Path, end: str | None, positions: int | None) -> No
         config["additional_special_tokens"] = config.pop("extra_special_tokens")
     # transformers writes 1e30 for an unknown limit, with which truncation=True truncates nothing.
     limit = config.get("model_max_length")
-    if positions is not None and not (isinstance(limit, (int, float)) and limit <= positions):
+    is_own_limit = (
+        isinstance(limit, (int, float)) and positions is not None and limit <= positions and limit != outgrown
+    )
+    if positions is not None and not is_own_limit:
         config["model_max_length"] = positions
     _write_end(path, config, end)
     tokens = folder / "special_tokens_map.json"

@@ -14,6 +14,7 @@ from seqlen_curriculum.config.model import ModelConfig
 from seqlen_curriculum.config.muon import MuonGroups, planned_groups, trains_by_muon
 from seqlen_curriculum.config.run import RunConfig
 from seqlen_curriculum.errors import ConfigError
+from seqlen_curriculum.schedule.bucket_use import bucket_use, describe_bucket_use
 from seqlen_curriculum.schedule.timeline import Timeline
 from seqlen_curriculum.schedule.token_lr import TokenRate
 
@@ -40,7 +41,8 @@ def plan(config: RunConfig, at: Iterable[int] = ()) -> dict[str, Any]:
 
     - ``steps, consumed_tokens, full_length_step, full_batch_step, lengths`` (number of lengths), ``shapes`` (number of pairs
       of rows and tokens per row), ``milestones [{step, seqlen, rows, consumed_tokens, lr}]``.
-    - With a data section: ``sample_tokens``, and ``dropped_tokens`` or ``leftover_tokens``.
+    - With a data section: ``sample_tokens``, and ``dropped_tokens`` or ``leftover_tokens``. If its rows are pieces of
+      documents, ``pieces`` instead, as ``bucket_use`` returns them.
     - In half precision: ``gradient_dtype``, in which gradients accumulate and reduce.
     - With a model section: ``parameters, flops, flops_of_full_length`` (the same tokens at full length), or ``uncounted``,
       the reason why they aren't known.
@@ -64,7 +66,9 @@ def plan(config: RunConfig, at: Iterable[int] = ()) -> dict[str, Any]:
     }
     if config.keys.is_half:
         summary["gradient_dtype"] = config.keys.gradient_dtype
-    if config.data:
+    if config.buckets:
+        summary["pieces"] = bucket_use(config.buckets, timeline)
+    elif config.data:
         summary |= data_use(timeline, config.data.seq_length, config.data.leftovers == "recycle")
     if config.model:
         summary |= compute_use(timeline, config.model, full_length)
@@ -90,7 +94,9 @@ def milestones(timeline: Timeline, rate: TokenRate | None, at: Iterable[int] = (
         raise ConfigError(f"--at: {outside[0]} is not a step of this run; give steps from 1 to {timeline.steps}")
     # Without 0 and steps after the run: 10 % of a small budget may be 0 tokens, and a long warmup ends after the run.
     tenths = {timeline.steps_to(timeline.train_tokens * tenth // 10) for tenth in range(1, 10)}
-    phases = {timeline.steps_to(end) for end in (rate.warmup_tokens, rate.decay.start)} if rate else set()
+    phases = {timeline.steps_to(rate.warmup_tokens)} if rate else set()
+    if rate and rate.decay.start > rate.warmup_tokens:
+        phases.add(timeline.steps_to(rate.decay.start + 1) - 1)  # the last step at the constant rate
     steps = {step for step in {1, timeline.steps} | tenths | phases if 1 <= step <= timeline.steps} | asked
     return [_milestone(timeline, rate, step) for step in sorted(steps)]
 
@@ -130,7 +136,8 @@ def describe(summary: dict[str, Any]) -> str:
     for m in summary["milestones"]:
         lr = "DeepSpeed's" if m["lr"] is None else f"{m['lr']:.4e}"
         rows.append(f"{m['step']:>10,} {m['seqlen']:>7,} {m['rows']:>6,} {m['consumed_tokens']:>18,} {lr:>12}")
-    return "\n".join([*_facts(summary), "", *rows])
+    pieces = ["", describe_bucket_use(summary["pieces"])] if "pieces" in summary else []
+    return "\n".join([*_facts(summary), "", *rows, *pieces])
 
 
 def _facts(summary: dict[str, Any]) -> list[str]:

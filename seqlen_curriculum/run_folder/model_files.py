@@ -45,6 +45,8 @@ def check_files(folder: Path) -> None:
     for name in ("config.json", "generation_config.json", *TOKENIZER_FILES):
         if os.path.lexists(folder / name):
             ordinary_file(folder, name)
+    if (folder / "generation_config.json").exists():
+        read_json(folder / "generation_config.json")  # transformers passes over a damaged one in silence
     if (folder / "config.json").exists() and (kernel := code_in(read_json(folder / "config.json"))):
         raise CheckpointError(
             f"{folder}: its config.json names code to download, {kernel}; remove the key to use the model's own code"
@@ -117,6 +119,17 @@ def _safetensors_shapes(path: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
         ) from error
 
 
+def _check_records(path: Path, weights: Mapping[str, Any]) -> None:
+    """Raise ValueError if a record of torch's zip file has another size than its tensor, which torch doesn't notice."""
+    if not zipfile.is_zipfile(path):
+        return
+    storages = {weight.untyped_storage().data_ptr(): weight.untyped_storage().nbytes() for weight in weights.values()}
+    with zipfile.ZipFile(path) as records:
+        stored = sorted(record.file_size for record in records.infolist() if "/data/" in record.filename)
+    if sorted(storages.values()) != stored:
+        raise ValueError(f"its tensors need {sum(storages.values()):,} bytes, its records have {sum(stored):,}")
+
+
 def _torch_shapes(path: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
     try:
         import torch  # this format is a pickle, which only torch reads without running code
@@ -126,6 +139,7 @@ def _torch_shapes(path: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
         ) from None
     try:
         weights: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        _check_records(path, weights)
         seen = set()
         for name, weight in weights.items():
             # A file of safetensors holds a tied weight once. Here both names point to the same memory.

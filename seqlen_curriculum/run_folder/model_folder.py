@@ -1,4 +1,4 @@
-"""A folder with a causal language model in Hugging Face's format, such as a checkpoint or a download; read without torch."""
+"""A folder with a language model in Hugging Face's format, such as a checkpoint or a download; read without torch."""
 
 from __future__ import annotations
 
@@ -20,16 +20,22 @@ from seqlen_curriculum.run_folder.checkpoint_manifest import checkpoint_folders,
 from seqlen_curriculum.run_folder.hub import hub_folder, is_hub_name
 from seqlen_curriculum.run_folder.model_files import check_files, weight_files, weight_shapes
 from seqlen_curriculum.run_folder.rollbacks import read_rollbacks
+from seqlen_curriculum.strict_json import shown
 
 __all__ = [
     "CAUSAL",
+    "MASKED",
     "SIZES",
     "PretrainedModel",
+    "architecture_names",
+    "is_encoder",
     "is_plain_gpt2",
     "lasting_keys",
     "model_folder",
     "no_size",
     "read_pretrained",
+    "refuse_encoder",
+    "shapes_in",
     "sizes_in",
     "vocabulary",
 ]
@@ -44,8 +50,19 @@ SIZES = {
 """Names of model sizes: those of the model section, and those of Hugging Face's architectures."""
 CAUSAL = ("ForCausalLM", "LMHeadModel")
 """Suffixes of the names of causal language models."""
-_BUFFERS = (".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias", ".inv_freq")
+MASKED = "ForMaskedLM"
+"""Suffix of the names of encoders with a head for masked tokens."""
+_BUFFERS = (
+    ".attn.bias",
+    ".attn.masked_bias",
+    ".attention.bias",
+    ".attention.masked_bias",
+    ".inv_freq",
+    ".position_ids",
+)
 """Suffixes of tensors in older folders that aren't weights."""
+_OTHER_HEADS = (".pooler.", ".seq_relationship.")
+"""Parts of the names of weights in an encoder's folder that its head for masked tokens doesn't use."""
 _INCIDENTAL = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache")
 """Keys of ``config.json`` that don't affect the model."""
 _BLOCK_BYTES, _BLOCKS = 4096, 64
@@ -53,7 +70,7 @@ _BLOCK_BYTES, _BLOCKS = 4096, 64
 
 @dataclass(frozen=True)
 class PretrainedModel:
-    """A causal language model in ``folder``, described by its files without reading the values of its weights."""
+    """A language model in ``folder``, described by its files without reading the values of its weights."""
 
     folder: Path
     config: dict[str, Any]
@@ -70,8 +87,21 @@ class PretrainedModel:
 
     @property
     def weights(self) -> dict[str, tuple[int, ...]]:
-        """The shapes of the trained weights, without buffers."""
-        return {name: shape for name, shape in self.shapes.items() if not name.endswith(_BUFFERS)}
+        """The shapes of the trained weights, without buffers and other heads."""
+        unused = _OTHER_HEADS if is_encoder(self.config) else ()
+        return {
+            name: shape
+            for name, shape in self.shapes.items()
+            if not name.endswith(_BUFFERS) and not any(part in name for part in unused)
+        }
+
+    def check_inner_size(self) -> None:
+        """Raise ConfigError if ``n_inner``, the width of a GPT-2's MLP, is no width."""
+        inner = self.config.get("n_inner")
+        if inner is not None and (type(inner) is not int or inner < 1):
+            raise ConfigError(
+                f"{self.folder}: n_inner in its config.json: {shown(inner)} is not a width; give 1 or more"
+            )
 
     def parameter_count(self) -> int:
         """Return the number of trained parameters, a tied head counted once."""
@@ -111,7 +141,7 @@ class PretrainedModel:
 
 
 def read_pretrained(folder: Path) -> PretrainedModel:
-    """Read the description of the causal language model in ``folder`` and check that its weight files are complete.
+    """Read the description of the language model in ``folder`` and check that its weight files are complete.
 
     Raises CheckpointError, and ConfigError for a model of another type.
     """
@@ -123,9 +153,25 @@ def read_pretrained(folder: Path) -> PretrainedModel:
             f"{folder}: is the folder of a run, whose newest checkpoint changes; give one checkpoint, such as {newest}"
         )
     config = read_json(folder / "config.json")
-    _check_causal(folder, config)
-    files = weight_files(folder)
-    return PretrainedModel(folder, config, dict(shape for path in files for shape in weight_shapes(path)), files)
+    _check_kind(folder, config)
+    model = PretrainedModel(folder, config, shapes_in(folder, config), weight_files(folder))
+    model.check_inner_size()
+    return model
+
+
+def shapes_in(folder: Path, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the weights in ``folder`` by name. Raises CheckpointError for sizes that don't fit them."""
+    shapes = dict(shape for path in weight_files(folder) for shape in weight_shapes(path))
+    sizes = sizes_in(config)
+    for name, value in sizes.items():
+        if value < 1:
+            raise CheckpointError(f"{folder}: {name} in its config.json: {value} is not a size; copy it again")
+    layers = sizes.get("num_layers", 0)
+    if layers > len(shapes):
+        raise CheckpointError(
+            f"{folder}: its config.json has {layers:,} layers, and its files only {len(shapes):,} weights; copy it again"
+        )
+    return shapes
 
 
 def lasting_keys(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -154,20 +200,35 @@ def no_size(size: str, config: Mapping[str, Any]) -> str:
     return f"config.json has no {size} (as {names}); set model.{size} to the model's own"
 
 
-def _check_causal(folder: Path, config: dict[str, Any]) -> None:
+def is_encoder(config: Mapping[str, Any]) -> bool:
+    """Return whether ``config``, a model's ``config.json``, is that of an encoder with a head for masked tokens."""
+    return architecture_names(config).endswith(MASKED)
+
+
+def refuse_encoder(folder: Path, problem: str) -> None:
+    """Raise ConfigError with ``problem`` if the model in ``folder`` is an encoder."""
+    if is_encoder(config := read_json(folder / "config.json")):
+        raise ConfigError(f"{folder}: {architecture_names(config)} is an encoder, trained on masked tokens; {problem}")
+
+
+def architecture_names(config: Mapping[str, Any]) -> str:
     architectures = config.get("architectures")
-    name = ", ".join(map(str, architectures)) if isinstance(architectures, list) else ""
+    return ", ".join(map(str, architectures)) if isinstance(architectures, list) else ""
+
+
+def _check_kind(folder: Path, config: dict[str, Any]) -> None:
+    name = architecture_names(config)
     if config.get("is_encoder_decoder"):
         problem = f"{name or 'it'} is an encoder-decoder model"
-    elif not name.endswith(CAUSAL):
+    elif not name.endswith((*CAUSAL, MASKED)):
         problem = f"its config.json has the architecture {name}" if name else "its config.json has no architecture"
     elif not isinstance(config.get("model_type"), str):
         problem = "its config.json has no model_type"
     else:
         return
     raise ConfigError(
-        f"{folder}: {problem}; give a causal language model, such as GPT2LMHeadModel or LlamaForCausalLM, saved by "
-        "save_pretrained"
+        f"{folder}: {problem}; give a causal language model, such as GPT2LMHeadModel or LlamaForCausalLM, or an encoder, "
+        "such as BertForMaskedLM, saved by save_pretrained"
     )
 
 

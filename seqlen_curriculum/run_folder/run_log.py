@@ -5,7 +5,8 @@ training step           ``step, seqlen, rows, consumed_tokens, loss, lr, grad_no
                         ``seconds, data_seconds, mfu, peak_memory_bytes``, after a checkpoint
                         ``checkpoint_seconds``; every ``training.variance_interval`` steps Adam's moments
 skipped step            ``step, seqlen, rows, consumed_tokens, skipped`` (true)
-evaluation              ``step, consumed_tokens, valid_loss, valid_ppl, seconds``
+evaluation              ``step, consumed_tokens, valid_loss, valid_ppl, seconds``; with masked tokens
+                        ``objective`` ("masked"): the loss of masked tokens, and their pseudo-perplexity
 ======================  ===================================================================================
 """
 

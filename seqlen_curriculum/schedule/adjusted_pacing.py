@@ -1,9 +1,10 @@
-"""Pacing functions that wrap another one: lengths rounded to a bucket, and a ramp with pauses."""
+"""Pacing functions that wrap another one: lengths rounded to a bucket or to listed lengths, and a ramp with pauses."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TypeAlias
 
 import numpy as np
 
@@ -11,7 +12,10 @@ from seqlen_curriculum.errors import ConfigError
 from seqlen_curriculum.schedule.pacing import Pacing, StepFunction, lengths_by_run
 from seqlen_curriculum.schedule.piecewise import IntArray, ceil_div
 
-__all__ = ["Bucketed", "Paused", "bucketed"]
+__all__ = ["Bucketed", "Paused", "RoundedDown", "Rounding", "bucketed"]
+
+Rounding: TypeAlias = int | tuple[int, ...] | None
+"""Lengths are rounded down to a multiple of a number, or to one of the listed lengths (ascending); None: not rounded."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,42 @@ class Bucketed(StepFunction):
         # Lengths 8 to 100 in buckets of 64: 8 -> 64 (lowest), 70 -> 64, 99 -> 64, and the longest, 100, stays 100.
         down = np.maximum(lengths - lengths % self.bucket, self.lowest)
         return np.where(lengths == self.highest, self.highest, down)
+
+    def changes(self, last_step: int) -> tuple[IntArray, IntArray]:
+        first_steps, lengths = self.inner.changes(last_step)
+        return lengths_by_run(first_steps, self._rounded(lengths))
+
+
+@dataclass(frozen=True)
+class RoundedDown(StepFunction):
+    """``inner`` with every length rounded down to one of ``allowed`` (ascending), and shorter lengths to the first."""
+
+    inner: Pacing
+    allowed: tuple[int, ...]
+
+    @property
+    def settles_at(self) -> int | None:
+        return self.inner.settles_at
+
+    @property
+    def period(self) -> int | None:
+        return self.inner.period
+
+    @property
+    def lowest(self) -> int:
+        return int(self._rounded(np.array([self.inner.lowest]))[0])
+
+    @property
+    def highest(self) -> int:
+        return int(self._rounded(np.array([self.inner.highest]))[0])
+
+    def _lengths(self, steps: IntArray) -> IntArray:
+        return self._rounded(self.inner(steps))
+
+    def _rounded(self, lengths: IntArray) -> IntArray:
+        allowed = np.asarray(self.allowed, np.int64)
+        rounded: IntArray = allowed[np.maximum(np.searchsorted(allowed, lengths, side="right") - 1, 0)]
+        return rounded
 
     def changes(self, last_step: int) -> tuple[IntArray, IntArray]:
         first_steps, lengths = self.inner.changes(last_step)
@@ -111,10 +151,12 @@ class Paused(StepFunction):
         return self._at_clock(first_steps), lengths
 
 
-def bucketed(pacing: Pacing, bucket: int | None) -> Pacing:
-    """Return ``pacing`` with lengths in multiples of ``bucket``; None changes nothing. ConfigError if no multiple fits."""
+def bucketed(pacing: Pacing, bucket: Rounding) -> Pacing:
+    """Return ``pacing`` with lengths rounded as ``bucket`` says. ConfigError if no multiple fits."""
     if bucket is None:
         return pacing
+    if isinstance(bucket, tuple):
+        return RoundedDown(pacing, bucket)
     if bucket > pacing.highest:
         raise ConfigError(f"training.seqlen_bucket: {bucket} is above the longest length {pacing.highest}; lower it")
     # Lengths 70 to 100 in buckets of 64: 70 is rounded up to 128, above 100. A constant length is never rounded.

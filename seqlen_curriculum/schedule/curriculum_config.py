@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
+from functools import cached_property
 from typing import Any, Literal, TypeAlias
 
 from pydantic import TypeAdapter, ValidationError, model_validator
 
 from seqlen_curriculum.errors import ConfigError
 from seqlen_curriculum.fields import Seqlen, describe_errors, load_function, nearest
-from seqlen_curriculum.schedule.adjusted_pacing import bucketed
+from seqlen_curriculum.schedule.adjusted_pacing import Rounding, bucketed
+from seqlen_curriculum.schedule.custom_pacing import Custom, shared
 from seqlen_curriculum.schedule.global_batch import BatchGrowthKeys, GlobalBatch
-from seqlen_curriculum.schedule.pacing import Custom, Discrete, Mixed, Pacing
+from seqlen_curriculum.schedule.pacing import Discrete, Mixed, Pacing
 from seqlen_curriculum.schedule.piecewise import ceil_div
 from seqlen_curriculum.schedule.ramp_duration import Ramp, ramp_steps
 from seqlen_curriculum.schedule.schedule_config import (
@@ -111,10 +113,10 @@ class RampCurriculum(_Curriculum):
         self,
         rows: GlobalBatch | None = None,
         train_tokens: int | None = None,
-        bucket: int | None = None,
+        bucket: Rounding = None,
         seq_length: int | None = None,
     ) -> Pacing:
-        """Return the ramp with lengths in multiples of ``bucket``.
+        """Return the ramp with lengths rounded to ``bucket``.
 
         A ramp in tokens needs ``rows``, a ramp as a fraction needs ``rows`` and ``train_tokens``. Raises ConfigError.
         """
@@ -172,10 +174,10 @@ class _PlainCurriculum(_Curriculum):
         self,
         rows: GlobalBatch | None = None,  # noqa: ARG002
         train_tokens: int | None = None,  # noqa: ARG002
-        bucket: int | None = None,
+        bucket: Rounding = None,
         seq_length: int | None = None,  # noqa: ARG002
     ) -> Pacing:
-        """Return the pacing with lengths in multiples of ``bucket``. Raises ConfigError."""
+        """Return the pacing with lengths rounded to ``bucket``. Raises ConfigError."""
         return bucketed(self._schedule(), bucket)
 
 
@@ -238,7 +240,12 @@ class CustomCurriculum(_PlainCurriculum):
                 f"{BLOCK}.schedule_config.function: required, but not given; write 'package.module:function', or call "
                 "set_custom_get_difficulty before the first step"
             )
-        return self.with_function(load_function(self.schedule_config.function))
+        return self._loaded
+
+    @cached_property
+    def _loaded(self) -> Custom:
+        assert self.schedule_config.function is not None
+        return shared(self.with_function(load_function(self.schedule_config.function)))
 
     def with_function(self, function: Callable[[int], float]) -> Custom:
         """Return the pacing of ``function(step)``."""

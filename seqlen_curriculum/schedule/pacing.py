@@ -8,12 +8,10 @@ Dilemma"), and DeepSpeed's ``curriculum_scheduler.py``. The lengths equal DeepSp
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any, Protocol, overload
+from typing import Protocol, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +19,7 @@ import numpy.typing as npt
 from seqlen_curriculum.errors import ConfigError
 from seqlen_curriculum.schedule.piecewise import IntArray, ceil_div, lengths_by_run
 
-__all__ = ["Custom", "Discrete", "Mixed", "Pacing", "Root", "StepFunction", "elementwise", "lengths_by_run"]
+__all__ = ["Discrete", "Ladder", "Mixed", "Pacing", "Root", "StepFunction", "elementwise", "lengths_by_run"]
 
 _MOST_LENGTHS = 2**17
 """A timeline of this many lengths is made in 0.03 s, and a ramp as a fraction of the run needs 40 of them."""
@@ -106,7 +104,7 @@ class StepFunction(ABC):
 
 
 @dataclass(frozen=True)
-class _Ladder(StepFunction):
+class Ladder(StepFunction):
     """Rounding to multiples of ``difficulty_step``, with the maximum kept even if it is not a multiple."""
 
     min_difficulty: int
@@ -132,7 +130,7 @@ class _Ladder(StepFunction):
 
 
 @dataclass(frozen=True)
-class Root(_Ladder):
+class Root(Ladder):
     """Linear (``root_degree`` 1) or root ramp from the minimum to the maximum over ``total_steps`` steps.
 
     ``raw = min + (max - min) * (t / T) ** (1 / root_degree)``, exactly the maximum from step T on. The paper writes
@@ -266,35 +264,3 @@ class Mixed(_Levels):
         cycles = np.arange(ceil_div(last_step, int(ends[-1])), dtype=np.int64)
         first_steps = 1 + ends[-1] * cycles[:, None] + (ends - self.steps)  # (cycles, turns)
         return lengths_by_run(first_steps.ravel(), np.tile(np.asarray(self.difficulty, np.int64), len(cycles)))
-
-
-@dataclass(frozen=True)
-class Custom(_Ladder):
-    """A user-defined ``function(step) -> length``, clamped to the range and rounded like a ramp."""
-
-    function: Callable[[int], float]
-
-    def _lengths(self, steps: IntArray) -> IntArray:
-        return np.asarray([self._length(step) for step in steps.tolist()], np.int64)
-
-    def _length(self, step: int) -> int:
-        try:
-            value: Any = self.function(step)
-        except Exception as error:
-            raise ConfigError(f"custom schedule: raised {type(error).__name__} at step {step}: {error}") from error
-        # True would count as length 1, and NaN passes every comparison of a clamp.
-        number = type(value) in (int, float) or (isinstance(value, (int, float, np.number)) and value is not True)
-        if not number or value is False or not -math.inf < value < math.inf:
-            raise ConfigError(f"custom schedule: returned {value!r} at step {step}; return a finite number")
-        if value >= self.max_difficulty:
-            return self.max_difficulty
-        whole = int(value)  # a negative one is raised to the lowest length
-        return min(max(whole - whole % self.difficulty_step, self._lowest), self.max_difficulty)  # as in ``_rounded``
-
-    @cached_property
-    def _lowest(self) -> int:
-        return self.lowest
-
-    def changes(self, last_step: int) -> tuple[IntArray, IntArray]:
-        steps = np.arange(1, last_step + 1, dtype=np.int64)
-        return lengths_by_run(steps, self(steps))

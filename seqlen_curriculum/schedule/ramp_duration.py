@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
 
-from seqlen_curriculum.schedule.adjusted_pacing import bucketed
+from seqlen_curriculum.schedule.adjusted_pacing import Rounding, bucketed
 from seqlen_curriculum.schedule.global_batch import GlobalBatch, least_tokens
 from seqlen_curriculum.schedule.pacing import Pacing, Root
 from seqlen_curriculum.schedule.piecewise import ceil_div
@@ -20,13 +20,13 @@ __all__ = ["Ramp", "ramp_steps", "ramp_steps_for_fraction", "ramp_steps_for_toke
 
 @dataclass(frozen=True)
 class Ramp:
-    """A ramp before its duration is known; lengths are multiples of ``bucket``, if one is given."""
+    """A ramp before its duration is known; lengths are rounded to ``bucket``, if one is given."""
 
     min_difficulty: int
     max_difficulty: int
     difficulty_step: int
     root_degree: float
-    bucket: int | None
+    bucket: Rounding
 
     def pacing(self, total_steps: int) -> Pacing:
         """Return the ramp of ``total_steps`` steps. Raises ConfigError if no multiple of ``bucket`` fits."""

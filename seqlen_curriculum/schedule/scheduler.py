@@ -8,7 +8,7 @@ from typing import Any
 
 from seqlen_curriculum.errors import ConfigError
 from seqlen_curriculum.fields import Section
-from seqlen_curriculum.schedule.adjusted_pacing import Paused, bucketed
+from seqlen_curriculum.schedule.adjusted_pacing import Paused, Rounding, bucketed
 from seqlen_curriculum.schedule.batch_size_warmup import BatchSizeRamp
 from seqlen_curriculum.schedule.curriculum_config import BLOCK, CurriculumConfig, CustomCurriculum, parse_curriculum
 from seqlen_curriculum.schedule.global_batch import BatchGrowth, BatchGrowthKeys, GlobalBatch
@@ -32,8 +32,8 @@ class CurriculumScheduler:
 
     ``config`` is the ``curriculum_learning`` block (a mapping, as in DeepSpeed) or a parsed one. ``rows`` (the global
     batch, its warmup or its growth) and ``train_tokens`` are needed only if the ramp is given in tokens or as a fraction.
-    ``bucket`` rounds every length down to a multiple of it. ``seq_length`` is the length of the data's samples (default:
-    the longest length). Raises ConfigError.
+    ``bucket`` rounds every length down to a multiple of it, or to one of a tuple of lengths. ``seq_length`` is the length
+    of the data's samples (default: the longest length). ``pacing`` replaces the lengths of the block. Raises ConfigError.
     """
 
     def __init__(
@@ -41,19 +41,22 @@ class CurriculumScheduler:
         config: Mapping[str, Any] | CurriculumConfig,
         rows: GlobalBatch | None = None,
         train_tokens: int | None = None,
-        bucket: int | None = None,
+        bucket: Rounding = None,
         seq_length: int | None = None,
+        pacing: Pacing | None = None,
     ) -> None:
         self.config = config if isinstance(config, Section) else parse_curriculum(config)
         for name, value in {"train_tokens": train_tokens, "bucket": bucket, "seq_length": seq_length}.items():
-            if value is not None:
+            if value is not None and not isinstance(value, tuple):
                 _check_count(name, value)
         if rows is not None and not isinstance(rows, (BatchSizeRamp, BatchGrowth)):
             _check_count("rows", rows)
         self._bucket = bucket
         # The function of a custom schedule may be set later, by set_custom_get_difficulty.
         waits = isinstance(self.config, CustomCurriculum) and self.config.schedule_config.function is None
-        self._pacing: Pacing | None = None if waits else self.config.pacing(rows, train_tokens, bucket, seq_length)
+        self._pacing: Pacing | None = pacing
+        if pacing is None and not waits:
+            self._pacing = self.config.pacing(rows, train_tokens, bucket, seq_length)
         self.current_difficulty: int = self.config.min_difficulty if waits else self.get_difficulty(1)
 
     @property

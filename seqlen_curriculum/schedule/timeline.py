@@ -10,6 +10,7 @@ import numpy as np
 
 from seqlen_curriculum.errors import ConfigError
 from seqlen_curriculum.schedule.batch_size_warmup import BatchSizeRamp
+from seqlen_curriculum.schedule.custom_pacing import MOST_ASKED
 from seqlen_curriculum.schedule.global_batch import (
     BatchGrowth,
     GlobalBatch,
@@ -18,13 +19,11 @@ from seqlen_curriculum.schedule.global_batch import (
     samples_by_step,
 )
 from seqlen_curriculum.schedule.pacing import Pacing, lengths_by_run
-from seqlen_curriculum.schedule.piecewise import IntArray, Periodic, Piecewise, Steps, ceil_div
+from seqlen_curriculum.schedule.piecewise import IntArray, Periodic, Piecewise, Steps, StepValues, ceil_div
 from seqlen_curriculum.schedule.shortening import TRUNCATE, Shortening
 
 __all__ = ["Timeline"]
 
-_MOST_ASKED = 2**19
-"""Steps for which the function of a custom schedule is called, which takes a second."""
 _MOST_KINDS = 2**20
 _MOST_LISTED = 2**22
 
@@ -48,6 +47,7 @@ class Timeline:
         self._rows = self._samples.times(self._lengths.map(shortening.rows_per_sample))
         self._tokens = self._samples.times(used)
         self.steps = self.steps_to(train_tokens)
+        self._samples_at = dict[int, StepValues]()
 
     def _length_of_each_step(self, rows: GlobalBatch) -> Piecewise | Periodic:
         """Return the length of each step of the run and of the step after it."""
@@ -81,7 +81,7 @@ class Timeline:
     def _ask(self, rows: GlobalBatch) -> tuple[IntArray, IntArray]:
         """Return the changes of a pacing without a formula, which is asked for the steps of the run only."""
         longest = most_tokens(rows, self.shortening.most_used_tokens(self.pacing.highest))
-        most_steps = _MOST_ASKED if ceil_div(self.train_tokens, longest) <= _MOST_ASKED else 0
+        most_steps = MOST_ASKED if ceil_div(self.train_tokens, longest) <= MOST_ASKED else 0
         consumed, lengths, least_used, most_used = 0, list[int](), 2**24, 1
         tokens = dict[int, int]()  # by length: of one sample in a batch size warmup, else of a step
         for step in range(1, most_steps + 1):
@@ -99,7 +99,7 @@ class Timeline:
             if consumed >= self.train_tokens:
                 return lengths_by_run(np.arange(1, step + 1), np.asarray(lengths, np.int64))
         raise ConfigError(
-            f"training.train_tokens: {self.train_tokens} take more than {_MOST_ASKED:,} steps, and the function of a custom "
+            f"training.train_tokens: {self.train_tokens} take more than {MOST_ASKED:,} steps, and the function of a custom "
             "schedule is called for each of them; raise train_batch_size, or use another schedule_type"
         )
 
@@ -124,6 +124,13 @@ class Timeline:
     def consumed_tokens(self, steps: Steps) -> Steps:
         """Return the target tokens trained on by the end of each step; 0 for step 0."""
         return self._tokens.total(steps)
+
+    def samples_at(self, seqlen: int, steps: Steps) -> Steps:
+        """Return the samples read at length ``seqlen`` by the end of each step; 0 for step 0."""
+        if seqlen not in self._samples_at:
+            at_seqlen = self._lengths.map(lambda lengths: (lengths == seqlen).astype(np.int64))
+            self._samples_at[seqlen] = self._samples.times(at_seqlen)
+        return self._samples_at[seqlen].total(steps)
 
     def steps_to(self, tokens: int) -> int:
         """Return the first step by whose end at least ``tokens`` tokens are consumed."""

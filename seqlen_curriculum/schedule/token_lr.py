@@ -82,6 +82,8 @@ class TokenRateParams(Section):
 
 
 class _DecayAfterWarmup(TokenRateParams):
+    """A decay from the end of the warmup to ``decay_tokens``."""
+
     shape: ClassVar[Shape]
 
     decay_tokens: Count | None = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from seqlen_curriculum.errors import ConfigError
 from seqlen_curriculum.models.causal_lm import AnyCausalLM
 from seqlen_curriculum.models.gpt2 import CausalLM
+from seqlen_curriculum.models.masked_lm import MaskedLM
 from seqlen_curriculum.models.probe import Ability
 from seqlen_curriculum.schedule.shortening import Method
 from seqlen_curriculum.training.telemetry import log_rank0
@@ -19,9 +20,12 @@ WITHOUT: dict[Ability, str] = {
 """Consequences for a run, by missing ability."""
 
 
-def check_abilities(model: CausalLM | AnyCausalLM, method: Method, compiled: bool | None) -> None:
+def check_abilities(model: CausalLM | AnyCausalLM | MaskedLM, method: Method, compiled: bool | None) -> None:
     """Log what the architecture lacks. Raise ConfigError if the run needs it; ``compiled`` is ``training.compile``."""
     if isinstance(model, CausalLM):
+        return
+    if isinstance(model, MaskedLM):
+        _check_encoder(model, method)
         return
     for ability, reason in model.abilities.refused.items():
         log_rank0(f"{type(model.lm).__name__}: {WITHOUT[ability]}, because {reason}")
@@ -35,3 +39,13 @@ def check_abilities(model: CausalLM | AnyCausalLM, method: Method, compiled: boo
                 "output_router_logits: the routers' outputs are recorded inside each block, which breaks it into several "
                 "graphs; set compile to false"
             )
+
+
+def _check_encoder(model: MaskedLM, method: Method) -> None:
+    if not model.sparse:
+        reason = "the loss of masked positions alone differs from transformers' own"
+        log_rank0(f"{type(model.lm).__name__}: {WITHOUT['loss']}, because {reason}")
+    if method == "window":
+        raise ConfigError(
+            f'method "window" doesn\'t work with the encoder {type(model.lm).__name__}; use another method'
+        )

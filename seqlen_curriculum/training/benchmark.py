@@ -17,8 +17,11 @@ from tqdm import tqdm
 
 from seqlen_curriculum.config.deepspeed import batch_shape
 from seqlen_curriculum.config.run import RunConfig
+from seqlen_curriculum.config.training import MLM_PROBABILITY
+from seqlen_curriculum.data.objective import Masking, NextToken, Objective
 from seqlen_curriculum.models.attention import set_window
 from seqlen_curriculum.models.causal_lm import build_model
+from seqlen_curriculum.models.masked_lm import MaskedLM
 from seqlen_curriculum.schedule.micro_batch import balanced_rows
 from seqlen_curriculum.schedule.shortening import Method, Shortening
 from seqlen_curriculum.training.abilities import check_abilities
@@ -69,6 +72,7 @@ def measure_throughput(
     executor, _ = build_executor(config.keys, config.deepspeed, model, config.curriculum_scheduler())
     if "window" not in kinds:  # windows aren't compiled
         compile_model(config, model, executor.engine.device)
+    objective = _objective(config)
     draw = torch.Generator().manual_seed(executor.data_rank)  # ranks that share rows draw the same
     cases = [
         _case(seqlen, kind, full, rows, micro_batch, config.keys.pipeline_stages)
@@ -81,8 +85,9 @@ def measure_throughput(
         for case, measured in zip(cases, seen, strict=True):
             tokens = torch.randint(0, model_config.vocab_size, (case.rows, case.row_tokens + 1), generator=draw)
             if "window" in kinds:
+                assert not isinstance(model, MaskedLM)  # check_abilities refuses windows
                 set_window(model, case.seqlen if KINDS[case.kind] == "window" else None)
-            one = _one_step(executor, tokens, case.micro_rows)
+            one = _one_step(executor, objective, tokens, case.micro_rows)
             measured += [one] if turn else []
         started = time.perf_counter()
         adam_moments(executor)  # returns numbers on the host, so it has finished
@@ -113,11 +118,24 @@ def _median_speed(measured: list[tuple[float, int | None]]) -> float:
     return statistics.median(speed for speed, _ in measured)
 
 
-def _one_step(executor: Executor, tokens: torch.Tensor, micro_rows: int) -> tuple[float, int | None]:
+def _objective(config: RunConfig) -> Objective:
+    """Return what the model predicts of random tokens; the id of the mask token has no effect on the speed."""
+    assert config.model is not None
+    if not config.model.is_encoder:
+        return NextToken()
+    share = config.training.predicted_share if config.training else MLM_PROBABILITY
+    return Masking(0, share, 0, (), config.model.vocab_size)
+
+
+def _one_step(
+    executor: Executor, objective: Objective, tokens: torch.Tensor, micro_rows: int
+) -> tuple[float, int | None]:
     """Time an optimizer step on ``tokens`` (B, S + 1); return (tokens/s over all ranks, peak device bytes or None)."""
     device = executor.engine.device
     accelerator, on_cpu = get_accelerator(), device.type == "cpu"
-    micro_batches = [(part[:, :-1], part[:, 1:]) for part in torch.split(tokens.to(device), micro_rows)]
+    inputs, targets = objective.of_step(tokens[:, :-1].numpy(), tokens[:, 1:].numpy(), 1, 0)
+    parts = (torch.split(torch.from_numpy(part).to(device), micro_rows) for part in (inputs, targets))
+    micro_batches = list(zip(*parts, strict=True))
     if not on_cpu:
         accelerator.reset_peak_memory_stats()
     accelerator.synchronize()

@@ -14,6 +14,7 @@ from deepspeed import comm as dist
 from seqlen_curriculum.config.deepspeed import DeepSpeedKeys
 from seqlen_curriculum.models.causal_lm import AnyCausalLM, save_model
 from seqlen_curriculum.models.gpt2 import CausalLM
+from seqlen_curriculum.models.masked_lm import MaskedLM
 from seqlen_curriculum.schedule.scheduler import CurriculumScheduler
 from seqlen_curriculum.training.checkpoint_files import ModelWriter, nothing_to_write
 from seqlen_curriculum.training.engine import Rate, build_engine
@@ -29,7 +30,7 @@ __all__ = ["build_executor", "model_writer"]
 def build_executor(
     keys: DeepSpeedKeys,
     deepspeed_config: Mapping[str, Any],
-    model: CausalLM | AnyCausalLM,
+    model: CausalLM | AnyCausalLM | MaskedLM,
     scheduler: CurriculumScheduler,
     rate: Rate | None = None,
 ) -> tuple[Executor, ModelWriter]:
@@ -43,7 +44,7 @@ def build_executor(
     if keys.fp32_gradients:
         log_rank0("gradients accumulate and reduce in fp32: data_types.grad_accum_dtype and communication_data_type")
         deepspeed_config = {**deepspeed_config, **keys.fp32_gradients}
-    if isinstance(model, AnyCausalLM):
+    if isinstance(model, AnyCausalLM | MaskedLM):
         return DataParallel(_engine(deepspeed_config, model, scheduler, rate)), write
     if keys.pipeline_stages > 1:
         stages = GPT2Stages(model, keys.pipeline_stages)
@@ -81,7 +82,7 @@ def _engine(
     return engine
 
 
-def model_writer(model: CausalLM | AnyCausalLM) -> Callable[[Path], None]:
+def model_writer(model: CausalLM | AnyCausalLM | MaskedLM) -> Callable[[Path], None]:
     """Gather the weights on rank 0, one by one if they are sharded; return a function that writes them there.
 
     Call it on all ranks.

@@ -9,6 +9,7 @@ from deepspeed import comm as dist
 from seqlen_curriculum.config.run import RunConfig
 from seqlen_curriculum.models.causal_lm import AnyCausalLM
 from seqlen_curriculum.models.gpt2 import CausalLM
+from seqlen_curriculum.models.masked_lm import MaskedLM
 from seqlen_curriculum.training.telemetry import log_rank0
 
 __all__ = ["compile_model", "compiled_parts"]
@@ -20,8 +21,8 @@ def compiled_parts(config: RunConfig, device: torch.device) -> list[str]:
     return ["blocks"] * (wanted is True) + ["loss"] * (device.type == "cuda" and wanted is not False)
 
 
-def compile_model(config: RunConfig, model: CausalLM | AnyCausalLM, device: torch.device) -> bool:
-    """Compile the ``compiled_parts`` of a model; return whether anything is compiled. Call it on all ranks.
+def compile_model(config: RunConfig, model: CausalLM | AnyCausalLM | MaskedLM, device: torch.device) -> bool:
+    """Compile the ``compiled_parts`` of a causal model; return whether anything is compiled. Call it on all ranks.
 
     All lengths share their graphs, and so do all blocks: one for training, one for evaluation, and one for micro-batches of
     a single row, because torch always specializes size 1. Layers with a sliding window have a few more. Without a working
@@ -30,6 +31,8 @@ def compile_model(config: RunConfig, model: CausalLM | AnyCausalLM, device: torc
     Compiled blocks need more host time (an H200's host, GPT-2 117M, a micro-batch of up to 8192 tokens: 37 ms, uncompiled
     26), and took as long as uncompiled ones at 16,384 tokens.
     """
+    if isinstance(model, MaskedLM):
+        return False
     parts = compiled_parts(config, device)
     if model.head is None and "loss" in parts:
         parts.remove("loss")  # of logits

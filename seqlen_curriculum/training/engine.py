@@ -106,6 +106,11 @@ def initialize(
             "curriculum_learning.schedule_type: adaptive depends on evaluations, which DeepSpeed's engine doesn't run; "
             "train with slw train, or use fixed_linear"
         )
+    if run.decomposed:
+        raise ConfigError(
+            'data.order: "decomposed" sets the rows of each step, which an own training loop doesn\'t read; train with slw '
+            'train, or set it to "packed"'
+        )
     run = run if run.keys.train_batch_size else run.for_ranks(_ranks(run, given))
     if run.scheduler is not None and lr_scheduler is not None:
         raise ConfigError(f"scheduler: the file sets {run.scheduler.type} and lr_scheduler= is given too; keep one")

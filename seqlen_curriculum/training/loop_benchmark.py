@@ -13,7 +13,7 @@ import torch
 from tqdm import tqdm
 
 from seqlen_curriculum.config.run import RunConfig
-from seqlen_curriculum.data.from_config import open_training_data
+from seqlen_curriculum.data.from_config import open_training_data, with_buckets
 from seqlen_curriculum.errors import ConfigError
 from seqlen_curriculum.models.causal_lm import build_model
 from seqlen_curriculum.run_folder.evaluations import Evaluations
@@ -59,7 +59,7 @@ def measure_loop(config: RunConfig, folder: Path, steps: int, pairs: int) -> dic
         )
     join_ranks(config.deepspeed)
     choose_attention(config.shortening.seq_length)
-    config = config.for_ranks(1)
+    config = with_buckets(config).for_ranks(1)
     trainer, bare, rate = _trainer(config, folder), _BareLoop(config), config.plan.learning_rate()
     assert rate is not None
     ours: list[_Time] = []

@@ -1,4 +1,4 @@
-"""Train embeddings and the output head by Adam where the optimizer is Muon, whatever their names are.
+"""DeepSpeed's Muon: Adam for embeddings and the output head, whatever their names are, and no compilation on a CPU.
 
 DeepSpeed leaves out parameters by name (``embed``, ``lm_head``). GPT-2's are ``wte`` and ``wpe``, so Muon would train the
 tied embedding.
@@ -15,7 +15,7 @@ from torch import nn
 
 from seqlen_curriculum.config.muon import MuonGroups, trains_by_muon
 
-__all__ = ["embeddings_by_adam", "groups_of", "looked_up_weights"]
+__all__ = ["embeddings_by_adam", "groups_of", "looked_up_weights", "run_uncompiled"]
 
 
 def looked_up_weights(model: nn.Module) -> Iterator[nn.Parameter]:
@@ -70,3 +70,17 @@ def embeddings_by_adam() -> Iterator[list[MuonGroups]]:
         yield divided
     finally:
         deepspeed.set_optimizer_flags = set_flags
+
+
+def run_uncompiled() -> None:
+    """Replace Muon's functions, which DeepSpeed compiles with torch, by the same functions uncompiled; for a CPU.
+
+    torch needs a C++ compiler there, and minutes on each rank, since it compiles several kernels for each shape of matrix.
+    A signal that ends a launch within that time also ended the compiler, so the ranks printed its error with a traceback.
+    """
+    from deepspeed.runtime.zero.muon import muon_optimizer, original_muon
+
+    for module in (original_muon, muon_optimizer):
+        for name, function in list(vars(module).items()):
+            if hasattr(function, "_torchdynamo_orig_callable"):
+                setattr(module, name, function._torchdynamo_orig_callable)

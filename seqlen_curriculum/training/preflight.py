@@ -28,8 +28,10 @@ _AS_LONG_AS_IT_TAKES = datetime.timedelta(days=1)
 _calls = itertools.count()
 
 
-def preflight(executor: Executor, rows: int, seqlen: int) -> None:
+def preflight(executor: Executor, rows: int, seqlen: int, target_shape: tuple[int, ...] | None = None) -> None:
     """Run forward and backward of a micro-batch of ``rows`` x ``seqlen`` tokens; call it on all ranks before the first step.
+
+    ``target_shape`` is that of its targets, None for (``rows``, ``seqlen``).
 
     Weights, gradients, optimizer, loss scale and random state are unchanged afterwards. If any rank runs out of memory,
     raises ConfigError on all ranks, with the keys to lower and the device's message.
@@ -38,7 +40,7 @@ def preflight(executor: Executor, rows: int, seqlen: int) -> None:
     devices = [executor.engine.device] if executor.engine.device.type != "cpu" else []
     with torch.random.fork_rng(devices=devices, device_type=get_accelerator().device_name().split(":")[0]):
         try:
-            executor.dry_run((tokens, tokens))
+            executor.dry_run((tokens, tokens if target_shape is None else tokens.new_zeros(target_shape)))
             problem = ""
         except (RuntimeError, MemoryError) as error:
             problem = out_of_memory_line(error)

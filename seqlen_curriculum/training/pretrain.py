@@ -13,13 +13,16 @@ from deepspeed import comm as dist
 from seqlen_curriculum.config.model import ModelConfig
 from seqlen_curriculum.config.run import RunConfig
 from seqlen_curriculum.data.document_end import own_end
+from seqlen_curriculum.data.mask_tokens import open_objective, tokenizer_path
+from seqlen_curriculum.data.objective import Masking, Objective
 from seqlen_curriculum.data.samples import Samples
-from seqlen_curriculum.data.tokenizer import read_tokenizer, tokenizer_files
-from seqlen_curriculum.data.training_data import TrainingData
+from seqlen_curriculum.data.tokenizer import read_tokenizer
+from seqlen_curriculum.data.training_data import RunData
 from seqlen_curriculum.errors import CheckpointError, DivergenceError
 from seqlen_curriculum.files import lock_folder, read_json, sync
 from seqlen_curriculum.models.attention import set_window
 from seqlen_curriculum.models.causal_lm import build_model
+from seqlen_curriculum.models.masked_lm import MaskedLM
 from seqlen_curriculum.models.pretrained import copy_tokenizer, set_end_of_text
 from seqlen_curriculum.run_folder import ROLLBACKS, RUN_LOG
 from seqlen_curriculum.run_folder.checkpoint_manifest import Checkpoint
@@ -45,7 +48,7 @@ __all__ = ["pretrain", "refuse_other_run"]
 
 def pretrain(
     config: RunConfig,
-    train: TrainingData,
+    train: RunData,
     valid: Samples | None,
     save: Path,
     resume: str = "auto",
@@ -68,7 +71,7 @@ class _Pretraining:
     def __init__(
         self,
         config: RunConfig,
-        train: TrainingData,
+        train: RunData,
         valid: Samples | None,
         save: Path,
         resume: str,
@@ -77,18 +80,19 @@ class _Pretraining:
         if config.training is not None and config.training.deterministic:
             be_deterministic()
         join_ranks(config.deepspeed)
-        config = config.for_ranks(dist.get_world_size())
+        config = config.with_buckets(train.buckets).for_ranks(dist.get_world_size())
         assert config.model is not None
         assert config.training is not None
         choose_attention(config.shortening.seq_length)
         self.plan, self.settings = config.plan, config.training
         self.train_data, self.valid_samples, self.until_step = train, valid, until_step
+        self.objective = on_rank_0(lambda: open_objective(config))
         self.save, self.signals = save.resolve(), StopSignals()
         self.log = self.save / RUN_LOG
         self.checkpoints = Checkpoints(
             self.save,
             self.settings.keep_last,
-            {**config.settings(), **_data_settings(train)},
+            {**config.settings(), **_data_settings(train, self.objective)},
             self.settings.spike_skip_steps if self.settings.on_spike == "rollback" else 0,
             self.settings.save_steps,
             self.settings.async_checkpoints,
@@ -174,10 +178,12 @@ class _Pretraining:
             sample_log=RunLog(self.save / f"samples.rank{rank}.jsonl") if logs_samples else None,
             set_window=self._set_window if plan.shortening.method == "window" else None,
             has_dropout=self.has_dropout,
+            objective=self.objective,
             until_step=self.until_step,
         )
 
     def _set_window(self, seqlen: int | None) -> None:
+        assert not isinstance(self.model, MaskedLM)  # config/objective.py refuses windows
         set_window(self.model, seqlen, restart_positions=self.plan.scheduler.config.restart_positions)
 
     def save_checkpoint(self, step: int, evaluations: Evaluations) -> None:
@@ -214,11 +220,12 @@ class _Pretraining:
         on_rank_0(rewind)
 
 
-def _data_settings(train: TrainingData) -> dict[str, Any]:
+def _data_settings(train: RunData, objective: Objective) -> dict[str, Any]:
     """Return the settings of the data that identify the run: content, not paths."""
     corpora = [corpus for source in train.sources for corpus, _, _ in source.ranges]
     fingerprints = {f"data.train.{number}": corpus.fingerprint() for number, corpus in enumerate(corpora)}
-    return {**fingerprints, "data.train_samples": [source.num_samples for source in train.sources]}
+    mask = {"training.mask_token_id": objective.mask_id} if isinstance(objective, Masking) else {}
+    return {**fingerprints, "data.train_samples": [source.num_samples for source in train.sources], **mask}
 
 
 class RunTokenizer(NamedTuple):
@@ -230,18 +237,16 @@ class RunTokenizer(NamedTuple):
     end_id: int | None
 
 
-def tokenizer_of(train: TrainingData, model: ModelConfig) -> RunTokenizer | None:
+def tokenizer_of(train: RunData, model: ModelConfig) -> RunTokenizer | None:
     """Return the tokenizer beside the first corpus, else that in ``model.hf_checkpoint``, else None.
 
     Raises ConfigError if it is damaged.
     """
-    path = Path(f"{train.sources[0].ranges[0][0].prefix}.tokenizer.json")
-    if not path.exists():
-        if model.initial is None or not tokenizer_files(model.initial.folder):
-            return None
-        path = model.initial.folder
-        if (path / "tokenizer_config.json").exists():
-            read_json(path / "tokenizer_config.json")
+    path = tokenizer_path(train.sources[0].ranges[0][0].prefix, model)
+    if path is None:
+        return None
+    if (path / "tokenizer_config.json").exists():
+        read_json(path / "tokenizer_config.json")
     tokenizer = read_tokenizer(path)
     end = own_end(path, tokenizer)
     return RunTokenizer(path, end, None if end is None else tokenizer.token_to_id(end))

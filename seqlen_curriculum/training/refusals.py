@@ -14,9 +14,11 @@ from deepspeed.runtime.zero.utils import ZeRORuntimeException
 from pydantic import ValidationError
 
 from seqlen_curriculum.config.deepspeed_rules import MONITORS
+from seqlen_curriculum.config.muon import trains_by_muon
 from seqlen_curriculum.errors import ConfigError, SeqlenCurriculumError
 from seqlen_curriculum.strict_json import shown
-from seqlen_curriculum.training.muon import embeddings_by_adam
+from seqlen_curriculum.training.machine import on_cpu
+from seqlen_curriculum.training.muon import embeddings_by_adam, run_uncompiled
 from seqlen_curriculum.training.progress import log_rank0
 
 __all__ = ["initialize_deepspeed"]
@@ -44,6 +46,9 @@ def initialize_deepspeed(**arguments: Any) -> tuple[Any, ...]:
     The same exceptions raised in callbacks, by code of this package or the user's, are not about the configuration and pass
     unchanged.
     """
+    optimizer = (arguments.get("config") or {}).get("optimizer") or {}
+    if on_cpu() and trains_by_muon(str(optimizer.get("type"))):
+        run_uncompiled()
     try:
         with embeddings_by_adam() as divided:
             initialized = tuple(deepspeed.initialize(**arguments))

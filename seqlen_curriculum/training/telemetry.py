@@ -76,9 +76,11 @@ class Telemetry:
             return
         self._log.write(record)
         self._to_monitors("Valid", record)
-        log_rank0(
-            f"step {record['step']}: validation loss {record['valid_loss']:.4f}, perplexity {record['valid_ppl']:.2f}"
-        )
+        values = f"{record['valid_loss']:.4f}", f"{record['valid_ppl']:.2f}"
+        # Masked tokens are predicted from both sides, so this is no perplexity of a text.
+        names = ("loss of masked tokens", "pseudo-perplexity") if "objective" in record else ("loss", "perplexity")
+        loss, perplexity = (f"{name} {value}" for name, value in zip(names, values, strict=True))
+        log_rank0(f"step {record['step']}: validation {loss}, {perplexity}")
 
     def follow(self, timeline: Timeline) -> None:
         """Set the total of the bar to the steps of ``timeline``."""

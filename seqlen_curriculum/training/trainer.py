@@ -9,7 +9,7 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -17,8 +17,9 @@ import torch
 
 from seqlen_curriculum.config.plan import RunPlan
 from seqlen_curriculum.config.training import TrainingConfig
+from seqlen_curriculum.data.objective import NextToken, Objective
 from seqlen_curriculum.data.samples import Samples
-from seqlen_curriculum.data.training_data import TrainingData
+from seqlen_curriculum.data.training_data import RunData
 from seqlen_curriculum.run_folder.evaluations import Evaluations
 from seqlen_curriculum.run_folder.run_log import RunLog
 from seqlen_curriculum.schedule.piecewise import IntArray
@@ -45,7 +46,7 @@ class Trainer:
 
     executor: Executor
     plan: RunPlan
-    train_data: TrainingData
+    train_data: RunData
     valid_samples: Samples | None
     settings: TrainingConfig
     telemetry: Telemetry
@@ -63,6 +64,8 @@ class Trainer:
     """Sets the attention window of a step, None for whole rows. None for models without windows."""
     has_dropout: bool = True
     """False for a model that uses no random numbers in training, which needs no seeds."""
+    objective: Objective = field(default_factory=NextToken)
+    """The tokens that the model predicts in each row."""
     until_step: int | None = None
     """Save and stop after this step."""
 
@@ -90,7 +93,8 @@ class Trainer:
         Raises DivergenceError, and RollbackRequested if the spike guard requests a rollback.
         """
         if self.settings.preflight and first_step <= self.plan.steps:
-            preflight(self.executor, *self.plan.largest_micro_batch())
+            shape = self.plan.largest_micro_batch()
+            preflight(self.executor, *shape, self.objective.target_shape(*shape))
         step, stop = first_step - 1, False
         while step < self._last_step and not stop:
             step += 1
@@ -185,12 +189,14 @@ class Trainer:
         ids = None
         if self.sample_log is not None:
             ids = np.stack(self.train_data.sample_ids(step, first, count), 1).tolist()
-        tokens = self.train_data.read(step, first, count)
-        inputs, targets = (to_device(part, self.engine.device) for part in tokens)  # (B, S)
-        rows, row_tokens = inputs.shape
+        tokens = self.train_data.read(step, first, count)  # (B, S) each
+        rows, row_tokens = tokens[0].shape
+        first_row = self.executor.data_rank * rows
+        inputs, targets = (
+            to_device(part, self.engine.device) for part in self.objective.of_step(*tokens, step, first_row)
+        )
         micro_rows, seeds = self.plan.micro_batch_rows(rows, row_tokens), []
         if self.has_dropout:
-            first_row = self.executor.data_rank * rows
             seeds = [row_seed(self.settings.seed, step, first_row + row) for row in range(0, rows, micro_rows)]
         return StepData(
             list(zip(torch.split(inputs, micro_rows), torch.split(targets, micro_rows), strict=True)), seeds, ids
@@ -209,8 +215,9 @@ class Trainer:
         for chunk, weight in _eval_chunks(
             ids, self.executor.data_rank, self.executor.data_ranks, self.plan.micro_batch
         ):
-            tokens = to_device(samples.read(chunk, samples.seq_length), self.engine.device)
-            total += self.executor.evaluate((tokens[:, :-1], tokens[:, 1:])) * weight
+            rows_of_chunk = self.objective.of_samples(samples.read(chunk, samples.seq_length), chunk)
+            inputs, targets = (to_device(part, self.engine.device) for part in rows_of_chunk)
+            total += self.executor.evaluate((inputs, targets)) * weight
         valid_loss = share_outcome(StepResult(total, None)).loss / rows
         if not math.isfinite(valid_loss):
             self.guard.stop_or_roll_back(f"the validation loss is {valid_loss}")
@@ -221,6 +228,7 @@ class Trainer:
                 "consumed_tokens": self.plan.timeline.consumed_tokens(step),
                 "valid_loss": valid_loss,
                 "valid_ppl": math.exp(min(20.0, valid_loss)),
+                **self.objective.facts,
                 "seconds": time.perf_counter() - started,
             }
         )

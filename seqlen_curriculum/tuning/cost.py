@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import numpy as np
 
 from seqlen_curriculum.config.run import RunConfig
-from seqlen_curriculum.errors import ConfigError
 
 __all__ = ["Cost", "cost_of"]
 
@@ -18,7 +18,8 @@ class Cost(NamedTuple):
     tokens: int = 0
     """Target tokens trained on."""
     flops: float = 0.0
-    """FLOPs of training and evaluation. A forward pass is a third of training; see ``ModelConfig.flops_per_token``."""
+    """FLOPs of training and evaluation, NaN if unknown. A forward pass is a third of training; see
+    ``ModelConfig.flops_per_token``."""
 
     def __add__(self, other: object) -> Cost:
         assert isinstance(other, Cost)
@@ -30,14 +31,14 @@ def cost_of(config: RunConfig, first_step: int, last_step: int) -> Cost:
     assert config.model is not None
     assert config.data is not None
     assert config.training is not None
-    if config.model.uncounted:
-        raise ConfigError(f"{config.model.source}: the cost of a probe isn't known: {config.model.uncounted}")
     timeline, training = config.timeline(), config.training
     last_step = min(last_step, timeline.steps)
     if first_step > last_step:
         return Cost()
     steps = np.arange(first_step, last_step + 1)
     tokens = np.diff(timeline.consumed_tokens(steps), prepend=timeline.consumed_tokens(first_step - 1))
+    if config.model.uncounted:
+        return Cost(int(tokens.sum()), math.nan)
     flops = float(np.sum(tokens * config.model.flops_per_token(timeline.seqlen(steps))))
 
     evaluations = 0

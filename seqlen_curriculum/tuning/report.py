@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 from seqlen_curriculum.analysis.read_run import read_run
 from seqlen_curriculum.analysis.write_report import check_folder, write_report
-from seqlen_curriculum.tuning.cost import cost_of
+from seqlen_curriculum.tuning.cost import Cost, cost_of
 from seqlen_curriculum.tuning.search import Candidate, Outcome, Space
 from seqlen_curriculum.tuning.study import ProbeResult, Study
 
@@ -32,7 +33,7 @@ def describe_costs(study: Study) -> str:
         config = study.run_of(Candidate(space.lengths[0], total)).config
         steps = min(most_steps, config.timeline().steps)
         cost = cost_of(config, 1, steps)
-        shares = f"{cost.tokens / full.tokens:>12.2%} {cost.flops / full.flops:>11.2%}"
+        shares = f"{cost.tokens / full.tokens:>12.2%} {_of_compute(cost, full, 2):>11}"
         lines.append(f"{total:>12,} {steps:>8,} {cost.tokens:>15,} {shares}")
     return "\n".join(lines)
 
@@ -54,10 +55,14 @@ def describe_result(result: ProbeResult) -> str:
 def describe_cost(study: Study) -> str:
     """Return the cost of all probes, compared with the training they tune."""
     spent, full = study.cost(), study.full_cost()
-    shares = (
-        f"{spent.tokens / full.tokens:.1%} of the training's tokens; with evaluations {spent.flops / full.flops:.1%}"
-    )
+    compute = _of_compute(spent, full, 1)
+    shares = f"{spent.tokens / full.tokens:.1%} of the training's tokens; with evaluations {compute}"
     return f"cost              {spent.tokens:,} tokens, {shares} of its compute; {study.seconds:,.0f} s"
+
+
+def _of_compute(cost: Cost, full: Cost, digits: int) -> str:
+    share = cost.flops / full.flops
+    return "unknown" if math.isnan(share) else f"{share:.{digits}%}"
 
 
 def describe_outcome(study: Study, outcome: Outcome) -> str:

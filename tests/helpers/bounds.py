@@ -1,6 +1,7 @@
 """Bounds on the CPU time and memory of a call, for inputs that are made at random."""
 
 import contextlib
+import re
 import resource
 import signal
 import time
@@ -10,6 +11,8 @@ from pathlib import Path
 from helpers.launching import limit
 
 SECONDS, MEGABYTES = 2.0, 500
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
+_NO_MEMORY = re.compile(r"MemoryError|can't allocate|bad_alloc|out of memory|Cannot allocate", re.IGNORECASE)
 
 
 class TooSlowError(BaseException):
@@ -40,6 +43,16 @@ class Bounds:
         """Print what the calls did; pytest shows it with ``-s``."""
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         print(f"\n{dict(outcomes)}, slowest {self.slowest:.3f} s, {peak / 1e6:.0f} MB at most in this process")
+
+
+def check_message(message):
+    """Check that a terminal can print an error's message, that another library didn't write it, and that memory sufficed."""
+    message.encode()
+    assert message
+    assert len(message) < 40_000
+    assert not _CONTROL.search(message), message
+    assert not re.search(r"Traceback|pydantic|^\w+Error\b", message), message
+    assert not _NO_MEMORY.search(message), message
 
 
 def _stop(*_):

@@ -5,6 +5,7 @@ import json
 import torch
 from transformers import AutoModelForCausalLM, BloomConfig, GPT2Config, GPTNeoXConfig, LlamaConfig, Qwen2Config
 
+from seqlen_curriculum.config.presets import ARCHITECTURE_PRESETS
 from seqlen_curriculum.data.tokenizer import TokenizerChoice, build_tokenizer
 from seqlen_curriculum.models.pretrained import quiet, save_tokenizer
 
@@ -19,6 +20,16 @@ CONFIGS = {
     "gpt2": GPT2Config(n_embd=32, n_layer=2, n_head=2, n_positions=32, vocab_size=257, activation_function="relu"),
     "narrow_gpt2": GPT2Config(n_embd=32, n_layer=2, n_head=2, n_positions=32, vocab_size=257, n_inner=48),
 }
+
+SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+SMALL |= {"max_position_embeddings": 64, "vocab_size": 257}
+SHAPES = {
+    name: {key: value for key, value in {**config, **SMALL}.items() if not key.endswith("_token_id")}
+    | ({"num_key_value_heads": 2} if "num_key_value_heads" in config else {})
+    | ({"head_dim": 16} if "head_dim" in config else {})
+    for name, config in ARCHITECTURE_PRESETS.items()
+}
+"""Each preset's shape, with fewer and smaller blocks."""
 
 
 def complete(folder, step=1, vocab_size=257, rollbacks=()):

@@ -9,6 +9,8 @@ from helpers.launching import ROOT
 from helpers.settings import block
 from helpers.wrong_files import GOOD
 
+CONFIG_SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+CONFIG_SIZES["max_position_embeddings"] = 64
 SCHEDULES = [
     ("fixed_linear", {"curriculum_fraction": 0.3, "difficulty_step": 8}),
     ("fixed_linear", {"total_curriculum_tokens": 30_000, "difficulty_step": 1}),
@@ -96,6 +98,31 @@ FRAGMENTS = [
 FRAGMENTS += ["\0", "\ufeff", "\u2028", "0x10", "01", "1_000", "'", "\r\n", ":", "tru"]
 
 
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "mlp_only_layers": [0]}
+SHAPE = {**CONFIG_SIZES, "num_key_value_heads": 2, "vocab_size": 300}
+ARCHITECTURES = [
+    {"model_type": "llama", **SHAPE, "rope_scaling": {"rope_type": "yarn", "factor": 2.0}, "head_dim": None},
+    {"model_type": "qwen3_moe", **SHAPE, **EXPERTS, "use_sliding_window": True, "sliding_window": 16, "head_dim": 16},
+    {
+        "model_type": "qwen2",
+        **SHAPE,
+        "use_sliding_window": True,
+        "layer_types": ["full_attention", "sliding_attention"],
+    },
+    {"model_type": "bloom", "n_layer": 2, "n_head": 2, "hidden_size": 32, "vocab_size": 257, "n_positions": 64},
+    {
+        "model_type": "gpt2",
+        "n_embd": 32,
+        "n_layer": 2,
+        "n_head": 2,
+        "n_positions": 64,
+        "vocab_size": 257,
+        "n_inner": 48,
+    },
+]
+"""Configurations of architectures, two of which aren't Llama-like."""
+
+
 class Twin(str):
     """A key that equals no other one, so that an object can hold it twice."""
 
@@ -114,6 +141,7 @@ def bases(tiny_run):
     windows = {**blocks[2], "method": "window", "restart_positions": True}
     blocks += [grown, windows, {**blocks[2], "method": "segment"}]
     runs = [*map(json.loads, map(Path.read_text, files)), tiny_run, GOOD]
+    runs += [{**GOOD, "model": {"hf_config": copy.deepcopy(config)}} for config in ARCHITECTURES]
     return runs + [{**GOOD, "curriculum_learning": curriculum} for curriculum in blocks]
 
 

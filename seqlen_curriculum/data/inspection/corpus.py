@@ -11,8 +11,13 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from seqlen_curriculum.config.data import DataConfig
+from seqlen_curriculum.data.decomposed_data import buckets_of
 from seqlen_curriculum.data.indexed import IndexedCorpus
+from seqlen_curriculum.data.pieces import Pieces
 from seqlen_curriculum.errors import ConfigError
+from seqlen_curriculum.fields import parse_section
+from seqlen_curriculum.schedule.bucket_use import bucket_use, describe_bucket_use
 
 __all__ = ["corpus_warnings", "describe_corpora", "inspect_corpora"]
 
@@ -20,20 +25,25 @@ _TOKENS = 2**22  # per block
 _DOCUMENTS = 2**20
 
 
-def inspect_corpora(prefixes: Iterable[str], seq_length: int | None = None) -> list[dict[str, Any]]:
+def inspect_corpora(
+    prefixes: Iterable[str], seq_length: int | None = None, shortest_piece: int | None = None
+) -> list[dict[str, Any]]:
     """Return one JSON-able object per corpus. Reads every token, with a progress bar if that takes over a second.
 
     ``prefix, documents, empty_documents, shortest_document, median_document, longest_document`` (tokens), ``tokens, dtype,
     vocab_size`` (as recorded, or None), ``smallest_id, largest_id``. With ``seq_length`` also ``samples`` of that length
-    and ``rest_tokens``, which don't fill a sample. Raises ConfigError, and DataError for a missing or damaged pair.
+    and ``rest_tokens``, which don't fill a sample. With ``shortest_piece`` also ``pieces``, the result of ``bucket_use`` for
+    pieces of ``shortest_piece`` to ``seq_length`` tokens. Raises ConfigError, and DataError for a missing or damaged pair.
     """
     if seq_length is not None and seq_length < 1:
         raise ConfigError(f"--seq-length: {seq_length} is not valid; give 1 or more tokens")
+    lengths = _piece_lengths(seq_length, shortest_piece)
     corpora = [IndexedCorpus(prefix) for prefix in prefixes]  # open all of them before reading any
+    pieces = [Pieces([(corpus, 0, corpus.num_documents)], lengths, 0) if lengths else None for corpus in corpora]
     facts = []
-    for corpus in corpora:
+    for corpus, cut in zip(corpora, pieces, strict=True):
         smallest_id, largest_id = _id_range(corpus)
-        fact = {
+        fact: dict[str, Any] = {
             "prefix": corpus.prefix,
             **_document_facts(corpus),
             "tokens": corpus.num_tokens,
@@ -44,8 +54,24 @@ def inspect_corpora(prefixes: Iterable[str], seq_length: int | None = None) -> l
         }
         if seq_length is not None:
             fact["samples"], fact["rest_tokens"] = divmod(corpus.num_tokens - 1, seq_length)
+        if cut is not None:
+            fact["pieces"] = bucket_use(buckets_of([cut], None))
         facts.append(fact)
     return facts
+
+
+def _piece_lengths(seq_length: int | None, shortest_piece: int | None) -> tuple[int, ...]:
+    """Return the lengths of the pieces, as a run's ``data`` section gives them; none without ``shortest_piece``."""
+    if shortest_piece is None:
+        return ()
+    if seq_length is None:
+        raise ConfigError(f"--decomposed {shortest_piece}: needs --seq-length, the longest piece; give it too")
+    problems: list[str] = []
+    keys = {"train": ["-"], "seq_length": seq_length, "order": "decomposed", "min_piece_tokens": shortest_piece}
+    data = parse_section(DataConfig, keys, "--decomposed, --seq-length", problems)
+    if data is None:
+        raise ConfigError(problems)
+    return data.piece_lengths
 
 
 def _document_facts(corpus: IndexedCorpus) -> dict[str, int | float]:
@@ -114,5 +140,7 @@ def describe_corpora(facts: Iterable[dict[str, Any]]) -> str:
         ]
         if "samples" in fact:
             lines.append(f"  samples     {fact['samples']:,}, and {fact['rest_tokens']:,} tokens that don't fill one")
+        if "pieces" in fact:
+            lines += ["", describe_bucket_use(fact["pieces"])]
         descriptions.append("\n".join(lines))
     return "\n\n".join(descriptions)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from seqlen_curriculum.data.training_data import TrainingData
+from seqlen_curriculum.data.training_data import RunData
 from seqlen_curriculum.errors import ConfigError
 from seqlen_curriculum.extras import missing_package
 
@@ -23,7 +23,7 @@ _SHOWN_CHARACTERS = 100  # at either end of a text
 _SHOWN_PARTS = 4  # spans of a sample, and rows of it
 
 
-def check_step(train_data: TrainingData, step: int, ranks: int, rows: int) -> None:
+def check_step(train_data: RunData, step: int, ranks: int, rows: int) -> None:
     """Raise ConfigError naming the flag if the step is outside the run or its samples don't divide over ``ranks``."""
     steps = train_data.timeline.steps
     if not 1 <= step <= steps:
@@ -38,7 +38,7 @@ def check_step(train_data: TrainingData, step: int, ranks: int, rows: int) -> No
         raise ConfigError(f"--rows: {rows} is not valid; give 1 or more samples to show")
 
 
-def read_step(train_data: TrainingData, step: int, ranks: int = 1, rows: int = 4) -> dict[str, Any]:
+def read_step(train_data: RunData, step: int, ranks: int = 1, rows: int = 4) -> dict[str, Any]:
     """Return ``rows`` samples of each of ``ranks`` data-parallel ranks at ``step`` as a JSON-able object.
 
     ``step, seqlen, method, samples, sample_rows, row_tokens`` (a sample becomes ``sample_rows`` rows of ``row_tokens``),
@@ -70,7 +70,7 @@ def read_step(train_data: TrainingData, step: int, ranks: int = 1, rows: int = 4
     }
 
 
-def _read_samples(train_data: TrainingData, step: int, first: int, count: int) -> list[dict[str, Any]]:
+def _read_samples(train_data: RunData, step: int, first: int, count: int) -> list[dict[str, Any]]:
     seqlen = train_data.timeline.seqlen(step)
     inputs = train_data.read(step, first, count)[0].reshape(count, -1)  # (samples, tokens of a sample)
     spans = _spans_by_sample(train_data, step, first, count)
@@ -93,12 +93,14 @@ def _read_samples(train_data: TrainingData, step: int, first: int, count: int) -
     return samples
 
 
-def _spans_by_sample(train_data: TrainingData, step: int, first: int, count: int) -> list[list[dict[str, Any]]]:
+def _spans_by_sample(train_data: RunData, step: int, first: int, count: int) -> list[list[dict[str, Any]]]:
     by_sample: list[dict[int, dict[str, Any]]] = [{} for _ in range(count)]  # {column: span} of each
     for source, spans in train_data.token_spans(step, first, count):
         for sample, column, length, range_index, start in np.stack(spans, axis=1).tolist():
             corpus, end = train_data.sources[source].ranges[range_index][0], start + length
-            documents = [corpus.document_at(start), corpus.document_at(end - 1)]
+            # A piece belongs to the document of its targets. Its first input may be the end token before them.
+            shift = 0 if train_data.buckets is None else 1
+            documents = [corpus.document_at(start + shift), corpus.document_at(end - 1 + shift)]
             span = {"corpus": corpus.prefix, "start": start, "end": end, "documents": documents}
             by_sample[sample][column] = span
     return [[by_column[column] for column in sorted(by_column)] for by_column in by_sample]

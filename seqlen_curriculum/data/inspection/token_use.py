@@ -10,10 +10,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from seqlen_curriculum.config.run import RunConfig
-from seqlen_curriculum.data.from_config import corpora_of, open_training_data
+from seqlen_curriculum.data.decomposed_data import buckets_of
+from seqlen_curriculum.data.from_config import corpora_of, open_decomposed_data, open_packed_data, open_pieces
 from seqlen_curriculum.data.leftovers import Epochs
 from seqlen_curriculum.data.samples import SPLITS, Samples, split_ranges
 from seqlen_curriculum.data.training_data import TrainingData
+from seqlen_curriculum.schedule.bucket_use import bucket_use, describe_bucket_use
 from seqlen_curriculum.schedule.piecewise import IntArray, Piecewise
 from seqlen_curriculum.schedule.shortening import Method
 from seqlen_curriculum.schedule.timeline import Timeline
@@ -40,12 +42,15 @@ def account(config: RunConfig) -> dict[str, Any]:
       ``epoch_steps`` are the first steps of up to 100 epochs.
     - ``ways`` to shorten [{method, leftovers, configured, steps, read_tokens, trained_tokens, recycled_tokens,
       dropped_tokens, epochs}], where read = trained + dropped. Recycled tokens are part of the trained ones.
+    - If the rows are pieces of documents, ``pieces`` as ``bucket_use`` returns them instead of ``sources`` and ``ways``.
     """
     assert config.data is not None
     summary: dict[str, Any] = {"seq_length": config.data.seq_length, "splits": _splits(config)}
+    if config.decomposed:
+        return summary | _pieces_of_run(config)
     if config.training is None or config.keys.train_batch_size is None:
         return summary
-    train_data = open_training_data(config)
+    train_data = open_packed_data(config)
     sources = [_source(train_data, number, config.data.weights) for number in range(len(train_data.sources))]
     second_epochs = [source["epoch_steps"][1] for source in sources if len(source["epoch_steps"]) > 1]
     ways: list[tuple[Method, str]] = [("truncate", "drop"), ("truncate", "recycle")]
@@ -58,6 +63,15 @@ def account(config: RunConfig) -> dict[str, Any]:
         "sources": sources,
         "ways": [_way(train_data, config, method, leftovers) for method, leftovers in ways],
     }
+
+
+def _pieces_of_run(config: RunConfig) -> dict[str, Any]:
+    """Return the pieces of the training data, and what the run reads of them if it has training and a batch."""
+    assert config.data is not None
+    if config.training is None or config.keys.train_batch_size is None:
+        return {"pieces": bucket_use(buckets_of(open_pieces(config), config.data.weights))}
+    data = open_decomposed_data(config)
+    return {"steps": data.timeline.steps, "pieces": bucket_use(data.buckets, data.timeline)}
 
 
 def _splits(config: RunConfig) -> dict[str, list[dict[str, Any]]]:
@@ -186,6 +200,9 @@ def describe_account(summary: dict[str, Any]) -> str:
         lines.append(f"  {which:<7} {sum(corpus['samples'] for corpus in corpora):>15,}")
         if len(corpora) > 1:
             lines += [f"  {corpus['samples']:>23,}  {corpus['prefix']}" for corpus in corpora]
+    if "pieces" in summary:
+        steps = [f"{summary['steps']:,} steps"] if "steps" in summary else []
+        return "\n".join([*lines, "", *steps, describe_bucket_use(summary["pieces"])])
     if "ways" not in summary:
         return "\n".join([*lines, "", "steps and epochs need a training section and train_batch_size"])
     first_epoch = "no source starts a second epoch"

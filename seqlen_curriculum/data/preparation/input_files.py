@@ -14,7 +14,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from seqlen_curriculum.errors import DataError
+from seqlen_curriculum.errors import DataError, printable
 
 __all__ = [
     "JSON_SUFFIXES",
@@ -148,7 +148,7 @@ def _edges(path: Path, size: int) -> bytes:
 def _warn(messages: Iterable[str]) -> None:
     listed = list(messages)
     for message in listed[:_LISTED]:
-        print(f"warning: {message}", file=sys.stderr)
+        print(f"warning: {printable(message)}", file=sys.stderr)
     if len(listed) > _LISTED:
         print(f"warning: and {len(listed) - _LISTED:,} files more like these", file=sys.stderr)
 

@@ -32,7 +32,7 @@ from seqlen_curriculum.data.tokenizer import (
     splits_at_spaces,
     vocab_size,
 )
-from seqlen_curriculum.errors import ConfigError, DataError
+from seqlen_curriculum.errors import ConfigError, DataError, printable
 from seqlen_curriculum.files import writable_folder
 
 __all__ = ["Request", "prepare", "usable_cores"]
@@ -179,7 +179,7 @@ class _Job:
         for kind, message in encoded.problems:
             counts[kind] += 1
             if counts[kind] <= REPORTED_PROBLEMS:
-                tqdm.write(f"warning: {message}; left out", file=sys.stderr)
+                tqdm.write(f"warning: {printable(message)}; left out", file=sys.stderr)
 
     def totals(self, tokenizer: Tokenizer) -> dict[str, Any]:
         """Return the counts for the record. Raises ``DataError`` if there is no document."""
