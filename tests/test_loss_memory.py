@@ -28,10 +28,12 @@ before = peak()
 model = AnyCausalLM(LlamaForCausalLM(LlamaConfig(vocab_size=vocabulary, max_position_embeddings=1024, **sizes)))
 optimizer = torch.optim.AdamW(model.parameters(), fused=True)
 tokens = torch.randint(0, vocabulary, (4, 1025))
-for _ in range(2):  # the second step has moments
-    model(tokens[:, :-1], tokens[:, 1:]).backward()
-    optimizer.step()
-    optimizer.zero_grad()
+for weight in model.parameters():
+    weight.grad = torch.zeros_like(weight)
+optimizer.step()  # from the second step on there are moments
+optimizer.zero_grad()
+model(tokens[:, :-1], tokens[:, 1:]).backward()
+optimizer.step()
 print(json.dumps([peak() - before, sum(weight.numel() for weight in model.parameters())]))
 """
 

@@ -61,7 +61,7 @@ class TrainingConfig(Section):
     micro-batches per step. The gradient is the same up to rounding. ``fixed``: ``train_micro_batch_size_per_gpu`` rows at
     every length."""
     compile: bool | None = None
-    """Compile a GPT-2 with ``torch.compile``, in a few graphs for all lengths. True: its blocks, and on a GPU its loss.
+    """Compile the model with ``torch.compile``, in a few graphs for all lengths. True: its blocks, and on a GPU its loss.
     None: only the loss, on a GPU. False: nothing."""
     deterministic: bool = False
     """Use only torch's deterministic algorithms, which are slower, so that the same step on the same GPUs is bit-identical.
