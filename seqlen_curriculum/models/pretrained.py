@@ -71,8 +71,13 @@ def load_model(path: Path, dtype: torch.dtype | None = torch.float32, padding: b
     # transformers only warns about missing weights and initialises them randomly.
     lost = sorted({*loading["missing_keys"], *(key[0] for key in loading["mismatched_keys"])})
     if lost:
+        other = sorted(
+            loading["unexpected_keys"]
+        )  # "module." of DDP and "_orig_mod." of torch.compile precede each name
+        beside = f", and its files have others, such as {shown(other[0])[1:-1]}" if other else ""
         raise CheckpointError(
-            f"{folder}: {len(lost)} of the model's weights are missing, such as {lost[0]}; give a complete model with a head"
+            f"{folder}: {len(lost)} of the model's weights are missing, such as {lost[0]}{beside}; "
+            "give a complete model with a head"
         )
     size = vocabulary(folder)
     if not padding and size is not None and size < model.get_input_embeddings().num_embeddings:

@@ -45,6 +45,8 @@ _CAUSAL = ("ForCausalLM", "LMHeadModel")
 """Suffixes of the names of causal language models."""
 _BUFFERS = (".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias", ".inv_freq")
 """Suffixes of tensors in older folders that aren't weights."""
+_HEADS = ("lm_head.weight", "embed_out.weight")
+"""Names of the output head."""
 _INCIDENTAL = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache")
 """Keys of ``config.json`` that don't affect the model."""
 _BLOCK_BYTES, _BLOCKS = 4096, 64
@@ -139,6 +141,9 @@ def read_pretrained(folder: Path) -> PretrainedModel:
 def shapes_in(folder: Path, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """Return the shapes of the weights in ``folder`` by name. Raises CheckpointError for sizes that don't fit them."""
     shapes = dict(shape for path in weight_files(folder) for shape in weight_shapes(path))
+    for head in _HEADS if config.get("tie_word_embeddings") is True else ():
+        if list(shapes.values()).count(shapes.get(head, ())) > 1:  # a copy of the embedding, which isn't read
+            del shapes[head]
     sizes = sizes_in(config)
     for name, value in sizes.items():
         if value < 1:
