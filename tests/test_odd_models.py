@@ -1,7 +1,9 @@
 """Folders of models as people have them: pointers of Git LFS, other prefixes, weights saved twice, weights that diverged."""
 
 import json
+import resource
 import shutil
+import signal
 
 import pytest
 import torch
@@ -127,6 +129,21 @@ def test_a_checkpoint_of_another_trainer_as_weights(llama, tmp_path):
     torch.save({"state_dict": {}, "epoch": 3}, tmp_path / "pytorch_model.bin")
     with pytest.raises(CheckpointError, match="'state_dict' is of type dict, not a tensor"):
         list(weight_shapes(tmp_path / "pytorch_model.bin"))
+
+
+@pytest.mark.parametrize("size", [100, 5_000, 25_000])
+def test_an_export_to_a_full_disk(llama, tmp_path, size):
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        result = slw("export", llama, "--out", tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert "can't be written" in result.stderr
+    assert "File too large" in result.stderr
+    assert not (tmp_path / "out").exists()
 
 
 # Tokenizers

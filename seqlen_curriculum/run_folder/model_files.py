@@ -123,7 +123,7 @@ def _safetensors_shapes(path: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 
 def _check_records(path: Path, weights: Mapping[str, Any]) -> None:
-    """Raise ValueError for a value of another type than a tensor, and a record of a zip file of another size, which torch doesn't notice."""
+    """Raise ValueError for a value that is not a tensor, and a record in a zip file whose size isn't that of its tensor."""
     for name, weight in weights.items():
         if not hasattr(weight, "untyped_storage"):
             raise ValueError(f"{shown(name)} is of type {type(weight).__name__}, not a tensor")
