@@ -1,5 +1,6 @@
 """Names and paths as people have them: each command uses them, or says in one line what is wrong with them."""
 
+import contextlib
 import json
 
 import numpy as np
@@ -121,3 +122,15 @@ def test_line_ends_of_other_systems(tmp_path, end):
     (tmp_path / "run.json").write_text(text.replace("\n", end), newline="")
     (tmp_path / "other.json").write_text(text)
     assert RunConfig.load(tmp_path / "run.json").settings() == RunConfig.load(tmp_path / "other.json").settings()
+
+
+def test_the_current_folder_has_been_deleted(tmp_path, monkeypatch):
+    (tmp_path / "run.json").write_text(json.dumps(run_of("corpus")))
+
+    def gone(*_):
+        raise FileNotFoundError(2, "No such file or directory")
+
+    monkeypatch.setattr("os.getcwd", gone)
+    monkeypatch.setattr("contextlib.chdir", lambda _: contextlib.nullcontext())  # of the helper, which goes back
+    result = slw("plan", "run.json")
+    assert result.stderr == "error: the current folder has been deleted; change to another one\n"

@@ -62,7 +62,7 @@ def run(main: Callable[[], int | None], ranked: bool = False) -> None:
             raise
         status = 128 + signal.SIGPIPE
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         print(f"error: the output can't be written ({error.strerror}); free space and rerun", file=sys.stderr)
         _discard_unwritten()
@@ -104,6 +104,8 @@ def _of_a_path(error: OSError | RuntimeError) -> SeqlenCurriculumError | None:
     """Return the user-facing error for a path that the system refuses, None for any other error."""
     if isinstance(error, OSError) and error.errno in _PATH_ERRNOS and error.filename is not None:
         return ConfigError(f"{os.fsdecode(error.filename)[:300]}: {error.strerror}; check the path and its permissions")
+    if isinstance(error, FileNotFoundError) and error.filename is None:  # of os.getcwd()
+        return ConfigError("the current folder has been deleted; change to another one")
     loop = "Symlink loop from "  # pathlib's, for which Python 3.13 raises OSError
     return ConfigError(f"{error}; give another path") if str(error).startswith(loop) else None
 

@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from seqlen_curriculum.errors import DataError
+from seqlen_curriculum.run_folder.own_files import is_lfs_pointer
 from seqlen_curriculum.schedule.piecewise import IntArray
 
 __all__ = ["DTYPES", "HEADER", "MAGIC", "VERSION", "CorpusIndex"]
@@ -49,6 +50,8 @@ class CorpusIndex:
             )
         with open(path, "rb") as stream:
             magic, version, code, num_sequences, num_indices = HEADER.unpack(stream.read(HEADER.size))
+        if is_lfs_pointer(path):
+            raise DataError(f"{path}: is a pointer of Git LFS, not the file itself; run git lfs pull there")
         if magic != MAGIC:
             raise DataError(
                 f"{path}: starts with {magic!r}, not {MAGIC!r}; it is not an MMIDIDX index: prepare the text again"

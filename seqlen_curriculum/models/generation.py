@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 from transformers import GenerationConfig
 
 from seqlen_curriculum.data.document_end import own_end
-from seqlen_curriculum.errors import ConfigError
+from seqlen_curriculum.errors import CheckpointError, ConfigError
 from seqlen_curriculum.fields import Flags
 from seqlen_curriculum.models.pretrained import load_model, load_tokenizer, quiet
 from seqlen_curriculum.run_folder.model_folder import model_folder, refuse_encoder, sizes_in
@@ -141,6 +141,12 @@ class _Generator:
         inputs = torch.tensor([ids], device=self.model.device)  # (1, S)
         # Seeded for each prompt, so that its samples don't depend on earlier prompts.
         torch.manual_seed(self.sampling.seed)
+        with torch.no_grad():
+            is_finite = self.model(inputs, use_cache=False).logits[:, -1].isfinite().all()
+        if not is_finite:
+            raise CheckpointError(
+                "the logits are not finite; the model's weights have diverged, give another checkpoint"
+            )
         with quiet():
             rows = self.model.generate(inputs, attention_mask=torch.ones_like(inputs), generation_config=config)
         samples = []

@@ -6,6 +6,7 @@ Nothing of a folder is run: ``trust_remote_code`` is False, so transformers neve
 from __future__ import annotations
 
 import copy
+import errno
 import json
 import math
 import shutil
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from transformers import (
@@ -82,8 +84,13 @@ def load_model(path: Path, dtype: torch.dtype | None = torch.float32, padding: b
     # transformers only warns about missing weights and initialises them randomly.
     lost = sorted({*loading["missing_keys"], *(key[0] for key in loading["mismatched_keys"])})
     if lost:
+        other = sorted(
+            loading["unexpected_keys"]
+        )  # "module." of DDP and "_orig_mod." of torch.compile precede each name
+        beside = f", and its files have others, such as {shown(other[0])[1:-1]}" if other else ""
         raise CheckpointError(
-            f"{folder}: {len(lost)} of the model's weights are missing, such as {lost[0]}; give a complete model with a head"
+            f"{folder}: {len(lost)} of the model's weights are missing, such as {lost[0]}{beside}; "
+            "give a complete model with a head"
         )
     size = vocabulary(folder)
     if not padding and size is not None and size < model.get_input_embeddings().num_embeddings:
@@ -159,13 +166,23 @@ def set_end_of_text(lm: Any, end: int | None) -> None:
 
 def save_weights(weights: Mapping[str, torch.Tensor], path: Path) -> None:
     """Write ``weights`` as safetensors for transformers, with file modes that follow the umask."""
-    save_file(dict(weights), path, metadata={"format": "pt"})
+    with _as_os_error():
+        save_file(dict(weights), path, metadata={"format": "pt"})
     follow_umask(path)
+
+
+@contextmanager
+def _as_os_error() -> Iterator[None]:
+    """Raise OSError for the error by which safetensors reports a full disk."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise OSError(errno.EIO, str(error)) from error
 
 
 def save_pretrained(model: Any, folder: Path, weights: Mapping[str, torch.Tensor] | None = None) -> None:
     """Write transformers' ``model``, or ``weights`` instead of its own, to ``folder``, with modes that follow the umask."""
-    with quiet():
+    with quiet(), _as_os_error():
         model.save_pretrained(folder, state_dict=weights)
     add_older_names(folder)
     for path in folder.glob("*.safetensors"):

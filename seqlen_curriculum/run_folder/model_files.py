@@ -13,7 +13,8 @@ from safetensors import SafetensorError, safe_open
 
 from seqlen_curriculum.errors import CheckpointError
 from seqlen_curriculum.files import read_json
-from seqlen_curriculum.run_folder.own_files import check_own, wrong_name
+from seqlen_curriculum.run_folder.own_files import check_own, is_lfs_pointer, wrong_name
+from seqlen_curriculum.strict_json import shown
 
 __all__ = ["TOKENIZER_FILES", "check_files", "code_in", "ordinary_file", "weight_files", "weight_shapes"]
 
@@ -78,6 +79,8 @@ def ordinary_file(folder: Path, name: str) -> Path:
     check_own(folder / name)
     if not (folder / name).exists():
         raise CheckpointError(f"{folder / name}: there is no such file; copy the folder again")
+    if is_lfs_pointer(folder / name):
+        raise CheckpointError(f"{folder / name}: is a pointer of Git LFS, not the file itself; run git lfs pull there")
     return folder / name
 
 
@@ -120,7 +123,10 @@ def _safetensors_shapes(path: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 
 def _check_records(path: Path, weights: Mapping[str, Any]) -> None:
-    """Raise ValueError if a record of torch's zip file has another size than its tensor, which torch doesn't notice."""
+    """Raise ValueError for a value that is not a tensor, and a record in a zip file whose size isn't that of its tensor."""
+    for name, weight in weights.items():
+        if not hasattr(weight, "untyped_storage"):
+            raise ValueError(f"{shown(name)} is of type {type(weight).__name__}, not a tensor")
     if not zipfile.is_zipfile(path):
         return
     storages = {weight.untyped_storage().data_ptr(): weight.untyped_storage().nbytes() for weight in weights.values()}

@@ -63,6 +63,8 @@ _BUFFERS = (
 """Suffixes of tensors in older folders that aren't weights."""
 _OTHER_HEADS = (".pooler.", ".seq_relationship.")
 """Parts of the names of weights in an encoder's folder that its head for masked tokens doesn't use."""
+_HEADS = ("lm_head.weight", "embed_out.weight")
+"""Names of the output head."""
 _INCIDENTAL = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache")
 """Keys of ``config.json`` that don't affect the model."""
 _BLOCK_BYTES, _BLOCKS = 4096, 64
@@ -160,9 +162,16 @@ def read_pretrained(folder: Path) -> PretrainedModel:
 
 
 def shapes_in(folder: Path, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of the weights in ``folder`` by name. Raises CheckpointError for fewer weights than layers."""
+    """Return the shapes of the weights in ``folder`` by name. Raises CheckpointError for sizes that don't fit them."""
     shapes = dict(shape for path in weight_files(folder) for shape in weight_shapes(path))
-    layers = sizes_in(config).get("num_layers", 0)
+    for head in _HEADS if config.get("tie_word_embeddings") is True else ():
+        if list(shapes.values()).count(shapes.get(head, ())) > 1:  # a copy of the embedding, which isn't read
+            del shapes[head]
+    sizes = sizes_in(config)
+    for name, value in sizes.items():
+        if value < 1:
+            raise CheckpointError(f"{folder}: {name} in its config.json: {value} is not a size; copy it again")
+    layers = sizes.get("num_layers", 0)
     if layers > len(shapes):
         raise CheckpointError(
             f"{folder}: its config.json has {layers:,} layers, and its files only {len(shapes):,} weights; copy it again"

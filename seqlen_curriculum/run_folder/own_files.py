@@ -9,10 +9,12 @@ from pathlib import Path
 from seqlen_curriculum.errors import CheckpointError
 from seqlen_curriculum.strict_json import not_text, shown
 
-__all__ = ["check_own", "not_own", "wrong_name"]
+__all__ = ["check_own", "is_lfs_pointer", "not_own", "wrong_name"]
 
 _NAME_BYTES = 255
 """The longest name of a file on Linux."""
+_POINTER_BYTES = 1024
+"""The longest pointer, by Git LFS's specification."""
 
 
 def wrong_name(name: str) -> str:
@@ -47,3 +49,11 @@ def check_own(path: Path, error: type[Exception] = CheckpointError) -> None:
     """Raise ``error`` for a file that must not be opened (``not_own``). Raises OSError for a folder that can't be read."""
     if reason := not_own(path.parent, path.name):
         raise error(f"{path}: {reason}")
+
+
+def is_lfs_pointer(path: Path) -> bool:
+    """Return whether a file is the pointer that git leaves in its place where Git LFS isn't set up. Raises OSError."""
+    if path.stat().st_size > _POINTER_BYTES:
+        return False
+    with path.open("rb") as file:
+        return file.read(30) == b"version https://git-lfs.github"

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from seqlen_curriculum.errors import DataError, printable
+from seqlen_curriculum.run_folder.own_files import is_lfs_pointer
 
 __all__ = [
     "JSON_SUFFIXES",
@@ -57,6 +58,8 @@ def find_files(inputs: Sequence[Path], outputs: Iterable[Path] = ()) -> list[Pat
         if other is not path:
             also = "" if other == path else f", also as {other}"
             raise DataError(f"{path}: given twice{also}; give each file once, or only its folder")
+        if is_lfs_pointer(path):
+            raise DataError(f"{path}: is a pointer of Git LFS, not the file itself; run git lfs pull there")
     return files
 
 

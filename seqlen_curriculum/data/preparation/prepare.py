@@ -171,7 +171,7 @@ class _Job:
                 self.print_problems(encoded)
                 self.partial.add(encoded.tokens, encoded.ends, encoded.text_bytes, encoded.left_out)
                 bar.update(encoded.input_bytes)
-        return (progress.text_bytes - done_bytes) / (time.monotonic() - start)
+        return (progress.text_bytes - done_bytes) / max(time.monotonic() - start, 1e-3)  # a clock may tick rarely
 
     def print_problems(self, encoded: EncodedBatch) -> None:
         """Print those problems of a batch that are among the first of their kind in the whole input."""
