@@ -99,6 +99,71 @@ MISTAKES = {
 }
 
 
+LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 3,
+    "intermediate_size": 64,
+    "max_position_embeddings": 64,
+    "vocab_size": 257,
+}
+MIXTRAL = {**LLAMA, "model_type": "mixtral", "num_key_value_heads": 6, "num_local_experts": 4}
+MISTAKES_BY_ARCHITECTURE = {
+    "layers over stages": (LLAMA, {"pipeline": {"stages": 3}}, "pipeline.stages: 3 is above model.num_layers 2"),
+    "grouped heads over tensor ranks": (
+        LLAMA,
+        {"tensor_parallel": {"autotp_size": 2}},
+        "tensor_parallel.autotp_size: 2 doesn't divide the 3 heads of num_key_value_heads",
+    ),
+    "grouped heads over sequence ranks": (
+        LLAMA,
+        {"sequence_parallel_size": 2},
+        "sequence_parallel_size: 2 doesn't divide the 3 heads of num_key_value_heads",
+    ),
+    "a default of grouped heads": (
+        {key: value for key, value in LLAMA.items() if key != "num_key_value_heads"}
+        | {"model_type": "mistral", "hidden_size": 192, "num_attention_heads": 24, "intermediate_size": 63},
+        {"tensor_parallel": {"autotp_size": 3}},
+        "tensor_parallel.autotp_size: 3 doesn't divide the 8 heads of num_key_value_heads",
+    ),
+    "the inner size over tensor ranks": (
+        LLAMA,
+        {"tensor_parallel": {"autotp_size": 3}},
+        "tensor_parallel.autotp_size: 3 doesn't divide intermediate_size 64",
+    ),
+    "experts over tensor ranks": (
+        MIXTRAL,
+        {"tensor_parallel": {"autotp_size": 2}},
+        "tensor_parallel.autotp_size: 2 doesn't work with num_local_experts 4",
+    ),
+    "routers over stages": (
+        {**MIXTRAL, "output_router_logits": True},
+        {"pipeline": {"stages": 2}},
+        "pipeline.stages: 2 doesn't work with output_router_logits true",
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "sections", "message"), MISTAKES_BY_ARCHITECTURE.values(), ids=MISTAKES_BY_ARCHITECTURE
+)
+def test_an_architecture_is_refused(architecture, sections, message):
+    model = {"hf_config": architecture}
+    RunConfig.from_dict({**copy.deepcopy(RUN), "model": model})
+    with pytest.raises(ConfigError, match=message) as caught:
+        RunConfig.from_dict({**copy.deepcopy(RUN), "model": model, **sections})
+    assert len(caught.value.problems) == 1
+
+
+@pytest.mark.parametrize(
+    "sections", [{"pipeline": {"stages": 2}}, {"sequence_parallel_size": 2}, {"zero_optimization": {"stage": 3}}]
+)
+def test_an_architecture_is_accepted(sections):
+    RunConfig.from_dict({**RUN, "model": {"hf_config": {**LLAMA, "num_key_value_heads": 6}}, **sections})
+
+
 @pytest.mark.parametrize(("sections", "message"), MISTAKES.values(), ids=MISTAKES)
 def test_refused(sections, message):
     with pytest.raises(ConfigError, match=message):

@@ -21,6 +21,8 @@ from deepspeed.comm.torch import TorchBackend
 from deepspeed.git_version_info import installed_ops
 from deepspeed.module_inject import autotp_config
 from deepspeed.module_inject import layers as autotp_layers
+from deepspeed.module_inject.auto_tp import AutoTP
+from deepspeed.module_inject.layers import GatherFromTensorParallelRegion, ScatterToTensorParallelRegion
 from deepspeed.monitor.csv_monitor import csvMonitor
 from deepspeed.monitor.monitor import MonitorMaster
 from deepspeed.monitor.wandb import WandbMonitor
@@ -42,6 +44,7 @@ from deepspeed.utils import groups, mixed_precision_linkage, safe_get_local_opti
 from torch._dynamo import callback as compile_callbacks
 from torch.distributed import distributed_c10d, rendezvous
 from torch.utils import cpp_extension, file_baton
+from transformers import core_model_loading
 from transformers.pytorch_utils import Conv1D
 
 import seqlen_curriculum
@@ -81,7 +84,7 @@ FUNCTIONS = [  # (owner, name, the parameters that we give), and who relies on i
     (PipelineParallelGrid, "get_data_parallel_id", "", "executor.py, pipeline.py"),
     (PipelineParallelGrid, "get_pipe_parallel_group", "", "executor.py"),
     (PipelineModule, "__init__", "layers num_stages loss_fn partition_method", "pipeline.py"),
-    (TiedLayerSpec, "__init__", "key typename forward_fn", "pipeline.py"),
+    (TiedLayerSpec, "__init__", "key typename forward_fn tied_weight_attr", "pipeline.py"),
     (DeepSpeedZeroOptimizer, "update_lp_params", "", "reshard.py"),
     (DeepSpeedZeroOptimizer, "load_state_dict", "state_dict_list load_from_fp32_weights", "reshard.py"),
     (BF16_Optimizer, "update_lp_params", "", "reshard.py"),
@@ -91,7 +94,10 @@ FUNCTIONS = [  # (owner, name, the parameters that we give), and who relies on i
     (DeepSpeedZeroOptimizer_Stage3, "checkpoint_event_epilogue", "", "reshard.py"),
     (groups, "_init_tp_mesh_device", "tensor_model_parallel_size", "tensor_parallel.py"),
     (groups, "get_tensor_model_parallel_group", "", "tensor_parallel.py, executor.py"),
-    (groups, "get_tensor_model_parallel_rank", "", "executor.py"),
+    (groups, "get_tensor_model_parallel_rank", "", "executor.py, tensor_parallel.py"),
+    (DeepSpeedEngine, "tensor_parallel_config", "", "tensor_parallel.py"),
+    (GatherFromTensorParallelRegion, "forward", "group input partition_sizes", "tensor_parallel.py"),
+    (ScatterToTensorParallelRegion, "forward", "group input partition_sizes tp_index", "tensor_parallel.py"),
     (groups, "get_data_parallel_rank", "", "executor.py"),
     (groups, "get_data_parallel_world_size", "", "engine.py: the user's mpu has it too"),
     (groups, "get_model_parallel_rank", "", "reshard.py: our mpu is this module"),
@@ -115,6 +121,12 @@ FUNCTIONS = [  # (owner, name, the parameters that we give), and who relies on i
     (torch.cuda, "is_bf16_supported", "including_emulation", "machine.py"),
     (torch.nn.utils, "get_total_norm", "", "executor.py"),
     (transformers.AttentionInterface, "register", "", "sequence_parallel.py, models"),
+    (
+        core_model_loading,
+        "revert_weight_conversion",
+        "model state_dict",
+        "models/pretrained.py: names in a saved folder",
+    ),
     (transformers.PreTrainedConfig, "standardize_rope_params", "", "models/rope.py"),
     (transformers.PreTrainedConfig, "validate_rope", "", "models/rope.py"),
 ]
@@ -198,6 +210,8 @@ SOURCES = [  # (owner, what must occur in its source), and who relies on it
     (cpp_extension, "os.path.join(build_directory, 'lock')", "extensions.py"),
     (rendezvous, "TORCHELASTIC_USE_AGENT_STORE", "launchers.py: who listens at the port"),
     (autotp_layers, "setattr(weight, DS_TENSOR_MODEL_PARALLEL, True)", "tensor_parallel.py: shards are marked"),
+    (autotp_layers, "weight.gather_params = self.gather_params", "tensor_parallel.py: shards know how to be gathered"),
+    (AutoTP, "param.register_hook(make_grad_allreduce_hook(", "tensor_parallel.py: gradients of a norm of each head"),
 ]
 
 
@@ -271,9 +285,9 @@ def test_shards_of_tensor_parallel_are_marked_under_the_name_that_we_read():
 
 
 def test_tensor_parallel_understands_our_partition():
-    from seqlen_curriculum.training.tensor_parallel import _PARTITION
+    from seqlen_curriculum.training.tensor_parallel import _GPT2_SPECS
 
-    config = autotp_config.AutoTPConfig.from_dict(_PARTITION)
+    config = autotp_config.AutoTPConfig.from_dict({"use_default_specs": False, "layer_specs": _GPT2_SPECS})
     kinds = {}
     for layer in ("attn.c_attn", "mlp.c_fc", "attn.c_proj", "mlp.c_proj", "ln_1"):
         spec = config.find_matching_spec(f"transformer.h.0.{layer}.weight")
@@ -296,6 +310,14 @@ def test_the_dry_run_of_a_pipeline_does_all_but_the_update(stage):
     kinds = [type(instruction) for instruction in instructions]
     assert (kinds.count(ForwardPass), kinds.count(BackwardPass)) == (2, 2)
     assert not {OptimizerStep, ReduceGrads, ReduceTiedGrads} & set(kinds)
+
+
+def test_transformers_has_the_plans_that_models_are_divided_by():
+    for config in (transformers.LlamaConfig, transformers.Qwen3Config, transformers.GPTNeoXConfig):
+        assert config.base_model_tp_plan
+        assert "layers" in config.base_model_pp_plan
+    assert transformers.Qwen3Config.base_model_tp_plan["layers.*.self_attn.q_norm"] == "replicated_with_grad_allreduce"
+    assert transformers.Olmo2Config.base_model_tp_plan["layers.*.self_attn.o_proj"] == "rowwise_split_input"
 
 
 def test_the_names_in_a_checkpoint_are_those_of_checkpoints_on_disk():

@@ -23,7 +23,7 @@ from helpers.settings import LINEAR
 
 from seqlen_curriculum import ConfigError, CurriculumScheduler, RunConfig, initialize
 from seqlen_curriculum.config.model import ModelConfig
-from seqlen_curriculum.models import cross_entropy, gpt2
+from seqlen_curriculum.models import cross_entropy, loss_head
 from seqlen_curriculum.models.gpt2 import build_gpt2
 from seqlen_curriculum.schedule.micro_batch import balanced_rows
 from seqlen_curriculum.training.accumulate import accumulate
@@ -137,12 +137,12 @@ def zero_stage(stage, **precision):
 
 def loss_in_chunks(stage):
     """The same, with the loss computed as on a GPU where the logits don't fit."""
-    on_cpu = gpt2.mean_cross_entropy
-    gpt2.mean_cross_entropy = lambda *head: cross_entropy._chunked_cross_entropy(*head[:3], chunks=3)
+    on_cpu = loss_head.mean_cross_entropy
+    loss_head.mean_cross_entropy = lambda *head, **_: cross_entropy._chunked_cross_entropy(*head[:3], chunks=3)
     try:
         return zero_stage(stage)
     finally:
-        gpt2.mean_cross_entropy = on_cpu
+        loss_head.mean_cross_entropy = on_cpu
 
 
 def micro_batches(stage, kind):

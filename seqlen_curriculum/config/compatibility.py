@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+from seqlen_curriculum.config.architectures import FAMILIES
 from seqlen_curriculum.config.deepspeed import DeepSpeedKeys
 from seqlen_curriculum.config.model import ModelConfig
 from seqlen_curriculum.config.muon import trains_by_muon
 from seqlen_curriculum.schedule.shortening import Method
 
 __all__ = ["EngineChecks", "engine_problems", "length_problems"]
+
+_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 
 
 def engine_problems(keys: DeepSpeedKeys, model: ModelConfig | None, compiled: bool, method: Method) -> list[str]:
@@ -20,7 +24,7 @@ def engine_problems(keys: DeepSpeedKeys, model: ModelConfig | None, compiled: bo
         *checks.precision(),
         *checks.pipeline(),
         *checks.tensor_parallel(),
-        *checks.heads(),
+        *checks.sizes(),
         *checks.compilation(),
         *checks.architecture(),
     ]
@@ -54,10 +58,13 @@ class EngineChecks:
         """True if 16-bit weights are trained without ZeRO."""
         return self.keys.zero_stage == 0 and self.keys.is_half
 
-    @property
-    def _other_model(self) -> str:
-        assert self.model is not None
-        return f"the {self.model.model_type} of {self.model.source}, only with a GPT-2"
+    def _of_config(self, key: str) -> Any:
+        """Return a value of the ``config.json`` of an architecture other than GPT-2, or its default; else None."""
+        config = self.model.architecture if self.model and not self.model.is_gpt2 else None
+        if config is None:
+            return None
+        family = FAMILIES.get(config["model_type"])
+        return config.get(key, family.defaults.get(key) if family else None)
 
     def precision(self) -> Iterator[str]:
         enabled = self.keys.enabled_precisions
@@ -114,19 +121,27 @@ class EngineChecks:
             value = getattr(section, name)
             if self.model and value is not None:
                 yield (
-                    f"tensor_parallel.{name}: {value!r} isn't used, because the model section's GPT-2 has its own "
-                    "partitioning; remove it"
+                    f"tensor_parallel.{name}: {value!r} isn't used, because the architecture of the model section has its "
+                    "own partitioning; remove it"
                 )
 
-    def heads(self) -> Iterator[str]:
+    def sizes(self) -> Iterator[str]:
+        if self.model is None:
+            return
         # Tensor-parallel ranks divide the heads of each layer. Ulysses ranks divide the sequence, but exchange it for
         # heads in attention: with 12 heads over 4 ranks each computes 3 heads of the whole sequence.
-        for name, degree in self.keys.degrees.items():
-            if self.model and name != "pipeline.stages" and self.model.num_attention_heads % degree:
-                yield (
-                    f"{name}: {degree} doesn't divide the {self.model.num_attention_heads} heads of "
-                    "model.num_attention_heads; set it to a divisor"
-                )
+        heads, grouped = self.model.num_attention_heads, self._of_config("num_key_value_heads")
+        inner = self._of_config("intermediate_size")
+        sizes = {"the {} heads of model.num_attention_heads": heads, "the {} heads of num_key_value_heads": grouped}
+        divided = {
+            "tensor_parallel.autotp_size": {**sizes, "intermediate_size {}": inner},
+            "sequence_parallel_size": sizes,
+        }
+        for name, sizes_of in divided.items():
+            degree = self.keys.degrees[name]
+            for what, size in sizes_of.items():
+                if isinstance(size, int) and size % degree:
+                    yield f"{name}: {degree} doesn't divide {what.format(size)}; set it to a divisor"
 
     def compilation(self) -> Iterator[str]:
         if self.compiled and self.method == "window":
@@ -141,9 +156,17 @@ class EngineChecks:
             )
 
     def architecture(self) -> Iterator[str]:
-        if self.model is None or self.model.is_gpt2 or self.model.is_encoder:  # for an encoder see objective.py
+        if self.model is not None and self.model.is_encoder:  # see objective.py
             return
-        model = self._other_model
-        for name, degree in self.keys.degrees.items():
-            if degree > 1:
-                yield f"{name}: {degree} doesn't work with {model}; set it to 1 (ZeRO 0 to 3 and offload train every model)"
+        stages, degree = self.keys.pipeline_stages, self.keys.tensor_parallel_size
+        experts = next((key for key in _EXPERTS if self._of_config(key)), None)
+        if degree > 1 and experts:
+            yield (
+                f"tensor_parallel.autotp_size: {degree} doesn't work with {experts} {self._of_config(experts)}, because "
+                "AutoTP doesn't divide experts; set it to 1"
+            )
+        if stages > 1 and self._of_config("output_router_logits"):
+            yield (
+                f"pipeline.stages: {stages} doesn't work with output_router_logits true, because the auxiliary loss needs "
+                "the routers of all layers; set stages to 1 or output_router_logits to false"
+            )

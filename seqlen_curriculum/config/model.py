@@ -167,7 +167,7 @@ class ModelConfig(Section):
 
     @property
     def is_gpt2(self) -> bool:
-        """True for a GPT-2, which every engine can train. Other architectures train data-parallel only."""
+        """True for a GPT-2 whose architecture this package builds itself."""
         return self.architecture is None or is_plain_gpt2(self.architecture)
 
     @property

@@ -56,19 +56,19 @@ class AnyCausalLM(nn.Module):
         training mode, the auxiliary loss of a mixture of experts is added if its configuration has ``output_router_logits``.
         """
         if self.head is None:
-            outputs = self.lm(input_ids=inputs, use_cache=False, **self._positions(inputs, first_position))
+            outputs = self.lm(input_ids=inputs, use_cache=False, **self.positions(inputs, first_position))
             whole = F.cross_entropy(outputs.logits.flatten(0, 1).float(), targets.flatten())
             balance = getattr(outputs, "aux_loss", None)
             return whole if balance is None or not self.training else whole + self.lm.router_aux_loss_coef * balance
         routes = self.abilities.routes and self.training
         routing = {"output_router_logits": routes} if self.abilities.routes else {}
-        keywords = self._positions(inputs, first_position) | routing
+        keywords = self.positions(inputs, first_position) | routing
         outputs = self.backbone(input_ids=inputs, use_cache=False, **keywords)
         loss: Tensor = self.head(outputs.last_hidden_state, targets)
         return loss + balance_loss(self.lm, outputs.router_logits) if routes else loss
 
-    def _positions(self, inputs: Tensor, first_position: int) -> dict[str, Tensor]:
-        """Return the keyword ``position_ids`` (1, S), if the model takes them; with a restart of 4: ``0 1 2 3 0 1``."""
+    def positions(self, inputs: Tensor, first_position: int) -> dict[str, Tensor]:
+        """Return the keyword ``position_ids`` (1, S), if the model takes it; with a restart of 4: ``0 1 2 3 0 1``."""
         if "windows" in self.abilities.refused:
             assert first_position == 0  # whoever splits rows has called require()
             return {}

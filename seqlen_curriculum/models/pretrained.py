@@ -26,6 +26,7 @@ from transformers import (
     GenerationConfig,
     PreTrainedTokenizerFast,
 )
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import logging
 
 from seqlen_curriculum.config.rope import older_rope_keys
@@ -39,6 +40,7 @@ from seqlen_curriculum.strict_json import shown
 
 __all__ = [
     "add_older_names",
+    "as_saved",
     "copy_tokenizer",
     "drop_code",
     "load_model",
@@ -48,6 +50,7 @@ __all__ = [
     "read_config",
     "reason",
     "replace_invalid_generation_config",
+    "save_configs",
     "save_pretrained",
     "save_tokenizer",
     "save_weights",
@@ -187,6 +190,26 @@ def save_pretrained(model: Any, folder: Path, weights: Mapping[str, torch.Tensor
     add_older_names(folder)
     for path in folder.glob("*.safetensors"):
         follow_umask(path)
+
+
+def as_saved(lm: Any, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return ``weights`` of transformers' ``lm`` under the names, and in the layout, of the folders that it saves.
+
+    Some differ from those of its parameters: GPT-NeoX saves ``lm_head.weight`` as ``embed_out.weight``.
+    """
+    saved: dict[str, torch.Tensor] = revert_weight_conversion(lm, dict(weights))
+    return saved
+
+
+def save_configs(lm: Any, folder: Path, dtype: torch.dtype) -> None:
+    """Write the ``config.json`` of transformers' ``lm`` for weights of ``dtype``, and its generation config."""
+    config = copy.deepcopy(lm.config)
+    config.architectures, config.dtype = [type(lm).__name__], dtype
+    with quiet():
+        config.save_pretrained(folder)
+        if lm.generation_config is not None:
+            lm.generation_config.save_pretrained(folder)
+    add_older_names(folder)
 
 
 def add_older_names(folder: Path) -> None:

@@ -12,14 +12,16 @@ import torch
 from deepspeed import comm as dist
 
 from seqlen_curriculum.config.deepspeed import DeepSpeedKeys
+from seqlen_curriculum.errors import ConfigError
 from seqlen_curriculum.models.causal_lm import AnyCausalLM, save_model
 from seqlen_curriculum.models.gpt2 import CausalLM
 from seqlen_curriculum.models.masked_lm import MaskedLM
+from seqlen_curriculum.models.probe import Ability
 from seqlen_curriculum.schedule.scheduler import CurriculumScheduler
 from seqlen_curriculum.training.checkpoint_files import ModelWriter, nothing_to_write
 from seqlen_curriculum.training.engine import Rate, build_engine
 from seqlen_curriculum.training.executor import DataParallel, Executor, Pipeline, SequenceParallel, TensorParallel
-from seqlen_curriculum.training.pipeline import GPT2Stages
+from seqlen_curriculum.training.pipeline import pipeline_of
 from seqlen_curriculum.training.sequence_parallel import split_attention
 from seqlen_curriculum.training.telemetry import log_rank0
 from seqlen_curriculum.training.tensor_parallel import gather_parameter, prepare
@@ -44,10 +46,12 @@ def build_executor(
     if keys.fp32_gradients:
         log_rank0("gradients accumulate and reduce in fp32: data_types.grad_accum_dtype and communication_data_type")
         deepspeed_config = {**deepspeed_config, **keys.fp32_gradients}
-    if isinstance(model, AnyCausalLM | MaskedLM):
+    if isinstance(model, MaskedLM):
         return DataParallel(_engine(deepspeed_config, model, scheduler, rate)), write
+    if isinstance(model, AnyCausalLM):
+        _check_divisible(keys, model)
     if keys.pipeline_stages > 1:
-        stages = GPT2Stages(model, keys.pipeline_stages)
+        stages = pipeline_of(model, keys.pipeline_stages)
         return Pipeline(_engine(deepspeed_config, stages, scheduler, rate)), partial(stages.hf_writer, model)
     if keys.tensor_parallel_size > 1:
         partitioned, mpu = prepare(deepspeed_config, keys.tensor_parallel_size, model)
@@ -60,6 +64,21 @@ def build_executor(
         rest = {key: value for key, value in deepspeed_config.items() if key != "sequence_parallel_size"}
         return SequenceParallel(_engine({**rest, "train_batch_size": rows}, model, scheduler, rate), group), write
     return DataParallel(_engine(deepspeed_config, model, scheduler, rate)), write
+
+
+def _check_divisible(keys: DeepSpeedKeys, model: AnyCausalLM) -> None:
+    """Raise ConfigError if an architecture can't be divided as ``keys`` want, which the configuration alone doesn't show."""
+    needs: dict[str, Ability] = {"tensor_parallel.autotp_size": "attention", "sequence_parallel_size": "windows"}
+    for name, ability in needs.items():
+        degree = keys.degrees[name]
+        if degree == 1:
+            continue
+        model.require(ability, f"{name}: {degree}")
+        # Defaults of transformers, which a configuration file may leave out.
+        for size in ("num_attention_heads", "num_key_value_heads"):
+            heads = getattr(model.lm.config, size, None)
+            if isinstance(heads, int) and heads % degree:
+                raise ConfigError(f"{name}: {degree} doesn't divide the {heads} heads of {size}; set it to a divisor")
 
 
 def _engine(
@@ -90,7 +109,7 @@ def model_writer(model: CausalLM | AnyCausalLM | MaskedLM) -> Callable[[Path], N
     weights: dict[str, torch.Tensor] = {}
     for name, parameter in model.named_parameters():
         with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
-            weight = gather_parameter(name, parameter)
+            weight = gather_parameter(parameter)
             if dist.get_rank() == 0:
                 weights[name] = weight.cpu().clone()
     return partial(save_model, model, weights=weights) if dist.get_rank() == 0 else nothing_to_write

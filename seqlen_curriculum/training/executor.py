@@ -94,7 +94,7 @@ class TensorParallel(DataParallel):
 
     def __init__(self, engine: Any) -> None:
         super().__init__(engine)
-        check_sharded(engine.module)
+        check_sharded(engine)
         self.data_rank, self.leads = groups.get_data_parallel_rank(), groups.get_tensor_model_parallel_rank() == 0
         self.replica = self.data_rank
 

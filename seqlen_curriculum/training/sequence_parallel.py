@@ -1,6 +1,7 @@
 """Ulysses sequence parallel: each rank of a sequence has a part of its tokens, and in attention a part of the heads.
 
-Shapes: ``B`` rows, ``S`` seqlen, ``P`` ranks of a sequence, ``nh`` heads of size ``hs``.
+Shapes: ``B`` rows, ``S`` seqlen, ``P`` ranks of a sequence, ``nh`` heads of size ``hs``. Keys and values may have fewer
+heads than queries; ``P`` divides both numbers.
 """
 
 from __future__ import annotations
@@ -12,12 +13,14 @@ from deepspeed.sequence.layer import DistributedAttention
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from seqlen_curriculum.models.gpt2 import CausalLM, causal_attention
+from seqlen_curriculum.models.attention import causal_attention
+from seqlen_curriculum.models.causal_lm import AnyCausalLM
+from seqlen_curriculum.models.gpt2 import CausalLM
 
 __all__ = ["split_attention"]
 
 
-def split_attention(model: CausalLM, degree: int) -> Any:
+def split_attention(model: CausalLM | AnyCausalLM, degree: int) -> Any:
     """Make ``model`` attend over ``degree`` neighbouring ranks, which share a sequence; return their process group.
 
     DeepSpeed's engine averages gradients over all ranks. That is correct, because the mean over equal parts is the mean over
@@ -35,13 +38,15 @@ def split_attention(model: CausalLM, degree: int) -> Any:
         _mask: Tensor | None,
         dropout: float = 0.0,
         scaling: float | None = None,
+        sliding_window: int | None = None,
         **_: Any,
     ) -> tuple[Tensor, None]:
         """Attend over all ranks; query, key and value are (B, nh, S / P, hs), the result is (B, S / P, nh, hs)."""
         # DistributedAttention exchanges parts of the sequence (axis 1) for heads (axis 2) before attention, and back after
         # it. With 8 heads and 64 tokens on 2 ranks, each has 8 heads of 32 tokens outside and 4 heads of 64 tokens inside.
         part = (tensor.transpose(1, 2) for tensor in (query, key, value))
-        return attend(*part, 0, None, module, dropout, scaling), None  # rows are axis 0; no rotary embedding
+        # Rows are axis 0. Rotary embeddings are applied before attention.
+        return attend(*part, 0, None, module, dropout, scaling, sliding_window), None
 
     AttentionInterface.register("ulysses_causal", attention)
     model.lm.config._attn_implementation = "ulysses_causal"
@@ -49,8 +54,14 @@ def split_attention(model: CausalLM, degree: int) -> Any:
 
 
 def _whole_rows(
-    query: Tensor, key: Tensor, value: Tensor, module: nn.Module, dropout: float, scaling: float | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    module: nn.Module,
+    dropout: float,
+    scaling: float | None,
+    sliding_window: int | None,
 ) -> Tensor:
     """Return causal attention of this rank's heads; all tensors are (B, S, nh / P, hs)."""
     q, k, v = (tensor.transpose(1, 2) for tensor in (query, key, value))
-    return causal_attention(module, q, k, v, None, dropout, scaling)[0]
+    return causal_attention(module, q, k, v, None, dropout, scaling, sliding_window=sliding_window)[0]

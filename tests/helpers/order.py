@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 LONG = (
-    *("matrix", "engine", "reshard", "spikes", "training", "tuning", "report_page", "launched"),
+    *("matrix", "engine", "architecture_matrix", "reshard", "spikes", "training", "tuning", "report_page", "launched"),
     *(
         "causal_lm_training",
         "pretrain_data",
