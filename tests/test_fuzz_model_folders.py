@@ -160,7 +160,7 @@ def test_the_folders_without_faults_are_read(bases, tmp_path):
 
 
 def test_a_few(bases, tmp_path):
-    outcomes = try_folders(range(12), bases, tmp_path / "work")
+    outcomes = try_folders(range(20), bases, tmp_path / "work")
     assert all(outcomes[f"{way.__name__}: read"] for way in WAYS)  # files that are all refused early test little
 
 
