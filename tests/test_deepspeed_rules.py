@@ -435,3 +435,13 @@ def test_what_this_machine_lacks_is_reported_before_ranks_are_started(monkeypatc
 def test_a_dot_in_a_key_makes_no_section():
     with pytest.raises(ConfigError, match=r"^tensor_parallel\.\.\./\.: unknown key"):
         RunConfig.from_dict({**GOOD, "tensor_parallel.../.": 1})
+
+
+def test_muon_at_stage_3_does_not_scatter_gradients():
+    def muon(**zero):
+        RunConfig.from_dict(changed(optimizer__type="Muon", zero_optimization=zero))
+
+    with pytest.raises(ConfigError, match=r"^zero_optimization\.reduce_scatter: True doesn't work with .* Muon at stage 3"):
+        muon(stage=3)
+    muon(stage=3, reduce_scatter=False)
+    muon(stage=2)

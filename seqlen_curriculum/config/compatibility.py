@@ -22,6 +22,7 @@ def engine_problems(keys: DeepSpeedKeys, model: ModelConfig | None, compiled: bo
     checks = EngineChecks(keys, model, compiled, method)
     return [
         *checks.precision(),
+        *checks.optimizer(),
         *checks.pipeline(),
         *checks.tensor_parallel(),
         *checks.sizes(),
@@ -71,6 +72,16 @@ class EngineChecks:
         if len(enabled) > 1:
             names = " and ".join(f"{name}.enabled" for name in enabled)
             yield f"{names}: only one precision can be enabled; keep one of them"
+
+    def optimizer(self) -> Iterator[str]:
+        kind = self.keys.optimizer.type if self.keys.optimizer else ""
+        if self.keys.zero_stage == 3 and trains_by_muon(kind) and self.keys.zero_optimization:
+            scatter = (self.keys.zero_optimization.model_extra or {}).get("reduce_scatter", True)
+            if scatter:  # DeepSpeed 0.19.8 refuses it on every rank
+                yield (
+                    f"zero_optimization.reduce_scatter: {scatter} doesn't work with optimizer.type {kind} at stage 3; set it "
+                    "to false, or the stage to 2 or below"
+                )
 
     def pipeline(self) -> Iterator[str]:
         stages, zero_stage = self.keys.pipeline_stages, self.keys.zero_stage
