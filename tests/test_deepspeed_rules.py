@@ -441,7 +441,9 @@ def test_muon_at_stage_3_does_not_scatter_gradients():
     def muon(**zero):
         RunConfig.from_dict(changed(optimizer__type="Muon", zero_optimization=zero))
 
-    with pytest.raises(ConfigError, match=r"^zero_optimization\.reduce_scatter: True doesn't work with .* Muon at stage 3"):
+    with pytest.raises(
+        ConfigError, match=r"^zero_optimization\.reduce_scatter: True doesn't work with .* Muon at stage 3"
+    ):
         muon(stage=3)
     muon(stage=3, reduce_scatter=False)
     muon(stage=2)

@@ -79,8 +79,8 @@ class EngineChecks:
             scatter = (self.keys.zero_optimization.model_extra or {}).get("reduce_scatter", True)
             if scatter:  # DeepSpeed 0.19.8 refuses it on every rank
                 yield (
-                    f"zero_optimization.reduce_scatter: {scatter} doesn't work with optimizer.type {kind} at stage 3; set it "
-                    "to false, or the stage to 2 or below"
+                    f"zero_optimization.reduce_scatter: {scatter} doesn't work with optimizer.type {kind} at stage 3; set "
+                    "it to false, or the stage to 2 or below"
                 )
 
     def pipeline(self) -> Iterator[str]:
