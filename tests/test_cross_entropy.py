@@ -5,6 +5,7 @@ Shapes: N tokens, H hidden size, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -114,12 +115,17 @@ def test_gpu_chunks_equal_plain_cross_entropy(chunks: int) -> None:
     assert relative_error(evaluated, loss.detach()) < 1e-6
 
 
+@pytest.fixture
+def any_size() -> Iterator[None]:
+    """Compile for any size, as compile_model does. After pytest's monkeypatch the setting would not exist."""
+    with torch.fx.experimental._config.patch(use_duck_shape=False):
+        yield
+
+
 @pytest.mark.needs("compiler")
+@pytest.mark.usefixtures("any_size")
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # from tracing
-def test_the_compiled_loss_equals_the_uncompiled_one_with_one_graph_for_all_lengths(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(torch.fx.experimental._config, "use_duck_shape", False)  # as compile_model sets it
+def test_the_compiled_loss_equals_the_uncompiled_one_with_one_graph_for_all_lengths() -> None:
     compiled = cross_entropy._compiled_loss()
     torch._dynamo.utils.counters.clear()
     for tokens in (24, 64, 256, 300):  # 64 equals the width, 256 the vocabulary

@@ -208,7 +208,7 @@ def test_a_folders_code_is_neither_run_nor_asked_about(llama, tmp_path, monkeypa
     if model_type == "unknown":
         with pytest.raises(CheckpointError, match="can't be loaded as a causal language model"):
             load_model(llama)
-        with pytest.raises(ConfigError, match=r"model\.hf_checkpoint: .* can't build it"):
+        with pytest.raises(ConfigError, match=r"model\.hf_checkpoint: .* can't read its config\.json"):
             build_model(ModelConfig(hf_checkpoint=str(llama)))
     else:
         load_model(llama)
