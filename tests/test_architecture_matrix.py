@@ -63,11 +63,10 @@ WINDOW = [
     "training.train_tokens=2048",
 ]
 CELLS = {
-    *((name, "ulysses", "fp32") for name in ("llama", "neox", "qwen3")),
-    *((name, "tensor", "fp32") for name in ("neox", "olmo2", "qwen2", "qwen3")),
-    *((name, "pipeline", "fp32") for name in ("llama", "neox", "olmo2", "qwen3")),
+    *((name, "ulysses", "fp32") for name in ("llama", "qwen3")),
+    *((name, "tensor", "fp32") for name in ("neox", "olmo2", "qwen3")),
+    *((name, "pipeline", "fp32") for name in ("llama", "qwen3")),
     ("olmo2", "tensor", "bf16"),
-    ("qwen3", "pipeline_zero1", "bf16"),
     ("mistral", "ulysses", "window"),
     ("qwen3", "tensor", "window"),
     ("neox", "pipeline", "window"),

@@ -38,7 +38,7 @@ def traced(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 # With sliding windows of 8 tokens, rows of up to 8 tokens have graphs of their own, as have multiples of 8.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # from tracing
-@pytest.mark.parametrize(("name", "most"), [("llama", 3), ("mistral", 9)])
+@pytest.mark.parametrize(("name", "most"), [("llama", 3), pytest.param("mistral", 9, marks=pytest.mark.slow)])
 def test_all_lengths_share_a_few_graphs(traced: Any, tiny_run: dict[str, Any], name: str, most: int) -> None:
     model, uncompiled = ours(name), ours(name)
     config = RunConfig.from_dict(changed(tiny_run, training__compile=True))

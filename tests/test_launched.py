@@ -35,7 +35,7 @@ def run_file(tmp_path_factory, tiny_run):
     "launcher",
     [
         "torchrun",
-        pytest.param("mpirun", marks=pytest.mark.needs("mpirun")),
+        pytest.param("mpirun", marks=[pytest.mark.needs("mpirun"), pytest.mark.slow]),
         pytest.param("srun", marks=pytest.mark.needs("slurm")),
     ],
 )
