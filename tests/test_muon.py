@@ -108,6 +108,14 @@ def test_a_preset_is_planned_as_it_is_built():
     assert divided(build_gpt2(config))[0].muon == planned_groups(config).muon == 2 * 12 * 64**2
 
 
+@pytest.mark.parametrize("name", ["llama", "qwen2", "neox"])
+def test_a_new_model_is_planned_as_it_is_built(name):
+    config = ModelConfig.model_validate({"hf_config": CONFIGS[name].to_diff_dict()})
+    (built,), planned = divided(build_model(config)), planned_groups(config)
+    assert (built.muon, built.adam) == (planned.muon, planned.adam)
+    assert len(built.left_out) == len(planned.left_out)
+
+
 def test_the_plan_names_the_groups():
     summary = plan(RunConfig.from_dict(changed(optimizer__type="Muon")))
     assert summary["muon"]["muon"] + summary["muon"]["adam"] == summary["parameters"]

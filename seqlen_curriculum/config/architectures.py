@@ -145,6 +145,8 @@ class Counts:
     """``A * d``."""
     windows: Mapping[int | None, int]
     """Number of layers by attention window in tokens, None for full attention."""
+    matrices: int | None = None
+    """Parameters in the matrices of all blocks, without biases and norms; None where they weren't counted."""
 
     def flops_per_token(self, seqlen: Any) -> Any:
         """Return the training FLOPs of one token in a sequence of ``seqlen`` tokens, elementwise.
@@ -178,6 +180,7 @@ def count(config: Mapping[str, Any], vocab_rows: int) -> Counts | None:
         multiplied=active + final + embedding,
         attention_width=shape.heads * shape.head_size,
         windows=Counter(shape.windows()),
+        matrices=shape.matrices(),
     )
 
 
@@ -205,10 +208,23 @@ class _Shape:
         norms = {"": 0, "head": 2 * self.head_size, "width": queries + keys}[self.family.qk_norm]
         return int(weights + biases + norms)
 
+    def matrices(self) -> int | None:
+        """Return the parameters in matrices; None for experts, which are in tensors of three dimensions."""
+        if self._experts():
+            return None
+        queries, keys = self.heads * self.head_size, self.kv_heads * self.head_size
+        products = 3 if self.family.is_gated else 2
+        block = 2 * (queries + keys) + products * self["intermediate_size"]
+        return int(self["num_hidden_layers"] * self.width * block)
+
+    def _experts(self) -> int:
+        experts = self["num_local_experts"] if self["num_local_experts"] is not None else self["num_experts"]
+        return experts or 0
+
     def mlp(self, layer: int) -> tuple[int, int]:
         """Return the parameters of the MLP of a block, and those that a token uses."""
         width, inner = self.width, self["intermediate_size"]
-        experts = self["num_local_experts"] if self["num_local_experts"] is not None else self["num_experts"]
+        experts = self._experts()
         if not self.family.is_gated:
             dense = 2 * width * inner + inner + width
             return dense, dense

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+from seqlen_curriculum.config.architectures import FAMILIES
 from seqlen_curriculum.config.model import ModelConfig
 
 __all__ = ["MuonGroups", "planned_groups", "trains_by_muon"]
@@ -35,7 +36,13 @@ def planned_groups(model: ModelConfig) -> MuonGroups | None:
         muon = model.num_layers * (4 * width**2 + 2 * width * inner)
         return MuonGroups(muon, model.parameter_count() - muon, ("transformer.wte.weight", "transformer.wpe.weight"))
     if model.initial is None:
-        return None
+        counts = model.counts
+        if counts is None or counts.matrices is None or model.architecture is None:
+            return None
+        defaults = FAMILIES[model.model_type].defaults
+        tied = model.architecture.get("tie_word_embeddings", defaults.get("tie_word_embeddings"))
+        embeddings = ("word embedding",) if tied else ("word embedding", "output head")
+        return MuonGroups(counts.matrices, counts.parameters - counts.matrices, embeddings)
     matrices = {name: shape for name, shape in model.initial.weights.items() if len(shape) >= 2}
     left_out = tuple(name for name, shape in matrices.items() if _is_looked_up(name, shape[0], model.vocab_size))
     muon = sum(math.prod(shape) for name, shape in matrices.items() if name not in left_out)
