@@ -96,7 +96,7 @@ def test_two_ranks_train_as_a_plain_loop_on_one(trained, run_file, name):
     found, expected = losses(trained[name]), plain_losses(run_file, name)
     assert found[0] == pytest.approx(expected[0], rel=1e-6)
     assert found == pytest.approx(expected, rel=3e-4)  # Adam amplifies the rounding of gradients near 0
-    assert found[-1] < found[0] - 0.3  # ln(512) is 6.2
+    assert found[-1] < found[0] - 0.2  # ln(512) is 6.2
 
 
 def test_zero3_trains_as_zero0(trained):

@@ -105,7 +105,7 @@ def matrix(run_file, request):
     muon_resumed = run(
         run_file, folder / "muon-resumed", MUON, folder / "muon" / f"global_step{MID_WARMUP}", after="muon"
     )
-    runs.launch("two", [plain, compiled, muon, muon_resumed, *both[:at], reordered, *both[at:]], ranks=2)
+    runs.launch("two", [muon, muon_resumed, plain, compiled, *both[:at], reordered, *both[at:]], ranks=2)
     cut = [cell for cell in chosen if cell[0].startswith(("pipeline", "tensor"))]  # keep two ranks to a model
     others = [in_cell(*cell, "-ranks", True) for cell in chosen if cell not in cut]
     for one_rank in others:
