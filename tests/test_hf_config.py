@@ -192,6 +192,10 @@ def test_sizes_override_a_preset():
         (changed(intermediate_size=...), "intermediate_size: required, but not given"),
         (changed(hidden_size="32"), "hidden_size: '32' is not valid: write a whole number of at least 1"),
         (changed(num_hidden_layers=10**9), "num_hidden_layers: 1000000000 is above 10,000"),
+        (
+            {"model_type": "bert", "architectures": ["BertForMaskedLM"], "num_hidden_layers": 10**15},
+            "num_hidden_layers: 1000000000000000 is above 10,000",
+        ),
         (changed(attn_implementation="org/code"), "attn_implementation 'org/code' names code to download"),
         (changed(vocab_size=...), "vocab_size: required, but not given"),
         ("no/such/config.json", "hf_config: no/such/config.json: there is no such file; give a config.json"),

@@ -154,7 +154,13 @@ def _same_size(key: str, known: frozenset[str]) -> str | None:
 
 
 def size_problems(config: Mapping[str, Any]) -> Iterator[str]:
-    """Yield the sizes of a known architecture that are missing, of a wrong type, or don't divide each other."""
+    """Yield the sizes that are missing, of a wrong type, too many to plan, or don't divide each other.
+
+    Of an architecture that isn't in ``FAMILIES`` only the number of layers is checked.
+    """
+    layers = config.get("num_hidden_layers")
+    if type(layers) is int and layers > _MOST_LAYERS:
+        yield f"num_hidden_layers: {layers} is above {_MOST_LAYERS:,}; lower it"
     family = FAMILIES.get(config["model_type"])
     if family is None:
         return
@@ -169,9 +175,6 @@ def size_problems(config: Mapping[str, Any]) -> Iterator[str]:
         if value is not None and (type(value) is not int or value < 1):
             wrong.append(key)
             yield f"{key}: {shown(value)} is not valid: write a whole number of at least 1"
-    layers = counted.get("num_hidden_layers")
-    if type(layers) is int and layers > _MOST_LAYERS:
-        yield f"num_hidden_layers: {layers} is above {_MOST_LAYERS:,}; lower it"
     if not wrong:
         yield from _head_problems(counted, family.checks_width, defaults=family.defaults.keys() - config.keys())
         yield from _list_problems(counted)
