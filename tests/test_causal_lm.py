@@ -11,10 +11,9 @@ import pytest
 import torch
 from helpers.architectures import CONFIGS, VOCAB, ours, tokens, transformers_model
 from helpers.gpt2 import gradients, relative_error
+from helpers.largest_tensor import LargestTensor
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from seqlen_curriculum.errors import ConfigError
 from seqlen_curriculum.models.causal_lm import AnyCausalLM
@@ -82,16 +81,8 @@ def test_the_scale_and_the_cap_of_logits_are_found(name: str, scale: float, cap:
 
 @pytest.mark.parametrize("name", ["llama", "phi", "gemma2"])
 def test_logits_are_never_held_whole(name: str) -> None:
-    class Largest(TorchDispatchMode):
-        numel = 0
-
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            out = func(*args, **kwargs or {})
-            self.numel = max([self.numel, *(x.numel() for x in tree_leaves(out) if isinstance(x, Tensor))])
-            return out
-
     model = ours(name, vocab_size=2000)
-    with Largest() as largest:
+    with LargestTensor() as largest:
         model(*tokens(rows=16, seqlen=64)).backward()
     assert largest.numel <= 256 * 2000  # a chunk's, not 16 * 64 * 2000
 

@@ -88,7 +88,7 @@ def fresh_model(name):
 
 @pytest.fixture(scope="module")
 def alone(run_file, tmp_path_factory):
-    """Each of ``FRESH`` on one rank: whole, and from its checkpoint amid the warmup."""
+    """Each of ``FRESH`` on one rank: whole, and from its checkpoint during the warmup."""
     runs = Runs(tmp_path_factory.mktemp("alone"))
     todo = []
     for name in FRESH:
@@ -115,7 +115,7 @@ def test_a_new_model_of_any_architecture_learns_and_resumes(trained, alone, run_
     assert found[-1] < found[0] - 0.5
     assert losses(alone[name]) == pytest.approx(found, rel=1e-4)
     lengths = [record["seqlen"] for record in read_run_log(alone[name] / "runlog.jsonl") if "loss" in record]
-    assert lengths[9] < lengths[-1]  # amid the warmup
+    assert lengths[9] < lengths[-1]  # during the warmup
     assert losses(alone[f"{name}-resumed"]) == losses(alone[name])[9:]
     assert losses(alone[f"{name}-resumed"], "valid_loss") == losses(alone[name], "valid_loss")[1:]
     recorded = json.loads((alone[name] / "run.json").read_text())["config"]["model"]

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch._dynamo.utils
 import torch.fx.experimental._config
+from helpers.largest_tensor import LargestTensor
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -80,16 +81,8 @@ def test_half_precision_keeps_an_fp32_loss_and_scaled_gradients(dtype: torch.dty
 
 
 def test_logits_are_never_held_whole() -> None:
-    class Largest(TorchDispatchMode):
-        numel = 0
-
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            out = func(*args, **kwargs or {})
-            self.numel = max([self.numel, *(x.numel() for x in tree_leaves(out) if isinstance(x, Tensor))])
-            return out
-
     hidden, weight, targets = head_problem(1000, 8, 2048, torch.float32)
-    with Largest() as largest:
+    with LargestTensor() as largest:
         mean_cross_entropy(hidden, weight, targets).backward()
     assert largest.numel <= 256 * 2048  # a CPU's chunk, not 1000 * 2048
 

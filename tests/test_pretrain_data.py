@@ -208,7 +208,7 @@ def test_windows_resume_to_the_last_bit(continued):
 def test_a_cool_down_from_a_stable_checkpoint_is_the_run_that_had_it_planned(continued, trained):
     plan = RunConfig.load(trained[2], [*SMALL, WSD]).plan
     assert 5 < STABLE < plan.timeline.steps_to(plan.learning_rate().decay.start) < plan.steps - 1
-    assert plan.timeline.seqlen(STABLE) < 32  # the curriculum goes on in the decay
+    assert plan.timeline.seqlen(STABLE) < 32  # the length still grows during the decay
     planned = records(continued["wsd-planned"])
     for name, ours in (("wsd-long", lambda step: step <= STABLE), ("wsd-cooled", lambda step: step > STABLE)):
         for part, whole in zip(records(continued[name]), planned, strict=True):

@@ -87,7 +87,7 @@ class RopeScaling(Section):
 
 
 class RopeConfig(Section):
-    """The ``model.rope`` section. What isn't given stays as it is in the ``config.json`` of ``hf_checkpoint``."""
+    """The ``model.rope`` section. A missing key keeps the value in the ``config.json`` of ``hf_checkpoint``."""
 
     theta: Annotated[float, Field(ge=1, le=1e12)] | None = None
     """Base of the rotary positions (``rope_theta``). A higher one rotates slower: 5e5 in Llama 3 for 8,192 tokens."""
