@@ -42,7 +42,7 @@ SIXTY_FOUR_LENGTHS = [
     "training.save_interval=0",
 ]
 MUON = [
-    'optimizer={"type": "Muon", "params": {"lr": 5e-3}}',
+    'optimizer={"type": "Muon", "params": {"lr": 5e-3, "torch_adam": true}}',
     "zero_optimization.stage=1",
     "training.variance_interval=0",
 ]

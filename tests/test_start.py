@@ -75,6 +75,7 @@ def test_a_missing_compiler_matters_where_something_is_to_be_compiled(monkeypatc
     assert on_cpu.startswith("c++: no C++ compiler found")
     assert adam.startswith("optimizer.params.torch_adam: not set")
     assert "no C++ compiler found; set it to true (torch's AdamW), or install one (Debian: apt-get install g++)" in adam
+    assert problems({"optimizer": {"type": "Muon", "params": {}}}) == [on_cpu, adam]  # its other group is Adam's
     assert problems({"optimizer": {"type": "Adam", "params": {"torch_adam": True}}}, ["deepspeed_shm_comm"]) == []
     assert problems(ADAM, ["fused_adam"]) == []
 

@@ -92,7 +92,8 @@ def _compilers(config: Mapping[str, Any]) -> Iterator[str]:
     """Yield the missing tools to compile those C++ extensions of DeepSpeed that this run needs and still has to compile."""
     optimizer = config.get("optimizer") or {}
     params = optimizer.get("params") or {}
-    is_adam = str(optimizer.get("type", "")).lower() in ("adam", "adamw") and not params.get("torch_adam")
+    with_adam = ("adam", "adamw", "muon")  # Muon trains embeddings and vectors by Adam
+    is_adam = str(optimizer.get("type", "")).lower() in with_adam and not params.get("torch_adam")
     offload = (config.get("zero_optimization") or {}).get("offload_optimizer") or {}
     adam = "CPUAdamBuilder" if offload.get("device", "none") != "none" else "FusedAdamBuilder"
     missing = "C++ compiler" if shutil.which(os.environ.get("CXX", "c++")) is None else ""
