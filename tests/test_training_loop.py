@@ -14,12 +14,13 @@ from seqlen_curriculum.run_folder.evaluations import Evaluations
 from seqlen_curriculum.run_folder.rollbacks import Rollback
 from seqlen_curriculum.run_folder.run_log import read_run_log
 from seqlen_curriculum.training import benchmark, outcome, preflight
+from seqlen_curriculum.training.eval_chunks import eval_chunks
 from seqlen_curriculum.training.executor import DataParallel, Pipeline, StepResult
 from seqlen_curriculum.training.outcome import share_outcome
 from seqlen_curriculum.training.seeding import row_seed, seed_generators
 from seqlen_curriculum.training.spike_guard import LossesSoFar, SpikeGuard
 from seqlen_curriculum.training.telemetry import Telemetry
-from seqlen_curriculum.training.trainer import StopSignals, Trainer, _eval_chunks
+from seqlen_curriculum.training.trainer import StopSignals, Trainer
 from seqlen_curriculum.training.utilization import Utilization
 from seqlen_curriculum.training.watchdog import Watchdog
 
@@ -266,7 +267,7 @@ def test_ranks_share_the_loss_and_the_flags_in_one_reduction(monkeypatch):
 )
 def test_evaluation_counts_each_row_once_in_chunks_of_the_same_shape(rows, ranks, most):
     ids = np.arange(rows) * 3
-    chunks = [list(_eval_chunks(ids, rank, ranks, most)) for rank in range(ranks)]
+    chunks = [list(eval_chunks(ids, rank, ranks, most)) for rank in range(ranks)]
     assert len({tuple(len(chunk) for chunk, _ in of_rank) for of_rank in chunks}) == 1
     shared = -(-(rows // ranks) // most)
     assert len(chunks[0]) == shared + (rows % ranks > 0)
@@ -279,7 +280,7 @@ def test_evaluation_counts_each_row_once_in_chunks_of_the_same_shape(rows, ranks
 
 
 def test_64_rows_on_128_ranks_are_one_micro_batch_of_a_row():
-    chunks = [list(_eval_chunks(np.arange(64), rank, 128, 4)) for rank in range(128)]
+    chunks = [list(eval_chunks(np.arange(64), rank, 128, 4)) for rank in range(128)]
     assert [[(chunk.tolist(), weight) for chunk, weight in of_rank] for of_rank in chunks] == [
         [([rank % 64], 128 if rank < 64 else 0)] for rank in range(128)
     ]

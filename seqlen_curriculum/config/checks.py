@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from seqlen_curriculum.config.compatibility import engine_problems, length_problems
 from seqlen_curriculum.config.decomposition import decomposition_problems
+from seqlen_curriculum.config.documents import document_problems
 from seqlen_curriculum.config.objective import objective_problems
 from seqlen_curriculum.errors import ConfigError
 
@@ -23,6 +24,7 @@ def conflicts(config: RunConfig, complete: bool) -> list[str]:
     """Return one line per conflict between sections; build the schedule if ``complete`` (every section is valid)."""
     problems = [*_length_problems(config), *_budget_problems(config), *_evaluation_problems(config)]
     problems += decomposition_problems(config)
+    problems += document_problems(config)
     problems += growth_problems(config)
     compiled = bool(config.training and config.training.compile)
     problems += engine_problems(config.keys, config.model, compiled, config.shortening.method)

@@ -11,8 +11,10 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from seqlen_curriculum.fields import Count, Section, Seqlen
 from seqlen_curriculum.strict_json import not_text, shown
 
-__all__ = ["DECOMPOSED_KEYS", "DataConfig", "corpus_prefix"]
+__all__ = ["DECOMPOSED_KEYS", "DOCUMENT_KEYS", "DataConfig", "corpus_prefix"]
 
+DOCUMENT_KEYS = ("attention",)
+"""Keys that a run whose tokens attend through their row leaves out of its settings, as older checkpoints do."""
 DECOMPOSED_KEYS = ("order", "min_piece_tokens", "bucket_curriculum", "bucket_cycles", "bucket_odds")
 """Keys that a packed run leaves out of its settings, as older checkpoints do."""
 
@@ -81,6 +83,10 @@ class DataConfig(Section):
     """How documents become rows. ``packed`` concatenates them and cuts samples of ``seq_length`` tokens. ``decomposed`` cuts
     each document into pieces whose lengths are powers of two, up to ``seq_length``. A row is one piece, all rows of a step
     have the same length, and all steps have the same number of tokens (Dataset Decomposition, arXiv 2405.13226)."""
+    attention: Literal["row", "document"] = "row"
+    """The tokens that a token attends to: those before it in its ``row``, or only those of its own ``document``, with
+    positions that start at 0 in each document (intra-document attention; Megatron's ``--reset-attention-mask`` and
+    ``--reset-position-ids``). The token that ends a document predicts the first token of the next one from position 0."""
     min_piece_tokens: Seqlen | None = None
     """Only with ``decomposed``: the shortest piece, a power of two. Shorter ones are dropped. Default: ``seq_length // 32``,
     at least 1 (the paper has 256 to 8192)."""

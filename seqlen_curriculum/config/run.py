@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from seqlen_curriculum.config import checks
-from seqlen_curriculum.config.data import DECOMPOSED_KEYS, DataConfig
+from seqlen_curriculum.config.data import DECOMPOSED_KEYS, DOCUMENT_KEYS, DataConfig
 from seqlen_curriculum.config.data_efficiency import with_one_curriculum
 from seqlen_curriculum.config.deepspeed import DeepSpeedKeys, batch_shape
 from seqlen_curriculum.config.deepspeed_part import read_by_deepspeed
@@ -169,6 +169,11 @@ class RunConfig:
         return self.data if self.data and self.data.order == "decomposed" else None
 
     @property
+    def stops_at_documents(self) -> bool:
+        """Return whether attention and positions stop at the ends of documents."""
+        return self.data is not None and self.data.attention == "document"
+
+    @property
     def needs_buckets(self) -> bool:
         """Return whether the lengths depend on the pieces of the corpora, which ``with_buckets`` has not set yet."""
         return self.decomposed is not None and self.curriculum is None and self.buckets is None
@@ -237,6 +242,7 @@ class RunConfig:
             chosen["curriculum_learning"] = self.curriculum.model_dump(exclude=off)
         if self.data and self.training:
             unused = set() if self.decomposed else set(DECOMPOSED_KEYS)  # checkpoints of older versions lack these keys
+            unused |= set() if self.stops_at_documents else set(DOCUMENT_KEYS)
             dumped = self.data.model_dump(exclude={"train", "valid", "test", *unused})
             chosen["data"] = dumped | {"weights": self.data.weights}
             decides = {"eval_interval", "eval_rows"} if self.adapts else set()

@@ -12,7 +12,7 @@ from seqlen_curriculum.config.run_file import is_corpus, places
 from seqlen_curriculum.data.decomposed_data import DecomposedData, buckets_of
 from seqlen_curriculum.data.indexed import IndexedCorpus
 from seqlen_curriculum.data.mask_tokens import open_objective
-from seqlen_curriculum.data.pieces import Pieces
+from seqlen_curriculum.data.pieces import Pieces, check_document_ends
 from seqlen_curriculum.data.samples import SPLITS, Samples, check_token_ids, open_split, split_documents
 from seqlen_curriculum.data.training_data import RunData, TrainingData
 from seqlen_curriculum.errors import ConfigError, DataError
@@ -36,6 +36,9 @@ def open_run_data(config: RunConfig) -> tuple[RunData, Samples | None]:
         _check_vocabulary(corpus, config.model)
     _check_tokenizers(corpora, config.model)
     open_objective(config)
+    if config.stops_at_documents:
+        for corpus in corpora:
+            check_document_ends(corpus, 'data.attention "document"', 'data.attention to "row"')
     return open_training_data(config), open_samples(config, "valid") if config.training.eval_interval else None
 
 

@@ -100,6 +100,18 @@ class IndexedCorpus:
         starts[inside] = offsets[sequences[inside]] // self.dtype.itemsize
         return starts
 
+    def first_documents_from(self, positions: IntArray) -> IntArray:
+        """Return the first document that starts at or after each of ``positions``, in their shape.
+
+        It is ``num_documents`` after the start of the last document.
+        """
+        low, high = np.zeros_like(positions), np.full_like(positions, self.num_documents)
+        for _ in range(self.num_documents.bit_length()):  # bisection; numpy's own would copy the index
+            middle = (low + high) // 2
+            starts_before = (low < high) & (self.starts_of(middle) < positions)
+            low, high = np.where(starts_before, middle + 1, low), np.where(starts_before, high, middle)
+        return low
+
     def document_at(self, position: int) -> int:
         """Return the document that contains the token at ``position``, by bisection."""
         return bisect_right(range(self.num_documents + 1), position, key=self.document_start) - 1

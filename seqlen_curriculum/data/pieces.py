@@ -80,8 +80,13 @@ class Pieces(TokenRanges):
         return range_index, starts
 
 
-def check_document_ends(corpus: IndexedCorpus) -> None:
-    """Raise DataError unless documents of ``corpus`` end with the same token; checks up to 1,024 of them."""
+def check_document_ends(
+    corpus: IndexedCorpus, setting: str = 'data.order "decomposed"', off: str = 'data.order to "packed"'
+) -> None:
+    """Raise DataError unless documents of ``corpus`` end with the same token; checks up to 1,024 of them.
+
+    ``setting`` needs it, for the message, and setting ``off`` turns it off.
+    """
     count = corpus.num_documents
     documents = np.unique(np.linspace(1, count, _CHECKED_ENDS, dtype=np.int64))
     # Read as files: a page that is read through a memory map may map 2 MiB around it, which count as memory of the process.
@@ -94,8 +99,8 @@ def check_document_ends(corpus: IndexedCorpus) -> None:
             b"".join(os.pread(stream.fileno(), size, size * end) for end in ends.tolist()), corpus.dtype
         )
     fix = (
-        'data.order "decomposed" needs documents that end with one token, the same for all; prepare the text with slw '
-        'prepare and its end token, or set data.order to "packed"'
+        f"{setting} needs documents that end with one token, the same for all; prepare the text with slw prepare and its end "
+        f"token, or set {off}"
     )
     if len(ends) < 2:
         raise DataError(f"{corpus.prefix}: has one document, so where documents end isn't known; {fix}")

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from seqlen_curriculum.data.blend import Blend
+from seqlen_curriculum.data.documents import DocumentRows, document_rows
 from seqlen_curriculum.data.sample_stream import SampleStream, TokenSpans
 from seqlen_curriculum.data.samples import Samples, TokenRanges
 from seqlen_curriculum.errors import ConfigError
@@ -112,6 +113,13 @@ class RunData(ABC):
             spans = self._row_sources(step)[index].token_spans(rows[asked], tokens)
             by_source.append((index, spans._replace(row=asked[spans.row])))
         return by_source
+
+    def document_rows(self, step: int) -> DocumentRows:
+        """Return the parts of documents in all rows of ``step``, in the order of ``read``."""
+        seqlen, shortening = self.timeline.seqlen(step), self.timeline.shortening
+        tokens, row_tokens = shortening.used_tokens_per_sample(seqlen), shortening.tokens_per_row(seqlen)
+        spans = ((self.sources[source], of_source) for source, of_source in self.token_spans(step))
+        return document_rows(spans, self.timeline.samples(step), tokens, row_tokens)
 
     def _samples_of(self, step: int, first: int, count: int | None, before: int) -> IntArray:
         """Return the numbers of the samples that ``step`` reads if ``before`` samples precede it."""

@@ -133,13 +133,12 @@ def _refused(raw: Mapping[str, Any]) -> list[str]:
     block = raw.get("curriculum_learning")
     curriculum = block if isinstance(block, Mapping) and block.get("enabled") else {}
     data, training = raw.get("data"), raw.get("training")
+    data = data if isinstance(data, Mapping) else {}
     objective = training.get("objective") if isinstance(training, Mapping) else None
     refused = {
         "training.objective": (objective == "masked", "its batches bring their own targets"),
-        "data.order": (
-            isinstance(data, Mapping) and data.get("order") == "decomposed",
-            "a trainer's steps all have the same rows",
-        ),
+        "data.order": (data.get("order") == "decomposed", "a trainer's steps all have the same rows"),
+        "data.attention": (data.get("attention") == "document", "its model attends as it does without the file"),
         "batch_size_warmup": (raw.get("batch_size_warmup") is not None, "a trainer's steps all have the same rows"),
         "curriculum_learning.batch_growth": (
             bool(curriculum.get("batch_growth")),

@@ -5,7 +5,7 @@ Shapes: ``B`` rows, ``S`` seqlen, ``nh`` heads of size ``hs``, of which ``nk`` h
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from inspect import signature
 from typing import Any, Protocol
@@ -16,8 +16,9 @@ from torch.nn import functional as F
 from transformers import AttentionInterface
 
 from seqlen_curriculum.errors import ConfigError
+from seqlen_curriculum.models.document_attention import DocumentParts, attend_in_parts
 
-__all__ = ["SDPA_CAUSAL", "Windowed", "causal_attention", "refuse_padding", "set_window"]
+__all__ = ["SDPA_CAUSAL", "Windowed", "causal_attention", "refuse_padding", "set_parts", "set_window"]
 
 SDPA_CAUSAL = "sdpa_causal"
 """The name of ``causal_attention`` in transformers' ``AttentionInterface``."""
@@ -49,6 +50,12 @@ def set_window(model: Windowed, window: int | None, restart_positions: bool = Fa
     model.restart_positions(window if restart_positions else None)
 
 
+def set_parts(attentions: Iterable[nn.Module], parts: DocumentParts | None) -> None:
+    """Restrict the attention of the next forward, and of its recomputation, to ``parts``; None for rows or windows."""
+    for attention in attentions:
+        attention.parts = parts  # type: ignore[assignment]  # a plain attribute
+
+
 def causal_attention(
     module: Any,
     query: Tensor,
@@ -60,7 +67,7 @@ def causal_attention(
     sliding_window: int | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """Compute causal attention in unpadded rows, or in each ``module.window`` tokens of them (see ``set_window``).
+    """Compute causal attention in unpadded rows, or in the parts of them that ``set_window`` or ``set_parts`` has set.
 
     Query is (B, nh, S, hs), key and value are (B, nk, S, hs), the result is (B, S, nh, hs). With ``sliding_window`` a token
     attends to that many tokens, the last of which is itself. Raises NotImplementedError for anything else that changes the
@@ -72,6 +79,8 @@ def causal_attention(
     attend = partial(_attend, dropout=dropout, scaling=scaling, sliding_window=sliding_window)
     rows, heads, seqlen, _ = query.shape
     window, qkv = getattr(module, "window", None), (query, key, value)
+    if (parts := getattr(module, "parts", None)) is not None:
+        return attend_in_parts(attend, parts, *qkv, dropout, scaling, sliding_window), None
     if window is None or window >= seqlen:
         return attend(*qkv).transpose(1, 2), None
 

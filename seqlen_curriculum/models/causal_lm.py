@@ -17,7 +17,8 @@ from transformers import GenerationConfig, GPT2LMHeadModel
 from seqlen_curriculum.config.model import ModelConfig
 from seqlen_curriculum.errors import CheckpointError, ConfigError, SeqlenCurriculumError
 from seqlen_curriculum.models.architecture import architecture_config, new_model, source_of
-from seqlen_curriculum.models.attention import SDPA_CAUSAL
+from seqlen_curriculum.models.attention import SDPA_CAUSAL, set_parts
+from seqlen_curriculum.models.document_attention import DocumentParts
 from seqlen_curriculum.models.gpt2 import CausalLM, build_gpt2, checkpoint_activations, save_hf
 from seqlen_curriculum.models.loss_head import LossHead
 from seqlen_curriculum.models.masked_lm import MaskedLM, build_masked_lm
@@ -49,20 +50,25 @@ class AnyCausalLM(nn.Module):
         self.lm = lm
         self.restarted_window: int | None = None
 
-    def forward(self, inputs: Tensor, targets: Tensor, first_position: int = 0) -> Tensor:
+    def forward(
+        self, inputs: Tensor, targets: Tensor, first_position: int = 0, parts: DocumentParts | None = None
+    ) -> Tensor:
         """Return the mean cross entropy in nats, an fp32 scalar, of ``targets`` (B, S) given ``inputs`` (B, S), both int64.
 
-        ``targets`` are already shifted: ``targets[:, i]`` follows ``inputs[:, i]``, which is at ``first_position + i``. In
-        training mode, the auxiliary loss of a mixture of experts is added if its configuration has ``output_router_logits``.
+        ``targets`` are already shifted: ``targets[:, i]`` follows ``inputs[:, i]``, which is at ``first_position + i``. With
+        ``parts``, attention and positions are those of the parts, whatever windows are set. In training mode, the auxiliary
+        loss of a mixture of experts is added if its configuration has ``output_router_logits``.
         """
+        set_parts(self.abilities.attentions, parts)
+        positions = self.positions(inputs, first_position) if parts is None else {"position_ids": parts.positions}
         if self.head is None:
-            outputs = self.lm(input_ids=inputs, use_cache=False, **self.positions(inputs, first_position))
+            outputs = self.lm(input_ids=inputs, use_cache=False, **positions)
             whole = F.cross_entropy(outputs.logits.flatten(0, 1).float(), targets.flatten())
             balance = getattr(outputs, "aux_loss", None)
             return whole if balance is None or not self.training else whole + self.lm.router_aux_loss_coef * balance
         routes = self.abilities.routes and self.training
         routing = {"output_router_logits": routes} if self.abilities.routes else {}
-        keywords = self.positions(inputs, first_position) | routing
+        keywords = positions | routing
         outputs = self.backbone(input_ids=inputs, use_cache=False, **keywords)
         loss: Tensor = self.head(outputs.last_hidden_state, targets)
         return loss + balance_loss(self.lm, outputs.router_logits) if routes else loss

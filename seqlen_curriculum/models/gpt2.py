@@ -16,7 +16,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from seqlen_curriculum.config.model import ModelConfig
 from seqlen_curriculum.errors import ConfigError
-from seqlen_curriculum.models.attention import SDPA_CAUSAL, causal_attention, refuse_padding, set_window
+from seqlen_curriculum.models.attention import SDPA_CAUSAL, causal_attention, refuse_padding, set_parts, set_window
+from seqlen_curriculum.models.document_attention import DocumentParts
 from seqlen_curriculum.models.loss_head import LossHead
 from seqlen_curriculum.models.pretrained import add_older_names, quiet, save_weights
 
@@ -89,10 +90,13 @@ class CausalLM(nn.Module):
         self.lm = lm
         set_window(self, None)
 
-    def forward(self, inputs: Tensor, targets: Tensor, first_position: int = 0) -> Tensor:
+    def forward(
+        self, inputs: Tensor, targets: Tensor, first_position: int = 0, parts: DocumentParts | None = None
+    ) -> Tensor:
         """Return the mean cross entropy in nats, an fp32 scalar, of ``targets`` (B, S) given ``inputs`` (B, S), both int64.
 
         ``targets`` are already shifted: ``targets[:, i]`` follows ``inputs[:, i]``, which is at ``first_position + i``.
+        With ``parts``, attention and positions are those of the parts, whatever windows are set.
         Raises ConfigError if a position is at or above ``max_position_embeddings``.
         """
         end, positions = first_position + inputs.shape[1], self.lm.config.n_positions
@@ -103,6 +107,9 @@ class CausalLM(nn.Module):
             )
         assert inputs.shape == targets.shape
         position_ids = torch.arange(first_position, end, device=inputs.device).unsqueeze(0)  # (1, S)
+        if parts is not None:
+            position_ids = parts.positions  # (B, S)
+        set_parts(self.attentions, parts)
         hidden = self.lm.transformer(inputs, position_ids=position_ids).last_hidden_state  # (B, S, H)
         loss: Tensor = self.lm.lm_head(hidden, targets)
         return loss

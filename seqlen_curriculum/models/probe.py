@@ -12,11 +12,13 @@ from dataclasses import dataclass, field
 from inspect import signature
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from seqlen_curriculum.models.attention import SDPA_CAUSAL, causal_attention, refuse_padding
+from seqlen_curriculum.models.attention import SDPA_CAUSAL, causal_attention, refuse_padding, set_parts
+from seqlen_curriculum.models.document_attention import DocumentParts
 from seqlen_curriculum.models.loss_head import LossHead
 
 __all__ = ["Abilities", "Ability", "backbone_of", "balance_loss", "probe"]
@@ -210,7 +212,7 @@ def _ask_attention(lm: Any, tokens: Tensor, found: Abilities) -> None:
 
 
 def _ask_windows(lm: Any, tokens: Tensor, found: Abilities) -> None:
-    """Raise ``_DifferenceError`` if windows of 2 tokens aren't equal to separate rows with the same positions."""
+    """Raise ``_DifferenceError`` if windows or other parts of rows aren't equal to separate rows with the same positions."""
     if not found.attentions:
         raise _DifferenceError(found.refused["attention"])
     if "position_ids" not in signature(backbone_of(lm).forward).parameters:
@@ -225,6 +227,12 @@ def _ask_windows(lm: Any, tokens: Tensor, found: Abilities) -> None:
     continued = _hidden(lm, tokens, position_ids=whole)
     for attention in found.attentions:
         attention.window = None  # type: ignore[assignment]
+    # Two rows with other parts, of 2 + 2 and of 4 tokens, so that their positions differ.
+    parts = DocumentParts.of(np.array([[True, False, True, False], [True, False, False, False]]))
+    set_parts(found.attentions, parts)
+    cut = _hidden(lm, tokens.expand(2, 4), position_ids=parts.positions)  # (2, 4, H)
+    set_parts(found.attentions, None)
     answers = [(explicit, hidden), (restarted.view(rows.shape), rows), (continued[:, 2:], end)]
+    answers += [(cut[:1], restarted), (cut[1:], hidden)]
     if not all(_equal(answer, expected) for answer, expected in answers):
-        raise _DifferenceError("a window of a row isn't equal to a separate row with the same positions")
+        raise _DifferenceError("a part of a row isn't equal to a separate row with the same positions")

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import Any, Literal, TypeAlias
 
-from pydantic import TypeAdapter, ValidationError, model_validator
+from pydantic import TypeAdapter, ValidationError, field_validator, model_validator
 
 from seqlen_curriculum.errors import ConfigError
 from seqlen_curriculum.fields import Seqlen, describe_errors, load_function, nearest
@@ -58,6 +58,15 @@ class _Curriculum(BatchGrowthKeys):
     to aligned windows of ``seqlen`` tokens."""
     restart_positions: bool = False
     """Only with ``window``: count positions from 0 in each window instead of through the whole row."""
+
+    @field_validator("method", mode="before")
+    @classmethod
+    def _documents_combine(cls, method: object) -> object:
+        if method == "documents":
+            raise ValueError(
+                '"documents" combines with every method; set data.attention to "document", and method to "truncate"'
+            )
+        return method
 
     @model_validator(mode="after")
     def _positions_of_windows(self) -> _Curriculum:

@@ -15,12 +15,14 @@ __all__ = ["check_abilities"]
 WITHOUT: dict[Ability, str] = {
     "loss": "the logits of a whole micro-batch are kept in memory",
     "attention": "attention is transformers' own",
-    "windows": 'method "window" isn\'t available',
+    "windows": 'method "window" and data.attention "document" aren\'t available',
 }
 """Consequences for a run, by missing ability."""
 
 
-def check_abilities(model: CausalLM | AnyCausalLM | MaskedLM, method: Method, compiled: bool | None) -> None:
+def check_abilities(
+    model: CausalLM | AnyCausalLM | MaskedLM, method: Method, compiled: bool | None, stops_at_documents: bool = False
+) -> None:
     """Log what the architecture lacks. Raise ConfigError if the run needs it; ``compiled`` is ``training.compile``."""
     if isinstance(model, CausalLM):
         return
@@ -31,6 +33,8 @@ def check_abilities(model: CausalLM | AnyCausalLM | MaskedLM, method: Method, co
         log_rank0(f"{type(model.lm).__name__}: {WITHOUT[ability]}, because {reason}")
     if method == "window":
         model.require("windows", 'curriculum_learning.method: "window"')
+    if stops_at_documents:
+        model.require("windows", 'data.attention: "document"')
     if compiled:
         model.require("attention", "training.compile: true")
         if model.abilities.routes:

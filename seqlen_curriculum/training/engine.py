@@ -111,6 +111,11 @@ def initialize(
             'data.order: "decomposed" sets the rows of each step, which an own training loop doesn\'t read; train with slw '
             'train, or set it to "packed"'
         )
+    if run.stops_at_documents:
+        raise ConfigError(
+            'data.attention: "document" needs the parts of documents in each batch, which an own training loop doesn\'t '
+            'read; train with slw train, or set it to "row"'
+        )
     run = run if run.keys.train_batch_size else run.for_ranks(_ranks(run, given))
     if run.scheduler is not None and lr_scheduler is not None:
         raise ConfigError(f"scheduler: the file sets {run.scheduler.type} and lr_scheduler= is given too; keep one")

@@ -64,7 +64,7 @@ def measure_loop(config: RunConfig, folder: Path, steps: int, pairs: int) -> dic
     assert rate is not None
     ours: list[_Time] = []
     theirs: list[_Time] = []
-    micro_batches: list[tuple[torch.Tensor, torch.Tensor]] = []
+    micro_batches: list[tuple[Any, ...]] = []
     for turn in tqdm(range(pairs + 1), unit="pair", disable=None):
         numbers = range(turn * steps + 1, (turn + 1) * steps + 1)
         data, rates = [trainer.read(step) for step in numbers], [rate(step) for step in numbers]
@@ -79,7 +79,7 @@ def measure_loop(config: RunConfig, folder: Path, steps: int, pairs: int) -> dic
     both = list(zip(ours, theirs, strict=True))[1:]  # the first is a warmup
     return {
         "parameters": sum(weight.numel() for weight in bare.engine.module.parameters()),
-        "step_tokens": sum(inputs.numel() for inputs, _ in micro_batches) / (pairs * steps),
+        "step_tokens": sum(micro_batch[0].numel() for micro_batch in micro_batches) / (pairs * steps),
         "micro_batches": len(micro_batches) / (pairs * steps),
         "cpu_ratio": statistics.median(one.cpu / other.cpu for one, other in both),
         "ratio": statistics.median(one.wall / other.wall for one, other in both),
@@ -111,6 +111,7 @@ def _trainer(config: RunConfig, folder: Path) -> Trainer:
         wait_for_checkpoint=lambda: None,
         evaluations=Evaluations(),
         has_dropout=False,
+        stops_at_documents=config.stops_at_documents,
     )
 
 
@@ -135,9 +136,9 @@ class _BareLoop:
             for group in self.engine.optimizer.param_groups:
                 group["lr"] = rate
             total = 0.0
-            for number, (inputs, targets) in enumerate(one.micro_batches):
+            for number, micro_batch in enumerate(one.micro_batches):
                 self.engine.set_gradient_accumulation_boundary(number == len(one.micro_batches) - 1)
-                loss = self.engine(inputs, targets)
+                loss = self.engine(*micro_batch)
                 self.engine.backward(loss)
                 self.engine.step()
                 total += loss.detach().double()

@@ -20,12 +20,14 @@ T = TypeVar("T")
 class StepData(NamedTuple):
     """The data of one rank in a step."""
 
-    micro_batches: list[tuple[torch.Tensor, torch.Tensor]]
-    """(inputs, targets), both (micro rows, S), on the device."""
+    micro_batches: list[tuple[Any, ...]]
+    """(inputs, targets), both (micro rows, S), on the device, and further arguments of the model's forward, if any."""
     seeds: list[int]
     """One seed per micro-batch, empty for a model without random numbers."""
     sample_ids: list[list[int]] | None
     """(source, epoch, number) of each sample, None if samples aren't logged."""
+    facts: dict[str, int] = {}  # noqa: RUF012 - never changed
+    """Additional values of the step's record in the run log."""
 
 
 class Prefetcher(Generic[T]):

@@ -16,6 +16,7 @@ from deepspeed.accelerator import get_accelerator
 from torch.distributed.distributed_c10d import _get_default_store
 
 from seqlen_curriculum.errors import ConfigError
+from seqlen_curriculum.models.document_attention import DocumentParts
 from seqlen_curriculum.training.executor import Executor
 
 __all__ = ["preflight"]
@@ -28,10 +29,16 @@ _AS_LONG_AS_IT_TAKES = datetime.timedelta(days=1)
 _calls = itertools.count()
 
 
-def preflight(executor: Executor, rows: int, seqlen: int, target_shape: tuple[int, ...] | None = None) -> None:
+def preflight(
+    executor: Executor,
+    rows: int,
+    seqlen: int,
+    target_shape: tuple[int, ...] | None = None,
+    parts: DocumentParts | None = None,
+) -> None:
     """Run forward and backward of a micro-batch of ``rows`` x ``seqlen`` tokens; call it on all ranks before the first step.
 
-    ``target_shape`` is that of its targets, None for (``rows``, ``seqlen``).
+    ``target_shape`` is that of its targets, None for (``rows``, ``seqlen``). ``parts`` are those of documents, if any.
 
     Weights, gradients, optimizer, loss scale and random state are unchanged afterwards. If any rank runs out of memory,
     raises ConfigError on all ranks, with the keys to lower and the device's message.
@@ -40,7 +47,8 @@ def preflight(executor: Executor, rows: int, seqlen: int, target_shape: tuple[in
     devices = [executor.engine.device] if executor.engine.device.type != "cpu" else []
     with torch.random.fork_rng(devices=devices, device_type=get_accelerator().device_name().split(":")[0]):
         try:
-            executor.dry_run((tokens, tokens if target_shape is None else tokens.new_zeros(target_shape)))
+            targets = tokens if target_shape is None else tokens.new_zeros(target_shape)
+            executor.dry_run((tokens, targets) if parts is None else (tokens, targets, 0, parts))
             problem = ""
         except (RuntimeError, MemoryError) as error:
             problem = out_of_memory_line(error)

@@ -87,6 +87,7 @@ class _Pretraining:
         self.plan, self.settings = config.plan, config.training
         self.train_data, self.valid_samples, self.until_step = train, valid, until_step
         self.objective = on_rank_0(lambda: open_objective(config))
+        self.stops_at_documents = config.stops_at_documents
         self.save, self.signals = save.resolve(), StopSignals()
         self.log = self.save / RUN_LOG
         self.checkpoints = Checkpoints(
@@ -117,7 +118,7 @@ class _Pretraining:
         self.positions = model_config.max_position_embeddings
         torch.manual_seed(self.settings.seed)  # the same weights on every rank
         self.model = build_model(model_config, read_weights=self.checkpoint is None)
-        check_abilities(self.model, self.plan.shortening.method, self.settings.compile)
+        check_abilities(self.model, self.plan.shortening.method, self.settings.compile, self.stops_at_documents)
         if self.tokenizer is not None:
             set_end_of_text(self.model.lm, self.tokenizer.end_id)
         # Models other than GPT-2 may use random numbers elsewhere: other dropout, dropped layers, noise in a router.
@@ -176,9 +177,10 @@ class _Pretraining:
             wait_for_checkpoint=self.checkpoints.wait,
             evaluations=evaluations,
             sample_log=RunLog(self.save / f"samples.rank{rank}.jsonl") if logs_samples else None,
-            set_window=self._set_window if plan.shortening.method == "window" else None,
+            set_window=self._set_window if plan.shortening.method == "window" and not self.stops_at_documents else None,
             has_dropout=self.has_dropout,
             objective=self.objective,
+            stops_at_documents=self.stops_at_documents,
             until_step=self.until_step,
         )
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
@@ -22,9 +22,10 @@ from seqlen_curriculum.data.samples import Samples
 from seqlen_curriculum.data.training_data import RunData
 from seqlen_curriculum.run_folder.evaluations import Evaluations
 from seqlen_curriculum.run_folder.run_log import RunLog
-from seqlen_curriculum.schedule.piecewise import IntArray
 from seqlen_curriculum.training.adam_moments import MomentsMeter
+from seqlen_curriculum.training.documents import parts_of_samples, parts_of_step, two_parts
 from seqlen_curriculum.training.engine import begin_step, follow_plan, skip_step
+from seqlen_curriculum.training.eval_chunks import eval_chunks
 from seqlen_curriculum.training.executor import Executor, StepResult
 from seqlen_curriculum.training.outcome import share_outcome
 from seqlen_curriculum.training.prefetch import Prefetcher, StepData, to_device
@@ -66,6 +67,8 @@ class Trainer:
     """False for a model that uses no random numbers in training, which needs no seeds."""
     objective: Objective = field(default_factory=NextToken)
     """The tokens that the model predicts in each row."""
+    stops_at_documents: bool = False
+    """Attention and positions stop at the ends of documents."""
     until_step: int | None = None
     """Save and stop after this step."""
 
@@ -94,7 +97,8 @@ class Trainer:
         """
         if self.settings.preflight and first_step <= self.plan.steps:
             shape = self.plan.largest_micro_batch()
-            preflight(self.executor, *shape, self.objective.target_shape(*shape))
+            parts = two_parts(*shape, self.engine.device) if self.stops_at_documents else None
+            preflight(self.executor, *shape, self.objective.target_shape(*shape), parts)
         step, stop = first_step - 1, False
         while step < self._last_step and not stop:
             step += 1
@@ -160,6 +164,7 @@ class Trainer:
             "loss": done.loss,
             "lr": rate,
             "grad_norm": done.grad_norm,
+            **data.facts,
             **moments,
             "seconds": time.perf_counter() - started,
             "data_seconds": data_seconds,
@@ -198,9 +203,15 @@ class Trainer:
         micro_rows, seeds = self.plan.micro_batch_rows(rows, row_tokens), []
         if self.has_dropout:
             seeds = [row_seed(self.settings.seed, step, first_row + row) for row in range(0, rows, micro_rows)]
-        return StepData(
-            list(zip(torch.split(inputs, micro_rows), torch.split(targets, micro_rows), strict=True)), seeds, ids
+        micro_batches: list[Any] = list(
+            zip(torch.split(inputs, micro_rows), torch.split(targets, micro_rows), strict=True)
         )
+        if not self.stops_at_documents:
+            return StepData(micro_batches, seeds, ids)
+        documents = self.train_data.document_rows(step)
+        parts = parts_of_step(documents[first_row : first_row + rows], micro_rows, self.plan, step, self.engine.device)
+        micro_batches = [(*tokens, 0, own) for tokens, own in zip(micro_batches, parts, strict=True)]
+        return StepData(micro_batches, seeds, ids, {"document_starts": documents.num_first_targets})
 
     def _evaluate(self, step: int) -> None:
         """Evaluate at full length on the same validation rows each time; each row counts once for any number of ranks."""
@@ -212,12 +223,12 @@ class Trainer:
         total = torch.zeros((), device=self.engine.device, dtype=torch.float64)
         if self.set_window is not None:
             self.set_window(None)
-        for chunk, weight in _eval_chunks(
-            ids, self.executor.data_rank, self.executor.data_ranks, self.plan.micro_batch
-        ):
+        for chunk, weight in eval_chunks(ids, self.executor.data_rank, self.executor.data_ranks, self.plan.micro_batch):
             rows_of_chunk = self.objective.of_samples(samples.read(chunk, samples.seq_length), chunk)
-            inputs, targets = (to_device(part, self.engine.device) for part in rows_of_chunk)
-            total += self.executor.evaluate((inputs, targets)) * weight
+            rows_on_device: tuple[Any, ...] = tuple(to_device(part, self.engine.device) for part in rows_of_chunk)
+            if self.stops_at_documents:
+                rows_on_device += (0, parts_of_samples(samples, chunk, self.engine.device))
+            total += self.executor.evaluate(rows_on_device) * weight
         valid_loss = share_outcome(StepResult(total, None)).loss / rows
         if not math.isfinite(valid_loss):
             self.guard.stop_or_roll_back(f"the validation loss is {valid_loss}")
@@ -229,6 +240,7 @@ class Trainer:
                 "valid_loss": valid_loss,
                 "valid_ppl": math.exp(min(20.0, valid_loss)),
                 **self.objective.facts,
+                **({"attention": "document"} if self.stops_at_documents else {}),
                 "seconds": time.perf_counter() - started,
             }
         )
@@ -281,20 +293,3 @@ class StopSignals:
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
-
-
-def _eval_chunks(ids: IntArray, rank: int, ranks: int, most_rows: int) -> Iterator[tuple[IntArray, int]]:
-    """Yield a rank's chunks of (ids to read together, weight of their loss in rows).
-
-    All ranks get the same number of chunks of equal size, as required by a collective forward. Each row counts once.
-    """
-    # 10 rows on 4 ranks: each rank reads 2 of rows 0-7, with weight 2 x 4. Ranks 0 and 1 read rows 8 and 9 with weight
-    # 1 x 4. Ranks 2 and 3 read them too, with weight 0. The mean weight of all is (4 x 8 + 2 x 4) / 4 = 10.
-    shared = len(ids) // ranks * ranks
-    mine, rest = ids[:shared][rank::ranks], ids[shared:]
-    for start in range(0, len(mine), most_rows):
-        chunk = mine[start : start + most_rows]
-        yield chunk, len(chunk) * ranks
-    if len(rest):
-        own = rank % len(rest)
-        yield rest[own : own + 1], ranks if rank < len(rest) else 0
