@@ -24,6 +24,18 @@ SMALL_RUNS = {
         "tensor_parallel.autotp_size=2",
         "zero_optimization.stage=1",
     ],
+    "documents": [
+        'curriculum_learning.method="window"',
+        'data.attention="document"',
+        "zero_optimization.stage=3",
+        "model.activation_checkpointing=true",
+    ],
+    "documents-tensor": [
+        'curriculum_learning.method="window"',
+        'data.attention="document"',
+        "tensor_parallel.autotp_size=2",
+        "zero_optimization.stage=1",
+    ],
     "window-pipeline": ['curriculum_learning.method="window"', "pipeline.stages=2", "zero_optimization.stage=1"],
 }
 PIECES = [
@@ -128,13 +140,22 @@ def continued(trained):
     again = run(
         "window-resumed", [*SMALL, *SMALL_RUNS["window"]], folder / "window" / f"global_step{RECYCLED}", "window"
     )
+    documents_again = run(
+        "documents-resumed",
+        [*SMALL, *SMALL_RUNS["documents"]],
+        folder / "documents" / f"global_step{RECYCLED}",
+        "documents",
+    )
     runs = Runs(folder)
     pieces = run("pieces", PIECES)
     pieces_again = run("pieces-resumed", PIECES, folder / "pieces" / "global_step6", "pieces")
-    runs.launch(
-        "two", [run("resumed", (), resume), pieces, pieces_again, small[0], small[1], again, *small[2:]], ranks=2
-    )
-    one = {"segment": SMALL_RUNS["segment"][:1], "window": SMALL_RUNS["window"][:1]}
+    data_parallel = [run("resumed", (), resume), pieces, pieces_again, *small[:2], again, small[4], documents_again]
+    runs.launch("two", [*data_parallel, *small[2:4], *small[5:]], ranks=2)
+    one = {
+        "segment": SMALL_RUNS["segment"][:1],
+        "window": SMALL_RUNS["window"][:1],
+        "documents": SMALL_RUNS["documents"][:2],
+    }
     references = [run(f"{name}-one", [*SMALL, *sets]) for name, sets in one.items()]
     restarted = run("restarted", [*SMALL, *one["window"], "curriculum_learning.restart_positions=true"])
     cooled = [
@@ -200,9 +221,24 @@ def test_each_method_trains_as_on_one_rank(continued, trained, name):
     assert_same((steps, evaluations), records(continued[f"{name.split('-')[0]}-one"]), 2e-4)
 
 
-def test_windows_resume_to_the_last_bit(continued):
-    expected = [[r for r in part if r["step"] > RECYCLED] for part in records(continued["window"])]
-    assert_same(records(continued["window-resumed"]), expected, 0.0)
+@pytest.mark.parametrize("name", ["window", "documents"])
+def test_windows_and_documents_resume_to_the_last_bit(continued, name):
+    expected = [[r for r in part if r["step"] > RECYCLED] for part in records(continued[name])]
+    assert_same(records(continued[f"{name}-resumed"]), expected, 0.0)
+
+
+def test_attention_stops_at_document_ends_which_are_counted(continued, trained):
+    train, _ = open_run_data(RunConfig.load(trained[2], [*SMALL, *SMALL_RUNS["documents"][:2]]))
+    steps, evaluations = records(continued["documents"])
+    counted = [train.document_rows(record["step"]).num_first_targets for record in steps]
+    assert [record["document_starts"] for record in steps] == counted
+    assert sum(counted) > 10
+    assert {record["attention"] for record in evaluations} == {"document"}
+    whole_rows, evaluations_of_rows = records(continued["window"])
+    assert all("document_starts" not in record for record in whole_rows)
+    assert all("attention" not in record for record in evaluations_of_rows)
+    differences = [abs(one["loss"] - other["loss"]) for one, other in zip(steps, whole_rows, strict=True)]
+    assert 1e-4 < max(differences) < 1
 
 
 def test_a_cool_down_from_a_stable_checkpoint_is_the_run_that_had_it_planned(continued, trained):

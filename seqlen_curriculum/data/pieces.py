@@ -99,8 +99,8 @@ def check_document_ends(
             b"".join(os.pread(stream.fileno(), size, size * end) for end in ends.tolist()), corpus.dtype
         )
     fix = (
-        f"{setting} needs documents that end with one token, the same for all; prepare the text with slw prepare and its end "
-        f"token, or set {off}"
+        f"{setting} needs documents that end with one token, the same for all; prepare the text with slw prepare and its "
+        f"end token, or set {off}"
     )
     if len(ends) < 2:
         raise DataError(f"{corpus.prefix}: has one document, so where documents end isn't known; {fix}")

@@ -36,7 +36,7 @@ _AMPERE = 8, 0
 class DocumentParts:
     """The parts of a micro-batch, which attention and positions don't cross.
 
-    It is no tuple, which DeepSpeed would take apart in half precision.
+    A tuple would be taken apart by DeepSpeed in half precision.
     """
 
     positions: Tensor
