@@ -1,10 +1,12 @@
 """A run whose attention stops at document ends: its parts are those of a reference made of plain lists, on any ranks."""
 
+import json
 import pickle
 from random import Random
 
 import numpy as np
 import pytest
+from helpers.command import slw
 from helpers.documents import END, write_documents
 from helpers.settings import changed
 
@@ -16,6 +18,7 @@ from seqlen_curriculum.data.permutation import permute
 from seqlen_curriculum.data.samples import split_bounds
 from seqlen_curriculum.data.writer import CorpusWriter
 from seqlen_curriculum.errors import ConfigError, DataError
+from seqlen_curriculum.integrations.plan import TrainerPlan
 from seqlen_curriculum.models.document_attention import DocumentParts
 
 
@@ -243,3 +246,29 @@ def test_documents_without_a_common_end_are_refused(tmp_path, ends):
         open_run_data(config)
     as_file = config.as_file()
     open_run_data(RunConfig.from_dict(changed(as_file, data__attention="row")))
+
+
+def test_plan_and_inspect_count_the_targets_that_begin_a_document(tmp_path):
+    write_documents(tmp_path / "c", [20, 0, 5, 30, 1, 25])  # 81 tokens, 80 targets, of which 4 are first tokens
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps(changed(RUN, data__train=[str(tmp_path / "c")], training__train_tokens=80)))
+    (planned,) = json.loads(slw("plan", path, "--json").stdout)["documents"]
+    expected = {"documents": 5, "tokens": 80, "first_targets": 4, "parts_per_row": 1 + 7 * 4 / 80}
+    assert planned == {"name": str(tmp_path / "c"), **expected}
+    assert json.loads(slw("inspect", path, "--json").stdout)["documents"] == [planned]
+    said = "of the 80 targets per epoch 4 are the first token of a document"
+    assert said in slw("plan", path).stdout
+    assert said in slw("inspect", path).stdout
+    steps = [json.loads(slw("inspect", path, "--step", step, "--json").stdout) for step in (1, 2, 3)]
+    counted = [step["document_starts"] for step in steps]  # ten samples, of 4, 4 and 4 (the next epoch begins)
+    data = open_training_data(RunConfig.load(path))
+    assert counted == [data.document_rows(step).num_first_targets for step in (1, 2, 3)]
+    assert 4 <= sum(counted) <= 8
+    assert f"; {counted[0]} targets are the first token of a document" in slw("inspect", path, "--step", 1).stdout
+    whole_rows = json.loads(slw("inspect", path, "--step", 1, "--set", "data.attention=row", "--json").stdout)
+    assert "document_starts" not in whole_rows
+
+
+def test_other_loops_are_refused():
+    with pytest.raises(ConfigError, match=r"data.attention: not available in another trainer"):
+        TrainerPlan.of(RUN, global_batch=4)

@@ -135,7 +135,7 @@ def one_step(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
     config = RunConfig.load(args.config, args.set, require=("data", "training"))
     given = {name: getattr(args, name) for name in ("ranks", "rows") if getattr(args, name) is not None}
-    step = read_step(open_training_data(config), args.step, **given)
+    step = read_step(open_training_data(config), args.step, **given, stops_at_documents=config.stops_at_documents)
     return step, describe_step(step, args.full)
 
 

@@ -5,7 +5,7 @@ Example:
   slw plan --compare baseline.json run.json --png plans.png
   slw plan run.json --ranks 128
 
-It needs no torch and no GPU, and a corpus only if data.order is "decomposed".
+It needs no torch and no GPU, and a corpus only if data.order is "decomposed" or data.attention is "document".
 """
 
 from __future__ import annotations
@@ -62,6 +62,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # After --help: numpy and pydantic take a moment.
     from seqlen_curriculum.config.run import RunConfig
+    from seqlen_curriculum.data.document_use import describe_document_use, document_use
     from seqlen_curriculum.data.from_config import with_buckets
     from seqlen_curriculum.planning import ranks, summary
 
@@ -73,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     configs = {name: with_buckets(config) for name, config in loaded.items()}
     for name, config in configs.items():
         warn(config.warnings())
-        plans[name] = summary.plan(config, args.at)
+        plans[name] = summary.plan(config, args.at) | document_use(config)
         if rank_flags:
             config = config.for_ranks(rank_flags.ranks)
             plans[name]["on_ranks"] = ranks.on_ranks(config, rank_flags)
@@ -85,6 +86,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(summary.compare(plans))
     else:
         print(summary.describe(first))
+        if "documents" in first:
+            print("\n" + describe_document_use(first["documents"]))
         if rank_flags:
             print("\n" + ranks.describe_ranks(first["on_ranks"]))
     if png:

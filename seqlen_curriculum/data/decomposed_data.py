@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from seqlen_curriculum.data.permutation import permute
 from seqlen_curriculum.data.pieces import Pieces
 from seqlen_curriculum.data.sample_stream import TokenSpans
+from seqlen_curriculum.data.samples import TokenRanges
 from seqlen_curriculum.data.training_data import RowSource, RunData
 from seqlen_curriculum.errors import DataError
 from seqlen_curriculum.schedule.buckets import Buckets, SourceBuckets
@@ -25,7 +26,7 @@ from seqlen_curriculum.schedule.piecewise import IntArray
 from seqlen_curriculum.schedule.row_shares import RowShares
 from seqlen_curriculum.schedule.timeline import Timeline
 
-__all__ = ["DecomposedData", "buckets_of"]
+__all__ = ["DecomposedData", "buckets_of", "source_name"]
 
 
 class _Bucket:
@@ -96,12 +97,13 @@ def buckets_of(sources: Sequence[Pieces], weights: Sequence[float] | None) -> Bu
     return Buckets(
         sources[0].lengths,
         tuple(
-            SourceBuckets(_name(source), weight, tuple(source.counts.tolist()), source.dropped_tokens)
+            SourceBuckets(source_name(source), weight, tuple(source.counts.tolist()), source.dropped_tokens)
             for source, weight in zip(sources, weights or [1.0], strict=True)
         ),
     )
 
 
-def _name(source: Pieces) -> str:
+def source_name(source: TokenRanges) -> str:
+    """Return the first corpus of a source, and how many others it has."""
     prefix, further = source.ranges[0][0].prefix, len(source.ranges) - 1
     return f"{prefix} and {further} more" if further else prefix

@@ -1,4 +1,4 @@
-"""Where documents begin in the rows of a run, from the index of each corpus. Needs no torch.
+"""Find where documents begin in the rows of a run, from the index of each corpus. Needs no torch.
 
 The token that ends a document is a target of that document, and the input that predicts the first token of the next one. It
 is the same for all documents, so a row cut in front of its end tokens into parts loses no target and leaks no text: with

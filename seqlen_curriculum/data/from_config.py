@@ -17,7 +17,7 @@ from seqlen_curriculum.data.samples import SPLITS, Samples, check_token_ids, ope
 from seqlen_curriculum.data.training_data import RunData, TrainingData
 from seqlen_curriculum.errors import ConfigError, DataError
 
-__all__ = ["corpora_of", "open_run_data", "open_samples", "open_training_data", "with_buckets"]
+__all__ = ["corpora_of", "open_run_data", "open_samples", "open_sources", "open_training_data", "with_buckets"]
 
 
 def open_run_data(config: RunConfig) -> tuple[RunData, Samples | None]:
@@ -59,8 +59,12 @@ def open_packed_data(config: RunConfig) -> TrainingData:
     """Open the training data of a file whose ``data.order`` is ``packed``."""
     assert config.data is not None
     data, timeline = config.data, config.plan.timeline
-    samples = [open_samples(config, "train", source) for source in _sources(config)]
-    return TrainingData(samples, timeline, data.leftovers == "recycle", data.weights)
+    return TrainingData(open_sources(config), timeline, data.leftovers == "recycle", data.weights)
+
+
+def open_sources(config: RunConfig) -> list[Samples]:
+    """Open the samples of each source of a packed run. Raises ConfigError, DataError."""
+    return [open_samples(config, "train", source) for source in _sources(config)]
 
 
 def _sources(config: RunConfig) -> list[list[str]]:

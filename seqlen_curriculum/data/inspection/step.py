@@ -38,19 +38,23 @@ def check_step(train_data: RunData, step: int, ranks: int, rows: int) -> None:
         raise ConfigError(f"--rows: {rows} is not valid; give 1 or more samples to show")
 
 
-def read_step(train_data: RunData, step: int, ranks: int = 1, rows: int = 4) -> dict[str, Any]:
+def read_step(
+    train_data: RunData, step: int, ranks: int = 1, rows: int = 4, stops_at_documents: bool = False
+) -> dict[str, Any]:
     """Return ``rows`` samples of each of ``ranks`` data-parallel ranks at ``step`` as a JSON-able object.
 
     ``step, seqlen, method, samples, sample_rows, row_tokens`` (a sample becomes ``sample_rows`` rows of ``row_tokens``),
     ``ranks`` [{rank, first_sample, samples, shown}]. Each entry of ``shown``: ``source, epoch, number`` (all from 0),
     ``fresh`` (false if made of leftovers), ``stretches`` [{corpus, start, end, documents: [first, last]}] in the order of
-    the sample, ``ids`` (inputs) and ``text`` (None without a tokenizer), both with one entry per row or window. Raises
+    the sample, ``ids`` (inputs) and ``text`` (None without a tokenizer), both with one entry per row or window. With
+    ``stops_at_documents`` also ``document_starts``, the targets of the step that are the first token of a document. Raises
     ConfigError.
     """
     check_step(train_data, step, ranks, rows)
     timeline = train_data.timeline
     seqlen, samples = timeline.seqlen(step), timeline.samples(step)
     rank_samples = samples // ranks
+    counted = {"document_starts": train_data.document_rows(step).num_first_targets} if stops_at_documents else {}
     return {
         "step": step,
         "seqlen": seqlen,
@@ -58,6 +62,7 @@ def read_step(train_data: RunData, step: int, ranks: int = 1, rows: int = 4) -> 
         "samples": samples,
         "sample_rows": timeline.shortening.rows_per_sample(seqlen),
         "row_tokens": timeline.shortening.tokens_per_row(seqlen),
+        **counted,
         "ranks": [
             {
                 "rank": rank,
@@ -125,6 +130,11 @@ def describe_step(step: dict[str, Any], full: bool = False) -> str:
     elif rows > 1:
         each = f"each becomes {rows:,} rows of {row_tokens:,} tokens"
     lines = [f"step {step['step']:,}: {step['samples']:,} samples over all ranks, seqlen {step['seqlen']:,}; {each}"]
+    if "document_starts" in step:
+        lines.append(
+            f"attention and positions stop at document ends; {step['document_starts']:,} targets are the first token of a "
+            "document"
+        )
     for rank in step["ranks"]:
         first, last = rank["first_sample"], rank["first_sample"] + rank["samples"] - 1
         lines += ["", f"rank {rank['rank']}: samples {first:,} to {last:,} of the step"]

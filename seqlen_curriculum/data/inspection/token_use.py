@@ -11,6 +11,7 @@ import numpy as np
 
 from seqlen_curriculum.config.run import RunConfig
 from seqlen_curriculum.data.decomposed_data import buckets_of
+from seqlen_curriculum.data.document_use import describe_document_use, document_use
 from seqlen_curriculum.data.from_config import corpora_of, open_decomposed_data, open_packed_data, open_pieces
 from seqlen_curriculum.data.leftovers import Epochs
 from seqlen_curriculum.data.samples import SPLITS, Samples, split_ranges
@@ -42,12 +43,14 @@ def account(config: RunConfig) -> dict[str, Any]:
       ``epoch_steps`` are the first steps of up to 100 epochs.
     - ``ways`` to shorten [{method, leftovers, configured, steps, read_tokens, trained_tokens, recycled_tokens,
       dropped_tokens, epochs}], where read = trained + dropped. Recycled tokens are part of the trained ones.
+    - If attention stops at document ends, ``documents`` as ``document_use`` returns them.
     - If the rows are pieces of documents, ``pieces`` as ``bucket_use`` returns them instead of ``sources`` and ``ways``.
     """
     assert config.data is not None
     summary: dict[str, Any] = {"seq_length": config.data.seq_length, "splits": _splits(config)}
     if config.decomposed:
         return summary | _pieces_of_run(config)
+    summary |= document_use(config)
     if config.training is None or config.keys.train_batch_size is None:
         return summary
     train_data = open_packed_data(config)
@@ -203,6 +206,8 @@ def describe_account(summary: dict[str, Any]) -> str:
     if "pieces" in summary:
         steps = [f"{summary['steps']:,} steps"] if "steps" in summary else []
         return "\n".join([*lines, "", *steps, describe_bucket_use(summary["pieces"])])
+    if "documents" in summary:
+        lines += ["", describe_document_use(summary["documents"])]
     if "ways" not in summary:
         return "\n".join([*lines, "", "steps and epochs need a training section and train_batch_size"])
     first_epoch = "no source starts a second epoch"
