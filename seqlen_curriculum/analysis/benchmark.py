@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["describe_loop", "describe_trainer", "draw_throughput", "throughput_table"]
+__all__ = ["describe_documents", "describe_loop", "describe_trainer", "draw_throughput", "throughput_table"]
 
 
 def throughput_table(records: Sequence[dict[str, Any]]) -> str:
@@ -86,3 +86,17 @@ def describe_loop(record: dict[str, Any]) -> str:
         f"its time), {record['more_cpu_milliseconds']:.2f} ms more than\nits {record['cpu_milliseconds']:.1f} ms per step; "
         f"losses differ by at most {record['loss_difference']:.1g}"
     )
+
+
+def describe_documents(record: dict[str, Any]) -> str:
+    """Return the record of ``measure_documents`` as a Markdown table for a terminal."""
+    lines = [
+        f"{record['steps']:,} steps of {record['step_tokens']:,} tokens, {record['parts_per_row']:.1f} parts per row",
+        "",
+        "| rows | CPU s per million tokens | s per million tokens | tokens/CPU s | tokens/s |",
+        "| --- " * 5 + "|",
+    ]
+    columns = ("cpu_seconds", "seconds", "cpu_throughput", "throughput")
+    for name, way in record["ways"].items():
+        lines.append(f"| {name} | " + " | ".join(f"{way[column]:.3f}" for column in columns) + " |")
+    return "\n".join([*lines, "", "tokens/CPU s and tokens/s are relative to data.attention row"])

@@ -1,11 +1,12 @@
 """Measure this machine: throughput at every sequence length, here or in Hugging Face's Trainer, data loading, the index of
-document pieces, or the overhead of the training loop.
+document pieces, attention that stops at document ends, or the overhead of the training loop.
 
 Example:
   slw benchmark throughput run.json --rounds 5 --png throughput.png
   slw benchmark trainer run.json --lengths 8 16 32 64
   slw benchmark data run.json --set data.leftovers=recycle
   slw benchmark pieces run.json --set data.order=decomposed --documents 1e8
+  slw benchmark documents run.json --steps 4 --rounds 20
   slw benchmark loop run.json --set model.num_layers=4
 """
 
@@ -31,7 +32,9 @@ from seqlen_curriculum.launchers import global_rank, launch
 def parser() -> Parser:
     flags = Parser(prog="slw benchmark", description=__doc__)
     add_launcher_flags(flags)
-    kinds = flags.add_subparsers(title="measurements", required=True, metavar="throughput|trainer|data|pieces|loop")
+    kinds = flags.add_subparsers(
+        title="measurements", required=True, metavar="throughput|trainer|data|pieces|documents|loop"
+    )
     throughput = kinds.add_parser("throughput", help="measure tokens/s at every sequence length")
     throughput.set_defaults(measure=measure_throughput)
     trainer = kinds.add_parser(
@@ -106,7 +109,13 @@ def parser() -> Parser:
     )
     loop.set_defaults(measure=measure_loop)
     loop.add_argument("--steps", type=int, default=1, metavar="N", help="steps of each loop in a round (default: 1)")
-    for kind, rounds in ((throughput, 5), (trainer, 5), (data, 20), (pieces, 20), (loop, 300)):
+    documents = kinds.add_parser(
+        "documents",
+        help="compare attention within rows, within documents and on document pieces, at equal tokens per step, on one rank",
+    )
+    documents.set_defaults(measure=measure_documents)
+    documents.add_argument("--steps", type=int, default=4, metavar="N", help="steps of each in a round (default: 4)")
+    for kind, rounds in ((throughput, 5), (trainer, 5), (data, 20), (pieces, 20), (loop, 300), (documents, 10)):
         add_run_file(kind)
         kind.add_argument(
             "--rounds", type=int, default=rounds, help=f"number of rounds; the median is reported (default: {rounds})"
@@ -237,9 +246,36 @@ def measure_loop(args: argparse.Namespace, words: Sequence[str]) -> None:  # noq
     from seqlen_curriculum.config.run import RunConfig
 
     config = RunConfig.load(args.config, args.set, require=("optimizer", "model", "data", "training"))
-    if args.steps < 1 or (args.rounds + 1) * args.steps > config.plan.steps:
+    be_one_rank(args, config.plan.steps)
+
+    from seqlen_curriculum.analysis.benchmark import describe_loop
+    from seqlen_curriculum.training.loop_benchmark import measure_loop
+
+    with tempfile.TemporaryDirectory() as folder:
+        record = measure_loop(config, Path(folder), args.steps, args.rounds)
+    show(args, record, describe_loop(record))
+
+
+def measure_documents(args: argparse.Namespace, words: Sequence[str]) -> None:  # noqa: ARG001 - as the others
+    from seqlen_curriculum.config.run import RunConfig
+
+    config = RunConfig.load(args.config, args.set, require=("optimizer", "model", "data", "training"))
+    assert config.training is not None
+    be_one_rank(args, config.training.train_tokens // (config.global_batch * config.shortening.seq_length))
+
+    from seqlen_curriculum.analysis.benchmark import describe_documents
+    from seqlen_curriculum.training.document_benchmark import measure_documents
+
+    with tempfile.TemporaryDirectory() as folder:
+        record = measure_documents(config, Path(folder), args.steps, args.rounds)
+    show(args, record, describe_documents(record))
+
+
+def be_one_rank(args: argparse.Namespace, run_steps: int) -> None:
+    """Make this process a launch of one rank. Raises ConfigError if ``--steps`` and ``--rounds`` exceed the run's steps."""
+    if args.steps < 1 or (args.rounds + 1) * args.steps > run_steps:
         raise ConfigError(
-            f"--steps {args.steps}: {args.rounds + 1} rounds of it must be 1 to {config.plan.steps} steps, the run's length"
+            f"--steps {args.steps}: {args.rounds + 1} rounds of it must be 1 to {run_steps} steps, the run's length"
         )
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError(
@@ -251,13 +287,6 @@ def measure_loop(args: argparse.Namespace, words: Sequence[str]) -> None:  # noq
             port = str(free.getsockname()[1])
         variables = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         os.environ.update(variables)
-
-    from seqlen_curriculum.analysis.benchmark import describe_loop
-    from seqlen_curriculum.training.loop_benchmark import measure_loop
-
-    with tempfile.TemporaryDirectory() as folder:
-        record = measure_loop(config, Path(folder), args.steps, args.rounds)
-    show(args, record, describe_loop(record))
 
 
 def show(args: argparse.Namespace, numbers: dict[str, Any], text: str) -> None:

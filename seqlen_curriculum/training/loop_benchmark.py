@@ -29,7 +29,7 @@ from seqlen_curriculum.training.trainer import StopSignals, Trainer
 from seqlen_curriculum.training.utilization import utilization_of
 from seqlen_curriculum.training.watchdog import Watchdog
 
-__all__ = ["measure_loop"]
+__all__ = ["build_trainer", "measure_loop"]
 
 
 class _Time(NamedTuple):
@@ -60,7 +60,7 @@ def measure_loop(config: RunConfig, folder: Path, steps: int, pairs: int) -> dic
     join_ranks(config.deepspeed)
     choose_attention(config.shortening.seq_length)
     config = with_buckets(config).for_ranks(1)
-    trainer, bare, rate = _trainer(config, folder), _BareLoop(config), config.plan.learning_rate()
+    trainer, bare, rate = build_trainer(config, folder), _BareLoop(config), config.plan.learning_rate()
     assert rate is not None
     ours: list[_Time] = []
     theirs: list[_Time] = []
@@ -89,12 +89,14 @@ def measure_loop(config: RunConfig, folder: Path, steps: int, pairs: int) -> dic
     }
 
 
-def _trainer(config: RunConfig, folder: Path) -> Trainer:
+def build_trainer(config: RunConfig, folder: Path) -> Trainer:
+    """Build the model of a run on one rank, and its trainer without evaluations and checkpoints; it logs to ``folder``."""
     assert config.training is not None
     assert config.model is not None
     torch.manual_seed(config.training.seed)  # the same weights for both loops
     plan, model = config.plan, build_model(config.model)
-    executor, _ = build_executor(config.keys, config.deepspeed, model, plan.scheduler, plan.learning_rate)
+    rate = plan.learning_rate if plan.lr_params is not None else None
+    executor, _ = build_executor(config.keys, config.deepspeed, model, plan.scheduler, rate)
     compile_model(config, model, executor.engine.device)
     utilization = utilization_of(executor.engine, config.model)
     return Trainer(
