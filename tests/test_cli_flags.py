@@ -34,7 +34,7 @@ ON_RUNS = [name for name, parser in PARSERS.items() if "--set" in parser.flags()
 
 
 def test_the_commands_on_a_run():
-    measured = {f"benchmark {kind}" for kind in ("throughput", "trainer", "data", "pieces", "loop")}
+    measured = {f"benchmark {kind}" for kind in ("throughput", "trainer", "data", "pieces", "documents", "loop")}
     expected = {"plan", "train", "tune", "inspect", *measured}
     assert set(ON_RUNS) == expected
     assert {name for name, parser in PARSERS.items() if "--config" in parser.flags()} == expected

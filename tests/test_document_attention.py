@@ -90,6 +90,26 @@ def test_windows_cut_the_parts_further(restart: bool) -> None:
     assert loss == pytest.approx(total / inputs.numel(), rel=1e-6)
 
 
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_targets_that_are_not_kept_have_no_gradient(name: str) -> None:
+    model, inputs, targets = model_and_rows(name)
+    starts = random_starts(5)
+    model.double()
+    found = []
+    for wrong in (targets, torch.where(torch.from_numpy(starts), (targets + 1) % 90, targets)):
+        model.zero_grad()
+        loss = model(inputs, wrong, 0, DocumentParts.of(starts).keeping(~starts, 100.0))
+        loss.backward()
+        found.append([loss.item(), *(grad.sum().item() for grad in gradients(model).values())])
+    assert found[0] == found[1]
+    with torch.no_grad():
+        whole = [
+            model(inputs[r, c][None], targets[r, c][None]).item() * (c.stop - c.start) for r, c in parts_alone(starts)
+        ]
+        firsts = [model(inputs[r, c][None, :1], targets[r, c][None, :1]).item() for r, c in parts_alone(starts)]
+    assert found[0][0] == pytest.approx((sum(whole) - sum(firsts)) / 100, rel=1e-6)
+
+
 def test_whole_rows_are_attended_to_the_last_bit_and_parts_replace_windows() -> None:
     model, inputs, targets = model_and_rows("gpt2")
     plain = model(inputs, targets)

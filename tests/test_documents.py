@@ -6,6 +6,7 @@ from random import Random
 
 import numpy as np
 import pytest
+import torch
 from helpers.command import slw
 from helpers.documents import END, write_documents
 from helpers.settings import changed
@@ -19,7 +20,9 @@ from seqlen_curriculum.data.samples import split_bounds
 from seqlen_curriculum.data.writer import CorpusWriter
 from seqlen_curriculum.errors import ConfigError, DataError
 from seqlen_curriculum.integrations.plan import TrainerPlan
-from seqlen_curriculum.models.document_attention import DocumentParts
+from seqlen_curriculum.models.document_attention import DocumentParts, mean_loss
+from seqlen_curriculum.training.documents import DocumentBatches
+from seqlen_curriculum.training.eval_chunks import eval_chunks
 
 
 class Source:
@@ -196,7 +199,7 @@ RUN = {
         "hidden_size": 8,
         "num_attention_heads": 2,
         "max_position_embeddings": 8,
-        "vocab_size": 99,
+        "vocab_size": 999,
     },
     "data": {"train": ["c"], "seq_length": 8, "split": "1", "attention": "document"},
     "training": {"train_tokens": 64, "eval_interval": 0},
@@ -213,6 +216,7 @@ RUN = {
         ({"sequence_parallel_size": 2}, 'sequence_parallel_size: 2 doesn\'t work with data.attention: "document"'),
         ({"data__order": "decomposed"}, 'data.attention: "document" has no effect with data.order "decomposed"'),
         ({"data__attention": "documents"}, "data.attention: 'documents' is not valid"),
+        ({"data__attention": "row", "data__eod_mask_loss": True}, 'eod_mask_loss: true needs attention "document"'),
     ],
 )
 def test_what_is_refused_by_the_file_alone(changes, message):
@@ -272,3 +276,52 @@ def test_plan_and_inspect_count_the_targets_that_begin_a_document(tmp_path):
 def test_other_loops_are_refused():
     with pytest.raises(ConfigError, match=r"data.attention: not available in another trainer"):
         TrainerPlan.of(RUN, global_batch=4)
+
+
+@pytest.fixture
+def masked(tmp_path):
+    """The configuration of a run that doesn't train on first tokens, on a corpus of short documents."""
+    random = Random(1)
+    write_documents(tmp_path / "c", [random.randint(1, 6) for _ in range(60)])
+    changes = {"data__train": [str(tmp_path / "c")], "data__eod_mask_loss": True, "training__train_tokens": 96}
+    return RunConfig.from_dict(changed(RUN, **changes, train_batch_size=6))
+
+
+def losses_of(tokens, parts, row_tokens):
+    """Return the weighted mean of known losses, the tokens themselves, as ``mean_loss`` computes it."""
+    outputs = torch.from_numpy(tokens.astype(np.float64)).reshape(-1, row_tokens)
+    return float(mean_loss(lambda found, _: found.mean(), outputs, outputs, parts))
+
+
+@pytest.mark.parametrize(("ranks", "micro_rows"), [(1, 6), (1, 2), (2, 3), (3, 1), (6, 1)])
+def test_masked_first_targets_weigh_nothing_on_any_ranks(masked, ranks, micro_rows):
+    data, batches = open_training_data(masked), DocumentBatches.of(masked)
+    for step in (1, 2):
+        inputs, documents = data.read(step)[0], data.document_rows(step)
+        expected = float(inputs[inputs != END].mean())
+        assert 0 < documents.num_first_targets == np.count_nonzero(inputs == END)
+        found = []
+        for rank in range(ranks):
+            own = slice(rank * 6 // ranks, (rank + 1) * 6 // ranks)
+            parts = batches.of_step(documents, own, micro_rows, masked.plan, step, torch.device("cpu"))
+            rows = np.split(inputs[own], len(parts))
+            found.append(np.mean([losses_of(tokens, one, 8) for tokens, one in zip(rows, parts, strict=True)]))
+        assert np.mean(found) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_an_evaluation_is_the_mean_over_unmasked_targets_on_any_ranks(masked, ranks):
+    samples, batches = open_training_data(masked).sources[0], DocumentBatches.of(masked)
+    ids = np.arange(7)
+    inputs = samples.read(ids, 8)[:, :-1]
+    total = 0.0
+    for rank in range(ranks):
+        for chunk, weight in eval_chunks(ids, rank, ranks, 2):
+            parts = batches.of_samples(samples, ids, chunk, torch.device("cpu"))
+            total += losses_of(samples.read(chunk, 8)[:, :-1], parts, 8) * weight / ranks
+    assert total / len(ids) == pytest.approx(float(inputs[inputs != END].mean()), rel=1e-12)
+
+
+def test_a_micro_batch_without_unmasked_targets_has_no_loss():
+    parts = DocumentParts.of(np.ones((1, 3), dtype=bool)).keeping(np.zeros((1, 3), dtype=bool), 1.5)
+    assert losses_of(np.array([[5, 6, 7]]), parts, 3) == 0

@@ -18,6 +18,7 @@ COMMANDS = {
     "throughput as a picture": (["benchmark", "throughput", "nothing.json"], "--png"),
     "data": (["benchmark", "data", "nothing.json"], "--out"),
     "loop": (["benchmark", "loop", "nothing.json"], "--out"),
+    "documents": (["benchmark", "documents", "nothing.json"], "--out"),
 }
 """Commands that write a file, whose inputs don't exist."""
 

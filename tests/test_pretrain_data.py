@@ -9,8 +9,10 @@ from helpers.runs import TRAIN, Runs, planned_samples, records, samples_by_step
 from helpers.runs import run as run_of
 
 from seqlen_curriculum import RunConfig
+from seqlen_curriculum.analysis.benchmark import describe_documents
 from seqlen_curriculum.data.from_config import open_run_data, with_buckets
 from seqlen_curriculum.data.writer import CorpusWriter
+from seqlen_curriculum.run_folder.run_log import read_run_log
 
 SMALL = ["training.train_tokens=1400", "training.eval_interval=9", "model.dropout=0.0", "training.save_interval=6"]
 RECYCLED = 6
@@ -27,12 +29,14 @@ SMALL_RUNS = {
     "documents": [
         'curriculum_learning.method="window"',
         'data.attention="document"',
+        "data.eod_mask_loss=true",
         "zero_optimization.stage=3",
         "model.activation_checkpointing=true",
     ],
     "documents-tensor": [
         'curriculum_learning.method="window"',
         'data.attention="document"',
+        "data.eod_mask_loss=true",
         "tensor_parallel.autotp_size=2",
         "zero_optimization.stage=1",
     ],
@@ -154,7 +158,7 @@ def continued(trained):
     one = {
         "segment": SMALL_RUNS["segment"][:1],
         "window": SMALL_RUNS["window"][:1],
-        "documents": SMALL_RUNS["documents"][:2],
+        "documents": SMALL_RUNS["documents"][:3],
     }
     references = [run(f"{name}-one", [*SMALL, *sets]) for name, sets in one.items()]
     restarted = run("restarted", [*SMALL, *one["window"], "curriculum_learning.restart_positions=true"])
@@ -164,7 +168,8 @@ def continued(trained):
         run("wsd-cooled", [*SMALL, WSD], folder / "wsd-long" / f"global_step{STABLE}", "wsd-long"),
     ]
     pieces_on_one = run("pieces-one", PIECES, folder / "pieces" / "global_step6")
-    runs.launch("one", [run("one-rank", (), resume), pieces_on_one, *references, restarted, *cooled], ranks=1)
+    measured = run("measured", SMALL, measures=True)
+    runs.launch("one", [run("one-rank", (), resume), pieces_on_one, *references, restarted, *cooled, measured], ranks=1)
     return runs
 
 
@@ -228,12 +233,12 @@ def test_windows_and_documents_resume_to_the_last_bit(continued, name):
 
 
 def test_attention_stops_at_document_ends_which_are_counted(continued, trained):
-    train, _ = open_run_data(RunConfig.load(trained[2], [*SMALL, *SMALL_RUNS["documents"][:2]]))
+    train, _ = open_run_data(RunConfig.load(trained[2], [*SMALL, *SMALL_RUNS["documents"][:3]]))
     steps, evaluations = records(continued["documents"])
     counted = [train.document_rows(record["step"]).num_first_targets for record in steps]
     assert [record["document_starts"] for record in steps] == counted
     assert sum(counted) > 10
-    assert {record["attention"] for record in evaluations} == {"document"}
+    assert {(record["attention"], record["eod_mask_loss"]) for record in evaluations} == {("document", True)}
     whole_rows, evaluations_of_rows = records(continued["window"])
     assert all("document_starts" not in record for record in whole_rows)
     assert all("attention" not in record for record in evaluations_of_rows)
@@ -260,3 +265,17 @@ def test_positions_may_restart_in_each_window(continued):
 def test_the_blend_continues_on_another_number_of_ranks(continued, trained):
     samples = {step: read for step, read in samples_by_step(trained[0]).items() if step > 30}
     assert samples_by_step(continued["one-rank"]) == samples
+
+
+def test_rows_documents_and_pieces_are_measured_at_equal_tokens(continued, trained):
+    record = json.loads((continued["measured"] / "record.json").read_text())
+    assert (record["step_tokens"], record["steps"]) == (
+        256,
+        2,
+    )  # 8 rows of 32, without the file's curriculum and warmup
+    assert list(record["ways"]) == ["row", "document", "decomposed"]
+    assert record["ways"]["row"]["cpu_throughput"] == 1
+    assert all(value > 0 for way in record["ways"].values() for value in way.values())
+    assert "| document | " in describe_documents(record)
+    steps = read_run_log(continued["measured"] / "log" / "runlog.jsonl")
+    assert sorted(step["step"] for step in steps) == [1, 1, 1, 2, 2, 2, 3, 3, 3, 4, 4, 4]

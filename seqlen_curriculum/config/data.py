@@ -13,7 +13,7 @@ from seqlen_curriculum.strict_json import not_text, shown
 
 __all__ = ["DECOMPOSED_KEYS", "DOCUMENT_KEYS", "DataConfig", "corpus_prefix"]
 
-DOCUMENT_KEYS = ("attention",)
+DOCUMENT_KEYS = ("attention", "eod_mask_loss")
 """Keys that a run whose tokens attend through their row leaves out of its settings, as older checkpoints do."""
 DECOMPOSED_KEYS = ("order", "min_piece_tokens", "bucket_curriculum", "bucket_cycles", "bucket_odds")
 """Keys that a packed run leaves out of its settings, as older checkpoints do."""
@@ -87,6 +87,9 @@ class DataConfig(Section):
     """The tokens that a token attends to: those before it in its ``row``, or only those of its own ``document``, with
     positions that start at 0 in each document (intra-document attention; Megatron's ``--reset-attention-mask`` and
     ``--reset-position-ids``). The token that ends a document predicts the first token of the next one from position 0."""
+    eod_mask_loss: bool = False
+    """Only with ``document``: don't train on the first token of a document, which only the end token before it predicts
+    (Megatron's ``--eod-mask-loss``). The loss is the mean over the other targets; all count as consumed tokens."""
     min_piece_tokens: Seqlen | None = None
     """Only with ``decomposed``: the shortest piece, a power of two. Shorter ones are dropped. Default: ``seq_length // 32``,
     at least 1 (the paper has 256 to 8192)."""
@@ -100,6 +103,12 @@ class DataConfig(Section):
     bucket_odds: Annotated[list[Annotated[float, Field(gt=0, lt=1e15)]], Field(min_length=1)] | None = None
     """Only with ``grow``: the odds of drawing each length that is not used up in the cycle, shortest length first. Default:
     powers of two down to 1 for the longest, as the paper's Grow-P2."""
+
+    @model_validator(mode="after")
+    def _document_keys(self) -> DataConfig:
+        if self.eod_mask_loss and self.attention != "document":
+            raise ValueError('eod_mask_loss: true needs attention "document"; set it, or set eod_mask_loss to false')
+        return self
 
     @model_validator(mode="after")
     def _decomposed_keys(self) -> DataConfig:

@@ -18,7 +18,7 @@ from seqlen_curriculum.config.model import ModelConfig
 from seqlen_curriculum.errors import CheckpointError, ConfigError, SeqlenCurriculumError
 from seqlen_curriculum.models.architecture import architecture_config, new_model, source_of
 from seqlen_curriculum.models.attention import SDPA_CAUSAL, set_parts
-from seqlen_curriculum.models.document_attention import DocumentParts
+from seqlen_curriculum.models.document_attention import DocumentParts, mean_loss
 from seqlen_curriculum.models.gpt2 import CausalLM, build_gpt2, checkpoint_activations, save_hf
 from seqlen_curriculum.models.loss_head import LossHead
 from seqlen_curriculum.models.masked_lm import MaskedLM, build_masked_lm
@@ -56,21 +56,22 @@ class AnyCausalLM(nn.Module):
         """Return the mean cross entropy in nats, an fp32 scalar, of ``targets`` (B, S) given ``inputs`` (B, S), both int64.
 
         ``targets`` are already shifted: ``targets[:, i]`` follows ``inputs[:, i]``, which is at ``first_position + i``. With
-        ``parts``, attention and positions are those of the parts, whatever windows are set. In training mode, the auxiliary
-        loss of a mixture of experts is added if its configuration has ``output_router_logits``.
+        ``parts``, attention and positions are those of the parts, whatever windows are set, and the mean is that of the
+        targets that they keep, times their weight. In training mode, the auxiliary loss of a mixture of experts is added if
+        its configuration has ``output_router_logits``.
         """
         set_parts(self.abilities.attentions, parts)
         positions = self.positions(inputs, first_position) if parts is None else {"position_ids": parts.positions}
         if self.head is None:
             outputs = self.lm(input_ids=inputs, use_cache=False, **positions)
-            whole = F.cross_entropy(outputs.logits.flatten(0, 1).float(), targets.flatten())
+            whole = mean_loss(_loss_of_logits, outputs.logits, targets, parts)
             balance = getattr(outputs, "aux_loss", None)
             return whole if balance is None or not self.training else whole + self.lm.router_aux_loss_coef * balance
         routes = self.abilities.routes and self.training
         routing = {"output_router_logits": routes} if self.abilities.routes else {}
         keywords = positions | routing
         outputs = self.backbone(input_ids=inputs, use_cache=False, **keywords)
-        loss: Tensor = self.head(outputs.last_hidden_state, targets)
+        loss = mean_loss(self.head, outputs.last_hidden_state, targets, parts)
         return loss + balance_loss(self.lm, outputs.router_logits) if routes else loss
 
     def positions(self, inputs: Tensor, first_position: int) -> dict[str, Tensor]:
@@ -116,6 +117,11 @@ class AnyCausalLM(nn.Module):
     def restart_positions(self, window: int | None) -> None:
         """Count positions from 0 in each ``window`` tokens of a row, or through the row."""
         self.restarted_window = window
+
+
+def _loss_of_logits(logits: Tensor, targets: Tensor) -> Tensor:
+    """Return the mean cross entropy of ``targets`` (...) given ``logits`` (..., V)."""
+    return F.cross_entropy(logits.flatten(0, -2).float(), targets.flatten())
 
 
 def build_model(config: ModelConfig, read_weights: bool = True) -> CausalLM | AnyCausalLM | MaskedLM:

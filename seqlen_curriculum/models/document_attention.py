@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from inspect import signature
 from typing import Any
 
@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["DocumentParts", "attend_in_parts"]
+__all__ = ["DocumentParts", "attend_in_parts", "mean_loss"]
 
 varlen_attn: Any = None
 with suppress(ImportError):  # torch before 2.10
@@ -53,6 +53,10 @@ class DocumentParts:
     """(B * S) int64, the place of each token."""
     padding: Tensor
     """(padded) int64, the places that hold no token; there ``taken`` has the last token of the part."""
+    kept: Tensor | None = None
+    """(kept) int64, the tokens whose targets count, at least one; None for all."""
+    weight: float = 1.0
+    """The weight of the mean loss of ``kept`` in the mean over micro-batches."""
 
     @classmethod
     def of(cls, starts: NDArray[np.bool_], window: int | None = None, restart: bool = False) -> DocumentParts:
@@ -85,6 +89,17 @@ class DocumentParts:
             padding,
         )
 
+    def keeping(self, kept: NDArray[np.bool_], mean: float) -> DocumentParts:
+        """Return the same parts, where only the targets ``kept`` (B, S) count; a micro-batch keeps ``mean`` on average.
+
+        The mean over micro-batches is then that over all kept targets. Two micro-batches keep 3 and 5 targets, 4 on average:
+        their mean losses 2 and 1, weighted by 3/4 and 5/4, have the mean (1.5 + 1.25) / 2 = (3 * 2 + 5 * 1) / 8.
+        """
+        index = np.flatnonzero(kept)
+        if not len(index):  # some mean loss, multiplied by 0
+            return replace(self, kept=torch.zeros(1, dtype=torch.int64), weight=0.0)
+        return replace(self, kept=torch.from_numpy(index), weight=len(index) / mean)
+
     def to(self, device: torch.device) -> DocumentParts:
         """Return the same on ``device``, copied asynchronously to a GPU."""
         if device.type == "cpu":
@@ -113,6 +128,18 @@ def _grouped(begins: NDArray[Any], lengths: NDArray[Any]) -> tuple[Any, ...]:
     places = np.empty(lengths.sum(), dtype=np.int64)
     places[taken[is_token]] = np.flatnonzero(is_token)
     return tuple(zip(counts.tolist(), sizes.tolist(), strict=True)), taken, places, np.flatnonzero(~is_token)
+
+
+def mean_loss(
+    loss_of: Callable[[Tensor, Tensor], Tensor], outputs: Tensor, targets: Tensor, parts: DocumentParts | None
+) -> Tensor:
+    """Return the mean loss of ``targets`` (B, S) given ``outputs`` (B, S, ...), or the weighted one of those that count.
+
+    ``loss_of(outputs, targets)`` returns the mean loss of any number of tokens.
+    """
+    if parts is None or parts.kept is None:
+        return loss_of(outputs, targets)
+    return loss_of(outputs.flatten(0, 1)[parts.kept], targets.flatten()[parts.kept]) * parts.weight
 
 
 def attend_in_parts(

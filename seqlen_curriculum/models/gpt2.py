@@ -17,7 +17,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from seqlen_curriculum.config.model import ModelConfig
 from seqlen_curriculum.errors import ConfigError
 from seqlen_curriculum.models.attention import SDPA_CAUSAL, causal_attention, refuse_padding, set_parts, set_window
-from seqlen_curriculum.models.document_attention import DocumentParts
+from seqlen_curriculum.models.document_attention import DocumentParts, mean_loss
 from seqlen_curriculum.models.loss_head import LossHead
 from seqlen_curriculum.models.pretrained import add_older_names, quiet, save_weights
 
@@ -96,7 +96,8 @@ class CausalLM(nn.Module):
         """Return the mean cross entropy in nats, an fp32 scalar, of ``targets`` (B, S) given ``inputs`` (B, S), both int64.
 
         ``targets`` are already shifted: ``targets[:, i]`` follows ``inputs[:, i]``, which is at ``first_position + i``.
-        With ``parts``, attention and positions are those of the parts, whatever windows are set.
+        With ``parts``, attention and positions are those of the parts, whatever windows are set, and the mean is that of the
+        targets that they keep, times their weight.
         Raises ConfigError if a position is at or above ``max_position_embeddings``.
         """
         end, positions = first_position + inputs.shape[1], self.lm.config.n_positions
@@ -111,8 +112,7 @@ class CausalLM(nn.Module):
             position_ids = parts.positions  # (B, S)
         set_parts(self.attentions, parts)
         hidden = self.lm.transformer(inputs, position_ids=position_ids).last_hidden_state  # (B, S, H)
-        loss: Tensor = self.lm.lm_head(hidden, targets)
-        return loss
+        return mean_loss(self.lm.lm_head, hidden, targets, parts)
 
     @property
     def backbone(self) -> Any:

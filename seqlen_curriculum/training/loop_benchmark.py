@@ -21,6 +21,7 @@ from seqlen_curriculum.run_folder.run_log import read_run_log
 from seqlen_curriculum.training.accumulate import set_accumulation
 from seqlen_curriculum.training.build import build_executor
 from seqlen_curriculum.training.compile import compile_model
+from seqlen_curriculum.training.documents import DocumentBatches
 from seqlen_curriculum.training.prefetch import StepData
 from seqlen_curriculum.training.spike_guard import LossesSoFar, SpikeGuard
 from seqlen_curriculum.training.start import choose_attention, join_ranks
@@ -113,7 +114,7 @@ def build_trainer(config: RunConfig, folder: Path) -> Trainer:
         wait_for_checkpoint=lambda: None,
         evaluations=Evaluations(),
         has_dropout=False,
-        stops_at_documents=config.stops_at_documents,
+        documents=DocumentBatches.of(config),
     )
 
 

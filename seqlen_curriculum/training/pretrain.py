@@ -33,6 +33,7 @@ from seqlen_curriculum.training.build import build_executor
 from seqlen_curriculum.training.checkpoint import Checkpoints
 from seqlen_curriculum.training.compile import compile_model
 from seqlen_curriculum.training.deterministic import be_deterministic
+from seqlen_curriculum.training.documents import DocumentBatches
 from seqlen_curriculum.training.ranks import on_rank_0
 from seqlen_curriculum.training.rollback import log_skipped_steps, read_losses, roll_back
 from seqlen_curriculum.training.run_info import record_launch
@@ -87,7 +88,7 @@ class _Pretraining:
         self.plan, self.settings = config.plan, config.training
         self.train_data, self.valid_samples, self.until_step = train, valid, until_step
         self.objective = on_rank_0(lambda: open_objective(config))
-        self.stops_at_documents = config.stops_at_documents
+        self.documents = DocumentBatches.of(config)
         self.save, self.signals = save.resolve(), StopSignals()
         self.log = self.save / RUN_LOG
         self.checkpoints = Checkpoints(
@@ -118,7 +119,7 @@ class _Pretraining:
         self.positions = model_config.max_position_embeddings
         torch.manual_seed(self.settings.seed)  # the same weights on every rank
         self.model = build_model(model_config, read_weights=self.checkpoint is None)
-        check_abilities(self.model, self.plan.shortening.method, self.settings.compile, self.stops_at_documents)
+        check_abilities(self.model, self.plan.shortening.method, self.settings.compile, self.documents is not None)
         if self.tokenizer is not None:
             set_end_of_text(self.model.lm, self.tokenizer.end_id)
         # Models other than GPT-2 may use random numbers elsewhere: other dropout, dropped layers, noise in a router.
@@ -177,10 +178,10 @@ class _Pretraining:
             wait_for_checkpoint=self.checkpoints.wait,
             evaluations=evaluations,
             sample_log=RunLog(self.save / f"samples.rank{rank}.jsonl") if logs_samples else None,
-            set_window=self._set_window if plan.shortening.method == "window" and not self.stops_at_documents else None,
+            set_window=self._set_window if plan.shortening.method == "window" and self.documents is None else None,
             has_dropout=self.has_dropout,
             objective=self.objective,
-            stops_at_documents=self.stops_at_documents,
+            documents=self.documents,
             until_step=self.until_step,
         )
 

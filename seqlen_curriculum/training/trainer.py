@@ -23,7 +23,7 @@ from seqlen_curriculum.data.training_data import RunData
 from seqlen_curriculum.run_folder.evaluations import Evaluations
 from seqlen_curriculum.run_folder.run_log import RunLog
 from seqlen_curriculum.training.adam_moments import MomentsMeter
-from seqlen_curriculum.training.documents import parts_of_samples, parts_of_step, two_parts
+from seqlen_curriculum.training.documents import DocumentBatches
 from seqlen_curriculum.training.engine import begin_step, follow_plan, skip_step
 from seqlen_curriculum.training.eval_chunks import eval_chunks
 from seqlen_curriculum.training.executor import Executor, StepResult
@@ -67,8 +67,8 @@ class Trainer:
     """False for a model that uses no random numbers in training, which needs no seeds."""
     objective: Objective = field(default_factory=NextToken)
     """The tokens that the model predicts in each row."""
-    stops_at_documents: bool = False
-    """Attention and positions stop at the ends of documents."""
+    documents: DocumentBatches | None = None
+    """The parts of documents that attention and positions stop at; None for attention in whole rows."""
     until_step: int | None = None
     """Save and stop after this step."""
 
@@ -97,7 +97,7 @@ class Trainer:
         """
         if self.settings.preflight and first_step <= self.plan.steps:
             shape = self.plan.largest_micro_batch()
-            parts = two_parts(*shape, self.engine.device) if self.stops_at_documents else None
+            parts = self.documents.largest(*shape, self.engine.device) if self.documents else None
             preflight(self.executor, *shape, self.objective.target_shape(*shape), parts)
         step, stop = first_step - 1, False
         while step < self._last_step and not stop:
@@ -206,12 +206,12 @@ class Trainer:
         micro_batches: list[Any] = list(
             zip(torch.split(inputs, micro_rows), torch.split(targets, micro_rows), strict=True)
         )
-        if not self.stops_at_documents:
+        if self.documents is None:
             return StepData(micro_batches, seeds, ids)
-        documents = self.train_data.document_rows(step)
-        parts = parts_of_step(documents[first_row : first_row + rows], micro_rows, self.plan, step, self.engine.device)
-        micro_batches = [(*tokens, 0, own) for tokens, own in zip(micro_batches, parts, strict=True)]
-        return StepData(micro_batches, seeds, ids, {"document_starts": documents.num_first_targets})
+        found, own = self.train_data.document_rows(step), slice(first_row, first_row + rows)
+        parts = self.documents.of_step(found, own, micro_rows, self.plan, step, self.engine.device)
+        micro_batches = [(*pair, 0, of_pair) for pair, of_pair in zip(micro_batches, parts, strict=True)]
+        return StepData(micro_batches, seeds, ids, {"document_starts": found.num_first_targets})
 
     def _evaluate(self, step: int) -> None:
         """Evaluate at full length on the same validation rows each time; each row counts once for any number of ranks."""
@@ -226,8 +226,8 @@ class Trainer:
         for chunk, weight in eval_chunks(ids, self.executor.data_rank, self.executor.data_ranks, self.plan.micro_batch):
             rows_of_chunk = self.objective.of_samples(samples.read(chunk, samples.seq_length), chunk)
             rows_on_device: tuple[Any, ...] = tuple(to_device(part, self.engine.device) for part in rows_of_chunk)
-            if self.stops_at_documents:
-                rows_on_device += (0, parts_of_samples(samples, chunk, self.engine.device))
+            if self.documents is not None:
+                rows_on_device += (0, self.documents.of_samples(samples, ids, chunk, self.engine.device))
             total += self.executor.evaluate(rows_on_device) * weight
         valid_loss = share_outcome(StepResult(total, None)).loss / rows
         if not math.isfinite(valid_loss):
@@ -240,7 +240,7 @@ class Trainer:
                 "valid_loss": valid_loss,
                 "valid_ppl": math.exp(min(20.0, valid_loss)),
                 **self.objective.facts,
-                **({"attention": "document"} if self.stops_at_documents else {}),
+                **(self.documents.facts if self.documents else {}),
                 "seconds": time.perf_counter() - started,
             }
         )

@@ -71,7 +71,8 @@ def run(config, save, sets=(), resume="auto", needs=(), after=None, **more):
 
     more: ``until_step`` is the last step to train. ``fails`` marks a run that ends with an error, whose message is written
     to the file ``error`` in its folder. ``begins_as_copy_of`` names another run's folder. ``no_compiler`` hides the compiler
-    from torch. ``sigterm_at`` is a file: once it exists, each rank gets a SIGTERM.
+    from torch. ``sigterm_at`` is a file: once it exists, each rank gets a SIGTERM. ``measures`` writes the record of
+    ``slw benchmark documents`` to ``record.json`` instead of training.
     """
     save = Path(save)
     arguments = {"config": str(config), "sets": list(sets), "save": str(save), "resume": resume and str(resume), **more}
@@ -88,6 +89,7 @@ def do_run(
     begins_as_copy_of=None,
     no_compiler=False,
     sigterm_at=None,
+    measures=False,
 ):
     import torch
     import torch._inductor.config
@@ -100,6 +102,11 @@ def do_run(
     if begins_as_copy_of and torch.distributed.get_rank() == 0:
         shutil.copytree(begins_as_copy_of, save, dirs_exist_ok=True)
     torch.distributed.barrier()
+    if measures:
+        from seqlen_curriculum.training.document_benchmark import measure_documents
+
+        (save / "record.json").write_text(json.dumps(measure_documents(config, save, steps=2, rounds=1)))
+        return
     compilers = torch._inductor.config.cpp.cxx
     if no_compiler:
         torch._inductor.config.cpp.cxx = ("nowhere/g++",)
