@@ -3,10 +3,12 @@
 ======================  ===================================================================================
 training step           ``step, seqlen, rows, consumed_tokens, loss, lr, grad_norm``, and of ``MACHINE_KEYS``
                         ``seconds, data_seconds, mfu, peak_memory_bytes``, after a checkpoint
-                        ``checkpoint_seconds``; every ``training.variance_interval`` steps Adam's moments
+                        ``checkpoint_seconds``; every ``training.variance_interval`` steps Adam's moments;
+                        with ``data.attention`` "document" ``document_starts``: targets that begin a document
 skipped step            ``step, seqlen, rows, consumed_tokens, skipped`` (true)
 evaluation              ``step, consumed_tokens, valid_loss, valid_ppl, seconds``; with masked tokens
-                        ``objective`` ("masked"): the loss of masked tokens, and their pseudo-perplexity
+                        ``objective`` ("masked"): the loss of masked tokens, and their pseudo-perplexity;
+                        ``attention`` ("document") and ``eod_mask_loss`` (true) as in the data section
 ======================  ===================================================================================
 """
 
