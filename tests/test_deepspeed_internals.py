@@ -43,6 +43,7 @@ from deepspeed.sequence.layer import DistributedAttention
 from deepspeed.utils import groups, mixed_precision_linkage, safe_get_local_optimizer_state
 from torch._dynamo import callback as compile_callbacks
 from torch.distributed import distributed_c10d, rendezvous
+from torch.nn.attention import varlen
 from torch.utils import cpp_extension, file_baton
 from transformers import core_model_loading
 from transformers.pytorch_utils import Conv1D
@@ -120,6 +121,7 @@ FUNCTIONS = [  # (owner, name, the parameters that we give), and who relies on i
     (torch._dynamo, "reset", "", "compile.py"),
     (torch.cuda, "is_bf16_supported", "including_emulation", "machine.py"),
     (torch.nn.utils, "get_total_norm", "", "executor.py"),
+    (varlen, "varlen_attn", "scale window_size enable_gqa", "document_attention.py"),
     (transformers.AttentionInterface, "register", "", "sequence_parallel.py, models"),
     (
         core_model_loading,

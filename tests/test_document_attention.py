@@ -186,3 +186,5 @@ def test_an_architecture_with_its_own_attention_is_refused(monkeypatch: pytest.M
     monkeypatch.setattr(abilities, "log_rank0", print)
     with pytest.raises(ConfigError, match=r'data.attention: "document" doesn\'t work with a bloom'):
         abilities.check_abilities(ours("bloom"), "truncate", None, stops_at_documents=True)
+    with pytest.raises(ConfigError, match=r'data.attention: "document" doesn\'t work with a bloom'):
+        ours("bloom")(*tokens(1, 4), 0, DocumentParts.of(np.ones((1, 4), dtype=bool)))

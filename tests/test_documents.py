@@ -13,6 +13,7 @@ from helpers.settings import changed
 
 from seqlen_curriculum.config.run import RunConfig
 from seqlen_curriculum.data.blend import Blend
+from seqlen_curriculum.data.document_use import document_use
 from seqlen_curriculum.data.from_config import open_run_data, open_training_data
 from seqlen_curriculum.data.indexed import IndexedCorpus
 from seqlen_curriculum.data.permutation import permute
@@ -248,6 +249,8 @@ def test_documents_without_a_common_end_are_refused(tmp_path, ends):
     config = RunConfig.from_dict(changed(RUN, data__train=[str(tmp_path / "c")]))
     with pytest.raises(DataError, match=r'data.attention "document" needs documents that end with one token'):
         open_run_data(config)
+    with pytest.raises(DataError, match=r'or set data.attention to "row"'):
+        document_use(config)
     as_file = config.as_file()
     open_run_data(RunConfig.from_dict(changed(as_file, data__attention="row")))
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from seqlen_curriculum.config.run import RunConfig
 from seqlen_curriculum.data.decomposed_data import source_name
-from seqlen_curriculum.data.from_config import open_sources
+from seqlen_curriculum.data.from_config import check_ends, open_sources
 from seqlen_curriculum.data.indexed import IndexedCorpus
 
 __all__ = ["describe_document_use", "document_use"]
@@ -22,12 +22,14 @@ def document_use(config: RunConfig) -> dict[str, Any]:
 
     Each has ``name, documents`` (without empty ones), ``tokens`` (the targets of an epoch), ``first_targets`` (those that
     are the first token of a document, predicted from the end token alone) and ``parts_per_row`` (the mean number of parts
-    that a sample of full length consists of). Raises ConfigError, DataError.
+    that a sample of full length consists of). Raises ConfigError, and DataError
+    for documents without a common end token.
     """
     if not config.stops_at_documents:
         return {}
     found = []
     for source in open_sources(config):
+        check_ends(config, (corpus for corpus, _, _ in source.ranges))
         # The first token of a range has no input, so it is not a target.
         documents = [_count(*part) for part in source.ranges]
         first_targets = sum(max(count - 1, 0) for count in documents)

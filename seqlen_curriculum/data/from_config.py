@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from seqlen_curriculum.config.model import ModelConfig
@@ -17,7 +17,15 @@ from seqlen_curriculum.data.samples import SPLITS, Samples, check_token_ids, ope
 from seqlen_curriculum.data.training_data import RunData, TrainingData
 from seqlen_curriculum.errors import ConfigError, DataError
 
-__all__ = ["corpora_of", "open_run_data", "open_samples", "open_sources", "open_training_data", "with_buckets"]
+__all__ = [
+    "check_ends",
+    "corpora_of",
+    "open_run_data",
+    "open_samples",
+    "open_sources",
+    "open_training_data",
+    "with_buckets",
+]
 
 
 def open_run_data(config: RunConfig) -> tuple[RunData, Samples | None]:
@@ -36,10 +44,15 @@ def open_run_data(config: RunConfig) -> tuple[RunData, Samples | None]:
         _check_vocabulary(corpus, config.model)
     _check_tokenizers(corpora, config.model)
     open_objective(config)
+    check_ends(config, corpora)
+    return open_training_data(config), open_samples(config, "valid") if config.training.eval_interval else None
+
+
+def check_ends(config: RunConfig, corpora: Iterable[IndexedCorpus]) -> None:
+    """Raise DataError if attention stops at documents, and those of a corpus don't end with the same token."""
     if config.stops_at_documents:
         for corpus in corpora:
             check_document_ends(corpus, 'data.attention "document"', 'data.attention to "row"')
-    return open_training_data(config), open_samples(config, "valid") if config.training.eval_interval else None
 
 
 def open_training_data(config: RunConfig) -> RunData:

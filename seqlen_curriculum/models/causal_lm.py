@@ -60,6 +60,8 @@ class AnyCausalLM(nn.Module):
         targets that they keep, times their weight. In training mode, the auxiliary loss of a mixture of experts is added if
         its configuration has ``output_router_logits``.
         """
+        if parts is not None:
+            self.require("windows", 'data.attention: "document"')
         set_parts(self.abilities.attentions, parts)
         positions = self.positions(inputs, first_position) if parts is None else {"position_ids": parts.positions}
         if self.head is None:
