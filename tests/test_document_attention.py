@@ -19,7 +19,6 @@ from torch import Tensor
 from seqlen_curriculum.errors import ConfigError
 from seqlen_curriculum.models import document_attention
 from seqlen_curriculum.models.document_attention import DocumentParts
-from seqlen_curriculum.models.gpt2 import set_window
 from seqlen_curriculum.training import abilities
 
 ROWS, SEQLEN = 3, 37
@@ -110,13 +109,11 @@ def test_targets_that_are_not_kept_have_no_gradient(name: str) -> None:
     assert found[0][0] == pytest.approx((sum(whole) - sum(firsts)) / 100, rel=1e-6)
 
 
-def test_whole_rows_are_attended_to_the_last_bit_and_parts_replace_windows() -> None:
+def test_whole_rows_are_bit_identical_to_attention_without_parts() -> None:
     model, inputs, targets = model_and_rows("gpt2")
     plain = model(inputs, targets)
     whole = random_starts(0, share=0.0)
-    set_window(model, 5)
     assert torch.equal(model(inputs, targets, 0, DocumentParts.of(whole)), plain)
-    set_window(model, None)
     assert not torch.equal(model(inputs, targets, 0, DocumentParts.of(random_starts(0))), plain)
     assert torch.equal(model(inputs, targets), plain)  # nothing is left of the parts
 

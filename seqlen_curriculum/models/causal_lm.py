@@ -56,9 +56,9 @@ class AnyCausalLM(nn.Module):
         """Return the mean cross entropy in nats, an fp32 scalar, of ``targets`` (B, S) given ``inputs`` (B, S), both int64.
 
         ``targets`` are already shifted: ``targets[:, i]`` follows ``inputs[:, i]``, which is at ``first_position + i``. With
-        ``parts``, attention and positions are those of the parts, whatever windows are set, and the mean is that of the
-        targets that they keep, times their weight. In training mode, the auxiliary loss of a mixture of experts is added if
-        its configuration has ``output_router_logits``.
+        ``parts``, for which no window may be set, attention and positions are those of the parts, and the mean is that of
+        the targets that they keep, times their weight. In training mode, the auxiliary loss of a mixture of experts is added
+        if its configuration has ``output_router_logits``.
         """
         if parts is not None:
             self.require("windows", 'data.attention: "document"')

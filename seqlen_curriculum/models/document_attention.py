@@ -114,7 +114,7 @@ class DocumentParts:
 def _grouped(begins: NDArray[Any], lengths: NDArray[Any]) -> tuple[Any, ...]:
     """Return ``groups``, ``taken``, ``places`` and ``padding`` of parts that start at ``begins`` (P,)."""
     # Lengths are rounded up to four sizes per power of two, so parts are padded by a quarter at most: 700 to 768, the next
-    # multiple of 1024 / 8. Below 32 tokens it is the next multiple of 8, so that there are few groups.
+    # multiple of 1024 / 8. Up to 64 tokens it is the next multiple of 8, so that there are few groups.
     unit = np.maximum(8, 1 << np.maximum(np.ceil(np.log2(lengths)).astype(np.int64) - 3, 0))
     padded = -(-lengths // unit) * unit
     order = np.argsort(padded, kind="stable")

@@ -96,8 +96,8 @@ class CausalLM(nn.Module):
         """Return the mean cross entropy in nats, an fp32 scalar, of ``targets`` (B, S) given ``inputs`` (B, S), both int64.
 
         ``targets`` are already shifted: ``targets[:, i]`` follows ``inputs[:, i]``, which is at ``first_position + i``.
-        With ``parts``, attention and positions are those of the parts, whatever windows are set, and the mean is that of the
-        targets that they keep, times their weight.
+        With ``parts``, for which no window may be set, attention and positions are those of the parts, and the mean is that
+        of the targets that they keep, times their weight.
         Raises ConfigError if a position is at or above ``max_position_embeddings``.
         """
         end, positions = first_position + inputs.shape[1], self.lm.config.n_positions
