@@ -252,6 +252,13 @@ def test_it_stops_at_the_end_of_text(run, tmp_path):
     assert new_text(tmp_path, "abc", max_new_tokens=100) == ("abc", 0, False)
 
 
+def test_settings_saved_with_a_model_change_nothing(run, tmp_path):
+    export(run, tmp_path / "out")
+    settings = {"repetition_penalty": 50.0, "max_length": 3, "num_beams": 2, "output_hidden_states": "a"}
+    (tmp_path / "out" / "generation_config.json").write_text(json.dumps(settings))
+    assert new_text(tmp_path / "out", "aa") == new_text(run, "aa")
+
+
 def test_samples_follow_from_the_seed(run):
     def drawn(seed, prompts=("a",)):
         sampling = Sampling(max_new_tokens=8, temperature=2.0, samples=3, seed=seed)
