@@ -68,7 +68,8 @@ def generate(
     """Yield the samples of each prompt, from the checkpoint, run or Hugging Face folder at ``path``.
 
     A sample ends at the end of text, after ``max_new_tokens``, or at the model's last position. Of the folder's
-    ``generation_config.json`` only the end tokens are read. All prompts are checked before anything is generated. Raises CheckpointError, and ConfigError for a prompt that leaves no position.
+    ``generation_config.json`` only the end tokens are read. All prompts are checked before anything is generated. Raises
+    CheckpointError, and ConfigError for a prompt that leaves no position.
     """
     for prompt in prompts:
         _check_utf8(prompt)
