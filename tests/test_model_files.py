@@ -19,7 +19,8 @@ from seqlen_curriculum.data.tokenizer import read_tokenizer
 from seqlen_curriculum.errors import CheckpointError, ConfigError
 from seqlen_curriculum.export.huggingface import export
 from seqlen_curriculum.models.causal_lm import build_model
-from seqlen_curriculum.models.pretrained import load_model, load_tokenizer
+from seqlen_curriculum.models.pretrained import load_model
+from seqlen_curriculum.models.pretrained_tokenizer import load_tokenizer
 from seqlen_curriculum.run_folder.hub import hub_folder, is_hub_name
 from seqlen_curriculum.run_folder.model_files import weight_files, weight_shapes
 from seqlen_curriculum.run_folder.model_folder import model_folder, read_pretrained

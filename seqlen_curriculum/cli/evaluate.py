@@ -141,8 +141,9 @@ def measure(args: argparse.Namespace, show: Callable[..., None]) -> dict[str, An
     from seqlen_curriculum.evaluation.distributed import join
     from seqlen_curriculum.evaluation.task import Limits
     from seqlen_curriculum.files import read_json
-    from seqlen_curriculum.models.pretrained import load_model, load_tokenizer, model_folder
-    from seqlen_curriculum.run_folder.model_folder import refuse_encoder
+    from seqlen_curriculum.models.pretrained import load_model
+    from seqlen_curriculum.models.pretrained_tokenizer import load_tokenizer
+    from seqlen_curriculum.run_folder.model_folder import model_folder, refuse_encoder
 
     tasks = evaluate.read_tasks(args.task)
     folder = model_folder(args.checkpoint)
