@@ -25,7 +25,8 @@ from seqlen_curriculum.export.huggingface import export
 from seqlen_curriculum.models.causal_lm import build_model
 from seqlen_curriculum.models.generation import Sampling, generate
 from seqlen_curriculum.models.gpt2 import build_gpt2, save_hf
-from seqlen_curriculum.models.pretrained import load_model, quiet, save_tokenizer
+from seqlen_curriculum.models.pretrained import load_model, quiet
+from seqlen_curriculum.models.pretrained_tokenizer import save_tokenizer
 
 END = 0
 """The id of the end of text in a tokenizer trained by this package."""

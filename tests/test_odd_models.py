@@ -9,7 +9,6 @@ import signal
 import pytest
 import torch
 from helpers.command import slw
-from helpers.models import make_models
 from safetensors.torch import load_file, save_file
 
 from seqlen_curriculum.config.hf_config import config_problems
@@ -22,16 +21,6 @@ from seqlen_curriculum.run_folder.model_files import weight_shapes
 from seqlen_curriculum.run_folder.model_folder import read_pretrained
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22e\nsize 12345\n"
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    return make_models(tmp_path_factory.mktemp("models"))
-
-
-@pytest.fixture
-def llama(folders, tmp_path):
-    return shutil.copytree(folders / "llama", tmp_path / "llama")
 
 
 def change_config(folder, **keys):

@@ -15,7 +15,8 @@ from transformers import GenerationConfig
 from seqlen_curriculum.data.document_end import own_end
 from seqlen_curriculum.errors import CheckpointError, ConfigError
 from seqlen_curriculum.fields import Flags
-from seqlen_curriculum.models.pretrained import load_model, load_tokenizer, quiet
+from seqlen_curriculum.models.pretrained import load_model, quiet
+from seqlen_curriculum.models.pretrained_tokenizer import load_tokenizer
 from seqlen_curriculum.run_folder.model_folder import model_folder, refuse_encoder, sizes_in
 
 __all__ = ["Sample", "Sampling", "generate", "ignore_saved_settings"]
