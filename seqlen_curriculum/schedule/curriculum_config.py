@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import Any, Literal, TypeAlias
 
-from pydantic import TypeAdapter, ValidationError, field_validator, model_validator
+from pydantic import TypeAdapter, ValidationError, model_validator
 
 from seqlen_curriculum.errors import ConfigError
 from seqlen_curriculum.fields import Seqlen, describe_errors, load_function, nearest
@@ -25,7 +25,7 @@ from seqlen_curriculum.schedule.schedule_config import (
     MixedSchedule,
     RootSchedule,
 )
-from seqlen_curriculum.schedule.shortening import Method, Shortening
+from seqlen_curriculum.schedule.shortening import MethodKey, Shortening
 from seqlen_curriculum.strict_json import shown
 
 __all__ = [
@@ -52,21 +52,12 @@ class _Curriculum(BatchGrowthKeys):
     """First length; the paper starts at 8 (64 for 1.5B parameters)."""
     max_difficulty: Seqlen
     """Last length, normally the data's ``seq_length``."""
-    method: Method = "truncate"
+    method: MethodKey = "truncate"
     """How a sample of ``seq_length`` tokens is shortened to the step's ``seqlen``. ``truncate`` keeps its first tokens, as
     in the paper. ``segment`` cuts it into ``seq_length // seqlen`` rows. ``window`` keeps whole rows and limits attention
     to aligned windows of ``seqlen`` tokens."""
     restart_positions: bool = False
     """Only with ``window``: count positions from 0 in each window instead of through the whole row."""
-
-    @field_validator("method", mode="before")
-    @classmethod
-    def _documents_combine(cls, method: object) -> object:
-        if method == "documents":
-            raise ValueError(
-                '"documents" combines with every method; set data.attention to "document", and method to "truncate"'
-            )
-        return method
 
     @model_validator(mode="after")
     def _positions_of_windows(self) -> _Curriculum:

@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, TypeAlias, TypeVar
+from typing import Annotated, Literal, TypeAlias, TypeVar
 
 import numpy as np
+from pydantic import BeforeValidator
 
 from seqlen_curriculum.schedule.piecewise import IntArray
 
-__all__ = ["TRUNCATE", "Method", "Shortening"]
+__all__ = ["TRUNCATE", "Method", "MethodKey", "Shortening"]
 
 Method: TypeAlias = Literal["truncate", "segment", "window"]
 Seqlens = TypeVar("Seqlens", int, IntArray)
+
+
+def _no_documents(method: object) -> object:
+    """Return the value of ``method``. Raises ValueError for ``documents``, which is a key of the data section."""
+    if method == "documents":
+        raise ValueError('"documents" combines with every method; set data.attention to "document", and remove method')
+    return method
+
+
+MethodKey: TypeAlias = Annotated[Method, BeforeValidator(_no_documents)]
+"""The type of the key ``method``."""
 
 
 def _same_for_each(seqlen: Seqlens, value: int) -> Seqlens:

@@ -15,7 +15,7 @@ from helpers.mutated_runs import FRAGMENTS, odd_value
 from seqlen_curriculum.config.model import ModelConfig
 from seqlen_curriculum.data.tokenizer import TokenizerChoice, build_tokenizer
 from seqlen_curriculum.models.gpt2 import build_gpt2, save_hf
-from seqlen_curriculum.models.pretrained import save_tokenizer
+from seqlen_curriculum.models.pretrained_tokenizer import save_tokenizer
 
 TEXT = (
     "It was the best of times, it was the worst of times. héllo\n  世界 <|endoftext|> it was <0x0A>\u2581\u0120 12345"
@@ -134,7 +134,8 @@ def _place(draw, value):
 
 def _other(draw, value):
     if type(value) in (int, float) and draw.random() < 0.6:
-        return draw.choice([value + 1, value - 1, value * 2, value * 1000, 0, -1, 10**7, 10**9, 10**12, value / 2])
+        half = value / 2 if abs(value) < 1e300 else value
+        return draw.choice([value + 1, value - 1, value * 2, value * 1000, 0, -1, 10**7, 10**9, 10**12, half])
     if isinstance(value, bool) and draw.random() < 0.6:
         return not value
     return draw.choice(WORDS) if draw.random() < 0.4 else odd_value(draw)
