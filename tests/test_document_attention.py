@@ -5,6 +5,7 @@ Shapes: B rows, S seqlen.
 
 from __future__ import annotations
 
+import pickle
 from itertools import pairwise
 from typing import Any
 
@@ -144,6 +145,13 @@ def test_parts_are_padded_by_a_quarter_at_most() -> None:
             assert own <= padded <= max(own * 1.25, own + 7)
         assert len(parts.padding) == len(parts.taken) - 3001
         assert parts.taken[parts.places].tolist() == list(range(3001))
+
+
+def test_parts_are_compared_by_their_values() -> None:
+    parts = DocumentParts.of(random_starts(3))
+    assert pickle.loads(pickle.dumps(parts)) == parts
+    assert parts != DocumentParts.of(random_starts(4))
+    assert parts != parts.keeping(random_starts(3), 1.0)
 
 
 @pytest.mark.parametrize("sliding_window", [None, 4])

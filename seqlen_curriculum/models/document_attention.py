@@ -32,7 +32,7 @@ _LARGEST_HEAD = 256  # of flash attention, which varlen_attn calls
 _AMPERE = 8, 0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class DocumentParts:
     """The parts of a micro-batch, which attention and positions don't cross.
 
@@ -57,6 +57,18 @@ class DocumentParts:
     """(kept) int64, the tokens whose targets count, at least one; None for all."""
     weight: float = 1.0
     """The weight of the mean loss of ``kept`` in the mean over micro-batches."""
+
+    def __eq__(self, other: object) -> bool:
+        """Return whether all values are equal, on any devices: tensor-parallel ranks compare their first inputs."""
+        if not isinstance(other, DocumentParts):
+            return NotImplemented
+        both = zip(vars(self).values(), vars(other).values(), strict=True)
+        return all(
+            torch.equal(a.cpu(), b.cpu()) if isinstance(a, Tensor) and isinstance(b, Tensor) else a == b
+            for a, b in both
+        )
+
+    __hash__ = None  # type: ignore[assignment]  # as for tensors in a list
 
     @classmethod
     def of(cls, starts: NDArray[np.bool_], window: int | None = None, restart: bool = False) -> DocumentParts:
