@@ -68,7 +68,7 @@ class DocumentParts:
             for a, b in both
         )
 
-    __hash__ = None  # type: ignore[assignment]  # as for tensors in a list
+    __hash__ = None  # type: ignore[assignment]  # tensors have no hash of their values
 
     @classmethod
     def of(cls, starts: NDArray[np.bool_], window: int | None = None, restart: bool = False) -> DocumentParts:
