@@ -13,9 +13,11 @@ import numpy as np
 import pytest
 from helpers.command import slw
 from helpers.launching import ROOT, wait_until
+from helpers.settings import changed
 
-from seqlen_curriculum import CheckpointError, RunConfig
+from seqlen_curriculum import CheckpointError, ConfigError, RunConfig
 from seqlen_curriculum.analysis.study_tables import study_tables
+from seqlen_curriculum.cli.study import job_slots
 from seqlen_curriculum.files import read_json
 from seqlen_curriculum.study import run_folders
 from seqlen_curriculum.study.cost import arm_costs
@@ -118,10 +120,8 @@ def test_the_cost_of_tuning_is_that_of_all_its_runs(results, tiny_run):
     assert cost["seconds"] == pytest.approx(4 * 8.0 + 4 * 4.0)  # a run that diverges has no evaluation
 
 
-def test_the_result_is_a_configuration(finished):
-    tuned = RunConfig.load(finished[0] / "tuned.json")
-    assert tuned.curriculum is not None
-    assert tuned.deepspeed["optimizer"]["params"]["lr"] == 0.004
+def test_the_result_is_the_configuration_of_the_best_case(finished, tiny_run):
+    assert read_json(finished[0] / "tuned.json") == changed(tiny_run, optimizer__params__lr=0.004)
 
 
 def test_what_is_printed_is_in_the_report(finished, results):
@@ -251,6 +251,20 @@ def test_divergence_is_remembered(tmp_path, tiny_run, fake_training):
     assert run.has_ended
     assert run.beside("diverged").read_text() == "error: the loss is nan\n"
     assert Trained(run.read()).final_loss is None
+
+
+def test_each_run_has_a_device_or_a_core_of_its_own(monkeypatch):
+    monkeypatch.setenv("DS_ACCELERATOR", "cuda")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    assert job_slots(None) == [{"CUDA_VISIBLE_DEVICES": "3"}, {"CUDA_VISIBLE_DEVICES": "5"}]
+    assert job_slots(1) == [{"CUDA_VISIBLE_DEVICES": "3"}]
+    with pytest.raises(ConfigError, match="--jobs: 3 runs need as many accelerators, this machine has 2"):
+        job_slots(3)
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)))
+    assert job_slots(None) == [{}] * 4
+    assert job_slots(7) == [{}] * 7
 
 
 # --- numbers by hand

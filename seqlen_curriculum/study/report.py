@@ -97,8 +97,8 @@ def write_tuned(plan: StudyPlan, results: Mapping[str, Any], folder: Path) -> Pa
         return None
     arm = next(arm for arm in plan.arms if arm.name == results["chosen"])
     rate = next(case["rate"] for case in results["cases"] if case["name"] == arm.name)
-    path = folder / "tuned.json"
-    replace_text(path, json.dumps(plan.run(arm, rate, plan.seeds[0]).raw, indent=2) + "\n")
+    path, own_seed = folder / "tuned.json", {"training": arm.raw["training"]}
+    replace_text(path, json.dumps({**plan.run(arm, rate, plan.seeds[0]).raw, **own_seed}, indent=2) + "\n")
     return path
 
 
