@@ -23,7 +23,8 @@ from seqlen_curriculum.study import run_folders
 from seqlen_curriculum.study.cost import arm_costs
 from seqlen_curriculum.study.execute import train_all
 from seqlen_curriculum.study.progress import Progress, train
-from seqlen_curriculum.study.results import Reference, Trained
+from seqlen_curriculum.study.report import study_results, study_sentences
+from seqlen_curriculum.study.results import Reference, Trained, best_rates
 from seqlen_curriculum.study.run_folders import StudyRun, check_unchanged
 from seqlen_curriculum.study.study_file import read_study
 from tests.helpers.synthetic_runs import synthetic
@@ -296,6 +297,19 @@ def test_time_is_wall_time_without_cpu_time_and_includes_rollbacks():
     assert run.seconds.tolist() == [4.0, 18.0, 22.0]
     assert run.until(2.5, run.seconds) == 18.0
     assert run.until(2.0, run.seconds) == math.inf
+
+
+def test_a_study_without_rates_compares_the_cases_as_they_are(tmp_path, tiny_run, fake_training):
+    file = write_study(tmp_path, tiny_run, rates=[], tuning_seeds=[], seeds=[1, 2])
+    plan = read_study(file)
+    rates = best_rates(plan, {})
+    runs = train(
+        tmp_path / "save", plan.measured_runs(rates), [{}, {}], Progress(plan.measured_runs(rates), arm_costs(plan))
+    )
+    results = study_results(plan, rates, runs, arm_costs(plan))
+    assert (results["chosen"], results["tuning"]) == (None, None)
+    assert [case["rate"] for case in results["cases"]] == [5e-3, 5e-3]
+    assert study_sentences(results) == []
 
 
 # --- a real study

@@ -8,7 +8,7 @@ from typing import Any
 from seqlen_curriculum.analysis import formats
 from seqlen_curriculum.analysis.cells import Cell, Table
 from seqlen_curriculum.analysis.stability import SPIKE
-from seqlen_curriculum.analysis.tables import ReportTables, Row
+from seqlen_curriculum.analysis.tables import Format, ReportTables, Row
 
 __all__ = ["reduction", "study_tables"]
 
@@ -60,34 +60,21 @@ class StudyTables(ReportTables):
 
     def steadiness(self) -> Table:
         """Return spikes by seed, and Adam's variance with its correlations (Tables 1 and 3)."""
+        columns: dict[str, tuple[str, Format]] = {
+            "Largest loss ratio": ("max_loss_ratio", formats.plain),
+            "Diverged": ("diverged", formats.count),
+            "Largest variance: norm": ("largest_variance_norm", formats.significant),
+            "max": ("largest_variance_max", formats.significant),
+            "r of norm": ("correlations/variance_norm", "{:.2f}".format),
+            "r of max": ("correlations/variance_max", "{:.2f}".format),
+        }
         rows: list[Row] = []
         for n, case in enumerate(self.study["cases"]):
             place = f"study/cases/{n}"
-            spikes = [f"{place}/spikes/{k}" for k in range(len(case["spikes"]))]
-            row: Row = [
-                case["name"],
-                self.cell(formats.count, *spikes),
-                self.cell(formats.plain, f"{place}/max_loss_ratio"),
-            ]
-            row.append(self.cell(formats.count, f"{place}/diverged"))
-            row += [
-                self.cell(formats.significant, f"{place}/largest_{name}") for name in ("variance_norm", "variance_max")
-            ]
-            row += [
-                self.cell("{:.2f}".format, f"{place}/correlations/{name}") for name in ("variance_norm", "variance_max")
-            ]
-            rows.append(row)
-        head = [
-            "Case",
-            f"Spikes over {SPIKE}",
-            "Largest loss ratio",
-            "Diverged",
-            "Largest variance norm",
-            "Variance max",
-        ]
-        return Table(
-            "Stability by seed, and mean Pearson's r with the loss ratio", [*head, "r of norm", "r of max"], rows
-        )
+            spikes = self.cell(formats.count, *(f"{place}/spikes/{k}" for k in range(len(case["spikes"]))))
+            rows.append([case["name"], spikes, *self.row("", place, dict(columns.values()))[1:]])
+        caption = "Stability by seed, and mean Pearson's r of Adam's variance with the loss ratio"
+        return Table(caption, ["Case", f"Spikes over {SPIKE}", *columns], rows)
 
     def tuning(self) -> Table:
         """Return the mean final loss of each case at each rate on the tuning seeds."""

@@ -134,7 +134,7 @@ def train_and_report(
         return
     for table in study_tables(numbers):
         print(f"\n{table.as_text()}")
-    print("\n" + "\n".join(report.study_sentences(results)))
+    print("", *report.study_sentences(results), sep="\n")
     print(f"report            {page}")
     if tuned:
         print(f"configuration     {tuned}")

@@ -180,7 +180,7 @@ def compared(plan: StudyPlan, rates: Mapping[str, float | None], reference: str,
         entries.append(
             {
                 "name": arm.name,
-                "rate": rates[arm.name],
+                "rate": plan.run(arm, rates[arm.name], 0).config.keys.lr,
                 **_stability_over(ours),
                 **_variance_over(ours),
                 "seeds": len(ours),
