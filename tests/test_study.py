@@ -9,7 +9,6 @@ import threading
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import pytest
 from helpers.command import slw
 from helpers.launching import ROOT, wait_until
@@ -24,7 +23,7 @@ from seqlen_curriculum.study.cost import arm_costs
 from seqlen_curriculum.study.execute import train_all
 from seqlen_curriculum.study.progress import Progress, train
 from seqlen_curriculum.study.report import study_results, study_sentences
-from seqlen_curriculum.study.results import Reference, Trained, best_rates
+from seqlen_curriculum.study.results import Trained, best_rates, clock_of, mean_final_loss, reduction
 from seqlen_curriculum.study.run_folders import StudyRun, check_unchanged
 from seqlen_curriculum.study.study_file import read_study
 from tests.helpers.synthetic_runs import synthetic
@@ -100,14 +99,14 @@ def test_the_costs_to_the_references_loss(results):
     """
     constant, slw_ = results["cases"]
     assert results["target"] == pytest.approx(3.002)
-    assert (results["reference"], results["time"], results["chosen"]) == ("constant", "CPU", "slw")
+    assert (results["reference"], results["clock"], results["chosen"]) == ("constant", "CPU", "slw")
     assert slw_["final_valid_loss"] == pytest.approx([2.701, 2.702, 2.703])
     assert slw_["range"] == pytest.approx([2.701, 2.703])
     assert (slw_["reached"], slw_["seeds"], constant["reached"]) == (3, 3, 2)
     assert slw_["tokens"] == {"ratio": pytest.approx(9500 / 7125), "interval": pytest.approx([9500 / 7125] * 2)}
-    assert slw_["seconds"] == {"ratio": pytest.approx(8 / 3), "interval": pytest.approx([8 / 3] * 2)}
+    assert slw_["time"] == {"ratio": pytest.approx(8 / 3), "interval": pytest.approx([8 / 3] * 2)}
     # Two of three constant runs reach their own mean, but not if most of a resample is the third.
-    assert constant["seconds"] == {"ratio": 1.0, "interval": [0.0, 1.0]}
+    assert constant["time"] == {"ratio": 1.0, "interval": [0.0, 1.0]}
     assert constant["largest_variance_max"] == pytest.approx(0.16)
 
 
@@ -138,7 +137,7 @@ def test_what_is_printed_is_in_the_report(finished, results):
         in page
     )
     assert "It has the lowest mean loss on these seeds too." in page
-    assert 'data-key="study/cases/1/seconds/ratio">2.7x' in page
+    assert 'data-key="study/cases/1/time/ratio">2.7x' in page
 
 
 def test_nothing_is_trained_again(finished, fake_training):
@@ -278,25 +277,38 @@ def trained(losses, seconds, **changes):
 
 
 def test_ratios_of_medians():
-    reference = Reference([trained([3.0, 2.5, 2.2], 4.0), trained([3.0, 2.4, 2.0], 4.0), None])
-    everyone = np.arange(2)
-    assert reference.target(everyone) == pytest.approx(2.1)
-    others = [trained([2.3, 2.1], 3.0), trained([2.05, 2.0], 1.0), trained([9.0, 9.0], 1.0)]
-    # 12 s over the median of 6 s and 1 s
-    assert reference.ratio(others, "seconds", everyone) == pytest.approx(12 / 3.5)
-    assert reference.ratio(others, "tokens", everyone) == pytest.approx(300 / 150)
-    assert reference.ratio(others, "tokens", np.array([1, 1])) == pytest.approx(300 / 200)  # 2.05 is not 2.0
-    assert reference.ratio([others[2]] * 3, "tokens", everyone) == 0.0
-    assert math.isnan(reference.ratio(others, "tokens", np.array([2])))
+    theirs = [trained([3.0, 2.5, 2.2], 4.0), trained([3.0, 2.4, 2.0], 4.0)]
+    ours = [trained([2.3, 2.1], 3.0), trained([2.05, 2.0], 1.0)]
+    times, our_times = ([run.over_time("seconds") for run in runs] for runs in (theirs, ours))
+    assert mean_final_loss(times) == pytest.approx(2.1)
+    assert reduction(times, our_times) == pytest.approx(12 / 3.5)  # 12 s over the median of 6 s and 1 s
+    tokens, our_tokens = ([run.over_tokens() for run in runs] for runs in (theirs, ours))
+    assert reduction(tokens, our_tokens) == pytest.approx(300 / 150)
+    assert reduction([tokens[1]] * 2, [our_tokens[1]] * 2) == pytest.approx(300 / 200)  # 2.05 is not yet 2.0
+    assert reduction([None, tokens[1]], our_tokens) == 0.0  # half of ours never reach 2.0
+    assert math.isnan(reduction([None, None], our_tokens))
+    assert math.isnan(mean_final_loss([None]))
 
 
-def test_time_is_wall_time_without_cpu_time_and_includes_rollbacks():
+def test_rollbacks_take_time():
     rollback = {"step": 2, "loss": 9.0, "ratio": 3.0, "returned_to": 1, "skipped": [2, 2], "seconds": 10.0}
     run = trained([3.0, 2.5, 2.2], 4.0, rollbacks=[rollback])
-    assert not run.uses_cpu_time
-    assert run.seconds.tolist() == [4.0, 18.0, 22.0]
-    assert run.until(2.5, run.seconds) == 18.0
-    assert run.until(2.0, run.seconds) == math.inf
+    curve = run.over_time("seconds")
+    assert curve.costs.tolist() == [4.0, 18.0, 22.0]
+    assert curve.until(2.5) == 18.0
+    assert curve.until(2.0) == math.inf
+
+
+def test_the_clock_is_that_of_all_runs():
+    with_cpu_time = trained([3.0, 2.5], 4.0)
+    assert clock_of([with_cpu_time]) == "seconds"
+    for record in with_cpu_time.run.records:
+        record["cpu_seconds"] = 1.0
+    assert clock_of([with_cpu_time]) == "cpu_seconds"
+    assert with_cpu_time.over_time("cpu_seconds").costs.tolist() == [1.0, 2.0]
+    assert clock_of([with_cpu_time, trained([3.0, 2.5], 4.0)]) == "seconds"
+    with_cpu_time.run.info["launches"] = [{"device": {"accelerator": "H200"}}]
+    assert clock_of([with_cpu_time]) == "seconds"
 
 
 def test_a_study_without_rates_compares_the_cases_as_they_are(tmp_path, tiny_run, fake_training):
@@ -338,5 +350,5 @@ def test_a_killed_study_ends_as_an_uninterrupted_one(tmp_path, tiny_run):
     for one, other in zip(first["cases"], second["cases"], strict=True):
         assert one["final_valid_loss"] == other["final_valid_loss"]
         assert one["rate"] == other["rate"]
-    assert first["time"] == "CPU"
+    assert first["clock"] == "CPU"
     assert read_json(tmp_path / "whole" / "tuned.json") == read_json(save / "tuned.json")

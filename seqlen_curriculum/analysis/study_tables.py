@@ -10,7 +10,7 @@ from seqlen_curriculum.analysis.cells import Cell, Table
 from seqlen_curriculum.analysis.stability import SPIKE
 from seqlen_curriculum.analysis.tables import Format, ReportTables, Row
 
-__all__ = ["reduction", "study_tables"]
+__all__ = ["fewer", "study_tables"]
 
 
 def study_tables(report: Mapping[str, Any]) -> list[Table]:
@@ -21,7 +21,7 @@ def study_tables(report: Mapping[str, Any]) -> list[Table]:
     return [tables.cost(), tables.steadiness(), *([tables.tuning()] if tables.study["tuning"] else [])]
 
 
-def reduction(value: float) -> str:
+def fewer(value: float) -> str:
     """Format a reduction factor as ``2.8x``; 0 is ``never``."""
     return formats.ratio(value) if value else "never"
 
@@ -44,14 +44,14 @@ class StudyTables(ReportTables):
                 self.interval(formats.plain, f"{place}/range"),
             ]
             row.append(self.cell(formats.count, f"{place}/reached", f"{place}/seeds", separator=" of "))
-            for cost in ("tokens", "seconds"):
-                row.append(self.cell(reduction, f"{place}/{cost}/ratio"))
-                row.append(self.interval(reduction, f"{place}/{cost}/interval"))
+            for cost in ("tokens", "time"):
+                row.append(self.cell(fewer, f"{place}/{cost}/ratio"))
+                row.append(self.interval(fewer, f"{place}/{cost}/interval"))
             rows.append(row)
         head = ["Case", "Learning rate", "Final loss", "Range", "Reached it", "Fewer tokens", "95% interval"]
         target = f"{self.study['reference']}'s mean final validation loss of {formats.plain(self.study['target'])}"
         caption = f"Cost to reach {target}, relative to a whole run of it"
-        return Table(caption, [*head, f"Less {self.study['time']} time", "95% interval"], rows)
+        return Table(caption, [*head, f"Less {self.study['clock']} time", "95% interval"], rows)
 
     def interval(self, text: Any, place: str) -> Cell:
         """Return the two ends at ``place``, or a dash if there is no interval."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,12 +10,20 @@ from typing import Any
 from seqlen_curriculum.analysis import formats
 from seqlen_curriculum.analysis.report import report
 from seqlen_curriculum.analysis.run import Run
-from seqlen_curriculum.analysis.study_tables import reduction
+from seqlen_curriculum.analysis.study_tables import fewer
 from seqlen_curriculum.analysis.write_report import check_folder, write_report
 from seqlen_curriculum.errors import DivergenceError
 from seqlen_curriculum.files import replace_text
 from seqlen_curriculum.study.plan import StudyPlan
-from seqlen_curriculum.study.results import Runs, best_arm, compared, tuning_cost, tuning_results
+from seqlen_curriculum.study.results import (
+    Runs,
+    best_arm,
+    clock_of,
+    compared,
+    mean_final_loss,
+    tuning_cost,
+    tuning_results,
+)
 from seqlen_curriculum.tuning.cost import Cost
 
 __all__ = [
@@ -36,7 +43,7 @@ def study_results(
     """Return the results of a study whose runs have all ended.
 
     - ``reference``: the case that the others are compared with; ``target``: its mean final validation loss
-    - ``time``: "CPU" or "wall-clock"
+    - ``clock``: "CPU" or "wall-clock"
     - ``cases``: the result of ``compared``
     - ``chosen``: the case with the lowest loss on the tuning seeds; None in a study without rates
     - ``tuning``: None without rates, else the ``tried`` rates, ``cases`` [{``name``, ``rates``}] and ``cost``
@@ -45,29 +52,24 @@ def study_results(
     """
     references = [arm for arm in plan.references() if arm.name in rates]
     reference = (best_arm(plan, references, runs) if plan.rates else references[0]) if references else None
-    finished = reference and [
-        loss
-        for seed in plan.seeds
-        if (loss := runs[reference.name, rates[reference.name], seed].final_loss) is not None
-    ]
-    if reference is None or not finished:
+    theirs = reference and [runs[reference.name, rates[reference.name], seed] for seed in plan.seeds]
+    if reference is None or all(run.final_loss is None for run in theirs or ()):
         raise DivergenceError(f"reference: {plan.reference} diverged in all of its runs; give lower rates")
-    chosen = best_arm(plan, plan.arms, runs) if plan.rates else None
-    measured = [runs[name, rate, seed] for name, rate in rates.items() for seed in plan.seeds]
+    clock, chosen = clock_of(runs.values()), best_arm(plan, plan.arms, runs) if plan.rates else None
+    finished = [run.over_tokens() for run in theirs or () if run.final_loss is not None]
+    tuning = {
+        "tried": plan.rates,
+        "seeds": plan.tuning_seeds,
+        "cases": [{"name": arm.name, "rates": tuning_results(plan, arm, runs)} for arm in plan.arms],
+        "cost": tuning_cost(plan, runs, costs, reference.name, clock),
+    }
     return {
         "reference": reference.name,
-        "target": statistics.mean(finished),
-        "time": "CPU" if all(run.uses_cpu_time for run in measured) else "wall-clock",
-        "cases": compared(plan, rates, reference.name, runs),
+        "target": mean_final_loss(finished),
+        "clock": "CPU" if clock == "cpu_seconds" else "wall-clock",
+        "cases": compared(plan, rates, reference.name, runs, clock),
         "chosen": chosen.name if chosen else None,
-        "tuning": {
-            "tried": plan.rates,
-            "seeds": plan.tuning_seeds,
-            "cases": [{"name": arm.name, "rates": tuning_results(plan, arm, runs)} for arm in plan.arms],
-            "cost": tuning_cost(plan, runs, costs, reference.name),
-        }
-        if plan.rates
-        else None,
+        "tuning": tuning if plan.rates else None,
     }
 
 
@@ -115,7 +117,7 @@ def study_sentences(results: Mapping[str, Any]) -> list[str]:
     target = f"{reference}'s mean final loss of {formats.plain(results['target'])}"
     reached = f"{chosen['reached']} of {chosen['seeds']} runs"
     sentence = f"On {chosen['seeds']} other seeds it {ends}, and {reached} reach {target}"
-    sentences.append(f"{sentence}{_less_time(chosen['seconds'], results['time'])}.")
+    sentences.append(f"{sentence}{_less_time(chosen['time'], results['clock'])}.")
     finished = [case for case in results["cases"] if case["mean_final_valid_loss"] is not None]
     best = min(finished, key=lambda case: float(case["mean_final_valid_loss"]), default=None)
     if best is not None and len(cases) > 1:
@@ -126,11 +128,11 @@ def study_sentences(results: Mapping[str, Any]) -> list[str]:
     return [*sentences, _tuning_sentence(results)]
 
 
-def _less_time(seconds: Mapping[str, Any], clock: str) -> str:
-    ratio, interval = seconds["ratio"], seconds["interval"]
+def _less_time(time: Mapping[str, Any], clock: str) -> str:
+    ratio, interval = time["ratio"], time["interval"]
     if not ratio:
         return ""
-    ends = f" (95% interval: {reduction(interval[0])} to {reduction(interval[1])})" if interval else ""
+    ends = f" (95% interval: {fewer(interval[0])} to {fewer(interval[1])})" if interval else ""
     return f", in {formats.ratio(ratio)} less {clock} time{ends}"
 
 
@@ -138,7 +140,7 @@ def _tuning_sentence(results: Mapping[str, Any]) -> str:
     cost = results["tuning"]["cost"]
     flops = f"{cost['flops']:.3g} FLOPs, " if cost["flops"] is not None else ""
     amounts = f"{formats.compact(cost['tokens'])} tokens, {flops}{formats.duration(cost['seconds'] / 3600)}"
-    amounts += f" of {results['time']} time"
+    amounts += f" of {results['clock']} time"
     share = f"{cost['trainings']:.1f} times the tokens of one run of {results['reference']}"
     return f"Tuning took {cost['runs']} runs, {share}: {amounts}."
 

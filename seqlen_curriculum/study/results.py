@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,14 +16,40 @@ from seqlen_curriculum.analysis.run import Run
 from seqlen_curriculum.study.plan import Arm, StudyPlan
 from seqlen_curriculum.tuning.cost import Cost
 
-__all__ = ["Trained", "best_arm", "best_rates", "compared", "tuning_cost", "tuning_results"]
+__all__ = [
+    "Curve",
+    "Runs",
+    "Trained",
+    "best_arm",
+    "best_rates",
+    "clock_of",
+    "compared",
+    "mean_final_loss",
+    "reduction",
+    "tuning_cost",
+    "tuning_results",
+]
 
 Column = NDArray[np.float64]
 
 
+class Curve(NamedTuple):
+    """Validation losses of a run against a cost: tokens or seconds."""
+
+    losses: Column
+    """(evaluations,)."""
+    costs: Column
+    """The cost before each evaluation, (evaluations,)."""
+
+    def until(self, loss: float) -> float:
+        """Return the cost at the first evaluation whose loss is at most ``loss``; infinity if there is none."""
+        reached = np.flatnonzero(self.losses <= loss)
+        return float(self.costs[reached[0]]) if len(reached) else math.inf
+
+
 @dataclass(frozen=True)
 class Trained:
-    """A run that has ended, and its costs up to each of its evaluations."""
+    """A run that has ended."""
 
     run: Run
 
@@ -34,40 +59,35 @@ class Trained:
         return float(self.run.evaluations[-1]["valid_loss"]) if self.run.finished else None
 
     @property
-    def uses_cpu_time(self) -> bool:
-        """True if its time is CPU time: the run was on a CPU and its log has this time."""
+    def has_cpu_time(self) -> bool:
+        """True if it was trained on a CPU, and its log has the CPU time."""
         launches = self.run.info.get("launches") or [{}]
         on_cpu = launches[-1].get("device", {}).get("accelerator") is None
         return on_cpu and all("cpu_seconds" in step for step in self.run.steps)
 
-    @cached_property
-    def seconds(self) -> Column:
-        """Seconds of training steps before each evaluation, (evaluations,): CPU time if known, else wall-clock time."""
-        key = "cpu_seconds" if self.uses_cpu_time else "seconds"
-        return self._before_evaluations([step.get(key) or 0 if "loss" in step else 0 for step in self.run.records])
+    def over_tokens(self) -> Curve:
+        """Return the losses against consumed tokens."""
+        points = self.run.series("valid_loss")
+        return Curve(points.values, points.tokens)
 
-    @cached_property
-    def tokens(self) -> Column:
-        """Tokens before each evaluation, (evaluations,)."""
-        return self.run.series("valid_loss").tokens
-
-    def _before_evaluations(self, seconds: Sequence[float]) -> Column:
-        elapsed = np.cumsum(np.asarray(seconds, dtype=np.float64))
+    def over_time(self, clock: str) -> Curve:
+        """Return the losses against the time of training steps, by the key ``clock`` of their records."""
+        records, step = self.run.records, self.run.ends[0]
+        elapsed = np.cumsum([record.get(clock) or 0.0 if "loss" in record else 0.0 for record in records])
         # The log lacks the steps that a rollback has undone. Their time was spent before the step after its checkpoint.
-        steps = np.array([record["step"] for record in self.run.records])
         for rollback in self.run.rollbacks or ():
-            elapsed += np.where(steps > rollback["returned_to"], rollback.get("seconds", 0), 0)
-        at_evaluations = np.array(["valid_loss" in record for record in self.run.records], dtype=bool)
-        return np.asarray(elapsed[at_evaluations])
-
-    def until(self, loss: float, costs: Column) -> float:
-        """Return the cost at the first evaluation whose loss is at most ``loss``; infinity if there is none."""
-        reached = np.flatnonzero(self.run.series("valid_loss").values <= loss)
-        return float(costs[reached[0]]) if len(reached) else math.inf
+            elapsed += np.where(step > rollback["returned_to"], rollback.get("seconds", 0), 0)
+        evaluated = np.array(["valid_loss" in record for record in records], dtype=bool)
+        return Curve(self.run.series("valid_loss").values, elapsed[evaluated])
 
 
 Runs = Mapping[tuple[str, float | None, int], Trained]
 """Runs that have ended, by arm, rate and seed."""
+
+
+def clock_of(runs: Iterable[Trained]) -> str:
+    """Return the key of a step's time: ``cpu_seconds`` if all ``runs`` were trained on CPUs, else ``seconds``."""
+    return "cpu_seconds" if all(run.has_cpu_time for run in runs) else "seconds"
 
 
 def tuning_results(plan: StudyPlan, arm: Arm, runs: Runs) -> list[dict[str, Any]]:
@@ -120,58 +140,50 @@ def _mean(result: Mapping[str, Any]) -> float:
     return math.inf if loss is None else float(loss)
 
 
-def tuning_cost(plan: StudyPlan, runs: Runs, costs: Mapping[str, Cost], reference: str) -> dict[str, Any]:
+def tuning_cost(plan: StudyPlan, runs: Runs, costs: Mapping[str, Cost], reference: str, clock: str) -> dict[str, Any]:
     """Return the ``tokens``, ``flops`` (None if unknown) and ``seconds`` of all tuning runs, and their number as ``runs``.
 
     ``trainings`` is how many times the tokens of one run of the arm ``reference`` they are.
     """
     tuning = plan.tuning_runs()
     total = sum((costs[run.arm.name] for run in tuning), Cost())
-    trained = [runs[run.arm.name, run.rate, run.seed] for run in tuning]
+    curves = [runs[run.arm.name, run.rate, run.seed].over_time(clock) for run in tuning]
     return {
         "runs": len(tuning),
         "tokens": total.tokens,
         "flops": None if math.isnan(total.flops) else total.flops,
-        "seconds": sum(float(each.seconds[-1]) for each in trained if len(each.seconds)),
+        "seconds": sum(float(curve.costs[-1]) for curve in curves if len(curve.costs)),
         "trainings": total.tokens / costs[reference].tokens,
     }
 
 
-@dataclass(frozen=True)
-class Reference:
-    """The runs to compare with, one per seed of the study; None for a seed on which the reference diverged."""
-
-    runs: list[Trained | None]
-
-    def target(self, chosen: NDArray[np.intp]) -> float:
-        """Return the mean final loss over the runs ``chosen``, NaN if none has finished."""
-        losses = [run.final_loss for run in (self.runs[n] for n in chosen) if run is not None]
-        return statistics.mean([loss for loss in losses if loss is not None]) if losses else math.nan
-
-    def ratio(self, others: Sequence[Trained], cost: str, chosen: NDArray[np.intp]) -> float:
-        """Return how many times less ``cost`` than a whole reference run ``others`` take to reach its mean final loss.
-
-        The median of the reference's runs over the median of the others, for the seeds ``chosen``: 0 if at least half never
-        reach it, NaN if no reference run has finished.
-        """
-        target = self.target(chosen)
-        if math.isnan(target):
-            return math.nan
-        whole = [float(getattr(run, cost)[-1]) for run in (self.runs[n] for n in chosen) if run is not None]
-        needed = statistics.median(others[n].until(target, getattr(others[n], cost)) for n in chosen)
-        return statistics.median(whole) / needed if needed else math.nan
+def mean_final_loss(curves: Sequence[Curve | None]) -> float:
+    """Return the mean of the last losses, NaN without curves; None is a run that diverged."""
+    return statistics.mean(finals) if (finals := [float(curve.losses[-1]) for curve in curves if curve]) else math.nan
 
 
-def compared(plan: StudyPlan, rates: Mapping[str, float | None], reference: str, runs: Runs) -> list[dict[str, Any]]:
+def reduction(theirs: Sequence[Curve | None], ours: Sequence[Curve]) -> float:
+    """Return how many times less cost ``ours`` take to reach the mean final loss of ``theirs`` than a whole run of them.
+
+    The median cost of whole reference runs over the median cost of ours: 0 if at least half never reach it, NaN if no
+    reference run has finished. ``theirs`` has None for a run that diverged.
+    """
+    whole = [float(curve.costs[-1]) for curve in theirs if curve]
+    loss = mean_final_loss(theirs)
+    needed = statistics.median(curve.until(loss) for curve in ours)
+    return statistics.median(whole) / needed if whole and needed else math.nan
+
+
+def compared(
+    plan: StudyPlan, rates: Mapping[str, float | None], reference: str, runs: Runs, clock: str
+) -> list[dict[str, Any]]:
     """Return one entry per arm in ``rates``, compared with the arm ``reference`` on the seeds of the study.
 
     Each has ``name``, ``rate``, the final losses and stability of its runs, ``reached`` of ``seeds``, and ``tokens`` and
-    ``seconds`` as {``ratio``, ``interval``}, in which 0 is never.
+    ``time`` (by ``clock``) as {``ratio``, ``interval``}, in which 0 is never.
     """
     theirs = [runs[reference, rates[reference], seed] for seed in plan.seeds]
-    baseline = Reference([run if run.final_loss is not None else None for run in theirs])
-    everyone = np.arange(len(plan.seeds))
-    target = baseline.target(everyone)
+    loss = mean_final_loss([run.over_tokens() if run.final_loss is not None else None for run in theirs])
     entries = []
     for arm in plan.arms:
         if arm.name not in rates:
@@ -184,12 +196,26 @@ def compared(plan: StudyPlan, rates: Mapping[str, float | None], reference: str,
                 **_stability_over(ours),
                 **_variance_over(ours),
                 "seeds": len(ours),
-                "reached": sum(run.until(target, run.tokens) < math.inf for run in ours),
-                "tokens": _reduction(baseline, ours, "tokens", everyone),
-                "seconds": _reduction(baseline, ours, "seconds", everyone),
+                "reached": sum(run.over_tokens().until(loss) < math.inf for run in ours),
+                "tokens": _with_interval(theirs, ours, Trained.over_tokens),
+                "time": _with_interval(theirs, ours, lambda run: run.over_time(clock)),
             }
         )
     return entries
+
+
+def _with_interval(
+    theirs: Sequence[Trained], ours: Sequence[Trained], curve: Callable[[Trained], Curve]
+) -> dict[str, Any]:
+    """Return the ``reduction`` of runs by ``curve``, and its bootstrap interval over seeds; None if unknown."""
+    baseline = [curve(run) if run.final_loss is not None else None for run in theirs]
+    others = [curve(run) for run in ours]
+    ratio = reduction(baseline, others)
+    # Runs of the same seed start from the same weights and read the same data, so both are drawn together.
+    interval = bootstrap_interval(
+        lambda chosen: reduction([baseline[n] for n in chosen], [others[n] for n in chosen]), len(others)
+    )
+    return {"ratio": None if math.isnan(ratio) else ratio, "interval": interval and list(interval)}
 
 
 def _variance_over(runs: Sequence[Trained]) -> dict[str, Any]:
@@ -202,9 +228,3 @@ def _variance_over(runs: Sequence[Trained]) -> dict[str, Any]:
         measured = [run.stability["correlations"][name]["r"] for run in known if name in run.stability["correlations"]]
         correlations[name] = statistics.mean(measured) if measured else None
     return {**largest, "correlations": correlations}
-
-
-def _reduction(baseline: Reference, ours: Sequence[Trained], cost: str, everyone: NDArray[np.intp]) -> dict[str, Any]:
-    ratio = baseline.ratio(ours, cost, everyone)
-    interval = bootstrap_interval(lambda chosen: baseline.ratio(ours, cost, chosen), len(everyone))
-    return {"ratio": None if math.isnan(ratio) else ratio, "interval": interval and list(interval)}
