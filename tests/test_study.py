@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import signal
 import subprocess
 import sys
@@ -13,11 +14,12 @@ import pytest
 from helpers.command import slw
 from helpers.launching import ROOT, wait_until
 from helpers.settings import changed
+from helpers.synthetic_runs import synthetic
 
 from seqlen_curriculum import CheckpointError, ConfigError, RunConfig
 from seqlen_curriculum.analysis.study_tables import study_tables
 from seqlen_curriculum.cli.study import job_slots
-from seqlen_curriculum.files import read_json
+from seqlen_curriculum.files import is_locked, read_json
 from seqlen_curriculum.study import run_folders
 from seqlen_curriculum.study.cost import arm_costs
 from seqlen_curriculum.study.execute import train_all
@@ -26,7 +28,7 @@ from seqlen_curriculum.study.report import study_results, study_sentences
 from seqlen_curriculum.study.results import Trained, best_rates, clock_of, mean_final_loss, reduction
 from seqlen_curriculum.study.run_folders import StudyRun, check_unchanged
 from seqlen_curriculum.study.study_file import read_study
-from tests.helpers.synthetic_runs import synthetic
+from seqlen_curriculum.tuning.launching import group_of
 
 FAKE = Path(__file__).parent / "helpers" / "fake_train.py"
 STUDY = {
@@ -339,11 +341,14 @@ def test_a_killed_study_ends_as_an_uninterrupted_one(tmp_path, tiny_run):
     whole = subprocess.run([*command, str(tmp_path / "whole")], capture_output=True, text=True, cwd=ROOT)
     assert whole.returncode == 0, whole.stderr
     save = tmp_path / "killed"
-    for started in (2, 5):  # in the first part, then in the second
+    for started, survive in ((2, True), (5, False)):  # in the first part, then in the second
         process = subprocess.Popen([*command, str(save)], cwd=ROOT)
         wait_until(partial(has_started, save, started), "the study hung", seconds=300)
         process.kill()
         process.wait()
+        for lock in save.rglob("*.launch"):
+            if is_locked(lock) and not survive:
+                os.killpg(group_of(lock), signal.SIGKILL)
     killed = subprocess.run([*command, str(save)], capture_output=True, text=True, cwd=ROOT)
     assert killed.returncode == 0, killed.stderr
     first, second = (read_json(folder / "report" / "report.json")["study"] for folder in (tmp_path / "whole", save))
