@@ -1,10 +1,11 @@
-"""Fixtures: capabilities and environment of the machine, a tiny corpus, a tiny run, and evaluate.py."""
+"""Fixtures: capabilities and environment of the machine, a tiny corpus, a tiny run, small models, and evaluate.py."""
 
 import contextlib
 import json
 import os
 import resource
 import runpy
+import shutil
 import signal
 import socket
 import subprocess
@@ -104,6 +105,20 @@ def tiny_run(corpus):
             "log_sample_ids": True,
         },
     }
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory):
+    """Return the folder of a small random model of each kind, saved by transformers; tests change only copies of them."""
+    from helpers.models import make_models
+
+    return make_models(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture
+def llama(folders, tmp_path):
+    """Return a copy of the Llama in ``folders``, which a test may change."""
+    return shutil.copytree(folders / "llama", tmp_path / "llama")
 
 
 @pytest.fixture(scope="session")

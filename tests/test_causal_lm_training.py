@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.launching import forked, launch
-from helpers.models import SHAPES, make_models
+from helpers.models import SHAPES
 from helpers.runs import Runs
 from helpers.runs import run as run_of
 from transformers import AutoTokenizer
@@ -37,11 +37,6 @@ FRESH = ("llama-1b", "qwen3-0.6b", "olmo2-1b", "neox-160m", "mistral-7b")
 """Shapes that are trained from their configuration alone, one of each architecture."""
 # A run that began from another folder is named its own checkpoint.
 REFUSED = ("llama-zero3/global_step18", ["zero_optimization.stage=3"], "llama-zero3/global_step9")
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    return make_models(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,8 @@ from seqlen_curriculum.errors import ConfigError
 from seqlen_curriculum.export.huggingface import export
 from seqlen_curriculum.models.generation import Sampling, generate
 from seqlen_curriculum.models.gpt2 import build_gpt2, save_hf
-from seqlen_curriculum.models.pretrained import copy_tokenizer, quiet, save_tokenizer, set_end_of_text
+from seqlen_curriculum.models.pretrained import quiet, set_end_of_text
+from seqlen_curriculum.models.pretrained_tokenizer import copy_tokenizer, save_tokenizer
 
 ENDS = {
     "llama3": ["<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"],

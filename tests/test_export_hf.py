@@ -25,7 +25,8 @@ from seqlen_curriculum.export.huggingface import export
 from seqlen_curriculum.models.causal_lm import build_model
 from seqlen_curriculum.models.generation import Sampling, generate
 from seqlen_curriculum.models.gpt2 import build_gpt2, save_hf
-from seqlen_curriculum.models.pretrained import load_model, quiet, save_tokenizer
+from seqlen_curriculum.models.pretrained import load_model, quiet
+from seqlen_curriculum.models.pretrained_tokenizer import save_tokenizer
 
 END = 0
 """The id of the end of text in a tokenizer trained by this package."""
@@ -250,6 +251,13 @@ def test_it_stops_at_the_end_of_text(run, tmp_path):
         model.save_pretrained(tmp_path)
     save_tokenizer(build_tokenizer(TokenizerChoice(train_vocab=257), []), tmp_path)
     assert new_text(tmp_path, "abc", max_new_tokens=100) == ("abc", 0, False)
+
+
+def test_settings_saved_with_a_model_change_nothing(run, tmp_path):
+    export(run, tmp_path / "out")
+    settings = {"repetition_penalty": 50.0, "max_length": 3, "num_beams": 2, "output_hidden_states": "a"}
+    (tmp_path / "out" / "generation_config.json").write_text(json.dumps(settings))
+    assert new_text(tmp_path / "out", "aa") == new_text(run, "aa")
 
 
 def test_samples_follow_from_the_seed(run):

@@ -25,7 +25,8 @@ from seqlen_curriculum.errors import SeqlenCurriculumError
 from seqlen_curriculum.export.huggingface import export
 from seqlen_curriculum.models.causal_lm import build_model
 from seqlen_curriculum.models.generation import Sampling, generate
-from seqlen_curriculum.models.pretrained import load_model, load_tokenizer
+from seqlen_curriculum.models.pretrained import load_model
+from seqlen_curriculum.models.pretrained_tokenizer import load_tokenizer
 from seqlen_curriculum.run_folder.model_files import weight_files
 from seqlen_curriculum.run_folder.model_folder import vocabulary
 

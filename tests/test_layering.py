@@ -1,4 +1,4 @@
-"""Imports point one way, and planning loads neither torch nor DeepSpeed."""
+"""Imports point one way, planning loads neither torch nor DeepSpeed, and files are short."""
 
 import ast
 import json
@@ -17,6 +17,7 @@ errors extras shipped < strict_json < fields files launchers < schedule < run_fo
 """
 # A room imports from those before it and from itself, not from its neighbours.
 LEVEL = {room: level for level, rooms in enumerate(ROOMS.split("<")) for room in rooms.split()}
+MOST_LINES = 300
 HEAVY = {"torch", "deepspeed", "transformers"}
 
 
@@ -72,6 +73,11 @@ def test_heavy_imports_stay_where_they_belong(path):
         if path.name == "deepspeed_legacy.py":
             allowed = {"deepspeed"}
         assert not (at_import and root in HEAVY - allowed), f"{path.name} imports {module}"
+
+
+def test_files_are_short():
+    lengths = {str(path.relative_to(PACKAGE)): len(path.read_text().splitlines()) for path in PACKAGE.rglob("*.py")}
+    assert {name: lines for name, lines in lengths.items() if lines > MOST_LINES} == {}
 
 
 @pytest.mark.parametrize("statement", ["import seqlen_curriculum", "from seqlen_curriculum import RunConfig, Timeline"])

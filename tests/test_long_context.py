@@ -16,7 +16,8 @@ from seqlen_curriculum.config.model import ModelConfig
 from seqlen_curriculum.data.tokenizer import TokenizerChoice, build_tokenizer
 from seqlen_curriculum.export.huggingface import export
 from seqlen_curriculum.models.causal_lm import build_model, save_model
-from seqlen_curriculum.models.pretrained import copy_tokenizer, load_model, save_tokenizer
+from seqlen_curriculum.models.pretrained import load_model
+from seqlen_curriculum.models.pretrained_tokenizer import copy_tokenizer, save_tokenizer
 from seqlen_curriculum.shipped import shipped_configs
 
 RECIPE = Path(__file__).parent.parent / "configs" / "long_context" / "llama3_8b_64k.json"

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.models import make_models
 from pydantic import ValidationError
 from safetensors.torch import load_file
 
@@ -19,21 +18,11 @@ from seqlen_curriculum.data.tokenizer import read_tokenizer
 from seqlen_curriculum.errors import CheckpointError, ConfigError
 from seqlen_curriculum.export.huggingface import export
 from seqlen_curriculum.models.causal_lm import build_model
-from seqlen_curriculum.models.pretrained import load_model, load_tokenizer
+from seqlen_curriculum.models.pretrained import load_model
+from seqlen_curriculum.models.pretrained_tokenizer import load_tokenizer
 from seqlen_curriculum.run_folder.hub import hub_folder, is_hub_name
 from seqlen_curriculum.run_folder.model_files import weight_files, weight_shapes
 from seqlen_curriculum.run_folder.model_folder import model_folder, read_pretrained
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    return make_models(tmp_path_factory.mktemp("models"))
-
-
-@pytest.fixture
-def llama(folders, tmp_path):
-    return shutil.copytree(folders / "llama", tmp_path / "llama")
-
 
 TOKENS = torch.arange(12).reshape(1, 12) * 20
 

@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 from helpers.launching import ROOT
-from helpers.models import CONFIGS, complete, make_models, save
+from helpers.models import CONFIGS, complete, save
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
@@ -38,11 +38,6 @@ PARAMETERS = {  # by hand, of H=32, V=257, I=48, two layers
     "gpt2": 2 * (12 * 32**2 + 13 * 32) + 2 * 32 + (384 + 32) * 32,
     "narrow_gpt2": 2 * (4 * 32**2 + 2 * 32 * 48 + 48 + 9 * 32) + 2 * 32 + (384 + 32) * 32,
 }
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    return make_models(tmp_path_factory.mktemp("models"))
 
 
 def section(folder, **keys):

@@ -1,6 +1,7 @@
 """Folders of models as people have them: pointers of Git LFS, other prefixes, weights saved twice, weights that diverged."""
 
 import json
+import re
 import resource
 import shutil
 import signal
@@ -8,9 +9,9 @@ import signal
 import pytest
 import torch
 from helpers.command import slw
-from helpers.models import make_models
 from safetensors.torch import load_file, save_file
 
+from seqlen_curriculum.config.hf_config import config_problems
 from seqlen_curriculum.config.model import ModelConfig
 from seqlen_curriculum.data.tokenizer import TokenizerChoice, build_tokenizer, read_tokenizer
 from seqlen_curriculum.errors import CheckpointError, ConfigError, DataError
@@ -20,16 +21,6 @@ from seqlen_curriculum.run_folder.model_files import weight_shapes
 from seqlen_curriculum.run_folder.model_folder import read_pretrained
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22e\nsize 12345\n"
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    return make_models(tmp_path_factory.mktemp("models"))
-
-
-@pytest.fixture
-def llama(folders, tmp_path):
-    return shutil.copytree(folders / "llama", tmp_path / "llama")
 
 
 def change_config(folder, **keys):
@@ -104,6 +95,17 @@ def test_what_is_no_size(llama, size):
     change_config(llama, **size)
     with pytest.raises(CheckpointError, match=r"in its config\.json: .* is not a size"):
         load_model(llama)
+
+
+@pytest.mark.parametrize("value", [-0.5, 2, "a"])
+def test_a_dropout_that_is_no_probability(llama, value):
+    change_config(llama, attention_dropout=value)
+    problem = "attention_dropout: .* is not a probability; give one from 0 to 1"
+    for read in (load_model, read_pretrained):
+        with pytest.raises(CheckpointError, match=rf"config\.json: {problem}"):
+            read(llama)
+    (of_file,) = config_problems(json.loads((llama / "config.json").read_text()))
+    assert re.search(problem, of_file)
 
 
 def test_an_odd_width_of_gpt2(folders, tmp_path):

@@ -14,7 +14,9 @@ from seqlen_curriculum.config.model import ModelConfig
 from seqlen_curriculum.data.tokenizer import TokenizerChoice, build_tokenizer
 from seqlen_curriculum.errors import CheckpointError, ConfigError
 from seqlen_curriculum.models.gpt2 import build_gpt2, save_hf
-from seqlen_curriculum.models.pretrained import load_model, load_tokenizer, model_folder, save_tokenizer
+from seqlen_curriculum.models.pretrained import load_model
+from seqlen_curriculum.models.pretrained_tokenizer import load_tokenizer, save_tokenizer
+from seqlen_curriculum.run_folder.model_folder import model_folder
 
 
 @pytest.fixture(scope="session")

@@ -19,7 +19,7 @@ from seqlen_curriculum.data.tokenizer import TokenizerChoice, build_tokenizer
 from seqlen_curriculum.errors import SeqlenCurriculumError
 from seqlen_curriculum.files import lock_folder, replace_text
 from seqlen_curriculum.models.gpt2 import build_gpt2, save_hf
-from seqlen_curriculum.models.pretrained import save_tokenizer
+from seqlen_curriculum.models.pretrained_tokenizer import save_tokenizer
 from seqlen_curriculum.run_folder.run_log import RunLog
 from seqlen_curriculum.training import checkpoint as checkpoints
 from seqlen_curriculum.training.pretrain import refuse_other_run

@@ -33,6 +33,7 @@ from helpers.runs import (
 from seqlen_curriculum import RunConfig, Timeline
 from seqlen_curriculum.data.from_config import open_run_data
 from seqlen_curriculum.errors import DIVERGED
+from seqlen_curriculum.evaluation.by_position import loss_by_position, mean_loss
 from seqlen_curriculum.run_folder.run_log import MACHINE_KEYS, read_run_log
 
 
@@ -152,6 +153,9 @@ def test_keeps_the_last_checkpoints_and_they_are_hugging_face_folders(reference,
     assert (reference / "latest").read_text() == f"global_step{last}"
     loss = hugging_face_loss(reference / f"global_step{last}", RunConfig.from_dict(tiny_run))
     assert loss == pytest.approx(evaluations[-1]["valid_loss"], rel=1e-6)
+    by_position = loss_by_position(reference, RunConfig.load(reference))
+    assert list(by_position) == ["1-8", "9-32"]
+    assert mean_loss(by_position) == pytest.approx(evaluations[-1]["valid_loss"], rel=1e-6)
 
 
 def test_the_monitor_has_values_against_steps_and_against_tokens(reference):

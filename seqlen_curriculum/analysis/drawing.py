@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from html import escape
 from pathlib import Path
 from typing import Any
 
-from seqlen_curriculum.analysis.curves import Curves, add_legend
+from seqlen_curriculum.analysis.curves import Curves, add_legend, style_of
 from seqlen_curriculum.analysis.plots import SUMMARY, Plot, points_per_curve
 from seqlen_curriculum.analysis.run import Run
 
-__all__ = ["draw_run", "save_png", "svg"]
+__all__ = ["draw_by_position", "draw_run", "save_png", "svg"]
 
 _INK = "#1f2328"
 _POINTS_OF_A_PAGE = 24_000
@@ -87,6 +87,22 @@ def draw_run(runs: Sequence[Run], path: Path) -> None:
                 curves.add_validation_losses(axis, plot)
         add_legend(figure, "training loss at the step's sequence length: thin; validation loss at full length: thick")
         figure.savefig(path, dpi=120)
+
+
+def draw_by_position(losses: Mapping[str, Mapping[str, float]], path: Path) -> None:
+    """Plot the validation loss of bins of positions, such as ``{"slw60k": {"1-8": 5.1, "9-64": 3.9}}``, one curve per model.
+
+    The format follows the suffix of ``path``. All models have the same bins.
+    """
+    with _styled_figure(_INK, (7, 4)) as figure:
+        axis = figure.subplots()
+        for number, (name, by_position) in enumerate(losses.items()):
+            colour, dashes = style_of(number)
+            axis.plot(list(by_position), list(by_position.values()), label=name, color=colour, ls=dashes, marker="o")
+        axis.set(xlabel="position in the row (tokens)", ylabel="validation loss (nats/token)")
+        axis.set_title("Validation loss by position in the row")
+        add_legend(figure)
+        figure.savefig(path, dpi=150)
 
 
 @contextmanager

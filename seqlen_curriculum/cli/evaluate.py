@@ -5,9 +5,10 @@ Example:
   slw evaluate runs/gpt3 --harness gpt3 --include-path tasks
   deepspeed --module seqlen_curriculum evaluate runs/gpt3 --task lambada=lambada_test.jsonl --harness lambada triviaqa \\
       --include-path tasks
+  slw evaluate runs/baseline runs/slw60k --by-position --png positions.png
 
 CHECKPOINT is a run's folder (its newest complete checkpoint is used), a global_step<N> folder of it, or any folder that
-Hugging Face loads as a causal language model. Under a launcher, the windows and items are split over the ranks.
+Hugging Face loads as a causal language model. Under a launcher, the windows, items and rows are split over the ranks.
 """
 
 from __future__ import annotations
@@ -18,15 +19,25 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from seqlen_curriculum.cli import by_position
 from seqlen_curriculum.cli.flags import Parser, add_json, add_launcher_flags, add_overwrite
 from seqlen_curriculum.errors import ConfigError
-from seqlen_curriculum.files import output_file
+from seqlen_curriculum.files import output_file, picture_path
 from seqlen_curriculum.launchers import global_rank
+
+TASK_FLAGS = ("--task", "--harness", "--limit", "--overlap", "--include-path", "--shots", "--tokenizer", "--seq-length")
+POSITION_FLAGS = ("--run", "--rows", "--png")
 
 
 def parser() -> Parser:
     flags = Parser(prog="slw evaluate", description=__doc__)
-    flags.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="the checkpoint to evaluate")
+    flags.add_argument(
+        "checkpoints",
+        nargs="+",
+        type=Path,
+        metavar="CHECKPOINT",
+        help="the checkpoint to evaluate; several only with --by-position",
+    )
     tasks = flags.add_argument_group("tasks")
     tasks.add_argument(
         "--task",
@@ -62,6 +73,29 @@ def parser() -> Parser:
     harness.add_argument(
         "--shots", "--num_fewshot", type=int, default=0, metavar="N", help="examples before each question (default: 0)"
     )
+    positions = flags.add_argument_group("loss by position")
+    positions.add_argument(
+        "--by-position",
+        action="store_true",
+        help="instead of tasks, measure the loss of tokens 1-8, 9-64, 65-512 and so on of full-length validation rows",
+    )
+    positions.add_argument(
+        "--run",
+        metavar="RUN",
+        help="folder or file of the run whose validation split is read (default: the run that the checkpoint is in)",
+    )
+    positions.add_argument(
+        "--rows",
+        type=int,
+        metavar="N",
+        help="rows, evenly over the split (default: training.eval_rows of the run, those that training evaluates)",
+    )
+    positions.add_argument(
+        "--png",
+        type=Path,
+        metavar="PATH",
+        help="plot the losses to a .png, .pdf or .svg file, one curve per checkpoint",
+    )
     model = flags.add_argument_group("model")
     model.add_argument(
         "--tokenizer",
@@ -85,7 +119,7 @@ def parser() -> Parser:
         metavar="FILE",
         help="write the JSON object of --json to a file, without the lines that launchers print",
     )
-    add_overwrite(flags, "--out")
+    add_overwrite(flags, "--out", "--png")
     add_launcher_flags(flags)
     return flags
 
@@ -95,11 +129,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     args.harness = task_names(args.harness)
     check(args)
     is_first_rank = global_rank() == 0
-    results = measure(args, print_lines if is_first_rank and not args.json else lambda *_: None)
+    show = print_lines if is_first_rank and not args.json else lambda *_: None
+    results = by_position.measure_all(args, show) if args.by_position else measure(args, show)
     if is_first_rank and args.json:
         print(json.dumps(results, indent=2))
     if is_first_rank and args.out:
         write(args.out, results)
+    if is_first_rank and args.png:
+        by_position.draw(results, args.png)
 
 
 def task_names(words: Sequence[str]) -> list[str]:
@@ -109,19 +146,40 @@ def task_names(words: Sequence[str]) -> list[str]:
 
 def check(args: argparse.Namespace) -> None:
     """Raise ConfigError for flags that don't go together and for an --out that can't be written."""
-    if not args.task and not args.harness:
-        raise ConfigError("--task, --harness: neither is given; give a task, for example --task wikitext103=PATH")
-    for flag, value in (("--include-path", args.include_path), ("--shots", args.shots)):
-        if value and not args.harness:
-            raise ConfigError(f"{flag} {value}: only used with --harness; leave it out")
-    if args.overlap is not None and not any(task.startswith("wikitext103=") for task in args.task):
-        raise ConfigError(f"--overlap {args.overlap}: only used with --task wikitext103=PATH; leave it out")
+    if args.by_position:
+        refuse(args, TASK_FLAGS, "not used with --by-position")
+    else:
+        refuse(args, POSITION_FLAGS, "only used with --by-position")
+        if not args.task and not args.harness:
+            raise ConfigError("--task, --harness: neither is given; give a task, for example --task wikitext103=PATH")
+        if len(args.checkpoints) > 1:
+            given = len(args.checkpoints)
+            raise ConfigError(f"CHECKPOINT: {given} are given, and tasks are scored on one; give one, or --by-position")
+    if not args.harness:
+        refuse(args, ("--include-path", "--shots"), "only used with --harness")
+    if not any(task.startswith("wikitext103=") for task in args.task):
+        refuse(args, ("--overlap",), "only used with --task wikitext103=PATH")
     if args.shots < 0:
         raise ConfigError(f"--shots: {args.shots} is not valid; give 0 or more")
     if args.batch_tokens < 1:
         raise ConfigError(f"--batch-tokens: {args.batch_tokens} is not valid; give 1 or more")
+    if args.rows is not None and args.rows < 1:
+        raise ConfigError(f"--rows: {args.rows} is not valid; give 1 or more")
     if args.out:
         output_file("--out", args.out, args.overwrite)
+    if args.png:
+        picture_path("--png", args.png, args.overwrite)
+
+
+def refuse(args: argparse.Namespace, flags: Sequence[str], reason: str) -> None:
+    """Raise ConfigError for the first of ``flags`` whose value is not its default."""
+    defaults = parser()
+    for flag in flags:
+        name = flag.strip("-").replace("-", "_")
+        value = getattr(args, name)
+        if value != defaults.get_default(name):
+            given = " ".join(map(str, value)) if isinstance(value, list) else value
+            raise ConfigError(f"{flag} {given}: {reason}; leave it out")
 
 
 def print_lines(*lines: str) -> None:
@@ -141,11 +199,12 @@ def measure(args: argparse.Namespace, show: Callable[..., None]) -> dict[str, An
     from seqlen_curriculum.evaluation.distributed import join
     from seqlen_curriculum.evaluation.task import Limits
     from seqlen_curriculum.files import read_json
-    from seqlen_curriculum.models.pretrained import load_model, load_tokenizer, model_folder
-    from seqlen_curriculum.run_folder.model_folder import refuse_encoder
+    from seqlen_curriculum.models.pretrained import load_model
+    from seqlen_curriculum.models.pretrained_tokenizer import load_tokenizer
+    from seqlen_curriculum.run_folder.model_folder import model_folder, refuse_encoder
 
     tasks = evaluate.read_tasks(args.task)
-    folder = model_folder(args.checkpoint)
+    folder = model_folder(args.checkpoints[0])
     refuse_encoder(
         folder, "these tasks score next tokens; see valid_loss in its run log, or give a causal language model"
     )

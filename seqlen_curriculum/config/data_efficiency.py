@@ -1,6 +1,7 @@
-"""Read DeepSpeed's ``data_efficiency`` section: its curriculum over a sequence length metric.
+"""Read the curriculum of a file, from ``curriculum_learning`` or from DeepSpeed's ``data_efficiency`` section.
 
-It has the keys of the ``curriculum_learning`` block one metric deeper, beside those of a sampler that this package has not.
+That section has the keys of the ``curriculum_learning`` block one metric deeper, beside those of a sampler that this package
+doesn't have.
 """
 
 from __future__ import annotations
@@ -9,10 +10,15 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from seqlen_curriculum.errors import ConfigError
-from seqlen_curriculum.schedule.curriculum_config import BLOCK
+from seqlen_curriculum.schedule.curriculum_config import (
+    BLOCK,
+    CurriculumConfig,
+    constant_curriculum,
+    curriculum_problems,
+)
 from seqlen_curriculum.strict_json import shown
 
-__all__ = ["with_one_curriculum"]
+__all__ = ["parse_curriculum", "with_one_curriculum"]
 
 _METHODS = {"seqlen": "truncate", "seqlen_truncate": "truncate", "seqlen_reshape": "segment"}
 """How samples are shortened, by metric. Megatron-DeepSpeed names its two methods after these metrics."""
@@ -53,6 +59,26 @@ def with_one_curriculum(raw: Mapping[str, Any], problems: list[str]) -> tuple[di
     unused = [f"{path} (training.seed orders the samples)" for path in _sampler_keys(section, metric)]
     kept = {name: value for name, value in block.items() if name not in _OF_SAMPLER}
     return {**rest, BLOCK: {"enabled": True, "method": _METHODS[metric], **kept}}, f"{_METRICS}.{metric}", unused
+
+
+def parse_curriculum(raw: Mapping[str, Any], path: str, problems: list[str]) -> CurriculumConfig | None:
+    """Read the block if it is enabled. DeepSpeed silently read a missing ``enabled`` as false; here it is required.
+
+    ``path``: the key path of the block in the file, for messages.
+    """
+    block = raw.get(BLOCK)
+    if block is None:
+        return None
+    if isinstance(block, Mapping) and "enabled" not in block:
+        problems.append("curriculum_learning.enabled: required, but not given; write true or false")
+    if isinstance(block, Mapping) and block.get("enabled") is False:
+        full = block.get("max_difficulty")  # without a data section this is the only source of the full length
+        if isinstance(full, int) and not isinstance(full, bool) and full > 0 and raw.get("data") is None:
+            return constant_curriculum(full)
+        return None
+    config, block_problems = curriculum_problems(block)
+    problems += [path + problem.removeprefix(BLOCK) for problem in block_problems]
+    return config
 
 
 def _object(value: object, path: str) -> Mapping[str, Any]:

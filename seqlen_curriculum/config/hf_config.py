@@ -15,7 +15,7 @@ from seqlen_curriculum.fields import suggest
 from seqlen_curriculum.files import read_json
 from seqlen_curriculum.run_folder import MANIFEST
 from seqlen_curriculum.run_folder.hub import hub_folder, is_hub_name
-from seqlen_curriculum.run_folder.model_files import code_in
+from seqlen_curriculum.run_folder.model_files import code_in, dropout_problem
 from seqlen_curriculum.run_folder.model_folder import CAUSAL, MASKED, SIZES, is_encoder, vocabulary
 from seqlen_curriculum.strict_json import shown
 
@@ -96,6 +96,8 @@ def config_problems(config: Mapping[str, Any]) -> Iterator[str]:
     yield from _causal_problems(config)
     yield from _key_problems(model_type, config)
     yield from size_problems(config)
+    if problem := dropout_problem(config):
+        yield problem
 
 
 def _type_problem(model_type: str, config: Mapping[str, Any]) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 
 from seqlen_curriculum.config import checks
 from seqlen_curriculum.config.data import DECOMPOSED_KEYS, DataConfig
-from seqlen_curriculum.config.data_efficiency import with_one_curriculum
+from seqlen_curriculum.config.data_efficiency import parse_curriculum, with_one_curriculum
 from seqlen_curriculum.config.deepspeed import DeepSpeedKeys, batch_shape
 from seqlen_curriculum.config.deepspeed_part import read_by_deepspeed
 from seqlen_curriculum.config.model import ModelConfig
@@ -28,13 +28,7 @@ from seqlen_curriculum.run_folder.model_folder import lasting_keys
 from seqlen_curriculum.schedule.adjusted_pacing import Rounding
 from seqlen_curriculum.schedule.batch_size_warmup import BatchSizeWarmup
 from seqlen_curriculum.schedule.buckets import Buckets, Listed, draw_lengths
-from seqlen_curriculum.schedule.curriculum_config import (
-    BLOCK,
-    AdaptiveCurriculum,
-    CurriculumConfig,
-    constant_curriculum,
-    curriculum_problems,
-)
+from seqlen_curriculum.schedule.curriculum_config import AdaptiveCurriculum, CurriculumConfig, constant_curriculum
 from seqlen_curriculum.schedule.global_batch import BatchGrowth, BatchGrowthKeys, GlobalBatch
 from seqlen_curriculum.schedule.piecewise import ceil_div
 from seqlen_curriculum.schedule.scheduler import CurriculumScheduler
@@ -102,9 +96,8 @@ class RunConfig:
         sections["model"] = _lengthened(sections.get("model"), raw, sections.get("data"))
         if (schedule := token_schedule(raw.get("scheduler"))) is not None:
             sections["scheduler"] = parse_section(schedule, raw["scheduler"], "scheduler", problems)
-        sections["curriculum"] = _parse_curriculum(raw, curriculum_path, problems)
+        sections["curriculum"] = parse_curriculum(raw, curriculum_path, problems)
         deepspeed = {name: value for name, value in raw.items() if value is not None and not _is_ours(name, raw)}
-        deepspeed.pop(SCHEMA_KEY, None)
         deepspeed, unused = read_by_deepspeed(deepspeed, raw.get("model") is not None, problems)
         keys = parse_section(DeepSpeedKeys, deepspeed, "", problems)
         if keys is not None:
@@ -270,26 +263,6 @@ class RunConfig:
         return checks.warnings(self)
 
 
-def _parse_curriculum(raw: Mapping[str, Any], path: str, problems: list[str]) -> CurriculumConfig | None:
-    """Read the block if it is enabled. DeepSpeed silently read a missing ``enabled`` as false; here it is required.
-
-    ``path``: the key path of the block in the file, for messages.
-    """
-    block = raw.get("curriculum_learning")
-    if block is None:
-        return None
-    if isinstance(block, Mapping) and "enabled" not in block:
-        problems.append("curriculum_learning.enabled: required, but not given; write true or false")
-    if isinstance(block, Mapping) and block.get("enabled") is False:
-        full = block.get("max_difficulty")  # without a data section this is the only source of the full length
-        if isinstance(full, int) and not isinstance(full, bool) and full > 0 and raw.get("data") is None:
-            return constant_curriculum(full)
-        return None
-    config, block_problems = curriculum_problems(block)
-    problems += [path + problem.removeprefix(BLOCK) for problem in block_problems]
-    return config
-
-
 def _lengthened(model: ModelConfig | None, raw: Mapping[str, Any], data: DataConfig | None) -> ModelConfig | None:
     """Return a model with ``rope`` with positions for full-length samples, unless the file gives their number."""
     if model is None or model.rope is None or data is None or "max_position_embeddings" in raw["model"]:
@@ -298,6 +271,5 @@ def _lengthened(model: ModelConfig | None, raw: Mapping[str, Any], data: DataCon
 
 
 def _is_ours(name: str, raw: Mapping[str, Any]) -> bool:
-    return (
-        name in OURS or name == "curriculum_learning" or (name == "scheduler" and token_schedule(raw[name]) is not None)
-    )
+    ours = (*OURS, "curriculum_learning", SCHEMA_KEY)
+    return name in ours or (name == "scheduler" and token_schedule(raw["scheduler"]) is not None)

@@ -17,7 +17,7 @@ from seqlen_curriculum.data.samples import SPLITS, Samples, check_token_ids, ope
 from seqlen_curriculum.data.training_data import RunData, TrainingData
 from seqlen_curriculum.errors import ConfigError, DataError
 
-__all__ = ["corpora_of", "open_run_data", "open_samples", "open_training_data", "with_buckets"]
+__all__ = ["check_corpora", "corpora_of", "open_run_data", "open_samples", "open_training_data", "with_buckets"]
 
 
 def open_run_data(config: RunConfig) -> tuple[RunData, Samples | None]:
@@ -34,7 +34,9 @@ def open_run_data(config: RunConfig) -> tuple[RunData, Samples | None]:
     corpora = [IndexedCorpus(prefix) for prefix in prefixes]
     for corpus in corpora:
         _check_vocabulary(corpus, config.model)
-    _check_tokenizers(corpora, config.model)
+    if config.model.initial is not None:
+        initial = config.model.initial.folder
+        _check_tokenizers(corpora, initial, f"model.hf_checkpoint {initial}", "name a model trained with this one")
     open_objective(config)
     return open_training_data(config), open_samples(config, "valid") if config.training.eval_interval else None
 
@@ -139,22 +141,41 @@ def _check_vocabulary(corpus: IndexedCorpus, model: ModelConfig) -> None:
     check_token_ids(corpus, model.vocab_size)
 
 
-def _check_tokenizers(corpora: Sequence[IndexedCorpus], model: ModelConfig) -> None:
-    """Raise ConfigError unless each token of ``hf_checkpoint``'s tokenizer has the same id in the corpora's tokenizers."""
-    if model.initial is None:
-        return
+def check_corpora(prefixes: Sequence[str], folder: Path, vocab_size: int | None) -> None:
+    """Check that the model in ``folder``, of ``vocab_size`` tokens if known, can be evaluated on corpora.
+
+    Raises DataError for a corpus of a larger vocabulary or of another tokenizer.
+    """
+    corpora = [IndexedCorpus(prefix) for prefix in prefixes]
+    fix = "give the run that trained it"
+    for corpus in corpora:
+        if vocab_size is not None and (corpus.vocab_size or 0) > vocab_size:
+            raise DataError(
+                f"{corpus.prefix}: was made with a vocabulary of {corpus.vocab_size}, the model in {folder} has "
+                f"{vocab_size}; {fix}"
+            )
+        if vocab_size is not None:
+            check_token_ids(corpus, vocab_size)
+    _check_tokenizers(corpora, folder, str(folder), fix)
+
+
+def _check_tokenizers(corpora: Sequence[IndexedCorpus], folder: Path, name: str, fix: str) -> None:
+    """Raise DataError unless each token of the tokenizer in ``folder``, if any, has the same id in the corpora's.
+
+    ``name`` is that of the folder in the message, and ``fix`` the way out besides preparing the corpus again.
+    """
     from seqlen_curriculum.data.tokenizer import tokenizer_files  # an optional package, which only this check needs
 
-    if not tokenizer_files(model.initial.folder):
+    if not tokenizer_files(folder):
         return
-    theirs = _ids(model.initial.folder)
+    theirs = _ids(folder)
     for path in (Path(f"{corpus.prefix}.tokenizer.json") for corpus in corpora):
         ours = _ids(path) if path.exists() else theirs
         for token in sorted(theirs, key=theirs.__getitem__):
             if ours.get(token) != theirs[token]:
                 raise DataError(
-                    f"{path}: is not the tokenizer in model.hf_checkpoint {model.initial.folder}: id {theirs[token]} there "
-                    f"is {token!r}, here another; prepare the corpus with that one, or name a model trained with this one"
+                    f"{path}: is not the tokenizer in {name}: id {theirs[token]} there is {token!r}, here another; "
+                    f"prepare the corpus with that one, or {fix}"
                 )
 
 

@@ -18,6 +18,7 @@ from seqlen_curriculum.errors import ConfigError
 from seqlen_curriculum.evaluation.distributed import Ranks
 from seqlen_curriculum.evaluation.scoring import batches, score
 from seqlen_curriculum.evaluation.task import Row, encode
+from seqlen_curriculum.models.generation import ignore_saved_settings
 
 __all__ = ["HarnessModel"]
 
@@ -36,6 +37,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         self._ranks, self._batch_tokens = ranks, batch_tokens
         self.name = ""
         self.truncated_requests = 0
+        ignore_saved_settings(model)
 
     @property
     def eot_token_id(self) -> int:

@@ -17,17 +17,11 @@ from seqlen_curriculum.data.tokenizer import located, tokenizer_files
 from seqlen_curriculum.errors import CheckpointError, ConfigError
 from seqlen_curriculum.export.model_card import ModelCard
 from seqlen_curriculum.files import move, new_folder, sync_tree
-from seqlen_curriculum.models.pretrained import (
-    copy_tokenizer,
-    load_model,
-    load_tokenizer,
-    model_folder,
-    save_pretrained,
-    set_end_of_text,
-)
+from seqlen_curriculum.models.pretrained import load_model, save_pretrained, set_end_of_text
+from seqlen_curriculum.models.pretrained_tokenizer import copy_tokenizer, load_tokenizer
 from seqlen_curriculum.run_folder import MANIFEST
 from seqlen_curriculum.run_folder.checkpoint_manifest import Checkpoint, read_checkpoint
-from seqlen_curriculum.run_folder.model_folder import is_encoder, sizes_in
+from seqlen_curriculum.run_folder.model_folder import is_encoder, model_folder, sizes_in
 from seqlen_curriculum.run_folder.own_files import check_own
 
 __all__ = ["DTYPES", "export", "prepare_to_generate", "read_run_up_to"]

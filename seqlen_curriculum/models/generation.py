@@ -15,10 +15,11 @@ from transformers import GenerationConfig
 from seqlen_curriculum.data.document_end import own_end
 from seqlen_curriculum.errors import CheckpointError, ConfigError
 from seqlen_curriculum.fields import Flags
-from seqlen_curriculum.models.pretrained import load_model, load_tokenizer, quiet
+from seqlen_curriculum.models.pretrained import load_model, quiet
+from seqlen_curriculum.models.pretrained_tokenizer import load_tokenizer
 from seqlen_curriculum.run_folder.model_folder import model_folder, refuse_encoder, sizes_in
 
-__all__ = ["Sample", "Sampling", "generate"]
+__all__ = ["Sample", "Sampling", "generate", "ignore_saved_settings"]
 
 
 class Sample(NamedTuple):
@@ -67,8 +68,9 @@ def generate(
 ) -> Iterator[list[Sample]]:
     """Yield the samples of each prompt, from the checkpoint, run or Hugging Face folder at ``path``.
 
-    A sample ends at the end of text, after ``max_new_tokens``, or at the model's last position. All prompts are checked
-    before anything is generated. Raises CheckpointError, and ConfigError for a prompt that leaves no position.
+    A sample ends at the end of text, after ``max_new_tokens``, or at the model's last position. Of the folder's
+    ``generation_config.json`` only the end tokens are read. All prompts are checked before anything is generated. Raises
+    CheckpointError, and ConfigError for a prompt that leaves no position.
     """
     for prompt in prompts:
         _check_utf8(prompt)
@@ -77,13 +79,29 @@ def generate(
     loaded_tokenizer, model = load_tokenizer(folder, tokenizer), load_model(folder)
     end = own_end(tokenizer or folder, loaded_tokenizer)
     positions = sizes_in(model.config.to_dict()).get("max_position_embeddings")
-    generator = _Generator(
-        model, loaded_tokenizer, sampling, positions, None if end is None else loaded_tokenizer.token_to_id(end)
-    )
+    end_id = None if end is None else loaded_tokenizer.token_to_id(end)
+    generator = _Generator(model, loaded_tokenizer, sampling, positions, end_id, _end_tokens(model, end_id))
+    ignore_saved_settings(model)
     encoded = [generator.encode(prompt) for prompt in prompts]
     model.to(torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu"))
     for ids in encoded:
         yield generator.samples(ids)
+
+
+def ignore_saved_settings(model: Any) -> None:
+    """Forget the settings of the folder's ``generation_config.json``.
+
+    transformers fills in what the caller's settings leave open from that file: penalties, beams, outputs, bad values too.
+    Decoding would no longer be greedy where it was asked to be.
+    """
+    model.generation_config = GenerationConfig()
+
+
+def _end_tokens(model: Any, end: int | None) -> list[int]:
+    """Return the ids that end a text: the end-of-text token of prepared corpora, and those in the model's config."""
+    named = model.generation_config.eos_token_id
+    ends = [end, *(named if isinstance(named, list) else [named])]
+    return sorted({end for end in ends if end is not None and end < model.config.vocab_size})
 
 
 def _check_utf8(prompt: str) -> None:
@@ -108,6 +126,8 @@ class _Generator:
     """Number of positions of the model; None without a limit, as with ALiBi."""
     end: int | None
     """Id of the token that ends a document of the training data, if known."""
+    ends: Sequence[int]
+    """Ids that end a text."""
 
     def encode(self, prompt: str) -> list[int]:
         """Return the token ids of ``prompt``. Raises ConfigError if it is empty, or leaves no position for a new token."""
@@ -123,19 +143,13 @@ class _Generator:
             )
         return ids
 
-    def end_tokens(self) -> list[int]:
-        """Return the ids that end a text: the end-of-text token of prepared corpora, and those in the model's config."""
-        named = self.model.generation_config.eos_token_id
-        ends = [self.end, *(named if isinstance(named, list) else [named])]
-        return sorted({end for end in ends if end is not None and end < self.model.config.vocab_size})
-
     def samples(self, ids: list[int]) -> list[Sample]:
         """Return ``sampling.samples`` continuations of a prompt."""
-        wanted, ends = self.sampling.max_new_tokens, self.end_tokens()
+        wanted, ends = self.sampling.max_new_tokens, self.ends
         room = wanted if self.positions is None else min(wanted, self.positions - len(ids))
         config = self.sampling.generation_config(
             max_new_tokens=room,
-            eos_token_id=ends or None,
+            eos_token_id=list(ends) or None,
             pad_token_id=ends[0] if ends else 0,  # pads rows that end before others, and is never read
         )
         inputs = torch.tensor([ids], device=self.model.device)  # (1, S)

@@ -16,7 +16,15 @@ from seqlen_curriculum.files import read_json
 from seqlen_curriculum.run_folder.own_files import check_own, is_lfs_pointer, wrong_name
 from seqlen_curriculum.strict_json import shown
 
-__all__ = ["TOKENIZER_FILES", "check_files", "code_in", "ordinary_file", "weight_files", "weight_shapes"]
+__all__ = [
+    "TOKENIZER_FILES",
+    "check_files",
+    "code_in",
+    "dropout_problem",
+    "ordinary_file",
+    "weight_files",
+    "weight_shapes",
+]
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -41,17 +49,20 @@ _WEIGHTS = (
 def check_files(folder: Path) -> None:
     """Raise CheckpointError for a file of the model or its tokenizer that isn't an ordinary file in ``folder``.
 
-    The same for a configuration that names code or weights elsewhere.
+    The same for a configuration that names code or weights elsewhere, or has a dropout that is no probability.
     """
     for name in ("config.json", "generation_config.json", *TOKENIZER_FILES):
         if os.path.lexists(folder / name):
             ordinary_file(folder, name)
     if (folder / "generation_config.json").exists():
         read_json(folder / "generation_config.json")  # transformers passes over a damaged one in silence
-    if (folder / "config.json").exists() and (kernel := code_in(read_json(folder / "config.json"))):
+    config = read_json(folder / "config.json") if (folder / "config.json").exists() else {}
+    if kernel := code_in(config):
         raise CheckpointError(
             f"{folder}: its config.json names code to download, {kernel}; remove the key to use the model's own code"
         )
+    if problem := dropout_problem(config):
+        raise CheckpointError(f"{folder}: its config.json: {problem}")
     if os.path.lexists(folder / "adapter_config.json"):
         raise CheckpointError(
             f"{folder}: has an adapter_config.json, which names another model to load; merge the adapter into its model "
@@ -66,6 +77,15 @@ def code_in(config: Mapping[str, Any]) -> str:
             return f"{key}.{found}"
         if key.endswith("_implementation") and "/" in str(value):
             return f"{key} {value!r}"[:200]
+    return ""
+
+
+def dropout_problem(config: Mapping[str, Any]) -> str:
+    """Return the first dropout in a model's ``config.json`` that is not a probability, NaN too. Empty without one."""
+    for key, value in config.items():
+        is_dropout = key.endswith(("dropout", "_pdrop", "dropout_prob"))
+        if is_dropout and value is not None and not (isinstance(value, (int, float)) and 0 <= value <= 1):
+            return f"{key}: {shown(value)} is not a probability; give one from 0 to 1"
     return ""
 
 

@@ -52,14 +52,7 @@ CAUSAL = ("ForCausalLM", "LMHeadModel")
 """Suffixes of the names of causal language models."""
 MASKED = "ForMaskedLM"
 """Suffix of the names of encoders with a head for masked tokens."""
-_BUFFERS = (
-    ".attn.bias",
-    ".attn.masked_bias",
-    ".attention.bias",
-    ".attention.masked_bias",
-    ".inv_freq",
-    ".position_ids",
-)
+_BUFFERS = (".attn.bias", ".attention.bias", ".masked_bias", ".inv_freq", ".position_ids")
 """Suffixes of tensors in older folders that aren't weights."""
 _OTHER_HEADS = (".pooler.", ".seq_relationship.")
 """Parts of the names of weights in an encoder's folder that its head for masked tokens doesn't use."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TypeAlias
@@ -19,14 +20,14 @@ Rounding: TypeAlias = int | tuple[int, ...] | None
 
 
 @dataclass(frozen=True)
-class Bucketed(StepFunction):
-    """``inner`` with every length rounded down to a multiple of ``bucket``, as ``difficulty_step`` does for a ramp.
-
-    No length is below ``inner.lowest`` rounded up to a multiple. ``inner.highest`` stays even if it is not a multiple.
-    """
+class _Rounded(StepFunction):
+    """``inner`` with every length rounded."""
 
     inner: Pacing
-    bucket: int
+
+    @abstractmethod
+    def _rounded(self, lengths: IntArray) -> IntArray:
+        """Return the rounded ``lengths``, (n,) to (n,)."""
 
     @property
     def settles_at(self) -> int | None:
@@ -36,6 +37,23 @@ class Bucketed(StepFunction):
     def period(self) -> int | None:
         return self.inner.period
 
+    def _lengths(self, steps: IntArray) -> IntArray:
+        return self._rounded(self.inner(steps))
+
+    def changes(self, last_step: int) -> tuple[IntArray, IntArray]:
+        first_steps, lengths = self.inner.changes(last_step)
+        return lengths_by_run(first_steps, self._rounded(lengths))
+
+
+@dataclass(frozen=True)
+class Bucketed(_Rounded):
+    """``inner`` with every length rounded down to a multiple of ``bucket``, as ``difficulty_step`` does for a ramp.
+
+    No length is below ``inner.lowest`` rounded up to a multiple. ``inner.highest`` stays even if it is not a multiple.
+    """
+
+    bucket: int
+
     @property
     def lowest(self) -> int:
         return min(ceil_div(self.inner.lowest, self.bucket) * self.bucket, self.highest)
@@ -43,9 +61,6 @@ class Bucketed(StepFunction):
     @property
     def highest(self) -> int:
         return self.inner.highest
-
-    def _lengths(self, steps: IntArray) -> IntArray:
-        return self._rounded(self.inner(steps))
 
     def _length(self, step: int) -> int:
         lowest, highest = self._bounds
@@ -61,25 +76,12 @@ class Bucketed(StepFunction):
         down = np.maximum(lengths - lengths % self.bucket, self.lowest)
         return np.where(lengths == self.highest, self.highest, down)
 
-    def changes(self, last_step: int) -> tuple[IntArray, IntArray]:
-        first_steps, lengths = self.inner.changes(last_step)
-        return lengths_by_run(first_steps, self._rounded(lengths))
-
 
 @dataclass(frozen=True)
-class RoundedDown(StepFunction):
+class RoundedDown(_Rounded):
     """``inner`` with every length rounded down to one of ``allowed`` (ascending), and shorter lengths to the first."""
 
-    inner: Pacing
     allowed: tuple[int, ...]
-
-    @property
-    def settles_at(self) -> int | None:
-        return self.inner.settles_at
-
-    @property
-    def period(self) -> int | None:
-        return self.inner.period
 
     @property
     def lowest(self) -> int:
@@ -89,17 +91,10 @@ class RoundedDown(StepFunction):
     def highest(self) -> int:
         return int(self._rounded(np.array([self.inner.highest]))[0])
 
-    def _lengths(self, steps: IntArray) -> IntArray:
-        return self._rounded(self.inner(steps))
-
     def _rounded(self, lengths: IntArray) -> IntArray:
         allowed = np.asarray(self.allowed, np.int64)
         rounded: IntArray = allowed[np.maximum(np.searchsorted(allowed, lengths, side="right") - 1, 0)]
         return rounded
-
-    def changes(self, last_step: int) -> tuple[IntArray, IntArray]:
-        first_steps, lengths = self.inner.changes(last_step)
-        return lengths_by_run(first_steps, self._rounded(lengths))
 
 
 @dataclass(frozen=True)

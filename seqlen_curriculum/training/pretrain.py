@@ -23,7 +23,8 @@ from seqlen_curriculum.files import lock_folder, read_json, sync
 from seqlen_curriculum.models.attention import set_window
 from seqlen_curriculum.models.causal_lm import build_model
 from seqlen_curriculum.models.masked_lm import MaskedLM
-from seqlen_curriculum.models.pretrained import copy_tokenizer, set_end_of_text
+from seqlen_curriculum.models.pretrained import set_end_of_text
+from seqlen_curriculum.models.pretrained_tokenizer import copy_tokenizer
 from seqlen_curriculum.run_folder import ROLLBACKS, RUN_LOG
 from seqlen_curriculum.run_folder.checkpoint_manifest import Checkpoint
 from seqlen_curriculum.run_folder.evaluations import Evaluations

@@ -14,7 +14,7 @@ from seqlen_curriculum.config.model import ModelConfig
 from seqlen_curriculum.data.tokenizer import TokenizerChoice, build_tokenizer
 from seqlen_curriculum.evaluation.lm_eval_tasks import GPT3_TASKS
 from seqlen_curriculum.models.gpt2 import build_gpt2, save_hf
-from seqlen_curriculum.models.pretrained import save_tokenizer
+from seqlen_curriculum.models.pretrained_tokenizer import save_tokenizer
 
 TEXT = "the a cat dog river house walked sang under over red blue moon garden letter window never always quiet stone"
 WORDS = TEXT.split()

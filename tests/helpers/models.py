@@ -7,7 +7,8 @@ from transformers import AutoModelForCausalLM, BloomConfig, GPT2Config, GPTNeoXC
 
 from seqlen_curriculum.config.presets import ARCHITECTURE_PRESETS
 from seqlen_curriculum.data.tokenizer import TokenizerChoice, build_tokenizer
-from seqlen_curriculum.models.pretrained import quiet, save_tokenizer
+from seqlen_curriculum.models.pretrained import quiet
+from seqlen_curriculum.models.pretrained_tokenizer import save_tokenizer
 
 SIZES = {"num_layers": 1, "hidden_size": 16, "num_attention_heads": 2, "max_position_embeddings": 16, "vocab_size": 257}
 ALIKE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 257}

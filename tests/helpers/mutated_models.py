@@ -15,7 +15,7 @@ from helpers.mutated_runs import FRAGMENTS, odd_value
 from seqlen_curriculum.config.model import ModelConfig
 from seqlen_curriculum.data.tokenizer import TokenizerChoice, build_tokenizer
 from seqlen_curriculum.models.gpt2 import build_gpt2, save_hf
-from seqlen_curriculum.models.pretrained import save_tokenizer
+from seqlen_curriculum.models.pretrained_tokenizer import save_tokenizer
 
 TEXT = (
     "It was the best of times, it was the worst of times. héllo\n  世界 <|endoftext|> it was <0x0A>\u2581\u0120 12345"
