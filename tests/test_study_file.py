@@ -160,6 +160,14 @@ def test_shipped_studies_are_planned_without_a_corpus(path, tmp_path):
     assert text.startswith(f"{plan['tuning_runs'] + plan['measured_runs']} runs")
 
 
+def test_a_shipped_study_is_found_by_its_name(tmp_path):
+    path = shipped_studies()["studies/mini"]
+    plans = [slw("study", name, "--save", tmp_path, "--dry-run", "--json").stdout for name in ("studies/mini", path)]
+    assert plans[0] == plans[1] != ""
+    result = slw("study", "studies/minni", "--save", tmp_path, "--dry-run")
+    assert "studies/minni: is neither a file nor a shipped study; did you mean 'studies/mini'?" in result.stderr
+
+
 def test_a_copied_study_has_the_same_runs(tmp_path):
     assert slw("configs", "copy", "studies/mini", "--out", tmp_path / "mine.json").returncode == 0
     assert not (tmp_path / "run.schema.json").exists()

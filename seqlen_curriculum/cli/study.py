@@ -34,7 +34,12 @@ if TYPE_CHECKING:
 
 def parser() -> Parser:
     flags = Parser(prog="slw study", description=__doc__)
-    flags.add_argument("file", type=Path, metavar="FILE", help="file of the study (slw configs list names some)")
+    flags.add_argument(
+        "file",
+        type=Path,
+        metavar="FILE",
+        help="file of the study, or the name of a shipped one, for example studies/mini",
+    )
     flags.add_argument(
         "--save", required=True, type=Path, metavar="FOLDER", help="folder of the runs, the report and tuned.json"
     )

@@ -14,7 +14,7 @@ from seqlen_curriculum.config.run_file import SCHEMA_KEY, absolute_paths, paths_
 from seqlen_curriculum.errors import ConfigError
 from seqlen_curriculum.fields import CountOrZero, Section, describe_errors, flat, nearest
 from seqlen_curriculum.files import read_json
-from seqlen_curriculum.shipped import shipped_configs
+from seqlen_curriculum.shipped import shipped_configs, shipped_studies
 from seqlen_curriculum.study.plan import RATE, SEED, Arm, StudyPlan, merge_patch
 
 __all__ = ["StudyFile", "read_study"]
@@ -76,10 +76,16 @@ class StudyFile(Section):
 
 
 def read_study(path: Path) -> StudyPlan:
-    """Return the plan of the study in a file, after checking the configuration of each of its runs.
+    """Return the plan of a study, after checking the configuration of each of its runs.
 
-    The file may contain comments; top-level keys that start with ``_`` are comments too. Raises ConfigError.
+    ``path`` is a file, or the name of a shipped study. The file may contain comments; top-level keys that start with ``_``
+    are comments too. Raises ConfigError.
     """
+    studies = shipped_studies()
+    if not path.exists():
+        if str(path) not in studies:
+            raise ConfigError(f"is neither a file nor a shipped study{nearest(str(path), studies)}", str(path))
+        path = studies[str(path)]
     raw = {key: value for key, value in read_json(path, comments=True).items() if key != SCHEMA_KEY and key[:1] != "_"}
     try:
         study = StudyFile.model_validate(raw)
