@@ -329,8 +329,10 @@ def test_a_study_without_rates_compares_the_cases_as_they_are(tmp_path, tiny_run
 # --- a real study
 
 
-def has_started(save, count):
-    return sum(path.stat().st_size > 0 for path in save.rglob("runlog.jsonl")) >= count
+def has_started(save, count, process):
+    """Return whether so many runs of a study have made a step, or the study has ended."""
+    logs = [path for path in save.rglob("runlog.jsonl") if path.stat().st_size]
+    return len(logs) >= count or process.poll() is not None
 
 
 @pytest.mark.slow
@@ -343,7 +345,8 @@ def test_a_killed_study_ends_as_an_uninterrupted_one(tmp_path, tiny_run):
     save = tmp_path / "killed"
     for started, survive in ((2, True), (5, False)):  # in the first part, then in the second
         process = subprocess.Popen([*command, str(save)], cwd=ROOT)
-        wait_until(partial(has_started, save, started), "the study hung", seconds=300)
+        wait_until(partial(has_started, save, started, process), "the study hung", seconds=300)
+        assert process.poll() is None
         process.kill()
         process.wait()
         for lock in save.rglob("*.launch"):
