@@ -49,7 +49,7 @@ _WEIGHTS = (
 def check_files(folder: Path) -> None:
     """Raise CheckpointError for a file of the model or its tokenizer that isn't an ordinary file in ``folder``.
 
-    The same for a configuration that names code or weights elsewhere, or has a dropout that is no probability.
+    The same for a configuration that names code or weights elsewhere, or has a dropout that is not a probability.
     """
     for name in ("config.json", "generation_config.json", *TOKENIZER_FILES):
         if os.path.lexists(folder / name):

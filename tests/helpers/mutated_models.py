@@ -134,7 +134,8 @@ def _place(draw, value):
 
 def _other(draw, value):
     if type(value) in (int, float) and draw.random() < 0.6:
-        return draw.choice([value + 1, value - 1, value * 2, value * 1000, 0, -1, 10**7, 10**9, 10**12, value / 2])
+        half = value / 2 if abs(value) < 1e300 else value
+        return draw.choice([value + 1, value - 1, value * 2, value * 1000, 0, -1, 10**7, 10**9, 10**12, half])
     if isinstance(value, bool) and draw.random() < 0.6:
         return not value
     return draw.choice(WORDS) if draw.random() < 0.4 else odd_value(draw)
