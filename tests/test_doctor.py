@@ -9,8 +9,8 @@ import pytest
 from helpers.command import slw
 from helpers.launching import ROOT, limit
 
-from seqlen_curriculum.cli.configs import shipped_configs
 from seqlen_curriculum.files import read_json
+from seqlen_curriculum.shipped import shipped_configs
 from seqlen_curriculum.training import doctor, facts
 from seqlen_curriculum.training.doctor import Finding, can_train
 

@@ -13,7 +13,7 @@ import seqlen_curriculum
 PACKAGE = Path(seqlen_curriculum.__file__).parent
 ROOMS = """
 errors extras shipped < strict_json < fields files launchers < schedule < run_folder < config
-< analysis batch data planning < models < evaluation export training < integrations tuning < cli < train __main__
+< analysis batch data planning < models < evaluation export training < integrations tuning < study < cli < train __main__
 """
 # A room imports from those before it and from itself, not from its neighbours.
 LEVEL = {room: level for level, rooms in enumerate(ROOMS.split("<")) for room in rooms.split()}

@@ -11,13 +11,14 @@ from helpers.models import CONFIGS, save
 from transformers import AutoModelForCausalLM, BloomConfig, Gemma3TextConfig, LlamaConfig, OPTConfig
 
 from seqlen_curriculum import ConfigError, RunConfig
-from seqlen_curriculum.cli.configs import shipped_configs, sizes
+from seqlen_curriculum.cli.configs import sizes
 from seqlen_curriculum.config.model import ModelConfig
 from seqlen_curriculum.data.tokenizer import TokenizerChoice, build_tokenizer
 from seqlen_curriculum.export.huggingface import export
 from seqlen_curriculum.models.causal_lm import build_model, save_model
 from seqlen_curriculum.models.pretrained import load_model
 from seqlen_curriculum.models.pretrained_tokenizer import copy_tokenizer, save_tokenizer
+from seqlen_curriculum.shipped import shipped_configs
 
 RECIPE = Path(__file__).parent.parent / "configs" / "long_context" / "llama3_8b_64k.json"
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 257}

@@ -20,7 +20,9 @@ from seqlen_curriculum.fields import misspelt_sections
 from seqlen_curriculum.files import read_json
 
 CONFIGS = Path(__file__).parent.parent / "configs"
-SHIPPED = sorted(path for path in CONFIGS.rglob("*.json") if not path.name.endswith(".schema.json"))
+SHIPPED = sorted(
+    path for path in CONFIGS.rglob("*.json") if not path.name.endswith(".schema.json") and path.parent.name != "studies"
+)
 NEED_A_MODEL = [path for path in SHIPPED if path.parent.name == "long_context"]
 """Files that are loaded with the folder of a model in test_long_context.py."""
 PAGES = [CONFIGS.parent / "README.md", *sorted((CONFIGS.parent / "docs").rglob("*.md"))]

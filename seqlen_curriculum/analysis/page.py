@@ -15,6 +15,7 @@ from seqlen_curriculum.analysis.plot_data import packed, plot_data
 from seqlen_curriculum.analysis.plots import PLOTS, Plot
 from seqlen_curriculum.analysis.run import Run
 from seqlen_curriculum.analysis.seed_groups import seed_groups
+from seqlen_curriculum.analysis.study_tables import study_tables
 from seqlen_curriculum.analysis.tables import ReportTables
 
 __all__ = ["figures", "legend", "notes", "page"]
@@ -58,6 +59,7 @@ def page(report: Mapping[str, Any], runs: Sequence[Run], refresh_seconds: float 
         notes=notes(report, refresh_seconds),
         legend=legend(runs),
         tables=ReportTables(report),
+        study=study_tables(report),
         groups={group: figures(runs, group) for group in ("cost", "stability", "schedule")},
         curves=packed(plot_data(runs)),
         refresh_seconds=refresh_seconds,

@@ -51,6 +51,7 @@ GROUPS = {
         ),
         "train": Command("train the model of a configuration file", "slw train run.json --save runs/a", ranked=True),
         "tune": Command("find min_difficulty and the length of the ramp", "slw tune run.json --save runs/tuning"),
+        "study": Command("compare cases over seeds, each at its best rate", "slw study study.json --save runs/study"),
         "benchmark": Command(
             "measure throughput, data loading and the training loop", "slw benchmark loop run.json", ranked=True
         ),

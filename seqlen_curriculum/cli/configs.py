@@ -1,11 +1,11 @@
-"""List, print and copy the configurations that come with the package.
+"""List, print and copy the configurations and studies that come with the package.
 
 Example:
   slw configs list
   slw configs show mini/slw_calm
   slw configs copy tiny_cpu --out run.json
 
-The JSON schema, with which editors complete and check the file, is copied to the same folder.
+The JSON schema, with which editors complete and check a run's file, is copied to the same folder.
 """
 
 from __future__ import annotations
@@ -22,9 +22,7 @@ from seqlen_curriculum.cli.common import see
 from seqlen_curriculum.cli.flags import Parser, add_json, add_overwrite
 from seqlen_curriculum.errors import ConfigError
 from seqlen_curriculum.files import output_file, read_json, replace_text
-from seqlen_curriculum.shipped import shipped_folder
-
-SCHEMA = "run.schema.json"
+from seqlen_curriculum.shipped import RUN_SCHEMA, shipped_configs, shipped_folder, shipped_studies
 
 
 def parser() -> Parser:
@@ -51,16 +49,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     args.action(args)
 
 
-def shipped_configs() -> dict[str, Path]:
-    """Return the files of the configurations by name: ``mini/slw_calm`` is ``configs/mini/slw_calm.json``."""
-    folder = shipped_folder("configs")
-    paths = sorted(path for path in folder.rglob("*.json") if path.name != SCHEMA)
-    return {path.relative_to(folder).with_suffix("").as_posix(): path for path in paths}
-
-
 def find_config(name: str) -> Path:
-    """Return the file of the configuration ``name``. Raises ConfigError that lists the nearest names."""
-    configs = shipped_configs()
+    """Return the file of the configuration or study ``name``. Raises ConfigError that lists the nearest names."""
+    configs = {**shipped_configs(), **shipped_studies()}
     wanted = name.removesuffix(".json")
     found = [known for known in configs if wanted in (known, known.rpartition("/")[2])]
     if len(found) != 1:
@@ -73,7 +64,7 @@ def find_config(name: str) -> Path:
 def list_configs(args: argparse.Namespace) -> None:
     rows: list[dict[str, Any]] = [{"name": name, **sizes(path)} for name, path in shipped_configs().items()]
     if args.json:
-        print(json.dumps({"configs": rows}, indent=2))
+        print(json.dumps({"configs": rows, "studies": list(shipped_studies())}, indent=2))
         return
     width = max(len(row["name"]) for row in rows)
     print(f"{'name':<{width}} {'parameters':>10} {'tokens':>7}  {'batch size':<12} sequence length")
@@ -84,6 +75,7 @@ def list_configs(args: argparse.Namespace) -> None:
             f"{_from_to(row['first_batch_size'], row['batch_size']):<12} "
             f"{_from_to(row['first_seqlen'], row['seq_length'])}{steps}"
         )
+    print(f"\nstudies, for slw study: {', '.join(shipped_studies())}")
 
 
 def continues_a_model(path: Path) -> bool:
@@ -144,12 +136,12 @@ def copy_config(args: argparse.Namespace) -> None:
     if target.is_dir():
         target /= source.name
     output_file("--out", target, args.overwrite)
-    schema = target.with_name(SCHEMA)
-    text = re.sub(r'("\$schema"\s*:\s*)"[^"]*"', rf'\1"{SCHEMA}"', source.read_text(encoding="utf-8"), count=1)
+    schema = target.with_name(RUN_SCHEMA)
+    text = re.sub(r'("\$schema"\s*:\s*)"[^"]*"', rf'\1"{RUN_SCHEMA}"', source.read_text(encoding="utf-8"), count=1)
     try:
         replace_text(target, text)
-        if not schema.exists():
-            shutil.copy(shipped_folder("configs") / SCHEMA, schema)
+        if not schema.exists() and source not in shipped_studies().values():
+            shutil.copy(shipped_folder("configs") / RUN_SCHEMA, schema)
     except OSError as error:
         raise ConfigError(f"--out {target}: can't be written ({error.strerror}); choose another file") from error
     print(target)

@@ -14,7 +14,15 @@ from typing import Any, NoReturn
 from seqlen_curriculum.errors import ConfigError
 from seqlen_curriculum.launchers import DEFAULT_PORT, launch
 
-__all__ = ["add_ranks", "check_ranks", "check_this_machine", "local_launcher", "local_ranks", "start_ranks"]
+__all__ = [
+    "add_ranks",
+    "check_ranks",
+    "check_this_machine",
+    "local_launcher",
+    "local_ranks",
+    "start_ranks",
+    "visible_devices",
+]
 
 _VISIBLE_DEVICES = ("CUDA_VISIBLE_DEVICES", "ZE_AFFINITY_MASK")
 """The variables from which DeepSpeed's launcher reads the visible devices."""
@@ -101,6 +109,13 @@ def _devices(ranks: int) -> list[str]:
             f"--ranks {ranks}: {name} lists only {len(visible)} devices, {os.environ[name]}; give fewer ranks"
         )
     return ["--include", f"localhost:{','.join(visible[:ranks])}"]
+
+
+def visible_devices() -> list[tuple[str, str]]:
+    """Return a variable and a value for each accelerator that this process sees, which make it the only visible one."""
+    name = next((name for name in _VISIBLE_DEVICES if os.environ.get(name)), _VISIBLE_DEVICES[0])
+    numbers = os.environ[name].split(",") if os.environ.get(name) else map(str, range(_accelerators()))
+    return [(name, number) for number in numbers]
 
 
 def _accelerators() -> int:

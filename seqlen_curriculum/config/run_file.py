@@ -18,7 +18,7 @@ from seqlen_curriculum.run_folder.hub import hub_folder, is_hub_name
 from seqlen_curriculum.run_folder.own_files import check_own
 from seqlen_curriculum.strict_json import shown
 
-__all__ = ["SCHEMA_KEY", "absolute_paths", "folder_of", "is_corpus", "places", "read_run_file"]
+__all__ = ["SCHEMA_KEY", "absolute_paths", "folder_of", "is_corpus", "paths_beside", "places", "read_run_file"]
 
 SCHEMA_KEY = "$schema"
 """The key that gives editors the JSON schema of the file. It is not a setting and is removed before checks."""
@@ -55,11 +55,7 @@ def read_run_file(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, 
     for override in overrides:
         apply_override(raw, override)
 
-    def beside_the_file(path: str, exists: Callable[[str], bool]) -> str:
-        other = os.path.join(file.parent, path)
-        return other if exists(other) and not exists(path) else path
-
-    raw = _with_paths(raw, beside_the_file)
+    raw = paths_beside(raw, file.parent)
     looked_up = places(file.parent)
     for key, value in _model_paths(raw):
         if len(looked_up) > 1 and not os.path.exists(value):
@@ -112,6 +108,16 @@ def _configuration_of_run(info: Mapping[str, Any], file: Path) -> dict[str, Any]
     if {"train_batch_size", "train_micro_batch_size_per_gpu"} <= config.keys():
         config.pop("gradient_accumulation_steps", None)
     return config
+
+
+def paths_beside(raw: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Return a copy of the configuration in which paths that exist only in ``folder`` start with it."""
+
+    def in_folder(path: str, exists: Callable[[str], bool]) -> str:
+        other = os.path.join(folder, path)
+        return other if exists(other) and not exists(path) else path
+
+    return _with_paths(raw, in_folder)
 
 
 def absolute_paths(raw: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,9 +2,10 @@
 
 ======================  ===================================================================================
 training step           ``step, seqlen, rows, consumed_tokens, loss, lr, grad_norm``, and of ``MACHINE_KEYS``
-                        ``seconds, data_seconds, mfu, peak_memory_bytes``, after a checkpoint
-                        ``checkpoint_seconds``; every ``training.variance_interval`` steps Adam's moments;
-                        with ``data.attention`` "document" ``document_starts``: targets that begin a document
+                        ``seconds, cpu_seconds, data_seconds, mfu, peak_memory_bytes``, after a
+                        checkpoint ``checkpoint_seconds``; every ``training.variance_interval`` steps Adam's
+                        moments; with ``data.attention`` "document" ``document_starts``: targets that begin a
+                        document
 skipped step            ``step, seqlen, rows, consumed_tokens, skipped`` (true)
 evaluation              ``step, consumed_tokens, valid_loss, valid_ppl, seconds``; with masked tokens
                         ``objective`` ("masked"): the loss of masked tokens, and their pseudo-perplexity;
@@ -31,10 +32,11 @@ from seqlen_curriculum.run_folder.own_files import check_own
 
 __all__ = ["MACHINE_KEYS", "RunLog", "losses", "read_run_log", "records_after"]
 
-MACHINE_KEYS = ("seconds", "data_seconds", "checkpoint_seconds", "mfu", "peak_memory_bytes")
+MACHINE_KEYS = ("seconds", "cpu_seconds", "data_seconds", "checkpoint_seconds", "mfu", "peak_memory_bytes")
 """Keys whose values depend on the machine and its load, and differ between runs that are otherwise identical.
 
 - ``seconds``: duration of the step or evaluation.
+- ``cpu_seconds``: CPU time of the step in all threads of rank 0's process.
 - ``data_seconds``: time that it waited for its batch.
 - ``checkpoint_seconds``: time that a checkpoint before the step blocked training.
 - ``mfu``: model FLOPs utilization (None if the peak speed of the device is unknown).

@@ -135,7 +135,7 @@ class Trainer:
 
     def step(self, step: int, stop: bool) -> bool:
         """Train one optimizer step. Return whether any rank was signalled to stop."""
-        started = time.perf_counter()
+        started, cpu_started = time.perf_counter(), time.process_time()
         seqlen = self.plan.timeline.seqlen(step)
         begin_step(self.engine, seqlen)
         rate = self.engine.get_lr()[0]
@@ -154,8 +154,7 @@ class Trainer:
         spike_line = self.guard.judge(done.loss, broken)
         if spike_line:
             log_rank0(spike_line)
-        due = self._is_due(step, self.settings.variance_interval)
-        moments = self._moments.measure() if due else {}
+        moments = self._moments.measure() if self._is_due(step, self.settings.variance_interval) else {}
         record = {
             "step": step,
             "seqlen": seqlen,
@@ -167,6 +166,7 @@ class Trainer:
             **data.facts,
             **moments,
             "seconds": time.perf_counter() - started,
+            "cpu_seconds": time.process_time() - cpu_started,
             "data_seconds": data_seconds,
         }
         self.telemetry.step(record)

@@ -6,11 +6,9 @@ log and checkpoint.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
-import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -21,12 +19,13 @@ from typing import Any, NamedTuple
 from seqlen_curriculum.config.equivalence import count_identical_steps
 from seqlen_curriculum.config.run import RunConfig
 from seqlen_curriculum.errors import DIVERGED, CheckpointError, SeqlenCurriculumError
-from seqlen_curriculum.files import is_locked, lock_of, move, replace_text, sync_tree, try_lock
+from seqlen_curriculum.files import is_locked, lock_of, move, replace_text, sync_tree
 from seqlen_curriculum.run_folder import RUN_LOG
 from seqlen_curriculum.run_folder.checkpoint_manifest import Checkpoint, checkpoint_folders, read_checkpoint
 from seqlen_curriculum.run_folder.ratios import perplexity_ratios
 from seqlen_curriculum.run_folder.run_info import read_run_info
 from seqlen_curriculum.run_folder.run_log import RunLog, read_run_log
+from seqlen_curriculum.tuning.launching import error_in, start_locked, stop_groups
 
 __all__ = ["ProbeRun", "Trial", "inherit"]
 
@@ -108,7 +107,8 @@ class ProbeRun:
         try:
             status = self._wait(process, until_step, watch)
         except BaseException:  # Ctrl-C or the end of the budget: the run saves, and the same command resumes it
-            _terminate(process)
+            stop_groups([process.pid])
+            process.wait()
             self._wait_for_unlock(until_step, lambda _: None)
             raise
         trial = self.judge(until_step)
@@ -119,7 +119,7 @@ class ProbeRun:
         if status or not self.is_saved_at(until_step):
             raise CheckpointError(
                 f"{output}: the probe ended with status {status} before step {until_step} was saved; fix the error below, "
-                f"then rerun the same command:\n{_error_in(output, before)}"
+                f"then rerun the same command:\n{error_in(output, before)}"
             )
         return trial
 
@@ -134,16 +134,7 @@ class ProbeRun:
         path = self.save.with_suffix(".json")
         replace_text(path, json.dumps(self.raw, indent=2) + "\n")
         flags = ["--config", str(path), "--save", str(self.save), "--until-step", str(until_step)]
-        lock = try_lock(self.launch_lock)
-        assert lock is not None
-        # A flock is held until every copy of its file descriptor is closed. The launcher and its ranks inherit one, so the
-        # lock shows that they are alive, even after this process was killed.
-        with output.open("ab") as out:
-            process = subprocess.Popen(
-                [*command, *flags], stdout=out, stderr=subprocess.STDOUT, start_new_session=True, pass_fds=(lock,)
-            )
-        os.close(lock)
-        return process
+        return start_locked([*command, *flags], output, self.launch_lock)
 
     def _wait(self, process: subprocess.Popen[bytes], until_step: int, watch: Watch) -> int:
         while process.poll() is None:
@@ -157,20 +148,6 @@ class ProbeRun:
         while is_locked(self.launch_lock) or is_locked(lock_of(self.save)):
             watch(self.judge(until_step))
             time.sleep(_POLL_SECONDS)
-
-
-def _terminate(process: subprocess.Popen[bytes]) -> None:
-    """Send SIGTERM to the launcher and all ranks on this node, which then finish their step and save."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGTERM)
-        process.wait()
-
-
-def _error_in(output: Path, start: int) -> str:
-    """Return the last ``error: `` line of the script's output from byte ``start`` on, else the last ten lines."""
-    lines = output.read_bytes()[start:].decode("utf-8", errors="replace").splitlines()
-    errors = [line for line in lines if line.startswith("error: ")]
-    return "\n".join(errors[-1:] or lines[-10:])
 
 
 def inherit(run: ProbeRun, donors: Sequence[ProbeRun], until_step: int) -> int:
