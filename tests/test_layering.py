@@ -1,6 +1,7 @@
 """Imports point one way, and planning loads neither torch nor DeepSpeed."""
 
 import ast
+import functools
 import importlib
 import json
 import multiprocessing
@@ -22,8 +23,9 @@ LEVEL = {room: level for level, rooms in enumerate(ROOMS.split("<")) for room in
 HEAVY = {"torch", "deepspeed", "transformers"}
 
 
+@functools.cache
 def imports(path):
-    """(module, whether it runs on import of the file) of every import statement."""
+    """Return (module, whether it runs on import of the file) of every import statement."""
     tree = ast.parse(path.read_text())
     hidden = {
         child
@@ -31,12 +33,14 @@ def imports(path):
         if isinstance(node, ast.FunctionDef) or (isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test))
         for child in ast.walk(node)
     }
+    found = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            yield from ((alias.name, node not in hidden) for alias in node.names)
+            found += [(alias.name, node not in hidden) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
-            yield node.module, node not in hidden
+            found.append((node.module, node not in hidden))
+    return found
 
 
 def modules():
