@@ -52,6 +52,7 @@ def run_file(tmp_path_factory, tiny_run, corpus):
     del run["model"]
     run["training"] |= {"train_tokens": 2_528, "eval_interval": 9, "save_interval": 9, "keep_last": 9}
     run["training"]["variance_interval"] = 5
+    run["train_micro_batch_size_per_gpu"] = 4  # one or two micro-batches per step on one rank, which is faster
     (folder / "run.json").write_text(json.dumps(run))
     return folder / "run.json"
 

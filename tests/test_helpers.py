@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 from helpers import capabilities
+from helpers.forked_command import forked_command
 from helpers.launchers import srun, without_launcher
 from helpers.launching import TESTS, forked, launch, limit, running, wait_until
 from helpers.order import LONG, longest_first
@@ -99,3 +100,21 @@ def test_an_error_of_a_forked_rank_is_printed(tmp_path):
     status, output = launch(tmp_path / "log", tmp_path / "script.py", launcher=forked)
     assert status == 1
     assert "ValueError: of the script" in output
+
+
+def test_a_forked_command_has_the_output_and_the_status_of_its_script(tmp_path):
+    script = tmp_path / "script.py"
+    code = "import os, sys\nprint('torch' in sys.modules, os.getcwd(), os.environ['A'], sys.argv[1])\nsys.exit(3)"
+    script.write_text(code)
+    command = [*forked_command(), str(script), "b"]
+    result = subprocess.run(command, cwd=tmp_path, env={**os.environ, "A": "a"}, capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (3, f"True {tmp_path} a b\n")
+
+
+def test_a_script_ends_with_its_forked_command(tmp_path):
+    script, started = tmp_path / "script.py", tmp_path / "pid"
+    script.write_text(f"import os, time\nopen({str(started)!r}, 'w').write(f'{{os.getpid()}} ')\ntime.sleep(99)")
+    with subprocess.Popen([*forked_command(), str(script)]) as process:
+        wait_until(lambda: started.exists() and started.read_text().endswith(" "), "it does not start")
+        process.kill()
+    wait_until(lambda: not psutil.pid_exists(int(started.read_text())), "the script is still alive")

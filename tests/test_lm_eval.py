@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import lm_eval.tasks
 import pytest
-from helpers.evaluated import ITEMS, POSITIONS, WORDS, ids, logits_of, tail
+from helpers.evaluated import ITEMS, LM_EVAL, POSITIONS, WORDS, ids, logits_of, tail
 from transformers import AutoModelForCausalLM
 
 from seqlen_curriculum.cli import evaluate
@@ -165,13 +165,18 @@ def test_the_example_of_the_eleven(evaluate_command):
     assert float(table[-1].split()[3].rstrip("%")) == pytest.approx(sum(shares) / 11, abs=0.01)
 
 
+def few_tasks(manager, include_path, include_defaults=True):
+    """Return a manager of the given tasks and, by default, of one of lm-eval's: listing all 10,000 takes seconds."""
+    folders = [LM_EVAL / "piqa", include_path] if include_defaults else [include_path]
+    return manager(include_path=folders, include_defaults=False)
+
+
 def test_mistakes_in_tasks_are_reported(evaluate_error, evaluated_place, tmp_path, monkeypatch):
     task = (evaluated_place.folder / "tasks" / "piqa.yaml").read_text()
     (tmp_path / "piqa.yaml").write_text(task.replace("piqa.jsonl", "nothing.jsonl"))
     (tmp_path / "group.yaml").write_text("group: quizzes\ntask: [piqa]\n")
     (tmp_path / "arc_easy.yaml").write_text(task.replace("task: piqa", "task: arc_easy\ntag: [exams]"))
-    # Listing lm-eval's 10,000 tasks takes seconds: once is enough.
-    monkeypatch.setattr(lm_eval.tasks, "TaskManager", functools.cache(lm_eval.tasks.TaskManager))
+    monkeypatch.setattr(lm_eval.tasks, "TaskManager", functools.partial(few_tasks, lm_eval.tasks.TaskManager))
     flags = ["runs/gpt3", "--include-path", tmp_path, "--harness"]
     message = evaluate_error(*flags, "piqa")
     assert "--harness piqa: its data can't be read (FileNotFoundError" in message
@@ -181,6 +186,12 @@ def test_mistakes_in_tasks_are_reported(evaluate_error, evaluated_place, tmp_pat
     for group in ("quizzes", "exams"):
         message = evaluate_error(*flags, group)
         assert f"--harness {group}: is a group of lm-eval" in message
+
+
+@pytest.mark.slow
+def test_a_task_is_looked_up_among_all_of_lm_eval(evaluate_error):
+    message = evaluate_error("runs/gpt3", "--harness", "arc_chalenge")
+    assert "--harness arc_chalenge: there is no such task; did you mean 'arc_challenge'?" in message
 
 
 def test_what_a_task_cannot_do_is_reported_before_the_weights_are_read(

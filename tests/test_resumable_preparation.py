@@ -14,6 +14,7 @@ from typing import Any
 
 import psutil
 import pytest
+from helpers.command import slw
 
 from seqlen_curriculum.data import writer
 from seqlen_curriculum.data.preparation import pieces, prepare, resumable
@@ -72,8 +73,8 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, batches: int, error: BaseExcepti
 
 def test_kill_and_the_same_command(tmp_path: Path) -> None:
     """SIGTERM, SIGKILL and the end, each a process of its own with two workers; no worker outlives its parent."""
-    sources = b"".join(path.read_bytes() for path in stdlib_files())[:600_000]
-    (tmp_path / "x.txt").write_bytes(sources[:300_000] + b"\n\xff\n" + sources[300_000:])
+    sources = b"".join(path.read_bytes() for path in stdlib_files())[:300_000]
+    (tmp_path / "x.txt").write_bytes(sources[:150_000] + b"\n\xff\n" + sources[150_000:])
     command = ["--input", "x.txt", "--train-vocab", "300", "--on-bad-input", "skip", "--workers", "2"]
     code = (
         "import runpy, sys; from seqlen_curriculum.data.preparation import pieces, resumable\n"
@@ -269,9 +270,8 @@ def test_an_input_folder_may_hold_a_partial(tmp_path: Path, lines: Path, small_s
 def _prepared(tmp_path, *arguments):
     if not (tmp_path / "good.txt").exists():
         (tmp_path / "good.txt").write_text("some words to train on " * 30)
-    command = [sys.executable, str(ROOT / "scripts" / "prepare_data.py"), "--input", str(tmp_path / "good.txt")]
-    options = ["--train-vocab", "270", "--workers", "1", "--output-prefix", str(tmp_path / "out"), *arguments]
-    return subprocess.run([*command, *options], capture_output=True, text=True)
+    options = ["--train-vocab", "270", "--workers", "1", "--output-prefix", tmp_path / "out", *arguments]
+    return slw("prepare", "--input", tmp_path / "good.txt", *options)
 
 
 def test_a_journal_with_a_broken_line_is_good_up_to_it(tmp_path):

@@ -48,7 +48,7 @@ def run_file(tmp_path_factory, tiny_run, corpus):
     for path in corpus.parent.iterdir():
         shutil.copy(path, folder)
     run = json.loads(json.dumps(tiny_run))
-    run |= {"train_batch_size": 16, "train_micro_batch_size_per_gpu": 4}
+    run |= {"train_batch_size": 16, "train_micro_batch_size_per_gpu": 8}
     run["curriculum_learning"] |= {
         "min_difficulty": 16,
         "schedule_config": {"total_curriculum_step": 30, "difficulty_step": 4},

@@ -1,4 +1,4 @@
-"""Whole runs under the real launcher: the log is the plan, and nothing a run can suffer changes it."""
+"""Whole runs, one of them under the real launcher: the log is the plan, and nothing a run can suffer changes it."""
 
 import json
 import math
@@ -38,6 +38,12 @@ from seqlen_curriculum.run_folder.run_log import MACHINE_KEYS, read_run_log
 
 
 @pytest.fixture(scope="session")
+def tiny_run(tiny_run):
+    """The tiny run in half as many micro-batches, which are faster: one or two per step on one rank."""
+    return {**tiny_run, "train_micro_batch_size_per_gpu": 4}
+
+
+@pytest.fixture(scope="session")
 def run_file(tmp_path_factory, tiny_run):
     path = tmp_path_factory.mktemp("configs") / "run.json"
     path.write_text(json.dumps(tiny_run))
@@ -50,7 +56,7 @@ def reference(tmp_path_factory, run_file):
     folder = tmp_path_factory.mktemp("reference")
     monitor = json.dumps({"enabled": True, "output_path": str(folder / "csv"), "job_name": "tiny"})
     arguments = ("--config", run_file, "--save", folder / "run", "--set", f"csv_monitor={monitor}")
-    status, output = launch(folder / "log", TRAIN, *arguments)
+    status, output = launch(folder / "log", TRAIN, *arguments, launcher=forked)
     assert status == 0, output
     return folder / "run"
 

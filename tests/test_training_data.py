@@ -113,7 +113,7 @@ def read_by_epoch(data, world_size):
     return {key: np.concatenate(tokens) for key, tokens in read.items()}
 
 
-@settings(max_examples=400, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=200, suppress_health_check=[HealthCheck.too_slow])
 @given(case=cases())
 def test_every_token_is_read_once_an_epoch(positions, case):
     assert_every_token_is_read_once_an_epoch(positions, case)

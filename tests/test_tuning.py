@@ -13,6 +13,7 @@ import psutil
 import pytest
 from helpers.capabilities import require_launches
 from helpers.command import slw
+from helpers.forked_command import forked_command
 from helpers.launching import ROOT, free_port, limit, running, wait_until
 from helpers.runs import records
 from helpers.settings import changed
@@ -35,7 +36,7 @@ TUNE = [sys.executable, str(ROOT / "scripts" / "tune.py")]
 def tune_command(config, save, *flags):
     # What the launcher sets for one rank. The launcher itself would start as long as a probe runs.
     ranks = [f"{name}=0" for name in ("RANK", "LOCAL_RANK")] + ["WORLD_SIZE=1", "MASTER_ADDR=127.0.0.1"]
-    launcher = ["env", *ranks, f"MASTER_PORT={free_port()}", sys.executable]
+    launcher = ["env", *ranks, f"MASTER_PORT={free_port()}", *forked_command()]
     return [*TUNE, str(config), "--save", str(save), "--launcher", shlex.join(launcher), *flags]
 
 

@@ -13,7 +13,9 @@ import json
 import os
 import resource
 import runpy
+import select
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -49,21 +51,26 @@ class ForkedLaunch:
 
 
 class ForkServer:
-    """The process that runs ``serve``. It exits when this process closes its end of the pipe."""
+    """A connection to the process that runs ``serve``. xdist's workers share that process, which the first one starts."""
 
     def __init__(self, environment: Mapping[str, str]) -> None:
-        command = [sys.executable, "-m", "helpers.fork_server"]
-        self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, text=True, start_new_session=True
-        )
-        atexit.register(self._process.kill)
+        name = f"seqlen-tests-{os.environ.get('PYTEST_XDIST_TESTRUNUID', os.getpid())}"
+        self._connection = _connect(name)
+        if self._connection is None:
+            command = [sys.executable, "-m", "helpers.fork_server", name]
+            process = subprocess.Popen(command, stdin=subprocess.DEVNULL, env=environment, start_new_session=True)
+            while (connection := _connect(name)) is None:
+                if process.poll():
+                    raise RuntimeError(f"the fork server ended with status {process.returncode}")
+                time.sleep(0.01)
+            self._connection, self._process = connection, process
+        self._file = self._connection.makefile("rw")
+        self._one_at_a_time = threading.Lock()
 
     def ask(self, request: dict[str, Any]) -> Any:
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.write(f"{json.dumps(request)}\n")
-        self._process.stdin.flush()
-        return json.loads(self._process.stdout.readline())
+        with self._one_at_a_time:
+            print(json.dumps(request), file=self._file, flush=True)
+            return json.loads(self._file.readline())
 
     def start(
         self,
@@ -82,30 +89,70 @@ class ForkServer:
         )
 
 
-def serve() -> None:
-    """Answer requests, one JSON line each, until the other end closes: ``start``'s with a pid, a poll with the status."""
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
+def _connect(name: str) -> socket.socket | None:
+    """Return a connection to the server of this name, None if there is none."""
+    connection = socket.socket(socket.AF_UNIX)
+    try:
+        connection.connect(f"\0{name}")  # outside the file system
+    except ConnectionRefusedError:
+        connection.close()
+        return None
+    return connection
+
+
+def serve(name: str) -> None:
+    """Answer requests, one JSON line each, until all connections are closed.
+
+    The answer to ``start``'s is a pid, to a poll the status of a launch. If there is a server of this name, return.
+    """
+    listener = socket.socket(socket.AF_UNIX)
+    try:
+        listener.bind(f"\0{name}")
+    except OSError:
+        return
+    listener.listen()
+    _import_all()
+    files: dict[socket.socket, Any] = {}
+    while ready := select.select([listener, *files], [], [], None if files else 60)[0]:
+        for one in ready:
+            if one is listener:
+                connection, _ = listener.accept()
+                files[connection] = connection.makefile("rw")
+            elif line := files[one].readline():
+                print(json.dumps(_answer(json.loads(line), [listener, *files])), file=files[one], flush=True)
+            else:
+                files.pop(one).close()
+                one.close()
+                if not files:
+                    return
+
+
+def _import_all() -> None:
     import deepspeed.runtime.superoffload.superoffload_stage3
     import deepspeed.runtime.zero.muon.original_muon  # noqa: F401 - imported by ZeRO, with torch's compiler
     import hypothesis  # noqa: F401
     import pytest  # noqa: F401
+    from deepspeed.utils import numa
 
     import seqlen_curriculum.training.pretrain  # noqa: F401
 
+    # On a CPU, ZeRO-3 asks for the cores at each reduction of gradients, and each time starts numactl.
+    cores = numa.get_numa_cores()
+    numa.get_numa_cores = lambda: cores
     # Ranks then neither examine the million objects of these modules at each collection, nor copy their memory for it.
     gc.collect()
     gc.freeze()
-    for line in sys.stdin:
-        request = json.loads(line)
-        if "poll" in request:
-            pid, status = os.waitpid(request["poll"], os.WNOHANG)
-            answer = os.waitstatus_to_exitcode(status) if pid else None
-        else:
-            answer = os.fork()
-            if answer == 0:
-                _lead(**request)
-        print(json.dumps(answer), file=answers, flush=True)
+
+
+def _answer(request: dict[str, Any], sockets: Sequence[socket.socket]) -> int | None:
+    if "poll" in request:
+        pid, status = os.waitpid(request["poll"], os.WNOHANG)
+        return os.waitstatus_to_exitcode(status) if pid else None
+    if pid := os.fork():
+        return pid
+    for one in sockets:
+        os.close(one.detach())
+    _lead(**request)
 
 
 def _lead(
@@ -173,4 +220,4 @@ def _be_rank(script: str, arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    serve()
+    serve(sys.argv[1])

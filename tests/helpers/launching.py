@@ -88,7 +88,7 @@ def start(
         environment = _environment(env)
         if command.ranks:
             environment |= {"WORLD_SIZE": str(command.ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-        return _fork_server().start(command.script, command.arguments, command.ranks, log, cwd, environment, limits)
+        return fork_server().start(command.script, command.arguments, command.ranks, log, cwd, environment, limits)
 
     def prepare() -> None:
         # If the tests run in the background of a shell, SIGINT is ignored, also by all their child processes.
@@ -121,7 +121,8 @@ def _environment(env: Mapping[str, str] | None = None) -> dict[str, str]:
 
 
 @functools.cache
-def _fork_server() -> ForkServer:
+def fork_server() -> ForkServer:
+    """Return the server of this process, started by the first call."""
     return ForkServer(_environment())
 
 

@@ -6,22 +6,9 @@ from collections.abc import Iterable
 from typing import Any
 
 LONG = (
-    *("matrix", "engine", "architecture_matrix", "reshard", "spikes", "training", "tuning", "report_page", "launched"),
-    *(
-        "causal_lm_training",
-        "pretrain_data",
-        "readme",
-        "adaptive",
-        "trainer_ranks",
-        "trl",
-        "hf_trainer",
-        "lightning_ranks",
-        "megatron",
-        "deepspeed_legacy",
-        "cli_launch",
-        "prepare",
-        "docs",
-    ),
+    *("matrix", "engine", "spikes", "causal_lm_training", "report_page", "training", "tuning", "reshard", "docs"),
+    *("trainer_ranks", "pretrain_data", "launched", "architecture_matrix", "adaptive", "hf_trainer", "lightning_ranks"),
+    *("megatron", "deepspeed_legacy", "cli_launch", "resumable_preparation", "package", "prepare", "readme", "trl"),
 )
 """The test files of more than 15 seconds on one of two workers, longest first."""
 
