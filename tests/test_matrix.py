@@ -198,6 +198,10 @@ def test_goes_on_under_other_keys_of_zero(matrix):
     assert f"zero2-fp32/global_step{MID_WARMUP}: {line}" in matrix.outputs["two"]
 
 
+def test_no_warning_of_torchs_fills_the_log(matrix):
+    assert "is deprecated" not in matrix.outputs["two"]
+
+
 def test_goes_on_under_another_zero_stage_on_another_number_of_ranks(matrix):
     assert_continues(matrix["zero2-to-zero3"], matrix["zero2-fp32"], 1e-4)
     line = "saved by 2 data-parallel ranks under ZeRO stage 2, resuming on 1 under stage 3"
