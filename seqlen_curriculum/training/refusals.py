@@ -5,6 +5,7 @@ from __future__ import annotations
 import linecache
 import sys
 import traceback
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -49,6 +50,8 @@ def initialize_deepspeed(**arguments: Any) -> tuple[Any, ...]:
     optimizer = (arguments.get("config") or {}).get("optimizer") or {}
     if on_cpu() and trains_by_muon(str(optimizer.get("type"))):
         run_uncompiled()
+    # torch 2.13 would warn of calls of DeepSpeed's, several times in each step under ZeRO-3.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     try:
         with embeddings_by_adam() as divided:
             initialized = tuple(deepspeed.initialize(**arguments))

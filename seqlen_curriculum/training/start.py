@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -43,8 +42,6 @@ def join_ranks(deepspeed_config: Mapping[str, Any], distributed_port: int = DEFA
     # takes memory there.
     get_accelerator().set_device(_own_device(found.local_rank if found else 0))
     set_up_extensions(is_first_of_node=found is None or found.local_rank == 0)
-    # torch 2.13 would warn of calls of DeepSpeed's, several times in each step under ZeRO-3.
-    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     problems = list(machine_problems(deepspeed_config))
     if problems:
         raise ConfigError(problems)

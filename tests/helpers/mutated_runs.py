@@ -135,7 +135,11 @@ class Twin(str):
 
 def bases(tiny_run):
     """Return valid runs: all shipped ones, the tests' run, and every type of schedule with other sections beside it."""
-    files = [path for path in sorted((ROOT / "configs").rglob("*.json")) if path.name != "run.schema.json"]
+    files = [
+        path
+        for path in sorted((ROOT / "configs").rglob("*.json"))
+        if path.name != "run.schema.json" and path.parent.name != "studies"
+    ]
     blocks = [block(schedule, schedule_type=kind, max_difficulty=64) for kind, schedule in SCHEDULES]
     grown = {**blocks[0], "batch_growth": True, "min_tokens_per_step": 256}
     windows = {**blocks[2], "method": "window", "restart_positions": True}
