@@ -185,7 +185,9 @@ def describe_errors(error: ValidationError, section: type[BaseModel], where: str
 
 
 def _describe(detail: Any, section: type[BaseModel], where: str) -> str:
-    path, value, message = detail["loc"], detail["input"], detail["msg"].removeprefix("Value error, ")
+    # pydantic marks the key of a mapping by a further part, "[key]".
+    path = tuple(part for part in detail["loc"] if part != "[key]")
+    value, message = detail["input"], detail["msg"].removeprefix("Value error, ")
     key = ".".join([*filter(None, [where]), *(shown(str(part))[1:-1] for part in path)])
     if issubclass(section, Flags):  # the rest of the path is an index into the flag's list
         key = flag(str(path[0])) if path else ""

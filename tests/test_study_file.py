@@ -98,7 +98,7 @@ def test_the_reference_is_a_case_or_one_of_its_variants(study):
         ({"seeds": None}, ["seeds: required"]),
         ({"seeds": []}, ["seeds: [] is not valid"]),
         ({"cases": {}}, ["cases: {} is not valid"]),
-        ({"cases": {"a b": {}}}, ["cases.a b", "use letters, digits"]),
+        ({"cases": {"a b": {}}}, ["cases.a b: 'a b' is not valid as", "use letters, digits"]),
         ({"cases": {"a": 3}}, ["cases.a: 3 is not an object"]),
         ({"seeds": [1, 11]}, ["seeds: 11 is one of tuning_seeds too"]),
         ({"seeds": [1, 1]}, ["seeds: 1 is given twice"]),
