@@ -1,4 +1,4 @@
-"""Percentile bootstrap intervals of statistics over runs."""
+"""Percentile bootstrap intervals (Efron and Tibshirani 1993, chapter 13) of statistics over runs."""
 
 from __future__ import annotations
 

@@ -22,8 +22,7 @@ def document_use(config: RunConfig) -> dict[str, Any]:
 
     Each has ``name, documents`` (without empty ones), ``tokens`` (the targets of an epoch), ``first_targets`` (those that
     are the first token of a document, predicted from the end token alone) and ``parts_per_row`` (the mean number of parts
-    that a sample of full length consists of). Raises ConfigError, and DataError
-    for documents without a common end token.
+    that a sample of full length consists of). Raises ConfigError, and DataError for documents without a common end token.
     """
     if not config.stops_at_documents:
         return {}
