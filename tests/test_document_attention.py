@@ -187,6 +187,20 @@ def test_varlen_attention_gets_the_parts(monkeypatch: pytest.MonkeyPatch, slidin
     assert calls == [max(c.stop - c.start for _, c in parts_alone(random_starts(9)))] * 2
 
 
+@pytest.mark.needs("gpu")
+@pytest.mark.parametrize("name", ["gpt2", "llama", "mistral"])
+def test_bf16_on_a_gpu_is_close_to_fp32_on_a_cpu(name: str) -> None:
+    found = {}
+    for device, dtype in (("cpu", torch.float32), ("cuda", torch.bfloat16)):
+        model, inputs, targets = model_and_rows(name)
+        model.to(device, dtype)
+        parts = DocumentParts.of(random_starts(10)).to(torch.device(device))
+        loss = model(inputs.to(device), targets.to(device), 0, parts)
+        loss.backward()
+        found[device] = {"loss": loss.detach().cpu(), **{key: grad.cpu() for key, grad in gradients(model).items()}}
+    assert max(relative_error(grad, found["cpu"][key]) for key, grad in found["cuda"].items()) < 0.05
+
+
 def test_an_architecture_with_its_own_attention_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(abilities, "log_rank0", print)
     with pytest.raises(ConfigError, match=r'data.attention: "document" doesn\'t work with a bloom'):

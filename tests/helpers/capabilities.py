@@ -43,6 +43,12 @@ def _bf16() -> str:
     return "" if get_accelerator().is_bf16_supported() else "DeepSpeed supports no bf16 on this device"
 
 
+def _gpu() -> str:
+    import torch
+
+    return "" if torch.cuda.is_available() else "torch finds no GPU"
+
+
 def _compiler() -> str:
     """Probe ninja, a C++ compiler and Python's headers, with which DeepSpeed compiles."""
     problem, fix = compiler_problem()
@@ -114,6 +120,7 @@ def _namespaces() -> str:
 PROBES = {
     "fp16": _fp16,
     "bf16": _bf16,
+    "gpu": _gpu,
     "compiler": _compiler,
     "browser": _browser,
     "npm": _npm,
