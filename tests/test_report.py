@@ -14,7 +14,7 @@ from seqlen_curriculum.analysis import formats
 from seqlen_curriculum.analysis.page import page
 from seqlen_curriculum.analysis.report import report
 from seqlen_curriculum.analysis.run import Run, Series
-from seqlen_curriculum.analysis.seed_groups import seed_groups
+from seqlen_curriculum.analysis.seed_groups import seed_groups, shared_name
 from seqlen_curriculum.analysis.tables import ReportTables
 
 FAST = synthetic("fast", [4.0, 3.0, 2.0, 1.0], {2: 1.9, 4: 2.1}, seconds=9.0, tokens=50)
@@ -247,6 +247,12 @@ def test_seeds_in_words_and_on_the_page():
 def test_a_run_of_unknown_configuration_is_no_seed_of_another():
     groups = seed_groups([BASE, FAST, *SEEDS[:2]])
     assert [(group.name, group.members) for group in groups] == [("base", [0]), ("fast", [1]), ("base-seed10", [2, 3])]
+
+
+@pytest.mark.parametrize("separator", ["-seed", "_seed=", ".seed-", "/seed_", " seed ", "-"])
+def test_the_name_of_a_group_has_no_seed(separator):
+    for seeds in ((1, 2), (10, 11), (1, 12)):
+        assert shared_name([f"slw.8{separator}{seed}" for seed in seeds]) == "slw.8"
 
 
 def test_repeats_and_unfinished_runs_are_no_seeds_to_average():

@@ -49,9 +49,9 @@ def shared_name(names: Sequence[str]) -> str:
         return names[0]
     letters = itertools.takewhile(lambda column: len(set(column)) == 1, zip(*names, strict=False))
     shared = "".join(column[0] for column in letters)
-    if all(name[len(shared) :][:1].isdigit() for name in names):
-        shared = shared.rstrip("0123456789")  # slw-seed10 and slw-seed11 share slw-seed1, whose 1 belongs to the seed
-    return re.sub(r"[-_./ ]*(seed)?[-_=]?$", "", shared) or names[0]
+    if all(name[len(shared) :][:1].isdigit() or name == shared for name in names):
+        shared = shared.rstrip("0123456789")  # slw-seed1 and slw-seed12 share slw-seed1, whose 1 belongs to the seed
+    return re.sub(r"[-_./ ]*(seed)?[-_= ]?$", "", shared) or names[0]
 
 
 def over_seeds(runs: Sequence[Run], numbers: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
