@@ -60,7 +60,8 @@ class RootSchedule(LinearSchedule):
     """The ``schedule_config`` of ``fixed_root``."""
 
     root_degree: float = Field(gt=0)
-    """DeepSpeed's key: the exponent is ``1 / root_degree``. 1 is linear, 2 is a square root, which grows fast at first."""
+    """DeepSpeed's key: the exponent is ``1 / root_degree``. 1 is linear, 2 is a square root, which grows fast at first, and
+    0.5 a square, which grows slowly at first."""
 
 
 class DiscreteSchedule(Section):
