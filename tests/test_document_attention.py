@@ -21,6 +21,7 @@ from seqlen_curriculum.errors import ConfigError
 from seqlen_curriculum.models import document_attention
 from seqlen_curriculum.models.document_attention import DocumentParts
 from seqlen_curriculum.training import abilities
+from seqlen_curriculum.training.documents import DocumentBatches
 
 ROWS, SEQLEN = 3, 37
 
@@ -145,6 +146,16 @@ def test_parts_are_padded_by_a_quarter_at_most() -> None:
             assert own <= padded <= max(own * 1.25, own + 7)
         assert len(parts.padding) == len(parts.taken) - 3001
         assert parts.taken[parts.places].tolist() == list(range(3001))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_parts_that_are_tried_first_are_padded_by_most_of_a_quarter(masked: bool) -> None:
+    for seqlen in (256, 1024, 2048):
+        parts = DocumentBatches(masked).largest(2, seqlen, torch.device("cpu"))
+        assert len(parts.taken) >= 2 * seqlen * 1.15
+        kept = 2 * seqlen if parts.kept is None else len(parts.kept)
+        assert kept == 2 * (seqlen - 4 * masked)
+        assert parts.weight == 1.0
 
 
 def test_parts_are_compared_by_their_values() -> None:

@@ -7,6 +7,8 @@ import signal
 import subprocess
 import sys
 import threading
+import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -16,7 +18,7 @@ from helpers.launching import ROOT, wait_until
 from helpers.settings import changed
 from helpers.synthetic_runs import synthetic
 
-from seqlen_curriculum import CheckpointError, ConfigError, RunConfig
+from seqlen_curriculum import CheckpointError, ConfigError, DivergenceError, RunConfig
 from seqlen_curriculum.analysis.study_tables import study_tables
 from seqlen_curriculum.cli.study import job_slots
 from seqlen_curriculum.files import is_locked, read_json
@@ -24,7 +26,13 @@ from seqlen_curriculum.study import run_folders
 from seqlen_curriculum.study.cost import arm_costs
 from seqlen_curriculum.study.execute import train_all
 from seqlen_curriculum.study.progress import Progress, train
-from seqlen_curriculum.study.report import study_results, study_sentences
+from seqlen_curriculum.study.report import (
+    device_warnings,
+    edge_warnings,
+    reference_arm,
+    study_results,
+    study_sentences,
+)
 from seqlen_curriculum.study.results import Trained, best_rates, clock_of, mean_final_loss, reduction
 from seqlen_curriculum.study.run_folders import StudyRun, check_unchanged
 from seqlen_curriculum.study.study_file import read_study
@@ -116,10 +124,11 @@ def test_the_cost_of_tuning_is_that_of_all_its_runs(results, tiny_run):
     cost = results["tuning"]["cost"]
     plans = [RunConfig.from_dict({**tiny_run, "curriculum_learning": block}).timeline() for block in
              (None, tiny_run["curriculum_learning"])]  # fmt: skip
-    tokens = [plan.consumed_tokens(plan.steps) for plan in plans]
-    assert (cost["runs"], cost["tokens"]) == (12, 6 * sum(tokens))
-    assert cost["trainings"] == pytest.approx(6 * sum(tokens) / tokens[0])
-    assert cost["seconds"] == pytest.approx(4 * 8.0 + 4 * 4.0)  # a run that diverges has no evaluation
+    whole = [plan.consumed_tokens(plan.steps) for plan in plans]
+    one_step = [plan.consumed_tokens(1) for plan in plans]  # four runs diverge after it
+    assert (cost["runs"], cost["tokens"]) == (12, 4 * sum(whole) + 2 * sum(one_step))
+    assert cost["trainings"] == pytest.approx(cost["tokens"] / whole[0])
+    assert cost["seconds"] == pytest.approx(4 * 8.0 + 4 * 4.0 + 2 * 2.0 + 2 * 1.0)
 
 
 def test_the_result_is_the_configuration_of_the_best_case(finished, tiny_run):
@@ -131,7 +140,8 @@ def test_what_is_printed_is_in_the_report(finished, results):
     numbers = read_json(save / "report" / "report.json")
     for table in study_tables(numbers):
         assert table.as_text() in result.stdout
-    assert "never to 1.0x" in result.stdout
+    row = next(line for line in result.stdout.splitlines() if line.startswith("constant "))
+    assert row.split() == ["constant", "0.004", "3.002", *["3.001", "to", "3.003", "2", "of", "3", "1.0x", "1.0x"]]
     page = (save / "report" / "report.html").read_text()
     assert "slw at learning rate 0.004 has the lowest mean final validation loss on the tuning seeds." in page
     assert (
@@ -163,6 +173,41 @@ def test_settings_of_trained_runs_must_not_change(finished, tiny_run, tmp_path):
     check_unchanged(
         [StudyRun(save, run) for run in read_study(write_study(tmp_path, tiny_run, seeds=[1, 7])).tuning_runs()]
     )
+
+
+def test_the_users_file_is_not_overwritten(tmp_path, tiny_run):
+    file = write_study(tmp_path, tiny_run)
+    before = file.read_text()
+    result = slw("study", file, "--save", tmp_path)
+    assert result.returncode == 1
+    assert f"--save {tmp_path}: its study.json was not written by slw study" in result.stderr
+    assert file.read_text() == before
+
+
+def test_a_reference_that_diverges_stops_the_study_before_other_runs(tmp_path, tiny_run, fake_training):
+    cases = {"constant": {"curriculum_learning": None}, "slw": {}}
+    plan = read_study(write_study(tmp_path, tiny_run, cases=cases, rates=[0.5]))
+    progress = Progress(
+        [*plan.tuning_runs(), *plan.measured_runs({arm.name: None for arm in plan.arms})], arm_costs(plan)
+    )
+    runs = train(tmp_path / "save", plan.tuning_runs(), [{}], progress)
+    rates = best_rates(plan, runs)
+    assert edge_warnings(plan, rates, runs) == [
+        f"{name}: diverged at every rate, so it is not compared; give lower rates" for name in cases
+    ]
+    with pytest.raises(DivergenceError, match="reference: constant diverged at every rate"):
+        reference_arm(plan, rates, runs)
+
+
+def test_a_case_that_diverges_is_not_waited_for(capsys, tmp_path, tiny_run, fake_training):
+    diverging = {"optimizer": {"params": {"lr": 0.5}}}
+    plan = read_study(write_study(tmp_path, tiny_run, cases={"a": {}, "b": diverging}, rates=[], tuning_seeds=[]))
+    everything = plan.measured_runs({"a": None, "b": None})
+    progress = Progress(everything, arm_costs(plan))
+    progress.leave_out([run for run in everything if run.arm.name == "b"])
+    train(tmp_path / "save", plan.measured_runs({"a": None}), [{}], progress)
+    assert capsys.readouterr().err.splitlines()[-1].startswith("3/3  a/seed3: ")
+    assert capsys.readouterr().err == ""
 
 
 def test_a_folder_of_something_else_is_refused(tmp_path, tiny_run):
@@ -214,7 +259,7 @@ def test_a_run_that_survived_a_killed_command_is_waited_for(runs, tmp_path):
     assert runs[1].is_running
     assert runs[1].group == survivor.pid
     threading.Timer(0.5, wait.unlink).start()
-    train_all(runs[:2], [{}], ended.append)
+    train_all(runs[:2], [{}] * 2, ended.append)  # two free slots, one of which the survivor uses
     survivor.wait()
     assert ended == [runs[1], runs[0]]
     assert starts(tmp_path / "save") == [runs[1].planned.name, runs[0].planned.name]
@@ -230,9 +275,25 @@ class Interrupted(StudyRun):
 
 def test_an_interrupt_stops_all_runs(runs, tmp_path):
     (tmp_path / "save" / "wait").touch()
-    survivor = runs[0].start({})
     with pytest.raises(KeyboardInterrupt):
         train_all([*runs[:2], Interrupted(tmp_path / "save", runs[2].planned)], [{}] * 3, lambda _: None)
+    assert not any(run.is_running or run.has_ended for run in runs)
+
+
+def test_an_interrupt_stops_a_run_that_survived_a_killed_command(runs, tmp_path, monkeypatch):
+    (tmp_path / "save" / "wait").touch()
+    survivor = runs[0].start({})
+    wait_until(lambda: starts(tmp_path / "save"), "the run did not start")
+    sleep, interrupts = time.sleep, [KeyboardInterrupt]
+
+    def interrupted(seconds):
+        if interrupts:
+            raise interrupts.pop()
+        sleep(seconds)
+
+    monkeypatch.setattr(time, "sleep", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train_all(runs[:2], [{}], lambda _: None)
     assert survivor.wait() == -signal.SIGTERM
     assert not any(run.is_running or run.has_ended for run in runs)
 
@@ -309,8 +370,17 @@ def test_the_clock_is_that_of_all_runs():
     assert clock_of([with_cpu_time]) == "cpu_seconds"
     assert with_cpu_time.over_time("cpu_seconds").costs.tolist() == [1.0, 2.0]
     assert clock_of([with_cpu_time, trained([3.0, 2.5], 4.0)]) == "seconds"
-    with_cpu_time.run.info["launches"] = [{"device": {"accelerator": "H200"}}]
+    rolled_back = replace(with_cpu_time.run, rollbacks=[{"returned_to": 1, "seconds": 10.0}])
+    assert clock_of([Trained(rolled_back)]) == "seconds"  # the CPU time of undone steps is unknown
+    with_cpu_time.run.info["launches"] = [{"device": {"accelerator": "H200", "cpu": "Xeon"}}]
     assert clock_of([with_cpu_time]) == "seconds"
+    other = trained([3.0], 4.0)
+    other.run.info["launches"] = [{"device": {"accelerator": None, "cpu": "Xeon"}}]
+    runs = {("a", None, 1): with_cpu_time, ("a", None, 2): other}
+    assert device_warnings(runs) == [
+        "runs were trained on different devices (H200, Xeon), so their times can't be compared"
+    ]
+    assert device_warnings({("a", None, 1): other, ("b", None, 1): trained([3.0], 4.0)}) == []
 
 
 def test_a_study_without_rates_compares_the_cases_as_they_are(tmp_path, tiny_run, fake_training):
@@ -324,6 +394,24 @@ def test_a_study_without_rates_compares_the_cases_as_they_are(tmp_path, tiny_run
     assert (results["chosen"], results["tuning"]) == (None, None)
     assert [case["rate"] for case in results["cases"]] == [5e-3, 5e-3]
     assert study_sentences(results) == []
+
+
+def test_the_sentence_says_more_or_less_time_and_who_finished():
+    case = {"name": "slw", "rate": 3e-3, "mean_final_valid_loss": 2.5, "seeds": 5, "reached": 5, "diverged": 0}
+    other = {**case, "name": "constant", "mean_final_valid_loss": 2.6}
+    tuning = {"cost": {"runs": 4, "tokens": 400, "flops": None, "seconds": 3600.0, "trainings": 4.0}}
+
+    def sentence(ratio, interval, chosen="slw", finished=5):
+        cases = [{**each, "time": {"ratio": ratio, "interval": interval}} for each in (case, other)]
+        results = {"cases": cases, "chosen": chosen, "reference": "constant", "target": 2.6, "finished": finished}
+        return study_sentences({**results, "clock": "CPU", "tuning": tuning})[1]
+
+    start = "On 5 other seeds it ends at 2.500, and 5 of 5 runs reach constant's mean final loss of 2.600"
+    assert sentence(4.0, [3.0, 5.0]) == f"{start}, in 4.0x less CPU time (95% interval: 3.0x to 5.0x)."
+    assert sentence(0.5, [0.5, 0.5]) == f"{start}, in 2.0x the CPU time of a whole run of it."
+    assert sentence(0.0, [0.0, 1.0]) == f"{start}."
+    assert sentence(4.0, None, finished=2) == f"{start} (2 of its runs finished), in 4.0x less CPU time."
+    assert "reach constant's mean final loss of 2.600." in sentence(1.1, [0.0, 1.2], chosen="constant")
 
 
 # --- a real study

@@ -9,7 +9,7 @@ from seqlen_curriculum import ConfigError, RunConfig
 from seqlen_curriculum.shipped import shipped_configs, shipped_studies
 from seqlen_curriculum.study.cost import arm_costs, cost_table
 from seqlen_curriculum.study.plan import merge_patch
-from seqlen_curriculum.study.study_file import read_study
+from seqlen_curriculum.study.study_file import comparison_warnings, read_study
 from seqlen_curriculum.tuning.cost import cost_of
 
 STUDY = {
@@ -118,11 +118,34 @@ def test_the_reference_is_a_case_or_one_of_its_variants(study):
             {"variants": None, "cases": {"a": {"scheduler": {"type": "WarmupLR", "params": {"warmup_max_lr": 1.0}}}}},
             ["a: scheduler.params.warmup_max_lr: replaces optimizer.params.lr"],
         ),
+        (  # its default does so too
+            {
+                "variants": None,
+                "cases": {"a": {"scheduler": {"type": "WarmupDecayLR", "params": {"total_num_steps": 46}}}},
+            },
+            ["a: scheduler.params.warmup_max_lr: replaces optimizer.params.lr"],
+        ),
+        (
+            {
+                "cases": {
+                    "a": {},
+                    "b": {"curriculum_learning": None, "data": {"seq_length": 16}, "training": {"eval_rows": 3}},
+                }
+            },
+            [
+                "b.tokens: data.seq_length: 16, but a.tokens has 32; validation losses are compared",
+                "b.steps: training.eval_rows: 3, but a.tokens has",
+            ],
+        ),
+        (
+            {"variants": None, "cases": {"a": {}, "b": {"data": {"attention": "document", "eod_mask_loss": True}}}},
+            ["b: data.eod_mask_loss: true, but a has false"],
+        ),
         ({"seeds": list(range(100, 5000))}, ["cases: with variants, rates and seeds these are 19,608 runs"]),
     ],
 )
 def test_mistakes(study, changes, messages):
-    if "WarmupLR" in str(changes):
+    if "Warmup" in str(changes):
         changes["cases"]["a"]["scheduler"]["params"] |= {"warmup_steps": None, "min_lr": None}
     with pytest.raises(ConfigError) as raised:
         read_study(study(**changes))
@@ -132,10 +155,20 @@ def test_mistakes(study, changes, messages):
 
 
 def test_paths_in_a_patch_may_be_beside_the_study(study, tmp_path, corpus, tiny_run):
-    for suffix in (".bin", ".idx"):
-        (tmp_path / f"mine{suffix}").symlink_to(f"{corpus}{suffix}")
-    plan = read_study(study(cases={"constant": {}, "mine": {"data": {"train": ["mine"]}}}, variants=None))
+    for name in ("mine", "held_out"):
+        for suffix in (".bin", ".idx"):
+            (tmp_path / f"{name}{suffix}").symlink_to(f"{corpus}{suffix}")
+    valid = {"data": {"split": None, "valid": ["held_out"]}}
+    cases = {"constant": {}, "mine": {"data": {"train": ["mine"]}}}
+    plan = read_study(study(cases=cases, variants={"valid": valid}))
     assert [arm.raw["data"]["train"] for arm in plan.arms] == [tiny_run["data"]["train"], [str(tmp_path / "mine")]]
+
+
+def test_other_attention_is_a_warning(study):
+    cases = {"a": {}, "b": {"data": {"attention": "document"}}}
+    (warning,) = comparison_warnings(read_study(study(cases=cases, variants=None)))
+    assert warning.startswith('b: with data.attention "document" a validation loss is that within documents')
+    assert list(comparison_warnings(read_study(study(cases={"b": cases["b"]}, variants=None)))) == []
 
 
 def test_the_cost_is_that_of_the_runs(study):

@@ -17,6 +17,7 @@ import json
 import math
 import os
 import signal
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -62,6 +63,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ConfigError(f"--jobs: {args.jobs} is not valid; give 1 or more")
 
     from seqlen_curriculum.study.cost import arm_costs, cost_table  # after --help: numpy and pydantic take a moment
+    from seqlen_curriculum.study.execute import train_all
     from seqlen_curriculum.study.run_folders import StudyRun, check_unchanged, open_folder
     from seqlen_curriculum.study.study_file import read_study
 
@@ -72,21 +74,25 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     check_runs(plan)
     every_run = [
-        plan.run(arm, rate, seed)
+        StudyRun(args.save, plan.run(arm, rate, seed))
         for arm, rate, seed in itertools.product(plan.arms, plan.tried, [*plan.tuning_seeds, *plan.seeds])
     ]
-    check_unchanged([StudyRun(args.save, run) for run in every_run])
+    check_unchanged(every_run)
     slots = job_slots(args.jobs)
     writable_folder("--save", args.save)
     open_folder(args.save, plan)
     # Handle SIGTERM like Ctrl-C: the running trainings are stopped and saved first.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if survivors := [run for run in every_run if run.is_running]:
+        print(f"waiting for {len(survivors)} runs that an earlier command has started", file=sys.stderr)
+        train_all(survivors, slots, lambda _: None)
     train_and_report(plan, arm_costs(plan), args.save, slots, args.json)
 
 
 def check_runs(plan: StudyPlan) -> None:
     """Raise an error for a corpus or a package that a run lacks, and print the warnings of all cases, each once."""
     from seqlen_curriculum.data.from_config import open_run_data
+    from seqlen_curriculum.study.study_file import comparison_warnings
 
     local_ranks(1)  # selects the CPU if there is no accelerator
     warnings: dict[str, None] = {}
@@ -95,7 +101,7 @@ def check_runs(plan: StudyPlan) -> None:
         check_this_machine(config.deepspeed)
         open_run_data(config)
         warnings |= dict.fromkeys(config.warnings())
-    warn(warnings)
+    warn([*warnings, *comparison_warnings(plan)])
 
 
 def job_slots(jobs: int | None) -> list[dict[str, str]]:
@@ -128,7 +134,10 @@ def train_and_report(
     runs = train(folder, tuning, slots, progress)
     rates = best_rates(plan, runs)
     warn(report.edge_warnings(plan, rates, runs))
+    report.reference_arm(plan, rates, runs)  # without one the other runs would be for nothing
+    progress.leave_out(plan.measured_runs({arm.name: None for arm in plan.arms if arm.name not in rates}))
     runs |= train(folder, plan.measured_runs(rates), slots, progress)
+    warn(report.device_warnings(runs))
     results = report.study_results(plan, rates, runs, costs)
     measured = report.measured_runs(plan, rates, runs, results["reference"])
     numbers = report.study_report(measured, results)

@@ -7,28 +7,29 @@ from collections.abc import Sequence
 
 from seqlen_curriculum.analysis import formats
 from seqlen_curriculum.analysis.cells import Table
+from seqlen_curriculum.config.run import RunConfig
 from seqlen_curriculum.data.from_config import with_buckets
 from seqlen_curriculum.errors import SeqlenCurriculumError
-from seqlen_curriculum.study.plan import Arm, PlannedRun, StudyPlan
+from seqlen_curriculum.study.plan import PlannedRun, StudyPlan
 from seqlen_curriculum.tuning.cost import Cost, cost_of
 
-__all__ = ["arm_costs", "cost_table", "total_cost"]
+__all__ = ["arm_costs", "cost_table", "run_cost", "total_cost"]
 
 
 def arm_costs(plan: StudyPlan) -> dict[str, Cost]:
     """Return the cost of one training of each arm by name, including its evaluations."""
-    return {arm.name: _cost(plan, arm) for arm in plan.arms}
+    # Neither the rate nor the seed changes the lengths.
+    return {arm.name: run_cost(plan.run(arm, None, plan.seeds[0]).config) for arm in plan.arms}
 
 
-def _cost(plan: StudyPlan, arm: Arm) -> Cost:
-    # Neither the rate nor the seed changes the lengths. Only the FLOPs of a decomposed run depend on its corpora.
-    config = plan.run(arm, None, plan.seeds[0]).config
-    try:
+def run_cost(config: RunConfig, last_step: int | None = None) -> Cost:
+    """Return the cost of a training up to ``last_step``, or of a whole one."""
+    try:  # only the FLOPs of a decomposed run depend on its corpora
         config = with_buckets(config)
     except SeqlenCurriculumError:  # not made yet; without --dry-run this is an error
         assert config.train_tokens is not None
         return Cost(config.train_tokens, math.nan)
-    return cost_of(config, 1, config.timeline().steps)
+    return cost_of(config, 1, config.timeline().steps if last_step is None else last_step)
 
 
 def total_cost(runs: Sequence[PlannedRun], costs: dict[str, Cost]) -> Cost:

@@ -24,17 +24,16 @@ class _Job:
     """A run that trains in a slot."""
 
     run: StudyRun
-    slot: Slot
+    slot: Slot | None
     process: subprocess.Popen[bytes] | None
-    """None if an earlier command, which was killed, has started it."""
+    """Both are None if an earlier command, which was killed, has started it."""
     output_start: int
 
     @classmethod
     def begin(cls, run: StudyRun, slot: Slot) -> _Job:
-        """Start or resume ``run``, unless it is still training."""
-        output = run.beside("log")
-        output_start = output.stat().st_size if output.exists() else 0
-        return cls(run, slot, None if run.is_running else run.start(slot), output_start)
+        """Start or resume ``run``."""
+        output_start = run.output_bytes
+        return cls(run, slot, run.start(slot), output_start)
 
     @property
     def is_running(self) -> bool:
@@ -58,16 +57,18 @@ def train_all(runs: Sequence[StudyRun], slots: Sequence[Slot], on_end: Callable[
     Raises CheckpointError if one fails for a reason other than divergence. On any exception, also Ctrl-C, the runs that
     train are saved and stopped.
     """
-    # Processes that survived a killed command come first, because they use the machine already.
-    waiting = deque(sorted(runs, key=lambda run: not run.is_running))
-    free, jobs = deque(slots), list[_Job]()
+    # Nothing is started beside runs that survived a killed command, because their slots are unknown.
+    survivors = [run for run in runs if run.is_running]
+    waiting = deque(run for run in runs if run not in survivors)
+    free, jobs = deque(slots), [_Job(run, None, None, run.output_bytes) for run in survivors]
     try:
         while waiting or jobs:
-            while waiting and free:
+            while waiting and free and not any(job.slot is None for job in jobs):
                 jobs.append(_Job.begin(waiting.popleft(), free.popleft()))
             for job in [job for job in jobs if not job.is_running]:
                 jobs.remove(job)
-                free.append(job.slot)
+                if job.slot is not None:
+                    free.append(job.slot)
                 if job.run.close(job.status, job.output_start):
                     on_end(job.run)
                 else:

@@ -34,6 +34,11 @@ class Progress:
         self._ended += 1
         self._tokens_left -= self._costs[run.planned.arm.name].tokens
 
+    def leave_out(self, runs: Sequence[PlannedRun]) -> None:
+        """Don't expect ``runs`` any more."""
+        self._runs -= len(runs)
+        self._tokens_left -= sum(self._costs[run.arm.name].tokens for run in runs)
+
     def show(self, run: StudyRun, trained: Trained) -> None:
         """Print the line of a run that has ended."""
         self.skip(run)

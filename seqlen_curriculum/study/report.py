@@ -14,7 +14,7 @@ from seqlen_curriculum.analysis.study_tables import fewer
 from seqlen_curriculum.analysis.write_report import check_folder, write_report
 from seqlen_curriculum.errors import DivergenceError
 from seqlen_curriculum.files import replace_text
-from seqlen_curriculum.study.plan import StudyPlan
+from seqlen_curriculum.study.plan import Arm, StudyPlan
 from seqlen_curriculum.study.results import (
     Runs,
     best_arm,
@@ -27,8 +27,10 @@ from seqlen_curriculum.study.results import (
 from seqlen_curriculum.tuning.cost import Cost
 
 __all__ = [
+    "device_warnings",
     "edge_warnings",
     "measured_runs",
+    "reference_arm",
     "study_report",
     "study_results",
     "study_sentences",
@@ -42,7 +44,8 @@ def study_results(
 ) -> dict[str, Any]:
     """Return the results of a study whose runs have all ended.
 
-    - ``reference``: the case that the others are compared with; ``target``: its mean final validation loss
+    - ``reference``: the case that the others are compared with; ``target``: the mean final validation loss of its runs that
+      finished, ``finished`` of them
     - ``clock``: "CPU" or "wall-clock"
     - ``cases``: the result of ``compared``
     - ``chosen``: the case with the lowest loss on the tuning seeds; None in a study without rates
@@ -50,13 +53,13 @@ def study_results(
 
     Raises DivergenceError if the reference has no finished run to compare with.
     """
-    references = [arm for arm in plan.references() if arm.name in rates]
-    reference = (best_arm(plan, references, runs) if plan.rates else references[0]) if references else None
-    theirs = reference and [runs[reference.name, rates[reference.name], seed] for seed in plan.seeds]
-    if reference is None or all(run.final_loss is None for run in theirs or ()):
-        raise DivergenceError(f"reference: {plan.reference} diverged in all of its runs; give lower rates")
+    reference = reference_arm(plan, rates, runs)
+    theirs = [runs[reference.name, rates[reference.name], seed] for seed in plan.seeds]
+    finished = [run.over_tokens() for run in theirs if run.final_loss is not None]
+    if not finished:
+        raise DivergenceError(f"reference: {reference.name} diverged on all seeds; give lower rates")
+    target = mean_final_loss(finished)
     clock, chosen = clock_of(runs.values()), best_arm(plan, plan.arms, runs) if plan.rates else None
-    finished = [run.over_tokens() for run in theirs or () if run.final_loss is not None]
     tuning = {
         "tried": plan.rates,
         "seeds": plan.tuning_seeds,
@@ -65,12 +68,24 @@ def study_results(
     }
     return {
         "reference": reference.name,
-        "target": mean_final_loss(finished),
+        "target": target,
+        "finished": len(finished),
         "clock": "CPU" if clock == "cpu_seconds" else "wall-clock",
-        "cases": compared(plan, rates, reference.name, runs, clock),
+        "cases": compared(plan, rates, reference.name, runs, clock, target),
         "chosen": chosen.name if chosen else None,
         "tuning": tuning if plan.rates else None,
     }
+
+
+def reference_arm(plan: StudyPlan, rates: Mapping[str, float | None], runs: Runs) -> Arm:
+    """Return the arm that others are compared with: the best-tuned one of those that ``plan.reference`` names.
+
+    Raises DivergenceError if they diverged at every rate.
+    """
+    references = [arm for arm in plan.references() if arm.name in rates]
+    if not references:
+        raise DivergenceError(f"reference: {plan.reference} diverged at every rate; give lower rates")
+    return (best_arm(plan, references, runs) if plan.rates else None) or references[0]
 
 
 def study_report(runs: Sequence[Run], results: Mapping[str, Any]) -> dict[str, Any]:
@@ -115,9 +130,11 @@ def study_sentences(results: Mapping[str, Any]) -> list[str]:
     sentences = [f"{name} at learning rate {rate} has the lowest mean final validation loss on the tuning seeds."]
     ends = f"ends at {formats.plain(loss)}" if loss is not None else f"diverges {chosen['diverged']} times"
     target = f"{reference}'s mean final loss of {formats.plain(results['target'])}"
+    if results["finished"] < chosen["seeds"]:
+        target += f" ({results['finished']} of its runs finished)"
     reached = f"{chosen['reached']} of {chosen['seeds']} runs"
     sentence = f"On {chosen['seeds']} other seeds it {ends}, and {reached} reach {target}"
-    sentences.append(f"{sentence}{_less_time(chosen['time'], results['clock'])}.")
+    sentences.append(f"{sentence}{'' if name == reference else _less_time(chosen['time'], results['clock'])}.")
     finished = [case for case in results["cases"] if case["mean_final_valid_loss"] is not None]
     best = min(finished, key=lambda case: float(case["mean_final_valid_loss"]), default=None)
     if best is not None and len(cases) > 1:
@@ -132,6 +149,8 @@ def _less_time(time: Mapping[str, Any], clock: str) -> str:
     ratio, interval = time["ratio"], time["interval"]
     if not ratio:
         return ""
+    if ratio < 1:
+        return f", in {formats.ratio(1 / ratio)} the {clock} time of a whole run of it"
     ends = f" (95% interval: {fewer(interval[0])} to {fewer(interval[1])})" if interval else ""
     return f", in {formats.ratio(ratio)} less {clock} time{ends}"
 
@@ -145,14 +164,22 @@ def _tuning_sentence(results: Mapping[str, Any]) -> str:
     return f"Tuning took {cost['runs']} runs, {share}: {amounts}."
 
 
+def device_warnings(runs: Runs) -> list[str]:
+    """Return a warning if runs were trained on different devices."""
+    devices = sorted({run.device for run in runs.values()} - {""})
+    if len(devices) < 2:
+        return []
+    return [f"runs were trained on different devices ({', '.join(devices)}), so their times can't be compared"]
+
+
 def edge_warnings(plan: StudyPlan, rates: Mapping[str, float | None], runs: Runs) -> list[str]:
     """Return a warning for each case whose best rate is the smallest or largest tried, and for each that diverged."""
     lines = []
-    for arm in plan.arms if len(plan.rates) > 1 else []:
+    for arm in plan.arms if plan.rates else []:
         rate = rates.get(arm.name)
         if rate is None:
             lines.append(f"{arm.name}: diverged at every rate, so it is not compared; give lower rates")
-        elif rate in (min(plan.rates), max(plan.rates)):
+        elif len(plan.rates) > 1 and rate in (min(plan.rates), max(plan.rates)):
             end, direction = ("smallest", "smaller") if rate == min(plan.rates) else ("largest", "larger")
             lines.append(f"{arm.name}: its best rate, {rate:g}, is the {end} one tried; add {direction} rates")
         failed = [entry["rate"] for entry in tuning_results(plan, arm, runs) if entry["diverged"] and rate is not None]

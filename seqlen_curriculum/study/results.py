@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from seqlen_curriculum.analysis.bootstrap import bootstrap_interval
 from seqlen_curriculum.analysis.run import Run
+from seqlen_curriculum.study.cost import run_cost
 from seqlen_curriculum.study.plan import Arm, StudyPlan
 from seqlen_curriculum.tuning.cost import Cost
 
@@ -59,11 +60,17 @@ class Trained:
         return float(self.run.evaluations[-1]["valid_loss"]) if self.run.finished else None
 
     @property
+    def device(self) -> str:
+        """The accelerator, or else the CPU, that trained it last; empty if unknown."""
+        device = (self.run.info.get("launches") or [{}])[-1].get("device", {})
+        return device.get("accelerator") or device.get("cpu") or ""
+
+    @property
     def has_cpu_time(self) -> bool:
-        """True if it was trained on a CPU, and its log has the CPU time."""
+        """True if it was trained on a CPU, and its log has the CPU time of all steps, also of those undone by rollbacks."""
         launches = self.run.info.get("launches") or [{}]
         on_cpu = launches[-1].get("device", {}).get("accelerator") is None
-        return on_cpu and all("cpu_seconds" in step for step in self.run.steps)
+        return on_cpu and not self.run.rollbacks and all("cpu_seconds" in step for step in self.run.steps)
 
     def over_tokens(self) -> Curve:
         """Return the losses against consumed tokens."""
@@ -72,13 +79,17 @@ class Trained:
 
     def over_time(self, clock: str) -> Curve:
         """Return the losses against the time of training steps, by the key ``clock`` of their records."""
+        evaluated = np.array(["valid_loss" in record for record in self.run.records], dtype=bool)
+        return Curve(self.run.series("valid_loss").values, self.elapsed(clock)[evaluated])
+
+    def elapsed(self, clock: str) -> Column:
+        """Return the time of training steps up to each record."""
         records, step = self.run.records, self.run.ends[0]
         elapsed = np.cumsum([record.get(clock) or 0.0 if "loss" in record else 0.0 for record in records])
         # The log lacks the steps that a rollback has undone. Their time was spent before the step after its checkpoint.
         for rollback in self.run.rollbacks or ():
             elapsed += np.where(step > rollback["returned_to"], rollback.get("seconds", 0), 0)
-        evaluated = np.array(["valid_loss" in record for record in records], dtype=bool)
-        return Curve(self.run.series("valid_loss").values, elapsed[evaluated])
+        return elapsed
 
 
 Runs = Mapping[tuple[str, float | None, int], Trained]
@@ -86,7 +97,7 @@ Runs = Mapping[tuple[str, float | None, int], Trained]
 
 
 def clock_of(runs: Iterable[Trained]) -> str:
-    """Return the key of a step's time: ``cpu_seconds`` if all ``runs`` were trained on CPUs, else ``seconds``."""
+    """Return the key of a step's time: ``cpu_seconds`` if all ``runs`` have it, else ``seconds``."""
     return "cpu_seconds" if all(run.has_cpu_time for run in runs) else "seconds"
 
 
@@ -143,16 +154,22 @@ def _mean(result: Mapping[str, Any]) -> float:
 def tuning_cost(plan: StudyPlan, runs: Runs, costs: Mapping[str, Cost], reference: str, clock: str) -> dict[str, Any]:
     """Return the ``tokens``, ``flops`` (None if unknown) and ``seconds`` of all tuning runs, and their number as ``runs``.
 
-    ``trainings`` is how many times the tokens of one run of the arm ``reference`` they are.
+    ``trainings`` is how many times the tokens of one run of the arm ``reference`` they are. A run that diverged counts up
+    to its last step.
     """
     tuning = plan.tuning_runs()
-    total = sum((costs[run.arm.name] for run in tuning), Cost())
-    curves = [runs[run.arm.name, run.rate, run.seed].over_time(clock) for run in tuning]
+    trained = [runs[run.arm.name, run.rate, run.seed] for run in tuning]
+    total = Cost()
+    for run, found in zip(tuning, trained, strict=True):
+        if found.final_loss is not None:
+            total += costs[run.arm.name]
+        elif found.run.records:
+            total += run_cost(run.config, found.run.end["step"])
     return {
         "runs": len(tuning),
         "tokens": total.tokens,
         "flops": None if math.isnan(total.flops) else total.flops,
-        "seconds": sum(float(curve.costs[-1]) for curve in curves if len(curve.costs)),
+        "seconds": sum(float(found.elapsed(clock)[-1]) for found in trained if found.run.records),
         "trainings": total.tokens / costs[reference].tokens,
     }
 
@@ -175,15 +192,16 @@ def reduction(theirs: Sequence[Curve | None], ours: Sequence[Curve]) -> float:
 
 
 def compared(
-    plan: StudyPlan, rates: Mapping[str, float | None], reference: str, runs: Runs, clock: str
+    plan: StudyPlan, rates: Mapping[str, float | None], reference: str, runs: Runs, clock: str, target: float
 ) -> list[dict[str, Any]]:
     """Return one entry per arm in ``rates``, compared with the arm ``reference`` on the seeds of the study.
+
+    ``target`` is the mean final loss of the reference's runs.
 
     Each has ``name``, ``rate``, the final losses and stability of its runs, ``reached`` of ``seeds``, and ``tokens`` and
     ``time`` (by ``clock``) as {``ratio``, ``interval``}, in which 0 is never.
     """
     theirs = [runs[reference, rates[reference], seed] for seed in plan.seeds]
-    loss = mean_final_loss([run.over_tokens() if run.final_loss is not None else None for run in theirs])
     entries = []
     for arm in plan.arms:
         if arm.name not in rates:
@@ -196,7 +214,7 @@ def compared(
                 **_stability_over(ours),
                 **_variance_over(ours),
                 "seeds": len(ours),
-                "reached": sum(run.over_tokens().until(loss) < math.inf for run in ours),
+                "reached": sum(run.over_tokens().until(target) < math.inf for run in ours),
                 "tokens": _with_interval(theirs, ours, Trained.over_tokens),
                 "time": _with_interval(theirs, ours, lambda run: run.over_time(clock)),
             }

@@ -3,7 +3,7 @@
 ::
 
     FOLDER/
-    ├── study.json                        the study, by which its folder is recognized
+    ├── study.json                        the resolved study, by which its folder is recognized
     ├── runs/CASE.VARIANT/lr0.003-seed1/  a run folder
     │                     lr0.003-seed1.json, .log, .launch, .diverged (the error of a run that diverged)
     ├── report/                           report.html, report.json and plots
@@ -36,6 +36,8 @@ __all__ = ["StudyRun", "check_unchanged", "open_folder"]
 TRAIN = (sys.executable, "-m", "seqlen_curriculum.train")
 """The command that trains a run."""
 _STUDY = "study.json"
+_MADE_BY = "seqlen-curriculum study"
+"""The mark of the file that ``slw study`` writes, which a user's file of the same name lacks."""
 _MOST_LISTED = 5
 
 
@@ -64,6 +66,12 @@ class StudyRun:
     def group(self) -> int | None:
         """The process group that trains it; None if unknown."""
         return group_of(self.beside("launch"))
+
+    @property
+    def output_bytes(self) -> int:
+        """The size of the output so far."""
+        output = self.beside("log")
+        return output.stat().st_size if output.exists() else 0
 
     @property
     def has_ended(self) -> bool:
@@ -109,12 +117,15 @@ class StudyRun:
 def open_folder(folder: Path, plan: StudyPlan) -> None:
     """Lock the folder of a study. Raises ConfigError if it contains other files, CheckpointError if it is locked."""
     study = folder / _STUDY
+    if study.exists() and read_json(study, comments=True).get("made_by") != _MADE_BY:
+        raise ConfigError(f"--save {folder}: its {_STUDY} was not written by slw study; give a new folder")
     if folder.exists() and not study.exists() and any(path.name != ".lock" for path in folder.iterdir()):
         raise ConfigError(
             f"--save {folder}: contains other files and no {_STUDY}; give a new folder, or that of a study"
         )
     lock_folder(folder, "--save", "running a study in it")
     contents = {
+        "made_by": _MADE_BY,
         "cases": {arm.name: arm.raw for arm in plan.arms},
         "rates": plan.rates,
         "tuning_seeds": plan.tuning_seeds,

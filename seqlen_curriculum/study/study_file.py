@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,12 +18,14 @@ from seqlen_curriculum.files import read_json
 from seqlen_curriculum.shipped import shipped_configs, shipped_studies
 from seqlen_curriculum.study.plan import RATE, SEED, Arm, StudyPlan, merge_patch
 
-__all__ = ["StudyFile", "read_study"]
+__all__ = ["StudyFile", "comparison_warnings", "read_study"]
 
 _SECTIONS = ("optimizer", "model", "data", "training")
 _MOST_RUNS = 10_000
-_SCHEDULED_RATES = ("warmup_max_lr", "cycle_max_lr", "lr_range_test_min_lr")
-"""Parameters of DeepSpeed's schedulers that replace the optimizer's learning rate."""
+_SCHEDULED_RATES = ("warmup_max_lr", "cycle_max_lr", "lr_range_test_min_lr", "max_lr", "base_lr")
+"""Parameters of DeepSpeed's and torch's schedulers that replace the optimizer's learning rate."""
+_DEFAULT_RATES = {"WarmupDecayLR": "warmup_max_lr", "LRRangeTest": "lr_range_test_min_lr"}
+"""Those that replace it also if they are not given."""
 
 
 def _as_folder(name: str) -> str:
@@ -98,7 +101,8 @@ def read_study(path: Path) -> StudyPlan:
         for variant, patches in ([(name, [patch, more]) for name, more in study.variants.items()] or [("", [patch])])
     ]
     plan = StudyPlan(arms, study.rates, study.tuning_seeds, study.seeds, study.reference or next(iter(study.cases)))
-    if problems := [*_reserved(study), *_unknown_reference(plan), *_too_many(plan)] or [*_run_problems(plan)]:
+    problems = [*_reserved(study), *_unknown_reference(plan), *_too_many(plan)] or [*_run_problems(plan)]
+    if problems := problems or [*_different_targets(plan)]:
         raise ConfigError(problems, str(path))
     return plan
 
@@ -164,8 +168,47 @@ def _run_problems(plan: StudyPlan) -> Iterator[str]:
                 break
 
 
+def _different_targets(plan: StudyPlan) -> Iterator[str]:
+    """Yield a problem for each arm whose validation loss is the mean over other targets than that of the first arm."""
+    targets = {arm.name: _validation_targets(plan.run(arm, None, plan.seeds[0]).config) for arm in plan.arms}
+    first = plan.arms[0].name
+    for name, own in targets.items():
+        for key in [key for key, value in own.items() if value != targets[first][key]]:
+            yield (
+                f"{name}: {key}: {json.dumps(own[key])}, but {first} has {json.dumps(targets[first][key])}; validation "
+                "losses are compared, so give all cases the same value"
+            )
+
+
+def _validation_targets(config: RunConfig) -> dict[str, Any]:
+    """Return the settings that select the targets of a validation loss, by key."""
+    data, training = config.data, config.training
+    assert data is not None
+    assert training is not None
+    return {
+        "data.train": data.train if data.valid is None else None,
+        "data.split": data.split if data.valid is None else None,
+        "data.valid": data.valid,
+        "data.seq_length": data.seq_length,
+        "data.eod_mask_loss": data.eod_mask_loss,
+        "training.eval_rows": training.eval_rows,
+        "training.objective": training.objective,
+        "training.mlm_probability": training.mlm_probability,
+    }
+
+
+def comparison_warnings(plan: StudyPlan) -> Iterator[str]:
+    """Yield a warning if the validation losses of some arms are those within documents."""
+    attention = {arm.name: arm.raw["data"].get("attention", "row") for arm in plan.arms}
+    if len({*attention.values()}) > 1:
+        names = ", ".join(name for name, value in attention.items() if value == "document")
+        yield f'{names}: with data.attention "document" a validation loss is that within documents, of the same targets'
+
+
 def _scheduled_rate(config: RunConfig) -> str | None:
-    """Return the parameter of DeepSpeed's scheduler that replaces the optimizer's rate, None without one."""
+    """Return the parameter of the scheduler that replaces the optimizer's rate, None without one."""
     section = config.deepspeed.get("scheduler")
-    params = section.get("params") if isinstance(section, Mapping) else None
-    return next((key for key in _SCHEDULED_RATES if isinstance(params, Mapping) and key in params), None)
+    if not isinstance(section, Mapping):
+        return None
+    params = section.get("params") or {}
+    return next((key for key in _SCHEDULED_RATES if key in params), _DEFAULT_RATES.get(str(section.get("type"))))

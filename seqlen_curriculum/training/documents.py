@@ -68,10 +68,13 @@ class DocumentBatches:
         return parts.to(device)
 
     def largest(self, rows: int, seqlen: int, device: torch.device) -> DocumentParts:
-        """Return the parts of rows of two documents each, which are copied and padded and so take more than whole rows."""
+        """Return parts that take more memory than whole rows: four per row, most of them padded by a quarter."""
         starts = np.zeros((rows, seqlen), dtype=bool)
-        starts[:, [0, seqlen // 2]] = True
-        return DocumentParts.of(starts).to(device)
+        starts[:, :: seqlen // 4 + 1] = True
+        parts = DocumentParts.of(starts)
+        if self.mask_first_targets:
+            parts = parts.keeping(~starts, float(np.count_nonzero(~starts)))
+        return parts.to(device)
 
     def _kept(self, documents: DocumentRows) -> Any:
         """Return (B, S), True at the targets that count, or None if all do."""
