@@ -166,3 +166,7 @@ def test_training_asks_for_growing_segments_before_it_imports_torch():
 )
 def test_runs_are_named_by_the_shortest_ends_that_differ(paths, names):
     assert common.short_names("RUN", paths) == dict(zip(names, paths, strict=True))
+
+
+def test_names_may_have_more_parts_than_needed():
+    assert [*common.short_names("CHECKPOINT", ["/r/a/step1", "/r/b/step2"], parts=2)] == ["a/step1", "b/step2"]

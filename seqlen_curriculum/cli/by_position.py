@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from seqlen_curriculum.cli.common import short_names
 from seqlen_curriculum.errors import ConfigError
-from seqlen_curriculum.run_folder import RUN_INFO
+from seqlen_curriculum.run_folder import CHECKPOINT_PREFIX, RUN_INFO
 
 if TYPE_CHECKING:
     from seqlen_curriculum.evaluation.by_position import ValidationRows
@@ -31,7 +31,9 @@ def measure_all(args: argparse.Namespace, show: Callable[..., None]) -> dict[str
     from seqlen_curriculum.models.pretrained import load_model
     from seqlen_curriculum.run_folder.model_folder import model_folder
 
-    names = short_names("CHECKPOINT", list(map(str, args.checkpoints)))
+    # Steps of several runs are named with their run, although they may differ without it.
+    runs = {path.resolve().parent for path in map(Path, args.checkpoints) if path.name.startswith(CHECKPOINT_PREFIX)}
+    names = short_names("CHECKPOINT", list(map(str, args.checkpoints)), parts=2 if len(runs) > 1 else 1)
     folders = {name: model_folder(Path(path)) for name, path in names.items()}
     valid = open_rows(args, {name: Path(path) for name, path in names.items()}, folders)
     ranks = join(args.device)

@@ -224,8 +224,8 @@ def warn(messages: Iterable[str]) -> None:
             print(f"warning: {printable(message)}", file=sys.stderr)
 
 
-def short_names(flag: str, paths: Sequence[str]) -> dict[str, str]:
-    """Return paths by the shortest ends that differ: ``a`` and ``b``, or ``1/a`` and ``2/a``.
+def short_names(flag: str, paths: Sequence[str], parts: int = 1) -> dict[str, str]:
+    """Return paths by the shortest ends that differ, of at least ``parts`` parts: ``a`` and ``b``, or ``1/a`` and ``2/a``.
 
     The names are relative, because event files are written to folders of these names. Raises ConfigError for a repeated
     path.
@@ -234,7 +234,7 @@ def short_names(flag: str, paths: Sequence[str]) -> dict[str, str]:
     if len(set(real)) < len(real):
         raise ConfigError(f"{flag}: {max(real, key=real.count)} is given twice; name each once")
     for suffix in (".json", ""):  # two files x.json and x of one folder keep theirs
-        for length in range(1, max(len(path.parts) for path in real)):
+        for length in range(parts, max(len(path.parts) for path in real)):
             names = ["/".join(path.parts[1:][-length:]).removesuffix(suffix) for path in real]
             if len(set(names)) == len(names):
                 return dict(zip(names, paths, strict=True))

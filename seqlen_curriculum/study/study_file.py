@@ -25,7 +25,7 @@ _MOST_RUNS = 10_000
 _SCHEDULED_RATES = ("warmup_max_lr", "cycle_max_lr", "lr_range_test_min_lr", "max_lr", "base_lr")
 """Parameters of DeepSpeed's and torch's schedulers that replace the optimizer's learning rate."""
 _DEFAULT_RATES = {"WarmupDecayLR": "warmup_max_lr", "LRRangeTest": "lr_range_test_min_lr"}
-"""Those that replace it also if they are not given."""
+"""Parameters that replace it even if they are not given, by type of scheduler."""
 
 
 def _as_folder(name: str) -> str:
