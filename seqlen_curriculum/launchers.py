@@ -6,6 +6,7 @@ and ``srun`` set other variables; ``fill_environment`` derives the five from the
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import os
@@ -24,6 +25,7 @@ __all__ = [
     "fill_environment",
     "global_rank",
     "launch",
+    "port_errors",
     "port_problem",
     "read_launch",
 ]
@@ -169,10 +171,25 @@ def port_problem() -> Iterator[str]:
         with socket.create_server(("", int(port))):
             pass
     except (OSError, OverflowError) as error:
-        yield (
-            f"MASTER_PORT: can't listen at port {port} ({getattr(error, 'strerror', None) or error}); choose another "
-            "(deepspeed --master_port N; else set MASTER_PORT on all ranks), or end the run that uses it"
-        )
+        yield _port_line(port, getattr(error, "strerror", None) or error)
+
+
+@contextlib.contextmanager
+def port_errors() -> Iterator[None]:
+    """Raise ConfigError for torch's error that MASTER_PORT is in use: of two runs started together, both saw it free."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        raise ConfigError(_port_line(os.environ.get("MASTER_PORT", ""), "Address already in use")) from None
+
+
+def _port_line(port: str, reason: object) -> str:
+    return (
+        f"MASTER_PORT: can't listen at port {port} ({reason}); choose another "
+        "(deepspeed --master_port N; else set MASTER_PORT on all ranks), or end the run that uses it"
+    )
 
 
 def _port(common: str) -> int:

@@ -7,7 +7,15 @@ import pytest
 from helpers import launchers
 
 from seqlen_curriculum import ConfigError
-from seqlen_curriculum.launchers import be_only_rank, device_number, fill_environment, launch, port_problem, read_launch
+from seqlen_curriculum.launchers import (
+    be_only_rank,
+    device_number,
+    fill_environment,
+    launch,
+    port_errors,
+    port_problem,
+    read_launch,
+)
 
 
 @pytest.fixture
@@ -112,6 +120,19 @@ def test_a_process_without_a_launcher_is_the_only_rank(started_by):
         ConfigError, match="RANK: not set, but WORLD_SIZE is 4; start the script with deepspeed, torchrun"
     ):
         be_only_rank()
+
+
+def test_a_port_that_another_run_has_just_taken_is_named(started_by):
+    from torch.distributed import TCPStore  # takes seconds to import
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        started_by(**launchers.mpirun(0), MASTER_PORT=str(port))
+        with pytest.raises(ConfigError, match=f"^MASTER_PORT: can't listen at port {port} ") as raised, port_errors():
+            TCPStore("127.0.0.1", port, 1, is_master=True)
+        assert raised.value.__suppress_context__
+    with pytest.raises(RuntimeError, match="other"), port_errors():
+        raise RuntimeError("other")
 
 
 def test_a_port_in_use_is_named_by_rank_0(started_by):

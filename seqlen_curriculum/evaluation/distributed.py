@@ -13,7 +13,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 
 from seqlen_curriculum.errors import ConfigError
-from seqlen_curriculum.launchers import device_number, fill_environment, launch, port_problem
+from seqlen_curriculum.launchers import device_number, fill_environment, launch, port_errors, port_problem
 
 __all__ = ["Ranks", "join"]
 
@@ -66,5 +66,6 @@ def join(device: str | None = None) -> Ranks:
             torch.cuda.set_device(own_device)
         # Ranks score equal shares and synchronize once per task. The default of 10 minutes (NCCL) is too short for a rank
         # that waits for one on a slower machine.
-        dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=timedelta(hours=6))
+        with port_errors():
+            dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=timedelta(hours=6))
     return Ranks(rank, world, own_device)

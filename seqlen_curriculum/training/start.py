@@ -13,7 +13,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 
 from seqlen_curriculum.errors import ConfigError
-from seqlen_curriculum.launchers import DEFAULT_PORT, be_only_rank, device_number, fill_environment, launch
+from seqlen_curriculum.launchers import DEFAULT_PORT, be_only_rank, device_number, fill_environment, launch, port_errors
 from seqlen_curriculum.training.extensions import set_up_extensions
 from seqlen_curriculum.training.machine import machine_problems
 
@@ -45,7 +45,8 @@ def join_ranks(deepspeed_config: Mapping[str, Any], distributed_port: int = DEFA
     problems = list(machine_problems(deepspeed_config))
     if problems:
         raise ConfigError(problems)
-    deepspeed.init_distributed(distributed_port=distributed_port)
+    with port_errors():
+        deepspeed.init_distributed(distributed_port=distributed_port)
 
 
 def choose_attention(seq_length: int) -> None:
