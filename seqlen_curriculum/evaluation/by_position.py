@@ -1,8 +1,8 @@
 """The validation loss by position in a full-length row, which shows what a model predicts from little context.
 
 Position *p* is the token that is predicted from the *p* tokens before it in its row. The mean over positions 1 to 8 is the
-loss of rows of 8 tokens, and the mean over all positions is the run log's ``valid_loss``, except with ``data.attention``
-"document": the rows are the same.
+loss of rows of 8 tokens. The mean over all positions is the run log's ``valid_loss`` on the same rows, unless
+``data.attention`` is "document".
 
 Shapes: ``B`` rows of a batch, ``S`` the run's ``data.seq_length``.
 """
