@@ -18,7 +18,7 @@ from helpers.order import LONG, longest_first
 
 def test_an_unknown_capability_is_named_with_the_valid_ones(monkeypatch):
     monkeypatch.setenv(capabilities.WITHOUT, "fp16, browsr")
-    with pytest.raises(ValueError, match="browsr; valid are fp16, bf16, compiler, browser, npm"):
+    with pytest.raises(ValueError, match="browsr; valid are fp16, bf16, gpu, compiler, browser, npm"):
         capabilities.disabled()
 
 
