@@ -62,15 +62,19 @@ class Trained:
     @property
     def device(self) -> str:
         """The accelerator, or else the CPU, that trained it last; empty if unknown."""
-        device = (self.run.info.get("launches") or [{}])[-1].get("device", {})
-        return device.get("accelerator") or device.get("cpu") or ""
+        return self._machine.get("accelerator") or self._machine.get("cpu") or ""
 
     @property
     def has_cpu_time(self) -> bool:
         """True if it was trained on a CPU, and its log has the CPU time of all steps, also of those undone by rollbacks."""
-        launches = self.run.info.get("launches") or [{}]
-        on_cpu = launches[-1].get("device", {}).get("accelerator") is None
+        on_cpu = self._machine.get("accelerator") is None
         return on_cpu and not self.run.rollbacks and all("cpu_seconds" in step for step in self.run.steps)
+
+    @property
+    def _machine(self) -> Mapping[str, Any]:
+        """The machine of the newest launch."""
+        machine: Mapping[str, Any] = (self.run.info.get("launches") or [{}])[-1].get("device", {})
+        return machine
 
     def over_tokens(self) -> Curve:
         """Return the losses against consumed tokens."""
